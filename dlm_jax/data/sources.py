@@ -1,0 +1,355 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where text comes from: documents (str) of a "train" and a "validation" split.
+
+  stdlib                      the Python standard library's own source text on this machine
+  files:GLOB                  text files, or .jsonl, each possibly .gz, .xz or .bz2
+  tfds:NAME/SPLIT:FEATURE     a prepared TFDS dataset, e.g. tfds:lm1b/train:text
+
+What decides a split is a SHA-256 of a name or an index, so it is the same on every machine and in
+every run, and adding text at the end moves no earlier document to the other side.
+"""
+
+import bz2
+import dataclasses
+import glob
+import gzip
+import hashlib
+import json
+import lzma
+import os
+import pathlib
+import platform
+import sysconfig
+import zlib
+from collections.abc import Iterator
+from typing import Protocol, runtime_checkable
+
+from dlm_jax.errors import InputError
+
+SPLITS = ("train", "validation")
+_OPEN = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
+_CORRUPT = (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error)
+_FORMS = "stdlib, files:GLOB, or tfds:NAME/SPLIT:FEATURE"
+
+
+@runtime_checkable
+class Source(Protocol):
+  """A corpus in two splits."""
+
+  def documents(self, split: str) -> Iterator[str]:
+    """Yield the non-empty documents of "train" or "validation", always in the same order."""
+    ...
+
+  def describe(self) -> dict:
+    """Return what identifies the corpus, JSON-able: datasets built from it carry it along."""
+    ...
+
+
+def fraction_of(name: str) -> float:
+  """Return a number in [0, 1) that depends on nothing but the name."""
+  # The prefix only chooses one of the equally lawful assignments; changing it changes every split.
+  digest = hashlib.sha256(f"v1:{name}".encode()).digest()
+  return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def _check_split(split: str) -> None:
+  if split not in SPLITS:
+    raise InputError(f"split={split!r} is unknown; use train or validation.")
+
+
+def _decode(data: bytes, path: str | os.PathLike, offset: int = 0) -> str:
+  try:
+    return data.decode("utf-8").removeprefix("\ufeff")
+  except UnicodeDecodeError as error:
+    raise InputError(
+      f"{path} is not UTF-8: byte 0x{data[error.start]:02x} at offset {offset + error.start}; "
+      "convert the file (iconv -t UTF-8) or leave it out of the glob."
+    ) from error
+
+
+# Not source text in the sense of a language model's corpus: packages of others, tests, demos,
+# things that some distributions leave out, and tables written by scripts.
+_SKIPPED_FOLDERS = frozenset({
+  "__pycache__", "dist-packages", "encodings", "ensurepip", "idle_test", "idlelib", "lib2to3",
+  "pydoc_data", "site-packages", "test", "tests", "turtledemo",
+})  # fmt: skip
+_SKIPPED_FILES = ("_sysconfigdata*.py", "_sysconfig_vars*.py", "html/entities.py", "stringprep.py")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stdlib:
+  """The .py files below `root`; one file is one document, in sorted order.
+
+  Left out: installed packages, tests, idlelib, lib2to3, turtledemo, the codec tables of encodings,
+  pydoc_data, other generated tables (build variables, HTML entities, stringprep), and files that
+  are empty or not UTF-8. About 9 MB on Python 3.11. All files of a top-level module go to the same
+  split, so validation text is never a sibling of training text; with the default fraction that is
+  8 % of the modules and, on Python 3.11, 9.6 % of the bytes.
+
+  Attributes:
+    validation_fraction: expected share of top-level modules in the validation split.
+    root: the folder; the running interpreter's standard library by default.
+  """
+
+  validation_fraction: float = 0.08
+  root: str = dataclasses.field(default_factory=lambda: sysconfig.get_path("stdlib"))
+
+  def files(self) -> list[pathlib.PurePosixPath]:
+    """Return the selected files relative to `root`; some may still prove not to be UTF-8."""
+    root, found = pathlib.Path(self.root), []
+    for folder, folders, names in os.walk(root):
+      folders[:] = sorted(set(folders) - _SKIPPED_FOLDERS)
+      here = pathlib.Path(folder).relative_to(root)
+      found += [pathlib.PurePosixPath((here / n).as_posix()) for n in names if n.endswith(".py")]
+    found = [f for f in found if not any(f.match(pattern) for pattern in _SKIPPED_FILES)]
+    if not found:
+      raise InputError(
+        f"stdlib: {root} holds no .py files (a zipped or stripped Python?); use files:GLOB."
+      )
+    return sorted(found, key=str)
+
+  def documents(self, split: str) -> Iterator[str]:
+    _check_split(split)
+    for file in self.files():
+      module = file.parts[0].removesuffix(".py")
+      if (fraction_of(module) < self.validation_fraction) != (split == "validation"):
+        continue
+      try:
+        text = (pathlib.Path(self.root) / file).read_bytes().decode("utf-8")
+      except (UnicodeDecodeError, PermissionError):
+        continue  # a handful of files in old Pythons; the user cannot repair the standard library
+      if text.strip():
+        yield text
+
+  def describe(self) -> dict:
+    sizes = [(str(f), (pathlib.Path(self.root) / f).stat().st_size) for f in self.files()]
+    return {
+      "spec": "stdlib",
+      "python": platform.python_version(),
+      "validation_fraction": self.validation_fraction,
+      "files": len(sizes),
+      "bytes": sum(size for _, size in sizes),
+      "listing": _digest(sizes),
+    }
+
+
+def _digest(listing: list[tuple[str, int]]) -> str:
+  return hashlib.sha256(json.dumps(listing).encode()).hexdigest()[:16]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Files:
+  """Text files chosen by a glob (`**` allowed), in sorted order.
+
+  A .jsonl or .ndjson file gives one document per line; any other file is plain text and one
+  document, unless `document_separator` cuts it. Text is taken verbatim (line ends included; a
+  byte-order mark is dropped); documents of white space only are skipped. A plain file is read
+  whole, .jsonl line by line.
+
+  Attributes:
+    pattern: glob of the training files, or of all files if `validation` is None.
+    field: the .jsonl field that holds the text.
+    document_separator: string between the documents of a plain file, e.g. three line ends.
+    validation: glob of the validation files; they are taken out of the training files.
+    validation_fraction: without `validation`, the expected share of documents in that split.
+  """
+
+  pattern: str
+  field: str = "text"
+  document_separator: str | None = None
+  validation: str | None = None
+  validation_fraction: float = 0.08
+
+  def files(self, split: str) -> list[str]:
+    """Return the sorted paths that `split` reads.
+
+    Raises:
+      InputError: the glob matches no file.
+    """
+    _check_split(split)
+    if self.validation is None or split == "train":
+      held_out = set() if self.validation is None else set(_expand(self.validation))
+      held_out = {os.path.realpath(path) for path in held_out}  # "./a.txt" is "a.txt"
+      found = [path for path in _expand(self.pattern) if os.path.realpath(path) not in held_out]
+      if not found:
+        raise InputError(
+          f"files:{self.pattern} leaves no training file: validation={self.validation} "
+          "matches all of them; narrow one of the two."
+        )
+      return found
+    return _expand(self.validation)
+
+  def documents(self, split: str) -> Iterator[str]:
+    index = 0
+    for path in self.files(split):
+      for document in self._read(path):
+        if not document.strip():
+          continue
+        held_out = fraction_of(str(index)) < self.validation_fraction
+        index += 1
+        if self.validation is not None or held_out == (split == "validation"):
+          yield document
+
+  def _read(self, path: str) -> Iterator[str]:
+    inner, extension = os.path.splitext(path)
+    open_file = _OPEN.get(extension, open)
+    name = inner if extension in _OPEN else path
+    try:
+      with open_file(path, "rb") as file:
+        if name.endswith((".jsonl", ".ndjson")):
+          yield from self._json_lines(file, path)
+          return
+        text = _decode(file.read(), path)
+    except _CORRUPT as error:
+      raise InputError(
+        f"{path} is not a whole {extension} file: {error}; fetch it again."
+      ) from error
+    except OSError as error:
+      raise InputError(f"{path} cannot be read: {error.strerror or error}.") from error
+    yield from text.split(self.document_separator) if self.document_separator else [text]
+
+  def _json_lines(self, file, path: str) -> Iterator[str]:
+    offset = 0
+    for number, line in enumerate(file, start=1):
+      text = _decode(line, path, offset)
+      offset += len(line)
+      if not text.strip():
+        continue
+      try:
+        record = json.loads(text)
+      except ValueError as error:
+        raise InputError(f"{path}:{number} is not JSON: {error}.") from error
+      document = record.get(self.field) if isinstance(record, dict) else None
+      if not isinstance(document, str):
+        fields = ", ".join(record) if isinstance(record, dict) else type(record).__name__
+        raise InputError(
+          f"{path}:{number} has no text in field {self.field!r}; the line holds: {fields}; "
+          "set the field option."
+        )
+      try:
+        document.encode()
+      except UnicodeEncodeError as error:
+        raise InputError(
+          f"{path}:{number} holds half a surrogate pair (\\u{ord(document[error.start]):04x}), "
+          "which is not text; repair that line."
+        ) from error
+      yield document
+
+  def describe(self) -> dict:
+    sizes = [
+      (os.path.basename(path), os.path.getsize(path)) for s in SPLITS for path in self.files(s)
+    ]
+    options = dataclasses.asdict(self)
+    return {"spec": f"files:{options.pop('pattern')}", **options, "listing": _digest(sizes)}
+
+
+def _expand(pattern: str) -> list[str]:
+  paths = glob.iglob(os.path.expanduser(pattern), recursive=True)
+  found = sorted(path for path in paths if os.path.isfile(path))
+  if not found:
+    raise InputError(
+      f"files:{pattern} matches no file (looked from {os.getcwd()}); check the path, and quote "
+      "the glob against the shell."
+    )
+  return found
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tfds:
+  """A text feature of a dataset that TFDS has prepared as ArrayRecord; needs no TensorFlow.
+
+  Attributes:
+    name: dataset, with config and version if wanted: "lm1b", "wiki40b/en:1.3.0".
+    split: TFDS split of the training text.
+    feature: the string feature.
+    validation: TFDS split of the validation text; None cuts it from `split` by record index.
+    validation_fraction: without `validation`, the expected share of records in that split.
+    data_dir: where TFDS keeps its datasets; its own default if None.
+  """
+
+  name: str
+  split: str
+  feature: str
+  validation: str | None = None
+  validation_fraction: float = 0.08
+  data_dir: str | None = None
+
+  def _open(self, split: str):
+    import tensorflow_datasets as tfds
+
+    try:
+      return tfds.data_source(self.name, split=split, data_dir=self.data_dir, download=False)
+    except Exception as error:  # TFDS raises a dozen kinds, all of them about this request
+      line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+      raise InputError(
+        f"tfds:{self.name}/{split} cannot be opened in data_dir={self.data_dir}: {line} Prepare it "
+        f"first: tfds build {self.name} --file_format=array_record."
+      ) from error
+
+  def documents(self, split: str) -> Iterator[str]:
+    _check_split(split)
+    own = split == "validation" and self.validation is not None
+    for index, record in enumerate(self._open(self.validation if own else self.split)):
+      held_out = fraction_of(str(index)) < self.validation_fraction
+      if self.validation is None and held_out != (split == "validation"):
+        continue
+      if self.feature not in record:
+        raise InputError(
+          f"tfds:{self.name}/{self.split}:{self.feature}: there is no such feature; "
+          f"it has {', '.join(sorted(record))}."
+        )
+      text = record[self.feature]
+      text = _decode(text, f"tfds:{self.name} record {index}") if isinstance(text, bytes) else text
+      if not isinstance(text, str):
+        raise InputError(f"tfds:{self.name}: feature {self.feature!r} is not text.")
+      if text.strip():
+        yield text
+
+  def describe(self) -> dict:
+    options = dataclasses.asdict(self)
+    options.pop("data_dir")  # where it lies does not change what it is
+    options["records"] = len(self._open(self.split))
+    spec = f"tfds:{options.pop('name')}/{options.pop('split')}:{options.pop('feature')}"
+    return {"spec": spec, **options}
+
+
+def open_source(spec: str, **options) -> Source:
+  """Open a corpus; reads nothing yet.
+
+  Args:
+    spec: "stdlib", "files:GLOB" or "tfds:NAME/SPLIT:FEATURE".
+    **options: fields of `Stdlib`, `Files` or `Tfds`; an option that is None keeps its default.
+
+  Raises:
+    InputError: the spec or an option is not understood. Reading raises it for text that is
+      missing, empty or not UTF-8.
+
+  Example:
+    >>> source = open_source("stdlib")
+    >>> first = next(source.documents("train"))
+  """
+  kind, _, rest = spec.partition(":")
+  if kind == "stdlib" and not rest:
+    make, required = Stdlib, {}
+  elif kind == "files" and rest:
+    make, required = Files, {"pattern": rest}
+  elif kind == "tfds":
+    path, _, feature = rest.rpartition(":")
+    name, _, split = path.rpartition("/")
+    if not (name and split and feature):
+      raise InputError(
+        f"source={spec!r}: write tfds:NAME/SPLIT:FEATURE, e.g. tfds:lm1b/train:text."
+      )
+    make, required = Tfds, {"name": name, "split": split, "feature": feature}
+  else:
+    raise InputError(f"source={spec!r} is unknown; use {_FORMS}.")
+  options = {key: value for key, value in options.items() if value is not None}
+  allowed = {field.name for field in dataclasses.fields(make)} - set(required)
+  if unknown := sorted(set(options) - allowed):
+    raise InputError(
+      f"source={spec!r} has no option {', '.join(unknown)}; it has {', '.join(sorted(allowed))}."
+    )
+  fraction = options.get("validation_fraction", 0.08)
+  if not 0 < fraction < 1:
+    raise InputError(f"validation_fraction={fraction} is outside (0, 1); use e.g. 0.08.")
+  return make(**required, **options)

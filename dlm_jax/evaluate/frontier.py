@@ -1,0 +1,301 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The frontier: quality against the number of network evaluations (NFE), for several models."""
+
+import csv
+import dataclasses
+import json
+import math
+import operator
+import os
+import pathlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import numpy as np
+
+from dlm_jax.errors import InputError
+from dlm_jax.evaluate import generative
+
+Row = dict[str, Any]
+COLUMNS = (
+  "name", "nfe", "genppl", "genppl_se", "entropy", "entropy_se", "samples", "tokens", "seconds",
+  "seed", "options", "context",
+)  # fmt: skip
+_IDENTITY = ("name", "nfe", "samples", "seed", "options", "context")
+
+
+@runtime_checkable
+class SamplerFactory(Protocol):
+  """What `sweep` compares: `factory(batch, nfe)` prepares a function from a key to tokens [B, L].
+
+  Whatever may take long and is not sampling (compilation) belongs in the factory; only the calls
+  of the returned function are timed. An attribute `options`, if present, is recorded.
+  """
+
+  def __call__(self, batch: int, nfe: int) -> Callable[[jax.Array], Any]: ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampler:
+  """Bind `sample.generate` to a denoiser, a process and its options, for `sweep`.
+
+  Attributes:
+    denoiser: a `models.Denoiser`.
+    process: forward process.
+    length: tokens per sample.
+    options: further options of `sample.generate`, e.g. {"temperature": 0.9}.
+  """
+
+  denoiser: Any
+  process: Any
+  length: int
+  options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+  def __call__(self, batch: int, nfe: int) -> Callable[[jax.Array], jax.Array]:
+    """Compile sampling of `batch` sequences in `nfe` steps.
+
+    A batch in which a mask outlives all steps (an expected 1e-5 of them) takes one evaluation more.
+    """
+    from dlm_jax import sample
+
+    if self.options.get("sampler") == "first_hitting":
+      raise InputError(
+        "sampler='first_hitting' takes one evaluation per masked token whatever the NFE, so it has "
+        "no frontier; use 'ancestral'."
+      )
+
+    def generate(denoiser, rng):
+      return sample.generate(
+        denoiser, self.process, rng, batch=batch, length=self.length, steps=nfe, **self.options
+      )
+
+    compiled = jax.jit(generate).lower(self.denoiser, jax.random.key(0)).compile()
+    return lambda rng: compiled(self.denoiser, rng)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reference:
+  """What real text scores: the horizontal lines of the plot.
+
+  Attributes:
+    genppl: the judge's perplexity of held-out text; None draws no line.
+    entropy: its entropy in nats; None draws no line.
+    label: what to call it.
+  """
+
+  genppl: float | None = None
+  entropy: float | None = None
+  label: str = "validation text"
+
+
+def sweep(
+  samplers: Mapping[str, SamplerFactory],
+  nfes: Sequence,
+  *,
+  judge,
+  samples: int = 512,
+  batch_size: int = 64,
+  judge_batch_size: int = 8,
+  eos_id: int | None = None,
+  retokenise: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]] | None = None,
+  seed: int = 0,
+  context: Mapping[str, Any] | None = None,
+  path: str | os.PathLike | None = None,
+  on_row: Callable[[Row, int, int], None] | None = None,
+) -> list[Row]:
+  """Measure GenPPL and entropy of every sampler at every NFE.
+
+  With `path`, each finished row is appended to a JSON-lines file and a later call skips what it
+  finds there. A row is the same if name, NFE, number of samples, seed, options and context are; so
+  put into `context` what else decides the numbers, such as checkpoint steps and the judge's name.
+
+  Args:
+    samplers: see `SamplerFactory`, by the name to plot them under.
+    nfes: numbers of network evaluations, integers ≥ 1; doubles are dropped.
+    judge: see `generative.genppl`.
+    samples: samples per row.
+    batch_size: samples drawn at a time.
+    judge_batch_size: samples judged at a time.
+    eos_id: end-of-text id of the judge.
+    retokenise: tokens [B, L] to the judge's tokens and mask; None if they share a tokenizer.
+    seed: every sampler sees the same keys.
+    context: recorded in every row; JSON values.
+    path: JSON-lines file of finished rows, created with its folder.
+    on_row: called with each row, its number from 1, and how many there are, skipped rows too.
+
+  Returns:
+    Rows with the keys of `COLUMNS`, sampler by sampler. `seconds` is the time to draw the samples,
+    compilation left out.
+
+  Raises:
+    InputError: no sampler, no NFE, an NFE or a count below 1, or an unreadable `path`.
+  """
+  nfes = _checked_nfes(nfes)
+  if not samplers:
+    raise InputError("the frontier needs at least one sampler.")
+  for name, count in (("samples", samples), ("batch_size", batch_size)):
+    if count < 1:
+      raise InputError(f"{name}={count} must be at least 1.")
+  done = _Finished(path)
+  rows = []
+  for name, factory in samplers.items():
+    for nfe in nfes:
+      key = {"name": name, "nfe": nfe, "samples": samples, "seed": seed}
+      key |= {"options": dict(getattr(factory, "options", {})), "context": dict(context or {})}
+      key = json.loads(json.dumps(key, default=_plain))  # as it will read back
+      row = done.find(key)
+      if row is None:
+        tokens_BL, seconds = _draw(factory, nfe, samples, min(batch_size, samples), seed)
+        result = generative.quality(
+          judge, tokens_BL, eos_id=eos_id, batch_size=judge_batch_size,
+          retokenised=retokenise(tokens_BL) if retokenise else None,
+        )  # fmt: skip
+        row = key | dataclasses.asdict(result) | {"seconds": seconds}
+        row = {column: row[column] for column in COLUMNS}
+        done.add(row)
+      rows.append(row)
+      if on_row is not None:
+        on_row(row, len(rows), len(samplers) * len(nfes))
+  return rows
+
+
+def write(
+  rows: Sequence[Row], directory: str | os.PathLike, *, reference: Reference | None = None
+) -> dict[str, pathlib.Path]:
+  """Write `frontier.csv`, `frontier.json` and `frontier.png`; return their paths by suffix.
+
+  Raises:
+    InputError: there are no rows, or the directory cannot be written.
+  """
+  from dlm_jax.evaluate import _plot
+
+  if not rows:
+    raise InputError("there are no frontier rows to write; sweep at least one model and NFE.")
+  directory = pathlib.Path(directory)
+  paths = {suffix: directory / f"frontier.{suffix}" for suffix in ("csv", "json", "png")}
+  try:
+    directory.mkdir(parents=True, exist_ok=True)
+    _write_csv(rows, paths["csv"])
+    _write_json(rows, paths["json"], reference)
+    _plot.save(rows, paths["png"], reference)
+  except OSError as error:
+    raise InputError(f"{directory} cannot be written ({error.strerror}).") from error
+  return paths
+
+
+def table(rows: Sequence[Row]) -> str:
+  """Return the rows as a Markdown table whose columns are also aligned as plain text."""
+  header = ("model", "NFE", "GenPPL", "entropy (nats)", "samples", "seconds")
+  cells = [header] + [
+    (
+      row["name"],
+      str(row["nfe"]),
+      generative.plus_minus(row["genppl"], row["genppl_se"]),
+      generative.plus_minus(row["entropy"], row["entropy_se"], 2),
+      f"{row['samples']:,}",
+      f"{row['seconds']:.1f}",
+    )
+    for row in rows
+  ]
+  widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+  align = [str.ljust] + [str.rjust] * (len(header) - 1)
+  lines = [
+    "| " + " | ".join(a(c, w) for a, c, w in zip(align, line, widths, strict=True)) + " |"
+    for line in cells
+  ]
+  rules = ["-" * widths[0]] + ["-" * (width - 1) + ":" for width in widths[1:]]
+  return "\n".join([lines[0], "| " + " | ".join(rules) + " |", *lines[1:]])
+
+
+def _checked_nfes(nfes: Sequence) -> list[int]:
+  if len(nfes) == 0:
+    raise InputError("the list of NFEs is empty; give at least one, e.g. 4,8,16.")
+  for nfe in nfes:
+    try:
+      good = operator.index(nfe) >= 1 and not isinstance(nfe, bool)
+    except TypeError:
+      good = False
+    if not good:
+      raise InputError(f"NFE {nfe!r} is not a whole number of at least 1; e.g. 4,8,16.")
+  return list(dict.fromkeys(operator.index(nfe) for nfe in nfes))
+
+
+def _draw(factory, nfe, samples, batch, seed) -> tuple[np.ndarray, float]:
+  """Return samples and the seconds they took; batches have one size, the excess is dropped."""
+  run = factory(batch, nfe)
+  rng = jax.random.fold_in(jax.random.key(seed), nfe)
+  rngs = [jax.random.fold_in(rng, i) for i in range(-(-samples // batch))]
+  start = time.perf_counter()
+  drawn = [np.asarray(run(rng)) for rng in rngs]
+  seconds = time.perf_counter() - start
+  return np.concatenate(drawn)[:samples], seconds
+
+
+class _Finished:
+  """Rows already on disk; each new one is flushed before the next is begun."""
+
+  def __init__(self, path: str | os.PathLike | None):
+    self._path = path and pathlib.Path(path)
+    self._rows = []
+    if self._path is None:
+      return
+    try:
+      self._path.parent.mkdir(parents=True, exist_ok=True)
+      text = self._path.read_text(encoding="utf-8") if self._path.exists() else ""
+      lines = text.splitlines()
+      for number, line in enumerate(lines, start=1):
+        self._rows += self._parse(line, number, last=number == len(lines))
+      # Rewritten, so that the torn last line of a killed run does not swallow the next row.
+      part = self._path.with_name(self._path.name + ".part")
+      part.write_text("".join(json.dumps(row) + "\n" for row in self._rows), encoding="utf-8")
+      part.replace(self._path)
+    except OSError as error:
+      raise InputError(f"{self._path} cannot be used ({error.strerror}).") from error
+
+  def _parse(self, line, number, last):
+    try:
+      row = json.loads(line)
+      return [{column: row[column] for column in COLUMNS}]
+    except (ValueError, TypeError, KeyError) as error:
+      if last:
+        return []
+      raise InputError(
+        f"line {number} of {self._path} is no frontier row; move the file away and run again."
+      ) from error
+
+  def find(self, key: Row) -> Row | None:
+    same = (row for row in self._rows if all(row[name] == key[name] for name in _IDENTITY))
+    return next(same, None)
+
+  def add(self, row: Row):
+    self._rows.append(row)
+    if self._path is not None:
+      with self._path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def _plain(value):
+  """Return a JSON value for an option that is none: arrays as lists, the rest by its repr."""
+  return np.asarray(value).tolist() if hasattr(value, "__array__") else repr(value)
+
+
+def _write_json(rows, path, reference):
+  def finite(row):  # JSON knows no NaN
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+
+  content = {
+    "rows": [finite(row) for row in rows],
+    "reference": reference and finite(dataclasses.asdict(reference)),
+  }
+  path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _write_csv(rows, path):
+  with path.open("w", encoding="utf-8", newline="") as file:
+    writer = csv.DictWriter(file, COLUMNS)
+    writer.writeheader()
+    for row in rows:
+      nested = {name: json.dumps(row[name]) for name in ("options", "context")}
+      writer.writerow(row | nested)

@@ -1,0 +1,285 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Quality of generated text: a judge's perplexity, always beside the entropy.
+
+Perplexity alone can be gamed by repeating oneself; entropy alone by noise. `Quality` holds both and
+prints both.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from dlm_jax.errors import InputError
+from dlm_jax.evaluate.likelihood import Mask, Tokens, batches, ratio_error, token_nll
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Quality:
+  """Generative perplexity and entropy of one set of samples, with standard errors.
+
+  Attributes:
+    genppl: the judge's perplexity; NaN if no token was there to judge (all samples were EOS).
+    genppl_se: its standard error over samples; NaN for one sample.
+    entropy: mean over samples of the entropy of a sample's own token histogram, in nats.
+    entropy_se: its standard error.
+    samples: number of samples.
+    tokens: number of judged tokens.
+  """
+
+  genppl: float
+  genppl_se: float
+  entropy: float
+  entropy_se: float
+  samples: int
+  tokens: int
+
+  def __str__(self) -> str:
+    return (
+      f"GenPPL {plus_minus(self.genppl, self.genppl_se)}, "
+      f"entropy {plus_minus(self.entropy, self.entropy_se, 2)} nats "
+      f"({self.samples:,} samples, {self.tokens:,} tokens judged)"
+    )
+
+
+def plus_minus(value: float, error: float, digits: int = 1) -> str:
+  """Return "42.1 ± 0.8"; no error where it is not finite."""
+  text = f"{value:.{digits}f}"
+  return f"{text} ± {error:.{digits}f}" if math.isfinite(error) else text
+
+
+def quality(
+  judge,
+  tokens_BL: Tokens,
+  *,
+  eos_id: int | None = None,
+  batch_size: int = 8,
+  retokenised: tuple[np.ndarray, np.ndarray] | None = None,
+) -> Quality:
+  """Measure GenPPL and entropy of samples.
+
+  Args:
+    judge: see `genppl`.
+    tokens_BL: samples in the generator's own ids; the entropy is theirs.
+    eos_id: end-of-text id of the judge's tokenizer.
+    batch_size: samples per evaluation of the judge.
+    retokenised: what `retokenise` returned, if the judge has another tokenizer.
+  """
+  judged_BL, mask_BL = retokenised or (tokens_BL, None)
+  judged = genppl(judge, judged_BL, eos_id=eos_id, batch_size=batch_size, mask_BL=mask_BL)
+  judged = {key: judged[key] for key in ("genppl", "genppl_se", "samples", "tokens")}
+  spread = entropy(tokens_BL)
+  return Quality(entropy=spread["entropy"], entropy_se=spread["entropy_se"], **judged)
+
+
+def genppl(
+  judge,
+  tokens_BL: Tokens,
+  *,
+  eos_id: int | None = None,
+  batch_size: int = 8,
+  mask_BL: Mask | None = None,
+) -> dict[str, float]:
+  """Measure the perplexity of samples under an autoregressive judge.
+
+  The published protocol: next-token NLL over targets 1 … L − 1; a target counts unless it is an
+  end of text that is not the first one of its sequence, position 0 included. So text after an end
+  of text counts and padding does not. Weighted by token over the whole set; no sample is dropped.
+
+  Args:
+    judge: a `Judge`, or any `judge(tokens_BL[, mask_BL]) -> logits_BLV`.
+    tokens_BL: samples in the judge's ids.
+    eos_id: end-of-text id; None counts every target.
+    batch_size: samples per evaluation of the judge.
+    mask_BL: nonzero where the judge may attend; passed on if given.
+
+  Returns:
+    `genppl`, `genppl_se` (over samples, by the delta method), `nll` in nats per judged token,
+    `tokens` judged, `samples`. GenPPL is NaN if no token counts.
+
+  Raises:
+    InputError: nothing to judge, or ids outside the judge's vocabulary.
+
+  Reference: Sahoo et al., arXiv 2406.07524, and the public code of its successors.
+  """
+  tokens_BL = np.asarray(tokens_BL)
+  nats_BM = token_nll(judge, tokens_BL, batch_size=batch_size, mask_NL=mask_BL)
+  counts_BM = counted(tokens_BL, eos_id)
+  total_B, count_B = (nats_BM * counts_BM).sum(axis=1), counts_BM.sum(axis=1).astype(np.float64)
+  tokens = int(count_B.sum())
+  nll = float(total_B.sum() / tokens) if tokens else float("nan")
+  perplexity = math.exp(nll) if nll < 700 else nll * math.inf
+  return {
+    "genppl": perplexity,
+    "genppl_se": perplexity * ratio_error(total_B, count_B),
+    "nll": nll,
+    "tokens": tokens,
+    "samples": len(tokens_BL),
+  }
+
+
+def counted(tokens_BL: Tokens, eos_id: int | None) -> Bool[np.ndarray, "B M"]:
+  """Return which targets 1 … L − 1 count: all but the ends of text after a sequence's first."""
+  if eos_id is None:
+    return np.ones((tokens_BL.shape[0], tokens_BL.shape[1] - 1), bool)
+  eos_BL = np.asarray(tokens_BL) == eos_id
+  return (~eos_BL | (np.cumsum(eos_BL, axis=1) == 1))[:, 1:]
+
+
+def entropies(tokens_BL: Tokens) -> Float[np.ndarray, "B"]:
+  """Return each sample's entropy: that of its histogram of ids, in nats, at most log L."""
+  tokens_BL = np.asarray(tokens_BL)
+
+  def one(tokens_L):
+    _, counts = np.unique(tokens_L, return_counts=True)
+    p = counts / counts.sum()
+    return -np.sum(p * np.log(p)) + 0.0  # + 0.0: a constant sample has entropy 0, not −0
+
+  return np.array([one(tokens_L) for tokens_L in tokens_BL], np.float64)
+
+
+def entropy(tokens_BL: Tokens) -> dict[str, float]:
+  """Return the mean `entropy` of samples in nats, its `entropy_se`, and the number of `samples`.
+
+  Raises:
+    InputError: there is no token.
+  """
+  if not np.size(tokens_BL):
+    raise InputError(f"tokens of shape {np.shape(tokens_BL)} have no entropy; give samples.")
+  values_B = entropies(tokens_BL)
+  n = len(values_B)
+  error = float(values_B.std(ddof=1) / math.sqrt(n)) if n > 1 else float("nan")
+  return {"entropy": float(values_B.mean()), "entropy_se": error, "samples": n}
+
+
+def retokenise(
+  samples: Sequence[str] | Tokens,
+  encode: Callable[[str], Sequence[int]],
+  *,
+  eos_id: int,
+  decode: Callable[[Sequence[int]], str] | None = None,
+  max_length: int = 1024,
+) -> tuple[Int[np.ndarray, "N M"], Int[np.ndarray, "N M"]]:
+  """Turn samples into a judge's tokens: decode, encode, truncate, pad with end of text.
+
+  ```python
+  judged, mask = retokenise(tokens_BL, gpt2.encode, decode=bpe.decode, eos_id=50256)
+  genppl(judge, judged, mask_BL=mask, eos_id=50256)
+  ```
+
+  Args:
+    samples: texts, or the generator's ids together with `decode`.
+    encode: text to the judge's ids; it should map the end-of-text marker back to `eos_id`.
+    eos_id: end-of-text id of the judge.
+    decode: ids to text, special tokens kept; needed for ids.
+    max_length: the judge's context, in tokens.
+
+  Returns:
+    Ids and attention mask, int32, as long as the longest sample.
+
+  Raises:
+    InputError: no samples, ids without `decode`, or `max_length` below 2.
+  """
+  if len(samples) == 0 or max_length < 2:
+    raise InputError(
+      f"retokenise got {len(samples)} samples and max_length={max_length}; it needs at least one "
+      "sample and a length of 2."
+    )
+  if decode is not None:
+    samples = [decode([int(token) for token in row]) for row in samples]
+  elif not isinstance(samples[0], str):
+    raise InputError("retokenise got ids without `decode`; give texts, or the decoder of the ids.")
+  rows = [list(encode(text))[:max_length] for text in samples]
+  length = max(2, *(len(row) for row in rows))  # two: also empty samples must have a target
+  tokens_BL = np.full((len(rows), length), eos_id, np.int32)
+  mask_BL = np.zeros((len(rows), length), np.int32)
+  for i, row in enumerate(rows):
+    tokens_BL[i, : len(row)] = row
+    mask_BL[i, : len(row)] = 1
+  return tokens_BL, mask_BL
+
+
+def features(
+  judge, tokens_BL: Tokens, *, batch_size: int = 8, mask_BL: Mask | None = None
+) -> Float[np.ndarray, "B D"]:
+  """Return a judge's hidden state at each sample's last attended token, for `mauve`.
+
+  Args:
+    judge: a `Judge` whose model has a `trunk`, such as `GPT2`.
+    tokens_BL: samples in the judge's ids.
+    batch_size: samples per evaluation.
+    mask_BL: nonzero where tokens are no padding; None is everywhere.
+
+  Raises:
+    InputError: the judge's model has no `trunk`.
+  """
+  if not hasattr(judge.model, "trunk"):
+    raise InputError(f"{type(judge.model).__name__} has no trunk to take features from; use GPT-2.")
+  tokens_BL = np.asarray(tokens_BL, np.int32)
+  n, length = tokens_BL.shape
+  mask_BL = np.ones_like(tokens_BL) if mask_BL is None else np.asarray(mask_BL)
+  last_B = np.maximum(length - 1 - np.argmax(mask_BL[:, ::-1] != 0, axis=1), 0)
+  states = [
+    np.asarray(_last_state(judge, tokens_BL[rows], mask_BL[rows], last_B[rows]))
+    for rows in batches(n, batch_size)
+  ]
+  return np.concatenate(states)[:n]
+
+
+@jax.jit
+def _last_state(judge, tokens_BL, mask_BL, last_B) -> Float[Array, "B D"]:
+  hidden_BLD = judge.model.apply(
+    {"params": judge.params}, tokens_BL, mask_BL=mask_BL, method="trunk"
+  )
+  return jnp.take_along_axis(hidden_BLD, last_B[:, None, None], axis=1)[:, 0]
+
+
+def mauve(
+  generated_ND: Float[np.ndarray, "N D"],
+  reference_MD: Float[np.ndarray, "M D"],
+  *,
+  scaling: float = 5.0,
+  seeds: int = 5,
+) -> dict[str, float]:
+  """Return MAUVE between two sets of `features`: mean and spread over clustering seeds.
+
+  Published numbers for these models do not say how they were measured; state sample counts and
+  lengths with yours. Below about a thousand samples a side the value depends on their number.
+
+  Args:
+    generated_ND: features of samples.
+    reference_MD: features of held-out text.
+    scaling: the factor c of the divergence curve.
+    seeds: number of k-means seeds.
+
+  Returns:
+    `mauve`, `mauve_std` over seeds, `samples`.
+
+  Raises:
+    InputError: the extra is not installed, or there are no seeds.
+
+  Reference: Pillutla et al., arXiv 2102.01454.
+  """
+  if seeds < 1:
+    raise InputError(f"seeds={seeds} must be at least 1.")
+  try:
+    import mauve as package
+  except ImportError as error:
+    raise InputError("MAUVE needs an extra: pip install 'dlm_jax[eval]'.") from error
+  generated, reference = np.asarray(generated_ND), np.asarray(reference_MD)
+  values = [
+    package.compute_mauve(
+      p_features=reference, q_features=generated, mauve_scaling_factor=scaling, seed=seed,
+      verbose=False,
+    ).mauve
+    for seed in range(seeds)
+  ]  # fmt: skip
+  return {
+    "mauve": float(np.mean(values)),
+    "mauve_std": float(np.std(values)),
+    "samples": len(generated),
+  }

@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Likelihood of held-out tokens: the diffusion bound by Monte Carlo, and an exact causal one."""
+
+import functools
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from dlm_jax.arrays import Params, RngKey
+from dlm_jax.errors import InputError
+
+Tokens = Int[Array, "N L"] | Int[np.ndarray, "N L"]
+Mask = Int[Array, "N L"] | Int[np.ndarray, "N L"] | Bool[Array, "N L"] | Bool[np.ndarray, "N L"]
+
+
+@flax.struct.dataclass
+class Judge:
+  """Bind a next-token model to parameters; a pytree, so the parameters are not compiled in.
+
+  Attributes:
+    model: a module that maps tokens to next-token logits; static.
+    params: its parameters.
+  """
+
+  model: Any = flax.struct.field(pytree_node=False)
+  params: Params = None
+
+  def __call__(self, tokens_BL: Int[Array, "B L"], mask_BL=None) -> Float[Array, "B L V"]:
+    """Return float32 logits; a mask needs a model that takes `mask_BL`, as `GPT2` does."""
+    options = {} if mask_BL is None else {"mask_BL": mask_BL}
+    return self.model.apply({"params": self.params}, tokens_BL, **options)
+
+
+def elbo(
+  denoiser,
+  process,
+  tokens_NL: Tokens,
+  rng: RngKey,
+  *,
+  batch_size: int = 32,
+  samples_per_sequence: int = 1,
+  bytes_per_token: float | None = None,
+  eps: float = 1e-3,
+) -> dict[str, float]:
+  """Estimate the negative evidence lower bound of held-out sequences.
+
+  Each sequence is corrupted at `samples_per_sequence` times. The times are stratified within a
+  sequence and, by a random permutation, over the set: each of the n = N · samples strata of
+  [0, 1) is hit once, every time is marginally uniform, and the estimate is unbiased. Times are
+  then mapped to [eps, 1], the published convention: the strip below eps counts as the mean of the
+  rest. Neither batch size nor order of evaluation changes the draws.
+
+  The standard error is that of a mean over N independent sequences. It covers both the finite
+  Monte-Carlo sample and the finite data; since stratification makes the times of different
+  sequences repel each other, which it ignores, it is conservative.
+
+  Args:
+    denoiser: pytree, `denoiser(tokens_BL, sigma_B) -> logits_BLV`.
+    process: forward process, e.g. `process.Absorbing`.
+    tokens_NL: clean held-out ids.
+    rng: key.
+    batch_size: sequences per network evaluation.
+    samples_per_sequence: times per sequence.
+    bytes_per_token: mean bytes of text per token; adds `bits_per_byte`.
+    eps: smallest time.
+
+  Returns:
+    `nelbo` and `nelbo_se` in nats per token, `perplexity` = exp(nelbo), an upper bound, with
+    `perplexity_se`, `tokens`, `sequences`, `evaluations`, and `bits_per_byte`. With one sequence
+    the standard errors are NaN.
+
+  Raises:
+    InputError: no tokens, ids that are no clean data, or a count below 1.
+  """
+  tokens_NL = np.asarray(tokens_NL, np.int32)
+  _check_counts(batch_size=batch_size, samples_per_sequence=samples_per_sequence)
+  _check_clean(tokens_NL, process)
+  n, length = tokens_NL.shape
+  rng_times, rng_corrupt = jax.random.split(rng)
+  t_NK = _times(rng_times, n, samples_per_sequence, eps)
+  rngs_NK = jax.vmap(lambda i: jax.random.fold_in(rng_corrupt, i))(jnp.arange(t_NK.size))
+  nats_NK = np.empty(t_NK.size, np.float64)
+  for rows in batches(t_NK.size, batch_size):
+    tokens_BL = tokens_NL[rows // samples_per_sequence]
+    nats_NK[rows] = _nelbo(denoiser, process, tokens_BL, rngs_NK[rows], t_NK[rows])
+  nats_N = nats_NK.reshape(n, samples_per_sequence).mean(axis=1) / length
+  return _summary(
+    "nelbo", nats_N, np.ones(n), bytes_per_token, tokens=n * length, sequences=n,
+    evaluations=t_NK.size,
+  )  # fmt: skip
+
+
+def ar_perplexity(
+  judge, tokens_NL: Tokens, *, batch_size: int = 32, bytes_per_token: float | None = None
+) -> dict[str, float]:
+  """Measure the perplexity of held-out sequences under a next-token model.
+
+  The first token of a sequence is given, never scored; all others count.
+
+  Args:
+    judge: a `Judge`, or any `judge(tokens_BL) -> logits_BLV`.
+    tokens_NL: held-out ids.
+    batch_size: sequences per network evaluation.
+    bytes_per_token: mean bytes of text per token; adds `bits_per_byte`.
+
+  Returns:
+    `nll` and `nll_se` in nats per token, `perplexity`, `perplexity_se`, `tokens` scored,
+    `sequences`, and `bits_per_byte`.
+
+  Raises:
+    InputError: no token to score, or ids outside the judge's vocabulary.
+  """
+  nats_NM = token_nll(judge, tokens_NL, batch_size=batch_size)
+  n, scored = nats_NM.shape
+  nats_N = nats_NM.sum(axis=1)
+  return _summary(
+    "nll", nats_N, np.full(n, scored), bytes_per_token, tokens=nats_NM.size, sequences=n
+  )
+
+
+def token_nll(
+  judge, tokens_NL: Tokens, *, batch_size: int, mask_NL: Mask | None = None
+) -> Float[np.ndarray, "N M"]:
+  """Return −log p(token l | tokens before l) in nats for l = 1 … L − 1, float64 on the host.
+
+  Args:
+    judge: a `Judge`, or any `judge(tokens_BL[, mask_BL]) -> logits_BLV`. A plain function is
+      compiled with what it closes over.
+    tokens_NL: ids.
+    batch_size: sequences per network evaluation.
+    mask_NL: nonzero where a token may be attended to; passed on if given.
+
+  Raises:
+    InputError: fewer than two tokens a sequence, or ids outside the judge's vocabulary.
+  """
+  tokens_NL = np.asarray(tokens_NL, np.int32)
+  _check_counts(batch_size=batch_size)
+  if not tokens_NL.shape[0] or tokens_NL.shape[1] < 2:
+    raise InputError(
+      f"tokens of shape {tokens_NL.shape} hold nothing to judge; give at least one sequence of two."
+    )
+  judge = _as_pytree(judge)
+  mask_NL = None if mask_NL is None else np.asarray(mask_NL)
+  vocabulary = jax.eval_shape(_call, judge, tokens_NL[:1], take_rows(mask_NL, [0])).shape[2]
+  low, high = tokens_NL.min(), tokens_NL.max()
+  if low < 0 or high >= vocabulary:
+    raise InputError(
+      f"token id {high if high >= vocabulary else low} is outside the judge's vocabulary of "
+      f"{vocabulary}; use a judge of the same tokenizer, or retokenise (is a mask left over?)."
+    )
+  nats_NM = np.empty((tokens_NL.shape[0], tokens_NL.shape[1] - 1), np.float64)
+  for rows in batches(len(tokens_NL), batch_size):
+    nats_NM[rows] = _token_nll(judge, tokens_NL[rows], take_rows(mask_NL, rows))
+  return nats_NM
+
+
+def ratio_error(total_N: Float[np.ndarray, "N"], count_N: Float[np.ndarray, "N"]) -> float:
+  """Return the standard error of Σ total / Σ count over independent sequences (delta method).
+
+  NaN with fewer than two sequences.
+  """
+  n = len(total_N)
+  if n < 2 or not count_N.sum():
+    return float("nan")
+  residual_N = total_N - total_N.sum() / count_N.sum() * count_N
+  return float(np.sqrt(n / (n - 1) * np.sum(residual_N**2)) / count_N.sum())
+
+
+def _summary(name, total_N, count_N, bytes_per_token, **counts) -> dict[str, float]:
+  mean = float(total_N.sum() / count_N.sum())
+  error = ratio_error(total_N, count_N.astype(np.float64))
+  perplexity = float(np.exp(mean))
+  row = {name: mean, f"{name}_se": error}
+  row |= {"perplexity": perplexity, "perplexity_se": perplexity * error, **counts}
+  if bytes_per_token is not None:
+    if not bytes_per_token > 0:
+      raise InputError(f"bytes_per_token={bytes_per_token} must be positive.")
+    row["bits_per_byte"] = mean / np.log(2) / bytes_per_token
+  return row
+
+
+def _times(rng: RngKey, n: int, k: int, eps: float) -> Float[np.ndarray, "NK"]:
+  """Draw k stratified times for each of n sequences, the sequences' offsets stratified too."""
+  rng_order, rng_inside = jax.random.split(rng)
+  stratum_N = np.asarray(jax.random.permutation(rng_order, n))
+  inside_NK = np.asarray(jax.random.uniform(rng_inside, (n, k)), np.float64)
+  stratum_NK = stratum_N[:, None] + n * np.arange(k)[None]
+  u_NK = (stratum_NK + inside_NK) / (n * k)
+  return ((1 - eps) * u_NK + eps).astype(np.float32).reshape(-1)
+
+
+def batches(n: int, batch_size: int):
+  """Yield index arrays of one size; the last wraps around, so that one program is compiled."""
+  size = min(batch_size, n)
+  for start in range(0, n, size):
+    yield np.arange(start, start + size) % n
+
+
+def _as_pytree(function):
+  """Return the function as something that may be an argument of a jitted function."""
+  leaves = jax.tree.leaves(function)
+  opaque = len(leaves) == 1 and leaves[0] is function
+  return jax.tree_util.Partial(function) if opaque else function
+
+
+def take_rows(array_N, rows):
+  """Return rows of an optional array."""
+  return None if array_N is None else array_N[rows]
+
+
+def _call(judge, tokens_BL, mask_BL) -> Float[Array, "B L V"]:
+  return judge(tokens_BL) if mask_BL is None else judge(tokens_BL, mask_BL)
+
+
+def _check_counts(**counts):
+  for name, count in counts.items():
+    if count < 1:
+      raise InputError(f"{name}={count} must be at least 1.")
+
+
+def _check_clean(tokens_NL, process):
+  if not tokens_NL.size:
+    raise InputError(f"tokens of shape {tokens_NL.shape} are empty; give held-out sequences.")
+  low, high = tokens_NL.min(), tokens_NL.max()
+  if low < 0 or high >= process.vocab_size:
+    raise InputError(
+      f"token id {low if low < 0 else high} is outside the vocabulary of {process.vocab_size}; "
+      "was the data prepared with another tokenizer?"
+    )
+  mask = getattr(process, "mask_id", None)
+  if mask is not None and (tokens_NL == mask).any():
+    raise InputError(f"held-out tokens contain the mask id {mask}; give clean data.")
+
+
+@functools.partial(jax.jit, static_argnames="process")
+def _nelbo(denoiser, process, tokens_BL, rngs_B, t_B) -> Float[Array, "B"]:
+  xt_BL = jax.vmap(process.corrupt)(rngs_B, tokens_BL, t_B)
+  logits_BLV = denoiser(xt_BL, process.schedule.sigma(t_B))
+
+  def nats(logits_LV, xt_L, x0_L, t):
+    return process.nll(process.log_x0(logits_LV, xt_L), xt_L, x0_L, t).sum()
+
+  return jax.vmap(nats)(logits_BLV, xt_BL, tokens_BL, t_B)
+
+
+@jax.jit
+def _token_nll(judge, tokens_BL, mask_BL) -> Float[Array, "B M"]:
+  logits_BMV = _call(judge, tokens_BL, mask_BL)[:, :-1].astype(jnp.float32)
+  chosen_BM = jnp.take_along_axis(logits_BMV, tokens_BL[:, 1:, None], axis=-1)[..., 0]
+  return jax.nn.logsumexp(logits_BMV, axis=-1) - chosen_BM

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Device meshes, and the one table that maps logical axis names to mesh axes."""
+
+import math
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from dlm_jax.errors import InputError
+
+AXES = ("data", "fsdp", "tensor")
+RULES = {
+  "batch": ("data", "fsdp"),
+  "embed": "fsdp",
+  "mlp": "tensor",
+  "heads": "tensor",
+  "vocab": "tensor",
+  "layers": None,
+}
+
+
+def make(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
+  """Build a mesh with axes data × fsdp × tensor; one size may be −1 and takes what is left.
+
+  Raises:
+    InputError: the sizes do not multiply to the number of devices.
+  """
+  devices = jax.devices() if devices is None else devices
+  sizes = [data, fsdp, tensor]
+  given = math.prod(size for size in sizes if size != -1)
+  if sizes.count(-1) == 1 and given > 0 and len(devices) % given == 0:
+    sizes[sizes.index(-1)] = len(devices) // given
+  if math.prod(sizes) != len(devices) or min(sizes) < 1:
+    raise InputError(
+      f"mesh data={data} × fsdp={fsdp} × tensor={tensor} does not fit {len(devices)} device(s); "
+      "one size may be -1 to take what is left."
+    )
+  return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
+  """Return the sharding of an array whose axis number `leading` is the batch."""
+  return NamedSharding(mesh, PartitionSpec(*[None] * leading, RULES["batch"]))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """Return the sharding of what every device holds whole."""
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def check_batch(mesh: Mesh, batch_size: int, accumulate: int = 1) -> None:
+  """Check that micro-batches divide over the mesh.
+
+  Raises:
+    InputError: with the two nearest batch sizes that would.
+  """
+  ways = mesh.shape["data"] * mesh.shape["fsdp"] * accumulate
+  if batch_size < 1 or batch_size % ways:
+    low = max(batch_size // ways, 1) * ways
+    parts = f"data={mesh.shape['data']} × fsdp={mesh.shape['fsdp']}"
+    parts += f" × accumulate={accumulate}" if accumulate > 1 else ""
+    raise InputError(
+      f"loader.batch_size={batch_size} is not divisible by the {ways}-way batch sharding "
+      f"({parts}); use {low} or {low + ways}."
+    )
+
+
+def param_shardings(mesh: Mesh, axes: Any, shapes: Any) -> Any:
+  """Return a sharding per parameter from its logical axis names.
+
+  A dimension that its mesh axes do not divide stays whole (50,258 rows over 4 devices).
+
+  Args:
+    mesh: the mesh.
+    axes: tree of `PartitionSpec` of logical names, see `models.layers.Network.axes`.
+    shapes: tree of arrays or shape structs.
+  """
+
+  def one(names, array):
+    spec = []
+    for size, name in zip(array.shape, (*names, *[None] * array.ndim), strict=False):
+      axis = RULES[name] if name is not None else None
+      ways = math.prod(mesh.shape[a] for a in ([axis] if isinstance(axis, str) else axis or []))
+      spec.append(axis if size % ways == 0 else None)
+    return NamedSharding(mesh, PartitionSpec(*spec))
+
+  return jax.tree.map(one, axes, shapes, is_leaf=lambda x: isinstance(x, PartitionSpec))
+
+
+def state_shardings(mesh: Mesh, params: Any, state: Any) -> Any:
+  """Shard every subtree shaped like the parameters as they are; replicate the rest.
+
+  Optimiser moments, averages and further networks follow without being named.
+
+  Args:
+    mesh: the mesh.
+    params: the tree returned by `param_shardings`.
+    state: any pytree of arrays or shape structs.
+  """
+  structure = jax.tree.structure(params)
+
+  def like_params(node):
+    return jax.tree.structure(node) == structure
+
+  def one(node):
+    return params if like_params(node) else replicated(mesh)
+
+  return jax.tree.map(one, state, is_leaf=like_params)
+
+
+def start_distributed() -> None:
+  """Join the other hosts; addresses come from the environment of the cluster or TPU pod."""
+  jax.distributed.initialize()

@@ -1,0 +1,8 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Networks. Linen lives in this folder and nowhere else."""
+
+from dlm_jax.models.causal import Causal, CausalConfig
+from dlm_jax.models.denoiser import Denoiser
+from dlm_jax.models.dit import DiT, DiTConfig
+
+__all__ = ["Causal", "CausalConfig", "Denoiser", "DiT", "DiTConfig"]

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A causal Transformer: the autoregressive judge and baseline."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+from dlm_jax.models.attention import Attention
+from dlm_jax.models.dit import scan_layers
+from dlm_jax.models.layers import MLP, Embedding, LayerNorm, Network, dropout, rotary_tables
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CausalConfig:
+  """Shape and policies of a causal Transformer; fields as in `DiTConfig`."""
+
+  vocab_size: int
+  dim: int = 768
+  layers: int = 12
+  heads: int = 12
+  length: int = 1024
+  mlp_ratio: int = 4
+  dropout: float = 0.1
+  dtype: str = "bfloat16"
+  attention: str = "auto"
+  remat: str = "none"
+  unroll: int = 1
+
+  def __post_init__(self):
+    if self.dim % self.heads or (self.dim // self.heads) % 2:
+      raise ValueError(
+        f"model.heads={self.heads} must divide model.dim={self.dim} into an even number."
+      )
+
+
+class CausalBlock(nn.Module):
+  """Pre-norm attention and MLP."""
+
+  config: CausalConfig
+
+  @nn.compact
+  def __call__(self, x_BLD, layer, rope, rng_B):
+    cfg = self.config
+    dtype = jnp.dtype(cfg.dtype)
+    attention = Attention(
+      cfg.heads, dtype, causal=True, implementation=cfg.attention, name="attention"
+    )
+    h = attention(LayerNorm(name="norm1")(x_BLD), rope)
+    x_BLD += dropout(h, rng_B, cfg.dropout, 2 * layer)
+    h = MLP(cfg.mlp_ratio * cfg.dim, dtype, name="mlp")(LayerNorm(name="norm2")(x_BLD))
+    return x_BLD + dropout(h, rng_B, cfg.dropout, 2 * layer + 1), None
+
+
+class Causal(Network):
+  """Next-token Transformer: rotary, pre-norm, head tied to the embedding.
+
+  `apply({"params": p}, tokens_BL)` returns float32 logits [B, L, V]; position l predicts the
+  token at l + 1. Keys `rng_B`, one per sequence, switch dropout on.
+  """
+
+  config: CausalConfig
+
+  def setup(self):
+    cfg = self.config
+    self.embed = Embedding(cfg.vocab_size, cfg.dim)
+    self.blocks = scan_layers(CausalBlock, cfg, broadcast=2)
+    self.norm = LayerNorm()
+
+  def __call__(
+    self, tokens_BL: Int[Array, "B L"], rng_B: Key[Array, "B"] | None = None
+  ) -> Float[Array, "B L V"]:
+    cfg = self.config
+    rope = rotary_tables(tokens_BL.shape[1], cfg.dim // cfg.heads)
+    x_BLD, _ = self.blocks(self.embed(tokens_BL), jnp.arange(cfg.layers), rope, rng_B)
+    return self.embed.attend(self.norm(x_BLD), jnp.dtype(cfg.dtype))

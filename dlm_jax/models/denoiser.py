@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A network together with its parameters, as a pytree."""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from dlm_jax.arrays import Params
+
+
+@flax.struct.dataclass
+class Denoiser:
+  """Bind a network to parameters; may be an argument of a jitted function.
+
+  Attributes:
+    model: a module with `trunk` and `head`; static.
+    params: its parameters; the only leaves.
+  """
+
+  model: Any = flax.struct.field(pytree_node=False)
+  params: Params = None
+
+  def __call__(self, tokens, sigma_B: Float[Array, "B"]) -> Float[Array, "B L V"]:
+    """Return float32 logits for ids [B, L] or soft tokens [B, L, V]."""
+    return self.model.apply({"params": self.params}, tokens, sigma_B)
+
+  def trunk(self, tokens, sigma_B: Float[Array, "B"]) -> Float[Array, "B L D"]:
+    """Return the hidden states that `head` reads."""
+    return self.model.apply({"params": self.params}, tokens, sigma_B, method="trunk")
+
+  def head(self, hidden_BKD: Float[Array, "B K D"], sigma_B) -> Float[Array, "B K V"]:
+    """Return float32 logits of hidden states at any positions."""
+    return self.model.apply({"params": self.params}, hidden_BKD, sigma_B, method="head")
+
+  def cast(self, dtype: jnp.dtype) -> "Denoiser":
+    """Return a copy with matrices in `dtype`, so that a sampling loop casts them once, not per step.
+
+    What enters float32 arithmetic stays float32: embeddings, norms, biases, the time network.
+    """
+
+    def cast(path, x):
+      keys = [entry.key for entry in path]
+      matrix = keys[-1] == "kernel" and not {"time", "modulation"} & set(keys)
+      return x.astype(dtype) if matrix else x
+
+    return self.replace(params=jax.tree_util.tree_map_with_path(cast, self.params))

@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The bidirectional diffusion Transformer (DiT) that MDLM, Duo and IDLM share."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+from dlm_jax.models.attention import IMPLEMENTATIONS, Attention
+from dlm_jax.models.layers import (
+  MLP,
+  Embedding,
+  LayerNorm,
+  Linear,
+  Network,
+  dropout,
+  rotary_tables,
+  timestep_features,
+)
+
+REMAT = ("none", "dots", "full")
+EMBEDDING_GRADIENTS = ("auto", "scatter", "matmul", "segment")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DiTConfig:
+  """Shape and policies of a DiT.
+
+  Attributes:
+    vocab_size: V, the mask included.
+    dim: width D; heads must divide it into an even number of channels.
+    cond_dim: width of the time embedding.
+    layers: number of blocks.
+    heads: attention heads.
+    length: sequence length that the model is meant for (rotary: shorter runs too).
+    mlp_ratio: feed-forward width over D.
+    dropout: on the attention and MLP branches, when keys are given.
+    time_conditioning: False feeds σ = 0 always; the modulation is then one constant per layer.
+    dtype: of matrix products and attention.
+    attention: "auto", "xla", "cudnn" or "splash".
+    embedding_gradient: see `layers.lookup`; "auto" is "matmul" up to V = 8192, else "segment".
+    remat: what the backward pass recomputes: "none", "dots" (all but products with weights) or
+      "full" (each block).
+    unroll: how many layers one turn of the layer loop holds. 1 compiles fastest; on two CPU cores
+      a loop and its unrolled form ran equally fast.
+  """
+
+  vocab_size: int
+  dim: int = 768
+  cond_dim: int = 128
+  layers: int = 12
+  heads: int = 12
+  length: int = 1024
+  mlp_ratio: int = 4
+  dropout: float = 0.1
+  time_conditioning: bool = False
+  dtype: str = "bfloat16"
+  attention: str = "auto"
+  embedding_gradient: str = "auto"
+  remat: str = "none"
+  unroll: int = 1
+
+  def __post_init__(self):
+    if self.dim % self.heads or (self.dim // self.heads) % 2:
+      raise ValueError(
+        f"model.heads={self.heads} must divide model.dim={self.dim} into an even number."
+      )
+    for field, allowed in (
+      ("attention", IMPLEMENTATIONS),
+      ("remat", REMAT),
+      ("embedding_gradient", EMBEDDING_GRADIENTS),
+    ):
+      value = getattr(self, field)
+      if value not in allowed:
+        raise ValueError(f"model.{field}={value!r} is unknown; use one of {', '.join(allowed)}.")
+
+  @property
+  def gradient_of_embedding(self) -> str:
+    if self.embedding_gradient != "auto":
+      return self.embedding_gradient
+    return "matmul" if self.vocab_size <= 8192 else "segment"
+
+
+class TimeEmbedding(nn.Module):
+  """Map σ to the conditioning vector c = SiLU(MLP(features(σ))), in float32."""
+
+  dim: int
+
+  @nn.compact
+  def __call__(self, sigma_B: Float[Array, "B"]) -> Float[Array, "B C"]:
+    x = Linear(self.dim, (None, None), use_bias=True, name="expand")(timestep_features(sigma_B))
+    return nn.silu(Linear(self.dim, (None, None), use_bias=True, name="contract")(nn.silu(x)))
+
+
+def _modulation(features: int, name: str) -> Linear:
+  return Linear(features, (None, "embed"), use_bias=True, zeros=True, name=name)
+
+
+class Block(nn.Module):
+  """Attention and MLP branches, each with adaLN shift, scale and gate."""
+
+  config: DiTConfig
+
+  @nn.compact
+  def __call__(self, x_BLD, layer, c_BC, rope, rng_B):
+    cfg = self.config
+    dtype = jnp.dtype(cfg.dtype)
+    # [1 or B, 1, D] each: a constant modulation costs nothing per sequence
+    modulation = _modulation(6 * cfg.dim, "modulation")(c_BC)[:, None, :]
+    shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(modulation, 6, axis=-1)
+
+    h = LayerNorm(name="norm1")(x_BLD, shift1, scale1)
+    h = Attention(cfg.heads, dtype, implementation=cfg.attention, name="attention")(h, rope)
+    x_BLD += gate1 * dropout(h, rng_B, cfg.dropout, 2 * layer)
+
+    h = LayerNorm(name="norm2")(x_BLD, shift2, scale2)
+    h = MLP(cfg.mlp_ratio * cfg.dim, dtype, name="mlp")(h)
+    x_BLD += gate2 * dropout(h, rng_B, cfg.dropout, 2 * layer + 1)
+    return x_BLD, None
+
+
+class Head(nn.Module):
+  """Final norm, modulation and the projection to float32 logits."""
+
+  config: DiTConfig
+
+  @nn.compact
+  def __call__(self, hidden_BLD, c_BC):
+    cfg = self.config
+    shift, scale = jnp.split(_modulation(2 * cfg.dim, "modulation")(c_BC)[:, None, :], 2, axis=-1)
+    h = LayerNorm(name="norm")(hidden_BLD, shift, scale)
+    project = Linear(
+      cfg.vocab_size, ("embed", "vocab"), use_bias=True, zeros=True,
+      dtype=jnp.dtype(cfg.dtype), out_dtype=jnp.float32, name="project",
+    )  # fmt: skip
+    return project(h)
+
+
+def scan_layers(block: type[nn.Module], config, broadcast: int):
+  """Return the stack of `config.layers` blocks as one scanned, optionally rematerialised module.
+
+  Args:
+    block: a module called as block(x, layer, *broadcast_arguments) -> (x, None).
+    config: its only field; read for `layers`, `unroll` and `remat`.
+    broadcast: number of arguments that every layer sees whole.
+  """
+  if config.remat != "none":
+    policies = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+    block = nn.remat(block, prevent_cse=False, policy=policies[config.remat])
+  return nn.scan(
+    block,
+    variable_axes={"params": 0},
+    split_rngs={"params": True},
+    in_axes=(0, *[nn.broadcast] * broadcast),
+    length=config.layers,
+    unroll=min(config.unroll, config.layers),
+    metadata_params={nn.PARTITION_NAME: "layers"},
+  )(config)
+
+
+class DiT(Network):
+  """Diffusion Transformer over tokens: rotary, adaLN-modulated, untied head.
+
+  `apply({"params": p}, tokens, sigma_B)` returns float32 logits [B, L, V]. `tokens` are ids
+  int32 [B, L] or "soft tokens", logits float32 [B, L, V] whose softmax mixes embeddings. Keys
+  `rng_B`, one per sequence, switch dropout on.
+
+  The same in two halves: `method="trunk"` gives the residual stream [B, L, D] and
+  `method="head"` the logits of it, or of any gathered positions [B, K, D].
+
+  Reference: Peebles & Xie, arXiv 2212.09748; sizes and head as in Sahoo et al., arXiv 2406.07524.
+  """
+
+  config: DiTConfig
+
+  def setup(self):
+    cfg = self.config
+    self.embed = Embedding(cfg.vocab_size, cfg.dim, cfg.gradient_of_embedding)
+    self.time = TimeEmbedding(cfg.cond_dim)
+    self.blocks = scan_layers(Block, cfg, broadcast=3)
+    self.output = Head(cfg)
+
+  def __call__(
+    self, tokens, sigma_B: Float[Array, "B"], rng_B: Key[Array, "B"] | None = None
+  ) -> Float[Array, "B L V"]:
+    return self.head(self.trunk(tokens, sigma_B, rng_B), sigma_B)
+
+  def trunk(
+    self, tokens, sigma_B: Float[Array, "B"], rng_B: Key[Array, "B"] | None = None
+  ) -> Float[Array, "B L D"]:
+    """Return the residual stream after the last block, float32."""
+    cfg = self.config
+    x_BLD = self.embed(tokens)
+    rope = rotary_tables(tokens.shape[1], cfg.dim // cfg.heads)
+    layers = jnp.arange(cfg.layers)
+    x_BLD, _ = self.blocks(x_BLD, layers, self._condition(sigma_B), rope, rng_B)
+    return x_BLD
+
+  def head(
+    self, hidden_BKD: Float[Array, "B K D"], sigma_B: Float[Array, "B"]
+  ) -> Float[Array, "B K V"]:
+    """Return float32 logits of hidden states at any positions."""
+    return self.output(hidden_BKD, self._condition(sigma_B))
+
+  def _condition(self, sigma_B):
+    if not self.config.time_conditioning:
+      sigma_B = jnp.zeros((1,))  # the constant modulation has no batch axis to pay for
+    return self.time(sigma_B)

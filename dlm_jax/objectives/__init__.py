@@ -1,0 +1,6 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training methods. One file per method, each with `make(...) -> Objective`; the folder is the list."""
+
+from dlm_jax.objectives.state import Objective, TrainState, draw_batch, output_params, update
+
+__all__ = ["Objective", "TrainState", "draw_batch", "output_params", "update"]

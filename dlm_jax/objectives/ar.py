@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Next-token prediction: trains the judge, and the autoregressive baseline."""
+
+import functools
+
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from dlm_jax.arrays import Metrics, Params
+from dlm_jax.models import Causal
+from dlm_jax.objectives.state import Batch, Objective, make_state, update
+
+
+TRAINED = ("model",)  # trees with an optimiser
+
+
+def loss(
+  params: Params, batch: Batch, *, model: Causal, train: bool = True
+) -> tuple[Float[Array, ""], tuple[Metrics, None]]:
+  """Return the mean negative log-likelihood of tokens 1 … L − 1, in nats per token.
+
+  Token 0 is the document separator that every record starts with; it is given, not predicted.
+  """
+  tokens_BL = batch["tokens"]
+  logits_BLV = model.apply({"params": params}, tokens_BL, batch["rng"] if train else None)
+  nll_BL = optax.softmax_cross_entropy_with_integer_labels(logits_BLV[:, :-1], tokens_BL[:, 1:])
+  if "valid" in batch:
+    weight_BL = batch["valid"][:, 1:].astype(nll_BL.dtype)
+    return jnp.sum(nll_BL * weight_BL) / jnp.maximum(weight_BL.sum(), 1), ({}, None)
+  return nll_BL.mean(), ({}, None)
+
+
+def make(
+  *,
+  model: Causal,
+  process=None,
+  optimizers: dict[str, optax.GradientTransformation],
+  accumulate: int = 1,
+  ema_decay: float | None = 0.999,
+) -> Objective:
+  """Build autoregressive training of one tree, "model". `process` is not used.
+
+  Reference: Bengio et al., JMLR 3 (2003); the chain rule of probability.
+  """
+  del process
+  tx = optimizers["model"]
+
+  def init(rng, teacher_params=None):
+    params = teacher_params
+    if params is None:
+      tokens = jnp.zeros((1, model.config.length), jnp.int32)
+      params = model.init(rng, tokens)["params"]
+    return make_state({"model": params}, {"model": tx}, ("model",) if ema_decay else ())
+
+  def step(state, batch):
+    state, metrics, _ = update(
+      state, "model", functools.partial(loss, model=model), batch, tx,
+      accumulate=accumulate, decay=ema_decay,
+    )  # fmt: skip
+    return state.replace(step=state.step + 1), metrics
+
+  return Objective(init, step, output="model")

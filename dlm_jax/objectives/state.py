@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every training method shares: the state, one `update`, and the batch with its keys and times.
+
+A method is an `Objective`: two pure functions and two facts about them. Its `step` is two or three
+calls of `update` in plain sight.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int, Key
+
+from dlm_jax.arrays import Metrics, Params, RngKey
+
+Batch = dict[str, Any]
+Loss = Callable[[Params, Batch], tuple[Array, tuple[Metrics, Any]]]
+
+
+@flax.struct.dataclass
+class TrainState:
+  """Everything that a step changes. No key inside: keys are folded from the seed and the step.
+
+  Attributes:
+    step: int32, completed steps.
+    trees: parameter trees by name, float32; frozen ones too.
+    opt: optimiser state per trained tree.
+    ema: exponential moving average per averaged tree.
+    aux: non-trained collections by name.
+  """
+
+  step: Array
+  trees: dict[str, Params]
+  opt: dict[str, Any]
+  ema: dict[str, Params]
+  aux: dict[str, Any] = flax.struct.field(default_factory=dict)
+
+
+class Objective(NamedTuple):
+  """A training method.
+
+  Attributes:
+    init: (rng, teacher_params or None) -> TrainState; every tree is its own copy.
+    step: (state, batch) -> (state, metrics), pure. With `batches` > 1 it takes a tuple of batches.
+    output: the tree that is sampled from and exported.
+    batches: fresh global batches that one step consumes.
+  """
+
+  init: Callable[..., TrainState]
+  step: Callable[..., tuple[TrainState, Metrics]]
+  output: str = "model"
+  batches: int = 1
+
+
+def make_state(
+  trees: dict[str, Params],
+  optimizers: dict[str, optax.GradientTransformation],
+  averaged: tuple[str, ...] = (),
+) -> TrainState:
+  """Build the state at step 0.
+
+  Every tree is copied: a buffer that appears twice cannot be donated twice.
+  """
+  copy = lambda tree: jax.tree.map(jnp.copy, tree)  # noqa: E731
+  trees = {name: copy(tree) for name, tree in trees.items()}
+  return TrainState(
+    step=jnp.zeros((), jnp.int32),
+    trees=trees,
+    opt={name: tx.init(trees[name]) for name, tx in optimizers.items()},
+    ema={name: copy(trees[name]) for name in averaged},
+  )
+
+
+def output_params(state: TrainState, objective: Objective) -> Params:
+  """Return the parameters to sample from: the output tree's average if there is one."""
+  return state.ema.get(objective.output, state.trees[objective.output])
+
+
+def stratified_times(rng_B: Key[Array, "B"], eps: float) -> Float[Array, "B"]:
+  """Draw one time per sequence, stratified over the batch: t = (1 − ε) u + ε, u_i ∈ [i/B, (i+1)/B).
+
+  Sequence i owns stratum i, so a time depends on its own key and place only.
+  """
+  size = rng_B.shape[0]
+  u_B = jax.vmap(jax.random.uniform)(rng_B)
+  return (1 - eps) * ((u_B + jnp.arange(size)) / size) + eps
+
+
+def draw_batch(
+  tokens_BL: Int[Array, "B L"], rng: RngKey, *, eps: float = 1e-3, valid_BL=None
+) -> Batch:
+  """Add one key and one stratified time per sequence to tokens.
+
+  Args:
+    tokens_BL: the global batch; cut into micro-batches only afterwards.
+    rng: this batch's key.
+    eps: smallest time.
+    valid_BL: bool, False on prompt positions, which are never corrupted nor scored.
+
+  Returns:
+    {"tokens", "rng" (B keys), "t" (float32 [B])} and "valid" if given.
+  """
+  rng_B = jax.vmap(lambda i: jax.random.fold_in(rng, i))(jnp.arange(tokens_BL.shape[0]))
+  rng_B, rng_time_B = split_each(rng_B, 2)
+  batch = {"tokens": tokens_BL, "rng": rng_B, "t": stratified_times(rng_time_B, eps)}
+  return batch if valid_BL is None else {**batch, "valid": valid_BL}
+
+
+def split_each(rng_B: Key[Array, "B"], count: int) -> tuple[Key[Array, "B"], ...]:
+  """Split every sequence's key; return `count` arrays of keys."""
+  keys = jax.vmap(lambda rng: jax.random.split(rng, count))(rng_B)
+  return tuple(keys[:, i] for i in range(count))
+
+
+def update(
+  state: TrainState,
+  tree: str,
+  loss: Loss,
+  batch: Batch,
+  tx: optax.GradientTransformation,
+  *,
+  accumulate: int = 1,
+  decay: float | None = None,
+) -> tuple[TrainState, Metrics, Any]:
+  """Take one optimiser step on one tree; all others are constants.
+
+  Args:
+    state: the state; only `trees[tree]`, `opt[tree]` and `ema[tree]` change.
+    tree: name of the tree to differentiate and update.
+    loss: (params, batch) -> (scalar, (metrics, extra)), a mean over the batch's sequences.
+    batch: arrays with the batch as leading axis.
+    tx: its optimiser.
+    accumulate: number of micro-batches; gradients are averaged over them. Micro-batch j holds the
+      sequences j, j + accumulate, …, so that a batch that is sharded over devices stays in place.
+    decay: of the moving average, ramped up as min(decay, (1 + n)/(10 + n)) at update n.
+
+  Returns:
+    The new state, metrics named "tree/name" (loss, gradient norm and the loss's own) and the
+    loss's extra output (from the last micro-batch).
+  """
+  params = state.trees[tree]
+  grad = jax.value_and_grad(loss, has_aux=True)
+  if accumulate == 1:
+    (value, (metrics, extra)), grads = grad(params, batch)
+  else:
+    (value, (metrics, extra)), grads = _accumulate(grad, params, batch, accumulate)
+  updates, opt = tx.update(grads, state.opt[tree], params)
+  params = optax.apply_updates(params, updates)
+
+  ema = dict(state.ema)
+  if decay is not None:
+    n = (state.step + 1).astype(jnp.float32)
+    rate = jnp.minimum(decay, (1 + n) / (10 + n))
+    ema[tree] = jax.tree.map(lambda a, p: rate * a + (1 - rate) * p, ema[tree], params)
+  metrics = {"loss": value, "grad_norm": optax.tree.norm(grads), **metrics}
+  state = state.replace(trees={**state.trees, tree: params}, opt={**state.opt, tree: opt}, ema=ema)
+  return state, {f"{tree}/{name}": value for name, value in metrics.items()}, extra
+
+
+def _accumulate(grad, params, batch, count):
+  """Average values, metrics and gradients over strided micro-batches under `lax.scan`."""
+
+  def cut(x):
+    return jnp.swapaxes(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 0, 1)
+
+  micro = jax.tree.map(cut, batch)
+  first = jax.tree.map(lambda x: x[0], micro)
+  shapes = jax.eval_shape(grad, params, first)
+  (value, (metrics, extra)), grads = shapes
+  zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (value, metrics, grads))
+
+  def add(total, batch):
+    (value, (metrics, extra)), grads = grad(params, batch)
+    share = jax.tree.map(lambda x: x / count, (value, metrics, grads))
+    return jax.tree.map(jnp.add, total, share), extra
+
+  (value, metrics, grads), extra = jax.lax.scan(add, zeros, micro)
+  return (value, (metrics, jax.tree.map(lambda x: x[-1], extra))), grads

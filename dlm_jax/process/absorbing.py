@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The absorbing ("masked") forward process: a token survives or becomes the mask."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from dlm_jax import draw
+from dlm_jax.arrays import NEG_INF, RngKey, Scalar
+from dlm_jax.schedules import LogLinear, Schedule
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Absorbing:
+  """Corrupt by masking: q(xₜ | x₀) = αₜ x₀ + (1 − αₜ) mask, independently per position.
+
+  All functions take one sequence without a batch axis; callers `vmap`.
+
+  Attributes:
+    vocab_size: V, the mask included.
+    mask_id: the mask's row in the vocabulary; data never contains it.
+    schedule: α(t).
+
+  Reference: Sahoo et al., arXiv 2406.07524, equations 2–10.
+  """
+
+  vocab_size: int
+  mask_id: int
+  schedule: Schedule = LogLinear()
+
+  def __post_init__(self):
+    if not 0 <= self.mask_id < self.vocab_size:
+      raise ValueError(f"mask_id={self.mask_id} is outside the vocabulary of {self.vocab_size}.")
+
+  def prior(self, rng: RngKey, length: int) -> Int[Array, "L"]:
+    """Return the state at t = 1: all masks. The key is unused; other processes need it."""
+    del rng
+    return jnp.full((length,), self.mask_id, jnp.int32)
+
+  def corrupt(self, rng: RngKey, x0_L: Int[Array, "L"], t: Scalar) -> Int[Array, "L"]:
+    """Draw xₜ given clean tokens."""
+    masked = jax.random.uniform(rng, x0_L.shape) < 1 - self.schedule.alpha(t)
+    return jnp.where(masked, self.mask_id, x0_L)
+
+  def corrupt_probs(self, rng: RngKey, p0_LV: Float[Array, "L V"], t: Scalar) -> Int[Array, "L"]:
+    """Draw xₜ when the clean tokens are known only as distributions: Cat(αₜ p₀ + (1 − αₜ) mask).
+
+    Two stages, mask or not and then which token, so that rare tokens keep their probability.
+    """
+    rng_mask, rng_token = jax.random.split(rng)
+    x0_L = draw.categorical(p0_LV, draw.uniforms(rng_token, p0_LV.shape[:1]))
+    return self.corrupt(rng_mask, x0_L, t)
+
+  def log_x0(self, logits_LV: Float[Array, "L V"], xt_L: Int[Array, "L"]) -> Float[Array, "L V"]:
+    """Return log p(x₀ | xₜ) under SUBS: the mask is impossible and revealed tokens are copied.
+
+    Impossible entries hold −1e6, which keeps 0 · log 0 finite.
+    """
+    ids_V = jnp.arange(self.vocab_size)
+    logits_LV = jnp.where(ids_V == self.mask_id, logits_LV + NEG_INF, logits_LV)
+    log_x0_LV = jax.nn.log_softmax(logits_LV, axis=-1)
+    copied_LV = jnp.where(ids_V == xt_L[:, None], 0.0, NEG_INF)
+    return jnp.where(xt_L[:, None] == self.mask_id, log_x0_LV, copied_LV)
+
+  def nll(
+    self, log_x0_LV: Float[Array, "L V"], xt_L: Int[Array, "L"], x0_L: Int[Array, "L"], t: Scalar
+  ) -> Float[Array, "L"]:
+    """Return the NELBO integrand −α'/(1 − α) · (−log p(x₀ | xₜ)) in nats, 0 where revealed."""
+    log_prob_L = jnp.take_along_axis(log_x0_LV, x0_L[:, None], axis=-1)[:, 0]
+    return jnp.where(xt_L == self.mask_id, -self.schedule.weight(t) * log_prob_L, 0.0)
+
+  def nll_soft(
+    self,
+    log_x0_LV: Float[Array, "L V"],
+    xt_L: Int[Array, "L"],
+    p0_LV: Float[Array, "L V"],
+    t: Scalar,
+  ) -> Float[Array, "L"]:
+    """Return the same integrand for clean data on the simplex, linear in p₀.
+
+    The mask's entry is left out: p₀ is 0 there and log p is −1e6.
+    """
+    ids_V = jnp.arange(self.vocab_size)
+    log_x0_LV = jnp.where(ids_V == self.mask_id, 0.0, log_x0_LV)
+    expected_L = jnp.sum(p0_LV * log_x0_LV, axis=-1)
+    return jnp.where(xt_L == self.mask_id, -self.schedule.weight(t) * expected_L, 0.0)
+
+  def posterior(
+    self, log_x0_LV: Float[Array, "L V"], xt_L: Int[Array, "L"], s: Scalar, t: Scalar
+  ) -> Float[Array, "L V"]:
+    """Return q(xₛ | xₜ, x₀ ~ p): masked rows reveal with probability (αₛ − αₜ)/(1 − αₜ)."""
+    reveal = self.reveal_probability(s, t)
+    mask_V = jnp.arange(self.vocab_size) == self.mask_id
+    masked_LV = reveal * jnp.exp(log_x0_LV) + (1 - reveal) * mask_V
+    kept_LV = jax.nn.one_hot(xt_L, self.vocab_size, dtype=log_x0_LV.dtype)
+    return jnp.where(xt_L[:, None] == self.mask_id, masked_LV, kept_LV)
+
+  def reveal_probability(self, s: Scalar, t: Scalar) -> Float[Array, ""]:
+    """Return (αₛ − αₜ)/(1 − αₜ), the probability that a masked token is revealed between t and s."""
+    alpha_s, alpha_t = self.schedule.alpha(s), self.schedule.alpha(t)
+    return (alpha_s - alpha_t) / (1 - alpha_t)

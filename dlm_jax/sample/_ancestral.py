@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ancestral and first-hitting sampling of absorbing processes, by a reveal schedule.
+
+Under an absorbing process a masked position is revealed between t and s with a probability that
+depends on neither the network nor the other positions. So each position's reveal step is drawn
+before the first network evaluation, exactly in distribution:
+
+  position l survives as mask until time t  ⇔  u_l < (1 − α_t)/(1 − α_1),   u_l ~ U[0, 1).
+
+Then step k needs logits only where something is revealed: the trunk runs on everything, the
+vocabulary head and the draw on gathered positions, 1/K of them. A step that reveals nothing in the
+whole batch evaluates nothing. The same u_l, taken as continuous times, give first-hitting
+sampling: the limit of infinitely many steps, in at most L evaluations.
+
+Mask-or-token and which-token are two separate draws, so nothing races: see `dlm_jax.draw`.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from dlm_jax import draw
+from dlm_jax.errors import InputError
+from dlm_jax.process import Absorbing
+from dlm_jax.sample import grids
+
+NOISE_REMOVALS = ("ancestral", "greedy", "none")
+
+
+def run(
+  denoiser,
+  process: Absorbing,
+  rng_B: Key[Array, "B"],
+  x_BL: Int[Array, "B L"],
+  frozen_BL: Bool[Array, "B L"],
+  *,
+  steps: int,
+  grid: str = "uniform",
+  noise_removal: str = "ancestral",
+  temperature: float = 1.0,
+  nucleus: float = 1.0,
+  first_hitting: bool = False,
+) -> Int[Array, "K B L"]:
+  """Return the states after every step; the last one is the sample.
+
+  Args:
+    denoiser: has `trunk` and `head`.
+    process: absorbing.
+    rng_B: one key per sequence.
+    x_BL: initial state: masks, and given tokens where frozen.
+    frozen_BL: positions that never change.
+    steps: K grid steps. Ignored by first-hitting, which takes one step per masked position.
+    grid: name in `grids`.
+    noise_removal: what happens to masks that outlive the grid (an expected 1e-5 of them): one more
+      "ancestral" step, its "greedy" form (most probable token), or "none".
+    temperature: divides the logits of the clean-token prediction.
+    nucleus: p of nucleus truncation of that prediction.
+    first_hitting: reveal one position at a time, at its exact continuous time.
+  """
+  if noise_removal not in NOISE_REMOVALS:
+    raise InputError(
+      f"noise_removal={noise_removal!r} is unknown; use one of {', '.join(NOISE_REMOVALS)}."
+    )
+  length = x_BL.shape[1]
+  draws_BL3 = jax.vmap(lambda rng: jax.random.uniform(rng, (length, 3)))(rng_B)
+  u_BL = jnp.where(frozen_BL, 2.0, draws_BL3[..., 0])  # frozen: never revealed
+  if first_hitting:
+    reveal_BL, t_KB = _hitting_times(process, u_BL)
+    capacity = 1
+  else:
+    reveal_BL, t_KB = _grid_times(process, u_BL, grids.make(grid, steps))
+    mean = length / steps
+    capacity = min(length, 8 * math.ceil((mean + 4 * math.sqrt(mean)) / 8))
+
+  def reveal(x_BL, k, t_B, greedy):
+    due_BL = reveal_BL == k
+    sigma_B = process.schedule.sigma(t_B)
+
+    def predict(hidden_BKD, position_BK):
+      logits_BKV = denoiser.head(hidden_BKD, sigma_B)
+      masks_BK = jnp.full(position_BK.shape, process.mask_id)
+      log_x0_BKV = jax.vmap(process.log_x0)(logits_BKV, masks_BK)
+      if greedy:
+        return jnp.argmax(log_x0_BKV, -1).astype(x_BL.dtype)
+      uniform_BK2 = jnp.take_along_axis(draws_BL3[..., 1:], position_BK[..., None], axis=1)
+      weights_BKV = draw.sharpen(log_x0_BKV, temperature, nucleus)
+      return draw.categorical(weights_BKV, uniform_BK2).astype(x_BL.dtype)
+
+    def fill(x_BL):
+      hidden_BLD = denoiser.trunk(x_BL, sigma_B)
+      return _fill(x_BL, hidden_BLD, due_BL, predict, capacity)
+
+    return jax.lax.cond(due_BL.any(), fill, lambda x_BL: x_BL, x_BL)
+
+  def step(x_BL, inputs):
+    k, t_B = inputs
+    x_BL = reveal(x_BL, k, t_B, greedy=False)
+    return x_BL, x_BL
+
+  count = t_KB.shape[0] - 1
+  x_BL, trace_KBL = jax.lax.scan(step, x_BL, (jnp.arange(count), t_KB[:-1]))
+  if noise_removal == "none":
+    return trace_KBL
+  x_BL = reveal(x_BL, count, t_KB[-1], greedy=noise_removal == "greedy")
+  return jnp.concatenate([trace_KBL, x_BL[None]])
+
+
+def _grid_times(process, u_BL, t_K):
+  """Return each position's reveal step in 0 … K (K: outlives the grid; K + 1: frozen) and times."""
+  steps, batch = t_K.shape[0] - 1, u_BL.shape[0]
+  survives_K = (1 - process.schedule.alpha(t_K[1:])) / (1 - process.schedule.alpha(t_K[0]))
+  reveal_BL = jnp.sum(u_BL[..., None] < survives_K[None, None, :], axis=-1, dtype=jnp.int32)
+  reveal_BL = jnp.where(u_BL > 1, steps + 1, reveal_BL)
+  return reveal_BL, jnp.broadcast_to(t_K[:, None], (steps + 1, batch))
+
+
+def _hitting_times(process, u_BL):
+  """Return each position's rank by reveal time, the latest time (largest u) first, and the times."""
+  batch, length = u_BL.shape
+  order_BL = jnp.argsort(-u_BL, axis=1)  # frozen positions (u = 2) come first
+  frozen_B1 = jnp.sum(u_BL > 1, axis=1, keepdims=True)
+  rank_BL = jnp.argsort(order_BL, axis=1) - frozen_B1
+  reveal_BL = jnp.where(u_BL > 1, length + 1, rank_BL).astype(jnp.int32)
+  # P(masked at t) = u (1 − α(1)) at the moment of reveal
+  masked_BL = jnp.sort(jnp.where(u_BL > 1, 0.0, u_BL), axis=1)[:, ::-1]
+  masked_BL = masked_BL * (1 - process.schedule.alpha(1.0))
+  t_BL = jnp.clip(process.schedule.inverse(1 - masked_BL), grids.END, 1.0)
+  return reveal_BL, jnp.concatenate([t_BL.T, jnp.full((1, batch), grids.END)])
+
+
+def _fill(x_BL, hidden_BLD, due_BL, predict, capacity):
+  """Set the due positions, `capacity` per row at a time; almost always one turn."""
+  length = x_BL.shape[1]
+
+  def some_left(carry):
+    return carry[1].any()
+
+  def turn(carry):
+    x_BL, due_BL = carry
+    # stable order: due positions first, in place order
+    position_BK = jnp.argsort(~due_BL, axis=1)[:, :capacity]
+    taken_BK = jnp.take_along_axis(due_BL, position_BK, axis=1)
+    hidden_BKD = jnp.take_along_axis(hidden_BLD, position_BK[..., None], axis=1)
+    tokens_BK = predict(hidden_BKD, position_BK)
+    target_BK = jnp.where(taken_BK, position_BK, length)  # out of range: dropped
+    put = jax.vmap(lambda row, at, value: row.at[at].set(value, mode="drop"))
+    x_BL = put(x_BL, target_BK, tokens_BK)
+    done = jax.vmap(lambda row, at: row.at[at].set(False, mode="drop"))
+    return x_BL, done(due_BL, target_BK)
+
+  return jax.lax.while_loop(some_left, turn, (x_BL, due_BL))[0]

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`generate`: samples on a fixed grid, in one traceable function."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+from dlm_jax.arrays import RngKey
+from dlm_jax.errors import InputError
+from dlm_jax.process import Absorbing
+from dlm_jax.sample import _ancestral, _legacy
+
+SAMPLERS = ("ancestral", "first_hitting")
+PRECISIONS = ("exact", "legacy")
+
+
+def generate(
+  denoiser,
+  proc: Absorbing,
+  rng: RngKey,
+  *,
+  batch: int,
+  length: int,
+  steps: int = 16,
+  sampler: str | Callable = "ancestral",
+  prompt: Int[Array, "..."] | None = None,
+  frozen: Bool[Array, "..."] | None = None,
+  return_trace: bool = False,
+  precision: str = "exact",
+  **sampler_options,
+) -> Int[Array, "B L"] | tuple[Int[Array, "B L"], Int[Array, "K B L"]]:
+  """Generate token sequences with a few network evaluations.
+
+  Pure and unjitted: call it inside your own `jit` and `vmap` (static: proc, batch, length, steps
+  and options). Sequence i uses `fold_in(rng, i)` only, so batch size, order and sharding never
+  change it (in float32; in bfloat16 other kernels may round a near tie the other way).
+
+  Args:
+    denoiser: a `models.Denoiser`, or anything with `trunk` and `head`.
+    proc: the forward process that the denoiser was trained on.
+    rng: one typed key.
+    batch: number of sequences.
+    length: tokens per sequence.
+    steps: grid steps. At most steps + 1 evaluations happen: the last one removes leftover masks,
+      and no evaluation is spent on a step that reveals nothing.
+    sampler: "ancestral", "first_hitting" (one token per evaluation, exact for infinitely many
+      steps), or a function with the signature of `_ancestral.run`.
+    prompt: int32 [P], [L] or [B, L]: given tokens; a prefix if shorter than `length`. Where it
+      holds the mask id, text is generated.
+    frozen: bool, shape of prompt: given positions. Default: wherever the prompt is not the mask.
+    return_trace: also return the state after every step.
+    precision: "exact", or "legacy" for the public float32 race (`_legacy`).
+    **sampler_options: grid, noise_removal, temperature, nucleus: see `_ancestral.run`.
+
+  Returns:
+    int32 [batch, length]; with `return_trace` also int32 [steps + 1, batch, length].
+
+  Raises:
+    InputError: steps < 1, or a prompt longer than `length`.
+
+  Reference: Sahoo et al., arXiv 2406.07524, equation 7; first hitting: Zheng et al.,
+  arXiv 2409.02908.
+
+  Example:
+    >>> import jax
+    >>> from dlm_jax import models, process, sample
+    >>> model = models.DiT(models.DiTConfig(vocab_size=9, dim=8, heads=2, layers=1))
+    >>> params = model.init(jax.random.key(0), jax.numpy.zeros((1, 4), int), jax.numpy.zeros(1))
+    >>> denoiser = models.Denoiser(model, params["params"])
+    >>> proc = process.Absorbing(vocab_size=9, mask_id=8)
+    >>> sample.generate(denoiser, proc, jax.random.key(1), batch=2, length=4, steps=2).shape
+    (2, 4)
+  """
+  if steps < 1:
+    raise InputError(f"steps={steps}: sampling needs at least 1 step.")
+  if precision not in PRECISIONS:
+    raise InputError(f"precision={precision!r} is unknown; use one of {', '.join(PRECISIONS)}.")
+  rng_B = jax.vmap(lambda i: jax.random.fold_in(rng, i))(jnp.arange(batch))
+  x_BL, frozen_BL = _start(proc, rng_B, length, prompt, frozen)
+  run = _choose(sampler, precision)
+  trace_KBL = run(denoiser, proc, rng_B, x_BL, frozen_BL, steps=steps, **sampler_options)
+  return (trace_KBL[-1], trace_KBL) if return_trace else trace_KBL[-1]
+
+
+def _choose(sampler, precision):
+  if callable(sampler):
+    return sampler
+  if sampler not in SAMPLERS:
+    raise InputError(f"sampler={sampler!r} is unknown; use one of {', '.join(SAMPLERS)}.")
+  if precision == "legacy":
+    if sampler != "ancestral":
+      raise InputError(f"precision='legacy' exists for sampler='ancestral' only, not {sampler!r}.")
+    return _legacy.run
+  if sampler == "first_hitting":
+    return lambda *args, **options: _ancestral.run(*args, first_hitting=True, **options)
+  return _ancestral.run
+
+
+def _start(proc, rng_B, length, prompt, frozen):
+  """Return the state at t = 1 with the prompt in place, and the positions that stay."""
+  batch = rng_B.shape[0]
+  x_BL = jax.vmap(lambda rng: proc.prior(jax.random.fold_in(rng, 0), length))(rng_B)
+  if prompt is None:
+    if frozen is not None:
+      raise InputError("frozen is given without a prompt; pass the tokens to keep as prompt.")
+    return x_BL, jnp.zeros((batch, length), bool)
+  prompt = jnp.asarray(prompt, jnp.int32)
+  given = prompt.shape[-1]
+  if given > length:
+    raise InputError(f"the prompt has {given} tokens and length={length}; shorten it.")
+  frozen = prompt != proc.mask_id if frozen is None else jnp.asarray(frozen, bool)
+  if frozen.shape != prompt.shape or prompt.shape[:-1] not in ((), (batch,)):
+    raise InputError(
+      f"prompt {prompt.shape} and frozen {frozen.shape} must both be [P] or [batch={batch}, P]."
+    )
+  prompt_BP = jnp.broadcast_to(prompt, (batch, given))
+  frozen_BP = jnp.broadcast_to(frozen, (batch, given))
+  x_BP = jnp.where(frozen_BP, prompt_BP, x_BL[:, :given])
+  rest = ((0, 0), (0, length - given))
+  x_BL = jnp.concatenate([x_BP, x_BL[:, given:]], axis=1)
+  return x_BL, jnp.pad(frozen_BP, rest)

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The public float32 race, for reproducing published figures only.
+
+Every step races all tokens and the mask against each other in float32. Tokens of low weight can
+never win, so many-step samples lose entropy: of a flat distribution a fifth of the reveals at 1024
+steps. Use it to compare with numbers that were made this way, and for nothing else.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from dlm_jax import draw
+from dlm_jax.process import Absorbing
+from dlm_jax.sample import grids
+
+
+def race_weights(
+  process: Absorbing, log_x0_LV: Float[Array, "L V"], s: Float[Array, ""], t: Float[Array, ""]
+) -> Float[Array, "L V"]:
+  """Return the unnormalised weights (α_s − α_t) p on tokens and 1 − α_s on the mask."""
+  alpha_s, alpha_t = process.schedule.alpha(s), process.schedule.alpha(t)
+  weights_LV = (alpha_s - alpha_t) * jnp.exp(log_x0_LV)
+  return weights_LV.at[:, process.mask_id].set(1 - alpha_s)
+
+
+def run(
+  denoiser,
+  process: Absorbing,
+  rng_B: Key[Array, "B"],
+  x_BL: Int[Array, "B L"],
+  frozen_BL: Bool[Array, "B L"],
+  *,
+  steps: int,
+  grid: str = "uniform",
+  noise_removal: str = "ancestral",
+  logits_dtype: str = "bfloat16",
+) -> Int[Array, "K B L"]:
+  """Return the states after every step.
+
+  Args:
+    denoiser: called with (tokens, sigma_B).
+    process: absorbing.
+    rng_B: one key per sequence.
+    x_BL: initial state.
+    frozen_BL: positions that never change.
+    steps: K grid steps.
+    grid: name in `grids`.
+    noise_removal: "ancestral" (one more step to α = 1), "greedy" or "none".
+    logits_dtype: what logits are rounded to; the public network ran its output layer in bfloat16.
+  """
+  t_K = grids.make(grid, steps)
+  length = x_BL.shape[1]
+
+  def log_x0(x_BL, t):
+    sigma_B = jnp.broadcast_to(process.schedule.sigma(t), rng_B.shape)
+    logits_BLV = denoiser(x_BL, sigma_B).astype(logits_dtype).astype(jnp.float32)
+    return jax.vmap(process.log_x0)(logits_BLV, x_BL)
+
+  def update(x_BL, log_x0_BLV, k, s, t):
+    def one(rng, log_x0_LV):
+      shape = (length, process.vocab_size)
+      uniform_LV = jax.random.uniform(jax.random.fold_in(rng, k), shape)
+      return draw.race(race_weights(process, log_x0_LV, s, t), uniform_LV)
+
+    drawn_BL = jax.vmap(one)(rng_B, log_x0_BLV).astype(x_BL.dtype)
+    return jnp.where((x_BL == process.mask_id) & ~frozen_BL, drawn_BL, x_BL)
+
+  def step(x_BL, inputs):
+    k, t, s = inputs
+    x_BL = update(x_BL, log_x0(x_BL, t), k, s, t)
+    return x_BL, x_BL
+
+  x_BL, trace_KBL = jax.lax.scan(step, x_BL, (jnp.arange(steps), t_K[:-1], t_K[1:]))
+  if noise_removal == "none":
+    return trace_KBL
+  log_x0_BLV = log_x0(x_BL, t_K[-1])
+  if noise_removal == "greedy":
+    best_BL = jnp.argmax(log_x0_BLV, -1).astype(x_BL.dtype)
+    x_BL = jnp.where((x_BL == process.mask_id) & ~frozen_BL, best_BL, x_BL)
+  else:
+    # α_s = 1: the mask has weight 0 and every weight the same factor
+    weights_BLV = jnp.exp(log_x0_BLV).at[..., process.mask_id].set(0.0)
+    shape = (length, process.vocab_size)
+    uniform = jax.vmap(lambda rng: jax.random.uniform(jax.random.fold_in(rng, steps), shape))
+    drawn_BL = draw.race(weights_BLV, uniform(rng_B)).astype(x_BL.dtype)
+    x_BL = jnp.where((x_BL == process.mask_id) & ~frozen_BL, drawn_BL, x_BL)
+  return jnp.concatenate([trace_KBL, x_BL[None]])

@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Time grids for sampling: K + 1 decreasing times from 1 (noise) to `end`."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from dlm_jax.errors import InputError
+
+END = 1e-5  # where the published samplers stop; leftover masks there are left to noise removal
+
+
+def uniform(steps: int, end: float = END) -> Float[Array, "K"]:
+  """Return equally spaced times: the grid of every published few-step number."""
+  return jnp.linspace(1.0, end, steps + 1)
+
+
+def cosine(steps: int, end: float = END) -> Float[Array, "K"]:
+  """Return times that move slowly near t = 1: few tokens per step while the context is empty."""
+  return jnp.maximum(jnp.cos(jnp.pi / 2 * jnp.linspace(0.0, 1.0, steps + 1)), end)
+
+
+_NAMES = {"uniform": uniform, "cosine": cosine}
+
+
+def make(name: str, steps: int, end: float = END) -> Float[Array, "K"]:
+  """Return the named grid, float32 [steps + 1].
+
+  Raises:
+    InputError: steps < 1, or an unknown name.
+  """
+  if steps < 1:
+    raise InputError(f"steps={steps}: sampling needs at least 1 step.")
+  if name not in _NAMES:
+    raise InputError(f"grid={name!r} is unknown; use one of {', '.join(sorted(_NAMES))}.")
+  return _NAMES[name](steps, end)

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Survival schedules α(t): the probability that a token is still clean at time t.
+
+Time runs from t = 0 (data, α = 1) to t = 1 (noise, α ≈ 0). Every schedule is a frozen, hashable
+dataclass with
+
+  alpha(t)    α(t)
+  dalpha(t)   dα/dt, negative
+  weight(t)   −α'(t) / (1 − α(t)), the weight of the absorbing NELBO, in nats per masked token
+  sigma(t)    −log α(t), what a time-conditioned network is given
+  inverse(a)  the t with α(t) = a
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+Times = Float[Array, "*shape"] | float
+
+
+class _Derived:
+  """What follows from α and α' alone."""
+
+  def weight(self, t: Times) -> Float[Array, "*shape"]:
+    """Return −α'/(1 − α)."""
+    return -self.dalpha(t) / (1 - self.alpha(t))
+
+  def sigma(self, t: Times) -> Float[Array, "*shape"]:
+    """Return −log α(t)."""
+    return -jnp.log(self.alpha(t))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LogLinear(_Derived):
+  """Let α fall linearly: α(t) = 1 − (1 − ε) t, so σ = −log α is the "log-linear" noise.
+
+  The NELBO weight is exactly 1/t, whatever ε.
+
+  Reference: Sahoo et al., arXiv 2406.07524, section 3.
+  """
+
+  eps: float = 1e-3
+
+  def alpha(self, t: Times) -> Float[Array, "*shape"]:
+    return 1 - (1 - self.eps) * jnp.asarray(t)
+
+  def dalpha(self, t: Times) -> Float[Array, "*shape"]:
+    return jnp.full_like(jnp.asarray(t, jnp.result_type(float)), -(1 - self.eps))
+
+  def weight(self, t: Times) -> Float[Array, "*shape"]:
+    return 1 / jnp.asarray(t)  # (1 − ε) cancels; no rounding near t = 0
+
+  def sigma(self, t: Times) -> Float[Array, "*shape"]:
+    return -jnp.log1p(-(1 - self.eps) * jnp.asarray(t))  # log1p: α → 1 near the data
+
+  def inverse(self, a: Times) -> Float[Array, "*shape"]:
+    return (1 - jnp.asarray(a)) / (1 - self.eps)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cosine(_Derived):
+  """Let α(t) = 1 − cos(π/2 · (1 − (1 − ε) t)).
+
+  The public Duo code returns α' without the inner factor (1 − ε); ours is the derivative.
+  """
+
+  eps: float = 1e-3
+
+  def _angle(self, t):
+    return jnp.pi / 2 * (1 - (1 - self.eps) * jnp.asarray(t))
+
+  def alpha(self, t: Times) -> Float[Array, "*shape"]:
+    return 1 - jnp.cos(self._angle(t))
+
+  def dalpha(self, t: Times) -> Float[Array, "*shape"]:
+    return -jnp.sin(self._angle(t)) * (jnp.pi / 2 * (1 - self.eps))
+
+  def inverse(self, a: Times) -> Float[Array, "*shape"]:
+    return (1 - jnp.arccos(1 - jnp.asarray(a)) * (2 / jnp.pi)) / (1 - self.eps)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Polynomial(_Derived):
+  """Let α(t) = 1 − (1 − ε) t^power; power 1 is `LogLinear`."""
+
+  power: float = 2.0
+  eps: float = 1e-3
+
+  def alpha(self, t: Times) -> Float[Array, "*shape"]:
+    return 1 - (1 - self.eps) * jnp.asarray(t) ** self.power
+
+  def dalpha(self, t: Times) -> Float[Array, "*shape"]:
+    return -(1 - self.eps) * self.power * jnp.asarray(t) ** (self.power - 1)
+
+  def weight(self, t: Times) -> Float[Array, "*shape"]:
+    return self.power / jnp.asarray(t)
+
+  def inverse(self, a: Times) -> Float[Array, "*shape"]:
+    return ((1 - jnp.asarray(a)) / (1 - self.eps)) ** (1 / self.power)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Given(_Derived):
+  """Wrap a user's own decreasing α: a differentiable function of a scalar t in [0, 1]."""
+
+  function: Callable[[Array], Array]
+
+  def alpha(self, t: Times) -> Float[Array, "*shape"]:
+    return jnp.vectorize(self.function)(jnp.asarray(t, jnp.result_type(float)))
+
+  def dalpha(self, t: Times) -> Float[Array, "*shape"]:
+    return jnp.vectorize(jax.grad(self.function))(jnp.asarray(t, jnp.result_type(float)))
+
+  def inverse(self, a: Times) -> Float[Array, "*shape"]:
+    """Bisect: 30 halvings reach float32 resolution on [0, 1]."""
+    a = jnp.asarray(a, jnp.result_type(float))
+
+    def halve(_, bounds):
+      low, high = bounds
+      middle = (low + high) / 2
+      above = self.alpha(middle) > a
+      return jnp.where(above, middle, low), jnp.where(above, high, middle)
+
+    low, high = jax.lax.fori_loop(0, 30, halve, (jnp.zeros_like(a), jnp.ones_like(a)))
+    return (low + high) / 2
+
+
+NAMES = {"log_linear": LogLinear, "cosine": Cosine, "polynomial": Polynomial}
+Schedule = LogLinear | Cosine | Polynomial | Given
+
+
+def make(name: str = "log_linear", **options) -> Schedule:
+  """Build a schedule from its name: "log_linear", "cosine" or "polynomial".
+
+  Raises:
+    ValueError: the name is unknown.
+  """
+  if name not in NAMES:
+    raise ValueError(f"schedule={name!r} is unknown; use one of {', '.join(sorted(NAMES))}.")
+  return NAMES[name](**options)

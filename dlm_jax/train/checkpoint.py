@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Orbax checkpoints: train state, data-loader state and resolved configuration, written as one.
+
+A checkpoint becomes visible by a rename when it is complete: a run killed in the middle of a write
+finds the one before it. Arrays are stored unsharded in meaning: any device count can restore them.
+"""
+
+import json
+import pathlib
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from dlm_jax.errors import InputError
+
+_ITEMS = ("state", "extra")
+
+
+class Checkpoints:
+  """The checkpoints of one run, newest last; used as a context manager.
+
+  Args:
+    directory: created when something is saved.
+    keep: how many of the newest to keep.
+    config: resolved configuration as JSON-able data, stored beside the checkpoints.
+  """
+
+  def __init__(self, directory: pathlib.Path | str, *, keep: int = 2, config: dict | None = None):
+    self.directory = pathlib.Path(directory).absolute()
+    self._config = config
+    options = ocp.CheckpointManagerOptions(
+      max_to_keep=keep, create=False, enable_async_checkpointing=True
+    )
+    try:
+      self.directory.mkdir(parents=True, exist_ok=True)
+      if config is not None and jax.process_index() == 0:
+        _write_json(self.directory / "config.json", config)
+    except OSError as error:
+      raise InputError(f"cannot write checkpoints to {self.directory}: {error.strerror}.") from None
+    self._manager = ocp.CheckpointManager(self.directory, options=options, item_names=_ITEMS)
+
+  def __enter__(self) -> "Checkpoints":
+    return self
+
+  def __exit__(self, *_):
+    self._manager.wait_until_finished()
+    self._manager.close()
+
+  def save(self, step: int, state: Any, extra: dict) -> None:
+    """Start writing; returns when the arrays have been copied from the device.
+
+    Args:
+      step: completed steps.
+      state: a pytree of arrays.
+      extra: JSON-able: loader state and the like.
+    """
+    if step in self._manager.all_steps():
+      return
+    items = ocp.args.Composite(state=ocp.args.StandardSave(state), extra=ocp.args.JsonSave(extra))
+    self._manager.save(step, args=items, force=True)
+
+  def wait(self) -> None:
+    """Return when everything saved so far is on disk."""
+    self._manager.wait_until_finished()
+
+  @property
+  def latest(self) -> int | None:
+    """Return the newest complete step, or None."""
+    return self._manager.latest_step()
+
+  def restore(self, like: Any, step: int | None = None) -> tuple[Any, dict]:
+    """Read a checkpoint into the shapes, dtypes and shardings of `like`.
+
+    Args:
+      like: a pytree of `jax.ShapeDtypeStruct` with shardings.
+      step: which; the newest by default.
+
+    Raises:
+      InputError: there is none, or it is damaged or does not fit.
+    """
+    step = self.latest if step is None else step
+    if step is None:
+      raise InputError(f"{self.directory} holds no checkpoint.")
+    items = ocp.args.Composite(state=ocp.args.StandardRestore(like), extra=ocp.args.JsonRestore())
+    try:
+      restored = self._manager.restore(step, args=items)
+    except Exception as error:  # Orbax raises many types; all mean the same to a user
+      raise InputError(
+        f"checkpoint {self.directory / str(step)} cannot be restored: {_first_line(error)}"
+      ) from error
+    return restored["state"], restored["extra"]
+
+
+def read_config(directory: pathlib.Path | str) -> dict:
+  """Return the resolved configuration stored in a checkpoint directory.
+
+  Raises:
+    InputError: the directory is not one of ours.
+  """
+  path = pathlib.Path(directory) / "config.json"
+  try:
+    return json.loads(path.read_text())
+  except (OSError, ValueError) as error:
+    raise InputError(
+      f"{directory} is not a checkpoint directory of dlm_jax: no readable config.json "
+      f"({_first_line(error)})"
+    ) from None
+
+
+def _write_json(path, data):
+  temporary = path.with_suffix(".tmp")
+  temporary.write_text(json.dumps(data, indent=2) + "\n")
+  temporary.replace(path)
+
+
+def _first_line(error: Exception) -> str:
+  return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One training loop for every objective."""
+
+import contextlib
+import dataclasses
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from jax.sharding import Mesh
+
+from dlm_jax import mesh as meshes
+from dlm_jax.errors import InputError
+from dlm_jax.objectives import Objective, TrainState, draw_batch
+from dlm_jax.train.checkpoint import Checkpoints
+from dlm_jax.train.progress import Progress
+from dlm_jax.train.writers import Writer
+
+
+class Loader(Protocol):
+  """Host batches with a position that can be saved."""
+
+  def __next__(self) -> np.ndarray: ...
+  def get_state(self) -> dict: ...
+  def set_state(self, state: dict) -> None: ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+  """How long, and how often what.
+
+  Attributes:
+    steps: steps of the whole run, resumed parts included.
+    log_every: steps between lines of metrics.
+    checkpoint_every: steps between checkpoints; one is also written at the end and on SIGTERM.
+    evaluate_every: steps between calls of the evaluator; 0 calls it never.
+    seed: of corruption noise, times and dropout.
+    max_seconds: wall-clock after which the run ends early, as if `steps` were reached; 0 is never.
+  """
+
+  steps: int
+  log_every: int = 50
+  checkpoint_every: int = 1000
+  evaluate_every: int = 0
+  seed: int = 0
+  max_seconds: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Result:
+  """How a run ended: "finished", "interrupted", "collapsed" or "time"."""
+
+  state: TrainState
+  step: int
+  reason: str
+
+
+class Evaluator(Protocol):
+  """Called with the state between steps; may keep the best and may ask to stop."""
+
+  def __call__(self, step: int, state: TrainState) -> tuple[dict[str, float], bool]: ...
+  def get_state(self) -> dict: ...
+  def set_state(self, state: dict) -> None: ...
+
+
+def jit_step(objective: Objective, mesh: Mesh, shardings: Any, seed: int) -> Callable:
+  """Compile (state, tokens [batches, B, L]) -> (state, metrics) over a mesh, the state donated.
+
+  Keys are folded from the seed and the step, so any step can be replayed and none is stored.
+  """
+
+  def train_step(state, tokens_UBL):
+    rng = jax.random.fold_in(jax.random.key(seed), state.step)
+    draws = [
+      draw_batch(tokens_BL, jax.random.fold_in(rng, i)) for i, tokens_BL in enumerate(tokens_UBL)
+    ]
+    return objective.step(state, draws[0] if objective.batches == 1 else tuple(draws))
+
+  return jax.jit(
+    train_step,
+    in_shardings=(shardings, meshes.batch_sharding(mesh, leading=1)),
+    out_shardings=(shardings, meshes.replicated(mesh)),
+    donate_argnums=0,
+  )
+
+
+def run(
+  objective: Objective,
+  state: TrainState,
+  loader: Loader,
+  *,
+  config: LoopConfig,
+  mesh: Mesh,
+  shardings: Any,
+  checkpoints: Checkpoints,
+  writer: Writer,
+  evaluator: Evaluator | None = None,
+  label: str = "train",
+) -> Result:
+  """Train from the state's step to `config.steps`.
+
+  The metrics of step n are read after step n + 1 was dispatched, so logging never stalls the
+  device. SIGTERM and Ctrl-C finish the step, write a checkpoint and return. A non-finite loss or
+  gradient stops the run before anything is written.
+
+  Args:
+    objective: the method.
+    state: as initialised or restored, placed by `shardings`. It is donated: do not use it again.
+    loader: yields int32 [local batch, L]; already positioned.
+    config: how long, and how often what.
+    mesh: devices.
+    shardings: a sharding per leaf of the state.
+    checkpoints: where to save.
+    writer: where metrics go.
+    evaluator: see `Evaluator`.
+    label: shown in the progress line.
+
+  Raises:
+    InputError: training diverged; names the last good checkpoint.
+  """
+  step_function = jit_step(objective, mesh, shardings, config.seed)
+  step = int(state.step)
+  started, pending = time.monotonic(), None
+  tokens_per_step = None
+
+  def settle(pending):
+    """Read the metrics of a dispatched step and check them."""
+    done, metrics = pending
+    metrics = {name: float(value) for name, value in metrics.items()}
+    bad = [name for name, value in metrics.items() if not math.isfinite(value)]
+    if bad:
+      checkpoints.wait()
+      raise InputError(
+        f"training diverged at step {done}: {bad[0]} is not finite; the last good checkpoint is "
+        f"{checkpoints.directory} step {checkpoints.latest}. Lower the learning rate."
+      )
+    return done, metrics
+
+  def save():
+    extra = {"loader": loader.get_state()}
+    if evaluator is not None:
+      extra["evaluator"] = evaluator.get_state()
+    checkpoints.save(step, state, extra)
+
+  reason = "finished"
+  with stop_signals() as stop, Progress(label, step, config.steps) as progress:
+    while step < config.steps:
+      tokens_UBL = _next_tokens(loader, objective.batches, mesh)
+      tokens_per_step = tokens_UBL.size
+      state, metrics = step_function(state, tokens_UBL)
+      step += 1
+      if pending is not None:
+        done, values = settle(pending)
+        progress.update(done, values, tokens_per_step)
+        if done % config.log_every == 0:
+          writer.write(done, {**values, "tokens_per_second": progress.rate})
+      pending = (step, metrics)
+
+      out_of_time = config.max_seconds and time.monotonic() - started > config.max_seconds
+      due_save = step % config.checkpoint_every == 0
+      due_evaluation = config.evaluate_every and step % config.evaluate_every == 0
+      if due_save or due_evaluation or stop.requested or out_of_time or step == config.steps:
+        done, values = settle(pending)
+        pending = None
+        progress.update(done, values, tokens_per_step)
+        if due_evaluation and evaluator is not None:
+          with progress.paused("evaluating"):
+            scores, collapsed = evaluator(step, state)
+          values = {**values, **scores}
+          reason = "collapsed" if collapsed else reason
+        if done % config.log_every == 0 or step == config.steps or due_evaluation:
+          writer.write(done, {**values, "tokens_per_second": progress.rate})
+        if stop.requested:
+          reason = "interrupted"
+        elif out_of_time and step < config.steps:
+          reason = "time"
+        if due_save or step == config.steps or reason != "finished":
+          save()
+        if reason != "finished":
+          break
+    checkpoints.wait()
+  logging.info("%s: %s at step %d.", label, reason, step)
+  return Result(state=state, step=step, reason=reason)
+
+
+def _next_tokens(loader: Iterator[np.ndarray], count: int, mesh: Mesh) -> jax.Array:
+  """Return [count, B, L] tokens, each host contributing its rows of the global batch."""
+  local_UBL = np.stack([next(loader) for _ in range(count)])
+  sharding = meshes.batch_sharding(mesh, leading=1)
+  if jax.process_count() == 1:
+    return jax.device_put(jnp.asarray(local_UBL), sharding)
+  return jax.make_array_from_process_local_data(sharding, local_UBL)
+
+
+class _Stop:
+  requested = False
+
+
+@contextlib.contextmanager
+def stop_signals():
+  """Turn SIGTERM and the first Ctrl-C into a flag; a second Ctrl-C interrupts at once."""
+  stop, previous = _Stop(), {}
+
+  def request(number, frame):
+    if stop.requested and number == signal.SIGINT:
+      raise KeyboardInterrupt
+    stop.requested = True
+
+  try:
+    for number in (signal.SIGTERM, signal.SIGINT):
+      previous[number] = signal.signal(number, request)
+  except ValueError:
+    pass  # not the main thread: the host program owns the signals
+  try:
+    yield stop
+  finally:
+    for number, handler in previous.items():
+      signal.signal(number, handler)

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Optimisers and learning-rate schedules from options."""
+
+import dataclasses
+
+import jax
+import optax
+
+from dlm_jax.errors import InputError
+
+SCHEDULES = ("constant", "cosine", "linear")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+  """AdamW with warm-up.
+
+  Attributes:
+    lr: peak learning rate.
+    warmup: updates of linear warm-up from 0; the first update has rate 0, as in the papers.
+    schedule: after warm-up: "constant", or "cosine"/"linear" decay to `final` × lr.
+    final: last learning rate over the peak.
+    b1, b2, eps, weight_decay: of AdamW. Decay acts on matrices only.
+    clip: largest global gradient norm; 0 clips nothing.
+  """
+
+  lr: float = 3e-4
+  warmup: int = 2500
+  schedule: str = "constant"
+  final: float = 0.1
+  b1: float = 0.9
+  b2: float = 0.999
+  eps: float = 1e-8
+  weight_decay: float = 0.0
+  clip: float = 0.0
+
+
+def learning_rate(config: OptimConfig, steps: int) -> optax.Schedule:
+  """Return the rate at each update, for a run of `steps` updates."""
+  if config.schedule not in SCHEDULES:
+    raise InputError(
+      f"optim.schedule={config.schedule!r} is unknown; use one of {', '.join(SCHEDULES)}."
+    )
+  after = max(steps - config.warmup, 1)
+  if config.schedule == "constant":
+    main = optax.constant_schedule(config.lr)
+  elif config.schedule == "cosine":
+    main = optax.cosine_decay_schedule(config.lr, after, alpha=config.final)
+  else:
+    main = optax.linear_schedule(config.lr, config.lr * config.final, after)
+  if config.warmup == 0:
+    return main
+  ramp = optax.linear_schedule(0.0, config.lr, config.warmup)
+  return optax.join_schedules([ramp, main], [config.warmup])
+
+
+def make(config: OptimConfig, steps: int) -> optax.GradientTransformation:
+  """Build the optimiser."""
+
+  def matrices(params):
+    return jax.tree_util.tree_map_with_path(
+      lambda path, _: path[-1].key in ("kernel", "embedding"), params
+    )
+
+  adamw = optax.adamw(
+    learning_rate(config, steps),
+    b1=config.b1,
+    b2=config.b2,
+    eps=config.eps,
+    weight_decay=config.weight_decay,
+    mask=matrices,
+  )
+  return optax.chain(optax.clip_by_global_norm(config.clip), adamw) if config.clip else adamw

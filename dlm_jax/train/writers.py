@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where metrics go: always `metrics.jsonl`, TensorBoard by default, Weights & Biases on request."""
+
+import json
+import math
+import pathlib
+
+
+class Writer:
+  """Write scalars per step; used as a context manager.
+
+  A resumed run drops the lines at and after the step it resumes from, so that the file reads like
+  one uninterrupted run.
+
+  Args:
+    workdir: existing directory.
+    resume_from: steps that are already complete.
+    tensorboard: also write event files to workdir/tensorboard.
+    wandb_project: also log there; needs `wandb` to be installed.
+  """
+
+  def __init__(
+    self,
+    workdir: pathlib.Path,
+    *,
+    resume_from: int = 0,
+    tensorboard: bool = True,
+    wandb_project: str = "",
+  ):
+    self._path = pathlib.Path(workdir) / "metrics.jsonl"
+    if self._path.exists():
+      kept = [line for line in self._path.read_text().splitlines() if _step(line) <= resume_from]
+      self._path.write_text("".join(line + "\n" for line in kept))
+    self._file = self._path.open("a")
+    self._board = self._wandb = None
+    if tensorboard:
+      from tensorboardX import SummaryWriter
+
+      board = pathlib.Path(workdir) / "tensorboard"
+      self._board = SummaryWriter(str(board), purge_step=resume_from or None)
+    if wandb_project:
+      import wandb
+
+      self._wandb = wandb.init(project=wandb_project, dir=str(workdir), resume="allow")
+
+  def __enter__(self) -> "Writer":
+    return self
+
+  def __exit__(self, *_):
+    self._file.close()
+    if self._board:
+      self._board.close()
+    if self._wandb:
+      self._wandb.finish()
+
+  def write(self, step: int, metrics: dict[str, float]) -> None:
+    """Append one line {"step": …, name: value}; a non-finite value is written as null."""
+    values = {k: float(v) for k, v in metrics.items()}
+    plain = {k: v if math.isfinite(v) else None for k, v in values.items()}
+    self._file.write(json.dumps({"step": step, **plain}) + "\n")
+    self._file.flush()
+    if self._board:
+      for name, value in values.items():
+        self._board.add_scalar(name, value, step)
+    if self._wandb:
+      self._wandb.log(values, step=step)
+
+
+def _step(line: str) -> int:
+  """Return a line's step; a line cut off by a crash counts as never written."""
+  try:
+    return json.loads(line)["step"]
+  except (ValueError, KeyError, TypeError):
+    return 2**62

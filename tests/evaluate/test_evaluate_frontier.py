@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sweeps: what is drawn, what is skipped on a second run, and the files they end in."""
+
+import csv
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dlm_jax import evaluate
+from dlm_jax.errors import InputError
+from dlm_jax.evaluate import frontier
+
+
+def judge(tokens_BL):
+  """Find every one of eight tokens equally likely."""
+  return jnp.zeros((*tokens_BL.shape, 8))
+
+
+class Uniform:
+  """Draw the first `nfe` ids uniformly, and count how often it is asked to."""
+
+  def __init__(self, **options):
+    self.options = options
+    self.prepared, self.runs = [], 0
+
+  def __call__(self, batch, nfe):
+    self.prepared.append(nfe)
+
+    def run(rng):
+      self.runs += 1
+      return jax.random.randint(rng, (batch, 16), 0, nfe)
+
+    return run
+
+
+def row(name, nfe, genppl=100.0, entropy=5.0, **changes):
+  values = {"genppl": genppl, "genppl_se": genppl / 20, "entropy": entropy, "entropy_se": 0.02}
+  fixed = {"samples": 512, "tokens": 9, "seconds": 1.5, "seed": 0, "options": {}, "context": {}}
+  return {"name": name, "nfe": nfe, **values, **fixed, **changes}
+
+
+ROWS = [
+  row(name, nfe, base * (1 + 8 / nfe), height + 0.2 / nfe)
+  for name, base, height in (("teacher", 120, 5.0), ("student", 80, 4.9))
+  for nfe in (1, 2, 4, 8, 16)
+]
+
+
+def test_rows_hold_what_was_measured():
+  sampler = Uniform(temperature=0.9)
+  rows = frontier.sweep(
+    {"a": sampler}, [1, 4, 4], judge=judge, samples=10, batch_size=4, context={"step": 7}
+  )
+  assert [r["nfe"] for r in rows] == [1, 4] and sampler.prepared == [1, 4]
+  assert sampler.runs == 6  # three batches of four for ten samples
+  for r in rows:
+    assert tuple(r) == frontier.COLUMNS
+    assert r["samples"] == 10 and r["tokens"] == 150 and r["seconds"] > 0
+    assert r["genppl"] == pytest.approx(8)
+    assert r["options"] == {"temperature": 0.9} and r["context"] == {"step": 7}
+  assert rows[0]["entropy"] == 0 and 1.0 < rows[1]["entropy"] <= math.log(4)
+
+
+def test_samplers_see_the_same_keys_and_seeds_differ():
+  def run(seed):
+    return frontier.sweep({"a": Uniform(), "b": Uniform()}, [4], judge=judge, samples=3, seed=seed)
+
+  a, b = run(0)
+  assert a["entropy"] == b["entropy"] != run(1)[0]["entropy"]
+
+
+def test_resume_skips_finished_rows(tmp_path):
+  path = tmp_path / "new" / "rows.jsonl"
+  options = {"judge": judge, "samples": 4, "path": path}
+
+  class Killed(Exception):
+    pass
+
+  def kill(r, number, total):
+    assert total == 4
+    if number == 3:
+      raise Killed
+
+  first = {"a": Uniform(p=(1, 2)), "b": Uniform()}
+  with pytest.raises(Killed):
+    frontier.sweep(first, [2, 4], on_row=kill, **options)
+  path.write_text(path.read_text() + '{"name": "b", "nf')  # killed inside a write
+
+  again, seen = {"a": Uniform(p=(1, 2)), "b": Uniform()}, []
+  rows = frontier.sweep(again, [2, 4], on_row=lambda r, *_: seen.append(r), **options)
+  assert again["a"].prepared == [] and again["b"].prepared == [4]
+  assert seen == rows
+  fresh = frontier.sweep(first, [2, 4], judge=judge, samples=4)
+  assert [r | {"seconds": 0} for r in rows] == [r | {"seconds": 0} for r in fresh]
+  assert [json.loads(line) for line in path.read_text().splitlines()] == rows
+
+
+@pytest.mark.parametrize("change", [{"samples": 5}, {"seed": 1}, {"context": {"step": 2}}])
+def test_resume_repeats_what_differs(tmp_path, change):
+  options = {"judge": judge, "samples": 4, "path": tmp_path / "rows.jsonl"}
+  frontier.sweep({"a": Uniform()}, [2], **options)
+  sampler = Uniform()
+  frontier.sweep({"a": sampler}, [2], **(options | change))
+  assert sampler.prepared == [2]
+  other = Uniform(nucleus=0.9)
+  frontier.sweep({"a": other}, [2], **options)
+  assert other.prepared == [2]
+
+
+def test_foreign_file_is_left_alone(tmp_path):
+  path = tmp_path / "rows.jsonl"
+  path.write_text('{"loss": 1}\n{"loss": 2}\n')
+  with pytest.raises(InputError, match=r"line 1 of .* is no frontier row"):
+    frontier.sweep({"a": Uniform()}, [2], judge=judge, path=path)
+  assert path.read_text() == '{"loss": 1}\n{"loss": 2}\n'
+
+
+def test_retokenised_judge():
+  rows = frontier.sweep(
+    {"a": Uniform()}, [4], judge=judge_of_two, samples=3, eos_id=1,
+    retokenise=lambda tokens: evaluate.retokenise(tokens, list, eos_id=1, decode=lambda _: [0, 1]),
+  )  # fmt: skip
+  assert rows[0]["tokens"] == 3 and rows[0]["genppl"] == pytest.approx(2)
+
+
+def judge_of_two(tokens_BL, mask_BL):
+  return jnp.zeros((*mask_BL.shape, 2))
+
+
+@pytest.mark.parametrize("nfes", [[], [0], [4, -1], [2.0], ["8"], [True]])
+def test_bad_nfes(nfes):
+  with pytest.raises(InputError, match="NFE"):
+    frontier.sweep({"a": Uniform()}, nfes, judge=judge)
+
+
+def test_bad_options(tmp_path):
+  with pytest.raises(InputError, match="at least one sampler"):
+    frontier.sweep({}, [1], judge=judge)
+  with pytest.raises(InputError, match="samples=0"):
+    frontier.sweep({"a": Uniform()}, [1], judge=judge, samples=0)
+  with pytest.raises(InputError, match="no frontier rows"):
+    frontier.write([], tmp_path)
+  (tmp_path / "file").write_text("")
+  with pytest.raises(InputError, match="cannot be written"):
+    frontier.write(ROWS, tmp_path / "file" / "folder")
+
+
+def test_sampler_draws_with_the_library():
+  from dlm_jax import models, process, sample
+
+  config = models.DiTConfig(vocab_size=9, dim=8, heads=2, layers=1, dtype="float32")
+  model = models.DiT(config)
+  tokens, sigma = jnp.zeros((1, 6), jnp.int32), jnp.zeros(1)
+  denoiser = models.Denoiser(model, jax.jit(model.init)(jax.random.key(0), tokens, sigma)["params"])
+  proc = process.Absorbing(vocab_size=9, mask_id=8)
+  sampler = frontier.Sampler(
+    denoiser=denoiser, process=proc, length=6, options={"temperature": 0.8}
+  )
+  rng = jax.random.key(1)
+  options = {"batch": 3, "length": 6, "steps": 2, "temperature": 0.8}
+  direct = jax.jit(lambda d: sample.generate(d, proc, rng, **options))(denoiser)
+  np.testing.assert_array_equal(sampler(3, 2)(rng), direct)
+  rows = frontier.sweep({"toy": sampler}, [2], judge=judge, samples=4, batch_size=3)
+  assert rows[0]["genppl"] == pytest.approx(8) and rows[0]["options"] == {"temperature": 0.8}
+  one_by_one = frontier.Sampler(
+    denoiser=denoiser, process=proc, length=6, options={"sampler": "first_hitting"}
+  )
+  with pytest.raises(InputError, match="has no frontier"):
+    one_by_one(3, 2)
+
+
+def pixels(path):
+  from matplotlib import image
+
+  return image.imread(path)[..., :3]
+
+
+def test_write(tmp_path):
+  nan = row("student", 32, math.nan, entropy=0.0, genppl_se=math.nan)
+  reference = frontier.Reference(genppl=61.3, entropy=4.95)
+  paths = frontier.write([*ROWS, nan], tmp_path / "out", reference=reference)
+  assert {path.name for path in paths.values()} == {
+    "frontier.csv", "frontier.json", "frontier.png",
+  }  # fmt: skip
+  lines = list(csv.DictReader(paths["csv"].open()))
+  assert tuple(lines[0]) == frontier.COLUMNS and len(lines) == 11
+  assert float(lines[3]["genppl"]) == ROWS[3]["genppl"]
+  content = json.loads(paths["json"].read_text(), parse_constant=pytest.fail)
+  assert content["rows"][:10] == ROWS and content["rows"][10]["genppl"] is None
+  assert content["reference"]["entropy"] == 4.95
+  assert paths["png"].stat().st_size > 10_000
+  image = pixels(paths["png"])
+  assert image.shape == (880, 2200, 3)
+  for colour in ("#0072B2", "#D55E00"):  # both models are on both panels
+    rgb = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+    near = (np.abs(image - rgb[None, None]) < 0.02).all(axis=-1)
+    assert near[:, :1100].sum() > 500 and near[:, 1100:].sum() > 500
+
+
+@pytest.mark.parametrize("count", [1, 9, 20])
+def test_any_number_of_models(tmp_path, count):
+  rows = [row(f"model {i}", 4, 50.0 + i) for i in range(count)]
+  assert pixels(frontier.write(rows, tmp_path)["png"]).std() > 0.02
+
+
+def test_drawing_leaves_pyplot_alone(tmp_path):
+  import sys
+
+  sys.modules.pop("matplotlib.pyplot", None)
+  frontier.write(ROWS, tmp_path)
+  assert "matplotlib.pyplot" not in sys.modules
+
+
+def test_labels_keep_apart():
+  from dlm_jax.evaluate import _plot
+
+  moved = _plot._spread([10.0, 50.0, 12.0, 11.0], 13.0)
+  assert moved[1] == 50.0
+  assert sorted(moved)[:3] == pytest.approx([-2.0, 11.0, 24.0])
+  assert moved[0] < moved[3] < moved[2]  # order is kept
+
+
+def test_table():
+  lines = frontier.table([*ROWS[:2], row("x", 128, 7.0, genppl_se=math.nan, samples=1000)])
+  lines = lines.splitlines()
+  assert len({len(line) for line in lines}) == 1 and len(lines) == 5
+  assert [cell.strip() for cell in lines[2].split("|")[1:-1]] == [
+    "teacher", "1", "1080.0 ± 54.0", "5.20 ± 0.02", "512", "1.5",
+  ]  # fmt: skip
+  assert "| 7.0 |" in " ".join(lines[-1].split()) and "1,000" in lines[-1]

@@ -1,0 +1,320 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`sample.generate` as its users meet it: prompts, traces, keys, transformations, bad input."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import toy
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from dlm_jax import models, process, sample, schedules
+from dlm_jax.errors import InputError
+
+L = 3
+PROC = process.Absorbing(vocab_size=toy.VOCABULARY, mask_id=toy.MASK)
+LATE = dataclasses.replace(PROC, schedule=schedules.Polynomial(power=0.1))
+SAMPLERS = ("ancestral", "first_hitting")
+every_sampler = pytest.mark.parametrize("sampler", SAMPLERS)
+KEY = jax.random.key(7)
+
+
+def _generate(rng=KEY, *, denoiser=None, proc=PROC, batch=8, length=L, **options):
+  return sample.generate(denoiser or toy.make(L), proc, rng, batch=batch, length=length, **options)
+
+
+# --- shapes, masks, traces ----------------------------------------------------------------------
+
+
+@every_sampler
+@pytest.mark.parametrize("precision", ["exact", "legacy"])
+@pytest.mark.parametrize("batch,steps", [(1, 1), (5, 2), (64, 40)])
+def test_tokens_are_complete(sampler, precision, batch, steps):
+  if precision == "legacy" and sampler != "ancestral":
+    pytest.skip("the public race is an ancestral sampler")
+  tokens = _generate(batch=batch, steps=steps, sampler=sampler, precision=precision)
+  assert tokens.shape == (batch, L)
+  assert tokens.dtype == jnp.int32
+  assert np.all((tokens >= 0) & (tokens < toy.VOCABULARY) & (tokens != toy.MASK))
+
+
+@every_sampler
+def test_one_position(sampler):
+  tokens = _generate(denoiser=toy.make(1), length=1, sampler=sampler, steps=4)
+  assert tokens.shape == (8, 1) and np.all(tokens != toy.MASK)
+
+
+@pytest.mark.parametrize("noise_removal", ["ancestral", "greedy", "none"])
+@pytest.mark.parametrize("steps", [1, 4])
+def test_trace_of_the_ancestral_sampler(noise_removal, steps):
+  """LATE leaves masks to the noise removal, so the last entry differs from the one before."""
+  options = {"proc": LATE, "batch": 256, "steps": steps, "noise_removal": noise_removal}
+  tokens, trace_KBL = _generate(return_trace=True, **options)
+  np.testing.assert_array_equal(tokens, _generate(**options))
+  _check_trace(tokens, trace_KBL)
+  assert trace_KBL.shape == (steps + 1, 256, L)
+  left = (np.asarray(trace_KBL) == toy.MASK).sum(axis=(1, 2))
+  assert left[-2] > 0
+  assert (left[-1] > 0) == (noise_removal == "none")
+
+
+def test_trace_of_first_hitting():
+  tokens, trace_KBL = _generate(sampler="first_hitting", batch=16, return_trace=True)
+  _check_trace(tokens, trace_KBL)
+  masks_KB = (np.asarray(trace_KBL) == toy.MASK).sum(axis=-1)
+  assert np.all(-np.diff(masks_KB, axis=0) <= 1)  # one token at a time
+
+
+def _check_trace(tokens, trace_KBL):
+  tokens, trace_KBL = np.asarray(tokens), np.asarray(trace_KBL)
+  assert trace_KBL.shape[1:] == tokens.shape and trace_KBL.dtype == np.int32
+  np.testing.assert_array_equal(trace_KBL[-1], tokens)
+  for before, after in zip(trace_KBL[:-1], trace_KBL[1:], strict=True):
+    revealed = before != toy.MASK
+    np.testing.assert_array_equal(after[revealed], before[revealed])
+
+
+# --- prompts --------------------------------------------------------------------------------------
+
+
+@every_sampler
+@pytest.mark.parametrize("steps", [1, 5])
+def test_given_tokens_stay(sampler, steps):
+  rng = np.random.default_rng(0)
+  prompt = rng.integers(0, toy.VOCABULARY, size=(64, L)).astype(np.int32)
+  tokens, trace = _generate(
+    batch=64, steps=steps, sampler=sampler, prompt=jnp.asarray(prompt), return_trace=True
+  )
+  given = prompt != toy.MASK
+  np.testing.assert_array_equal(np.asarray(tokens)[given], prompt[given])
+  for state in np.asarray(trace):
+    np.testing.assert_array_equal(state[given], prompt[given])
+  assert np.all(tokens != toy.MASK)
+
+
+@every_sampler
+def test_a_complete_prompt_comes_back(sampler):
+  prompt = jnp.array([0, 2, 1])
+  tokens = _generate(prompt=prompt, sampler=sampler)
+  np.testing.assert_array_equal(tokens, np.broadcast_to(prompt, (8, L)))
+
+
+@every_sampler
+def test_short_long_and_batched_prompts_agree(sampler):
+  short = _generate(prompt=jnp.array([1]), sampler=sampler)
+  whole = _generate(prompt=jnp.array([1, toy.MASK, toy.MASK]), sampler=sampler)
+  rows = _generate(prompt=jnp.tile(jnp.array([[1, toy.MASK, toy.MASK]]), (8, 1)), sampler=sampler)
+  np.testing.assert_array_equal(short, whole)
+  np.testing.assert_array_equal(short, rows)
+  assert np.all(short[:, 0] == 1)
+
+
+@every_sampler
+def test_what_is_not_frozen_is_generated_afresh(sampler):
+  """A prompt's tokens at positions that are not frozen must not matter."""
+  frozen = jnp.array([True, False, False])
+  tokens = [
+    np.asarray(_generate(prompt=jnp.array(p), frozen=frozen, batch=32, sampler=sampler))
+    for p in ([2, 0, 1], [2, 1, 0], [2, toy.MASK, toy.MASK])
+  ]
+  assert np.all(tokens[0][:, 0] == 2)
+  np.testing.assert_array_equal(tokens[0], tokens[1])
+  np.testing.assert_array_equal(tokens[0], tokens[2])
+  assert len(np.unique(tokens[0][:, 1:], axis=0)) > 2
+
+
+# --- keys -------------------------------------------------------------------------------------------
+
+
+OPTIONS = [
+  {"steps": 1},
+  {"steps": 4},
+  {"steps": 4, "proc": LATE, "noise_removal": "greedy"},
+  {"steps": 3, "proc": LATE, "temperature": 0.7, "nucleus": 0.9},
+  {"sampler": "first_hitting"},
+  {"steps": 4, "precision": "legacy"},
+]
+every_option = pytest.mark.parametrize(
+  "options", OPTIONS, ids=[str(i) for i in range(len(OPTIONS))]
+)
+
+
+def _rows(batch):
+  """Return a prompt whose row i is the same in every batch."""
+  given = np.random.default_rng(1).integers(0, toy.VOCABULARY, size=(8, L)).astype(np.int32)
+  given[::2] = toy.MASK
+  return jnp.asarray(given[:batch])
+
+
+@every_option
+def test_a_sequence_depends_on_its_own_key_only(options):
+  eight = np.asarray(_generate(batch=8, prompt=_rows(8), **options))
+  for batch in (1, 3):
+    fewer = _generate(batch=batch, prompt=_rows(batch), **options)
+    np.testing.assert_array_equal(fewer, eight[:batch])
+
+
+@every_option
+def test_eight_devices_give_the_same_tokens(options):
+  assert jax.device_count() == 8
+  mesh = Mesh(np.array(jax.devices()), ("data",))
+  rows, everywhere = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("data",), ()))
+  generate = jax.jit(
+    lambda denoiser, rng, prompt: _generate(rng, denoiser=denoiser, prompt=prompt, **options),
+    in_shardings=(everywhere, everywhere, rows),
+    out_shardings=rows,
+  )
+  prompt = jax.device_put(_rows(8), rows)
+  tokens = generate(jax.device_put(toy.make(L), everywhere), KEY, prompt)
+  assert len(tokens.sharding.device_set) == 8
+  np.testing.assert_array_equal(tokens, _generate(batch=8, prompt=_rows(8), **options))
+
+
+@every_sampler
+def test_sequences_and_keys_differ(sampler):
+  tokens = np.asarray(_generate(batch=64, sampler=sampler))
+  assert len(np.unique(tokens, axis=0)) > 4
+  other = np.asarray(_generate(jax.random.key(8), batch=64, sampler=sampler))
+  assert np.any(tokens != other)
+  np.testing.assert_array_equal(tokens, _generate(batch=64, sampler=sampler))
+
+
+@every_sampler
+def test_no_key_is_used_twice(sampler):
+  with jax.debug_key_reuse(True):
+    _generate(sampler=sampler, steps=2, batch=2)
+
+
+# --- transformations ---------------------------------------------------------------------------
+
+
+@every_sampler
+def test_inside_the_callers_jit_and_vmap(sampler):
+  denoiser, keys = toy.make(L), jax.random.split(KEY, 3)
+  generate = functools.partial(
+    sample.generate, batch=2, length=L, steps=3, sampler=sampler, return_trace=True
+  )
+  one_by_one = [generate(denoiser, PROC, key) for key in keys]
+  jitted = jax.jit(generate, static_argnums=1)
+  for key, expected in zip(keys, one_by_one, strict=True):
+    jax.tree.map(np.testing.assert_array_equal, jitted(denoiser, PROC, key), expected)
+  mapped = jax.jit(jax.vmap(lambda key: generate(denoiser, PROC, key)))(keys)
+  for i, expected in enumerate(one_by_one):
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.map(lambda x, i=i: x[i], mapped), expected)
+
+
+def test_vmap_over_denoisers():
+  """Two networks at once: parameters are leaves, so a stack of them is a batch of denoisers."""
+  pair = [toy.make(L, seed=seed) for seed in (0, 1)]
+  stacked = jax.tree.map(lambda *x: jnp.stack(x), *pair)
+  both = jax.vmap(lambda denoiser: _generate(denoiser=denoiser, steps=3))(stacked)
+  for i, denoiser in enumerate(pair):
+    np.testing.assert_array_equal(both[i], _generate(denoiser=denoiser, steps=3))
+
+
+def test_prompts_may_be_traced():
+  generate = jax.jit(lambda prompt, frozen: _generate(prompt=prompt, frozen=frozen, steps=2))
+  prompt = _rows(8)
+  frozen = prompt != toy.MASK
+  np.testing.assert_array_equal(
+    generate(prompt, frozen), _generate(prompt=prompt, frozen=frozen, steps=2)
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Counting(toy.Table):
+  """Count trunk evaluations while they happen."""
+
+  def trunk(self, params, tokens_BL, sigma_B):
+    jax.debug.callback(lambda: EVALUATIONS.append(1))
+    return super().trunk(params, tokens_BL, sigma_B)
+
+
+EVALUATIONS = []
+
+
+def _evaluations(**options):
+  EVALUATIONS.clear()
+  denoiser = dataclasses.replace(toy.make(L), model=Counting(length=L))
+  jax.block_until_ready(_generate(denoiser=denoiser, **options))
+  jax.effects_barrier()
+  return len(EVALUATIONS)
+
+
+def test_number_of_network_evaluations():
+  for steps in (1, 2, 5):
+    assert 1 <= _evaluations(steps=steps, batch=64) <= steps + 1
+  assert 1 <= _evaluations(sampler="first_hitting", batch=64) <= L
+  # A sequence of three tokens is revealed in at most three of a hundred steps.
+  assert 1 <= _evaluations(steps=100, batch=1) <= L + 1
+
+
+# --- a real network ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def small():
+  """Return a two-layer float32 DiT with random weights, wrapped as a denoiser."""
+  model = models.DiT(models.DiTConfig(vocab_size=11, dim=16, heads=2, layers=2))
+  variables = model.init(jax.random.key(0), jnp.zeros((1, 6), jnp.int32), jnp.zeros((1,)))
+  leaves, tree = jax.tree.flatten(variables["params"])
+  keys = jax.random.split(jax.random.key(1), len(leaves))
+  leaves = [x + 0.3 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+  return models.Denoiser(model, jax.tree.unflatten(tree, leaves))
+
+
+@every_sampler
+def test_real_network(small, sampler):
+  proc = process.Absorbing(vocab_size=11, mask_id=4)
+  generate = jax.jit(
+    functools.partial(sample.generate, length=6, steps=4, sampler=sampler),
+    static_argnums=1,
+    static_argnames="batch",
+  )
+  prompt = jnp.array([3, 4, 4, 4, 4, 5])
+  eight = np.asarray(generate(small, proc, KEY, batch=8, prompt=prompt))
+  assert np.all(eight[:, 0] == 3) and np.all(eight[:, 5] == 5) and np.all(eight != 4)
+  for batch in (1, 3):
+    np.testing.assert_array_equal(
+      generate(small, proc, KEY, batch=batch, prompt=prompt), eight[:batch]
+    )
+
+
+# --- bad input ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  "options,word",
+  [
+    ({"steps": 0}, "steps"),
+    ({"steps": -3}, "steps"),
+    ({"batch": 0}, "batch"),
+    ({"length": 0}, "length"),
+    ({"sampler": "ancestrel"}, "ancestral"),
+    ({"precision": "double"}, "legacy"),
+    ({"noise_removal": "ancestrl"}, "greedy"),
+    ({"temperature": 0.0}, "temperature"),
+    ({"temperature": -1.0}, "temperature"),
+    ({"nucleus": 0.0}, "nucleus"),
+    ({"nucleus": 1.5}, "nucleus"),
+    ({"grid": "cosin"}, "cosine"),
+    ({"prompt": jnp.zeros((L + 1,), jnp.int32)}, "prompt"),
+    ({"prompt": jnp.zeros((5, L), jnp.int32)}, "prompt"),
+    ({"prompt": jnp.zeros((8, L), jnp.int32), "frozen": jnp.ones((8, 2), bool)}, "frozen"),
+    ({"frozen": jnp.ones((L,), bool)}, "prompt"),
+  ],
+  ids=lambda value: str(next(iter(value.items())))[:30] if isinstance(value, dict) else None,
+)
+def test_bad_input_is_one_line_that_names_the_way_out(options, word):
+  with pytest.raises(InputError, match=word) as error:
+    _generate(**options)
+  assert isinstance(error.value, ValueError)
+  assert "\n" not in str(error.value)
+
+
+def test_an_unknown_option_is_not_swallowed():
+  with pytest.raises((InputError, TypeError), match="temprature"):
+    _generate(temprature=0.5)
