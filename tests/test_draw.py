@@ -170,27 +170,20 @@ EXTREMES = [
 
 
 @pytest.mark.parametrize("vocabulary", [2, 5, 256, 257, 600, 50258])
-@pytest.mark.parametrize("where", ["first", "last", "middle", "scattered"])
-def test_weight_zero_is_never_drawn(vocabulary, where):
+def test_weight_zero_is_never_drawn(vocabulary):
   """Put all weight on a few tokens and push both uniforms to their ends."""
   rng = np.random.default_rng(vocabulary)
-  support = {
-    "first": [0],
-    "last": [vocabulary - 1],
-    "middle": [vocabulary // 2],
-    "scattered": rng.choice(vocabulary, size=min(3, vocabulary - 1), replace=False),
-  }[where]
-  weights = np.zeros(vocabulary, np.float32)
-  weights[support] = rng.uniform(0.1, 3.0, size=len(support))
-  uniform = jnp.asarray(EXTREMES, jnp.float32)
-  tokens = np.asarray(
-    draw.categorical(jnp.broadcast_to(weights, (len(EXTREMES), vocabulary)), uniform)
-  )
-  assert np.isin(tokens, support).all()
-  assert np.isin(_draw_many(weights, 2048, seed=1), support).all()
+  scattered = rng.choice(vocabulary, size=min(3, vocabulary - 1), replace=False)
+  weights = np.zeros((4, vocabulary), np.float32)
+  for row, support in enumerate(([0], [vocabulary - 1], [vocabulary // 2], scattered)):
+    weights[row, support] = rng.uniform(0.1, 3.0, size=len(support))
+  weights = np.repeat(weights, len(EXTREMES), axis=0)
+  uniform = jnp.asarray(np.tile(EXTREMES, (4, 1)), jnp.float32)
+  tokens = np.asarray(draw.categorical(jnp.asarray(weights), uniform))
+  assert np.all(weights[np.arange(len(weights)), tokens] > 0)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_rounding_never_leaves_the_support(seed):
   """Zeros at the end of blocks and rows, tiny and huge weights: the ends stay in the support."""
   rng = np.random.default_rng(seed)

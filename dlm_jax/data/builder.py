@@ -11,10 +11,8 @@ A prepared directory holds
 TensorFlow is not needed, neither to write nor to read.
 """
 
-import contextlib
 import dataclasses
 import importlib.metadata
-import io
 import itertools
 import json
 import os
@@ -133,7 +131,7 @@ class Dataset:
 def pack(
   token_lists: Iterable[list[int]], length: int, eos_id: int, wrap: bool = True
 ) -> Iterator[np.ndarray]:
-  """Cut a stream of documents into sequences, GPT-2 style.
+  """Cut a stream of documents into int32 [length] sequences, GPT-2 style.
 
   Every document gets the separator appended, all are concatenated, the stream is cut into pieces of
   length − 2 and each piece is framed by separators: [eos] + piece + [eos]. The tail that fills no
@@ -141,12 +139,9 @@ def pack(
 
   Args:
     token_lists: token ids per document, without separators.
-    length: L of the result.
+    length: L.
     eos_id: the separator.
     wrap: False cuts pieces of `length` and adds no frame.
-
-  Yields:
-    int32 [length].
 
   Raises:
     InputError: no token of a document fits into `length`.
@@ -198,6 +193,11 @@ class PackedTokens(tfds.core.GeneratorBasedBuilder):
   def _generate_examples(self, name):
     for index, tokens in enumerate(self._splits[name]):
       yield index, {"tokens": tokens}
+
+  def _log_download_bytes(self):
+    """Stay silent where TFDS prints the path: it is temporary."""
+
+  _log_download_done = _log_download_bytes
 
 
 @dataclasses.dataclass
@@ -258,12 +258,10 @@ def _build(source, tokenizer, wanted: Info, directory: pathlib.Path, progress: b
   ) as bar:
     rows = {s: _rows(source, s, tokenizer, options, counts[s], bar) for s in SPLITS}
     tfds.display_progress_bar(False)
+    where = {"data_dir": directory, "file_format": "array_record"}
     try:
-      with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints the temporary path
-        builder = PackedTokens(
-          length=length, splits=rows, data_dir=directory, file_format="array_record"
-        )
-        builder.download_and_prepare(download_dir=directory / "downloads")
+      builder = PackedTokens(length=length, splits=rows, **where)
+      builder.download_and_prepare(download_dir=directory / "downloads")
     except RuntimeError as error:
       if "write() failed" in str(error):  # how the ArrayRecord writer reports a full disk
         raise OSError(0, str(error).partition("write() failed: ")[2].partition(";")[0]) from error
@@ -353,9 +351,7 @@ def prepare(
     temporary = directory.parent / f".{directory.name}.{uuid.uuid4().hex[:8]}"
     temporary.mkdir()
     info = _build(source, tokenizer, wanted, temporary, progress)
-    if directory.exists():
-      directory.rmdir()
-    os.replace(temporary, directory)
+    os.replace(temporary, directory)  # over nothing or over an empty directory
   except OSError as error:
     reason = error.strerror or error
     raise InputError(

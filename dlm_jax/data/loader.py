@@ -61,11 +61,11 @@ class Loader:
     self._step += 1
     return batch_BL
 
-  def get_state(self) -> dict[str, Any]:
-    """Return a JSON-able state from which `set_state` continues with the next batch."""
+  def position(self) -> dict[str, Any]:
+    """Return a JSON-able state from which `seek` continues with the next batch."""
     return {"step": self._step, **self._stream}
 
-  def set_state(self, state: dict[str, Any]) -> None:
+  def seek(self, state: dict[str, Any]) -> None:
     """Continue behind the batch after which `state` was taken, on any number of hosts.
 
     Raises:

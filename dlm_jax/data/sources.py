@@ -89,16 +89,20 @@ class Stdlib:
   Attributes:
     validation_fraction: expected share of top-level modules in the validation split.
     root: the folder; the running interpreter's standard library by default.
+    tests: also take the library's own tests, 19 MB more where they are installed. A test goes to
+      the split of the module that it tests: test/test_json.py to that of json.
   """
 
   validation_fraction: float = 0.08
+  tests: bool = False
   root: str = dataclasses.field(default_factory=lambda: sysconfig.get_path("stdlib"))
 
   def files(self) -> list[pathlib.PurePosixPath]:
     """Return the selected files relative to `root`; some may still prove not to be UTF-8."""
     root, found = pathlib.Path(self.root), []
+    skipped = _SKIPPED_FOLDERS - ({"test", "tests"} if self.tests else set())
     for folder, folders, names in os.walk(root):
-      folders[:] = sorted(set(folders) - _SKIPPED_FOLDERS)
+      folders[:] = sorted(set(folders) - skipped)
       here = pathlib.Path(folder).relative_to(root)
       found += [pathlib.PurePosixPath((here / n).as_posix()) for n in names if n.endswith(".py")]
     found = [f for f in found if not any(f.match(pattern) for pattern in _SKIPPED_FILES)]
@@ -111,7 +115,8 @@ class Stdlib:
   def documents(self, split: str) -> Iterator[str]:
     _check_split(split)
     for file in self.files():
-      module = file.parts[0].removesuffix(".py")
+      parts = file.parts[1:] if file.parts[0] == "test" else file.parts
+      module = parts[0].removesuffix(".py").removeprefix("test_")
       if (fraction_of(module) < self.validation_fraction) != (split == "validation"):
         continue
       try:
@@ -127,6 +132,7 @@ class Stdlib:
       "spec": "stdlib",
       "python": platform.python_version(),
       "validation_fraction": self.validation_fraction,
+      "tests": self.tests,
       "files": len(sizes),
       "bytes": sum(size for _, size in sizes),
       "listing": _digest(sizes),
@@ -236,11 +242,14 @@ class Files:
       yield document
 
   def describe(self) -> dict:
-    sizes = [
-      (os.path.basename(path), os.path.getsize(path)) for s in SPLITS for path in self.files(s)
-    ]
+    paths = {split: self.files(split) for split in SPLITS}
+    sizes = [(os.path.basename(p), os.path.getsize(p)) for s in SPLITS for p in paths[s]]
     options = dataclasses.asdict(self)
-    return {"spec": f"files:{options.pop('pattern')}", **options, "listing": _digest(sizes)}
+    description = {"spec": f"files:{options.pop('pattern')}", **options, "listing": _digest(sizes)}
+    every = set(paths["train"] + paths["validation"])
+    if not any(path.endswith((*_OPEN, ".jsonl", ".ndjson")) for path in every):
+      description["bytes"] = sum(map(os.path.getsize, every))  # for the progress bar
+    return description
 
 
 def _expand(pattern: str) -> list[str]:

@@ -3,6 +3,7 @@
 
 import csv
 import dataclasses
+import itertools
 import json
 import math
 import operator
@@ -17,6 +18,7 @@ import numpy as np
 
 from dlm_jax.errors import InputError
 from dlm_jax.evaluate import generative
+from dlm_jax.evaluate.likelihood import check_counts
 
 Row = dict[str, Any]
 COLUMNS = (
@@ -107,9 +109,8 @@ def sweep(
 ) -> list[Row]:
   """Measure GenPPL and entropy of every sampler at every NFE.
 
-  With `path`, each finished row is appended to a JSON-lines file and a later call skips what it
-  finds there. A row is the same if name, NFE, number of samples, seed, options and context are; so
-  put into `context` what else decides the numbers, such as checkpoint steps and the judge's name.
+  With `path`, finished rows go to a JSON-lines file, and a later call skips those of the same name,
+  NFE, samples, seed, options and context: let `context` hold what else decides the numbers.
 
   Args:
     samplers: see `SamplerFactory`, by the name to plot them under.
@@ -121,43 +122,35 @@ def sweep(
     eos_id: end-of-text id of the judge.
     retokenise: tokens [B, L] to the judge's tokens and mask; None if they share a tokenizer.
     seed: every sampler sees the same keys.
-    context: recorded in every row; JSON values.
+    context: recorded in every row, e.g. {"student_step": 400, "judge": "gpt2-large"}.
     path: JSON-lines file of finished rows, created with its folder.
     on_row: called with each row, its number from 1, and how many there are, skipped rows too.
 
   Returns:
-    Rows with the keys of `COLUMNS`, sampler by sampler. `seconds` is the time to draw the samples,
-    compilation left out.
+    Rows with the keys of `COLUMNS`, by sampler. `seconds` is the time to draw, not to compile.
 
   Raises:
     InputError: no sampler, no NFE, an NFE or a count below 1, or an unreadable `path`.
   """
-  nfes = _checked_nfes(nfes)
-  if not samplers:
-    raise InputError("the frontier needs at least one sampler.")
-  for name, count in (("samples", samples), ("batch_size", batch_size)):
-    if count < 1:
-      raise InputError(f"{name}={count} must be at least 1.")
-  done = _Finished(path)
-  rows = []
-  for name, factory in samplers.items():
-    for nfe in nfes:
-      key = {"name": name, "nfe": nfe, "samples": samples, "seed": seed}
-      key |= {"options": dict(getattr(factory, "options", {})), "context": dict(context or {})}
-      key = json.loads(json.dumps(key, default=_plain))  # as it will read back
-      row = done.find(key)
-      if row is None:
-        tokens_BL, seconds = _draw(factory, nfe, samples, min(batch_size, samples), seed)
-        result = generative.quality(
-          judge, tokens_BL, eos_id=eos_id, batch_size=judge_batch_size,
-          retokenised=retokenise(tokens_BL) if retokenise else None,
-        )  # fmt: skip
-        row = key | dataclasses.asdict(result) | {"seconds": seconds}
-        row = {column: row[column] for column in COLUMNS}
-        done.add(row)
-      rows.append(row)
-      if on_row is not None:
-        on_row(row, len(rows), len(samplers) * len(nfes))
+  nfes = checked_nfes(nfes)
+  check_counts(samplers=len(samplers), samples=samples, batch_size=batch_size)
+
+  def measure(factory, key):
+    tokens_BL, seconds = _draw(factory, key["nfe"], samples, min(batch_size, samples), seed)
+    judged = {"retokenised": retokenise(tokens_BL)} if retokenise else {}
+    judged |= {"eos_id": eos_id, "batch_size": judge_batch_size}
+    result = generative.quality(judge, tokens_BL, **judged)
+    return _row(key | dataclasses.asdict(result) | {"seconds": seconds})
+
+  fixed = {"samples": samples, "seed": seed, "context": dict(context or {})}
+  finished, rows = _Finished(path), []
+  for (name, factory), nfe in itertools.product(samplers.items(), nfes):
+    options = dict(getattr(factory, "options", {}))
+    key = _plain(fixed | {"name": name, "nfe": nfe, "options": options})
+    row = finished.find(key) or finished.add(measure(factory, key))
+    rows.append(row)
+    if on_row is not None:
+      on_row(row, len(rows), len(samplers) * len(nfes))
   return rows
 
 
@@ -209,7 +202,12 @@ def table(rows: Sequence[Row]) -> str:
   return "\n".join([lines[0], "| " + " | ".join(rules) + " |", *lines[1:]])
 
 
-def _checked_nfes(nfes: Sequence) -> list[int]:
+def checked_nfes(nfes: Sequence) -> list[int]:
+  """Return the NFEs without doubles.
+
+  Raises:
+    InputError: the list is empty, or one is not a whole number of at least 1.
+  """
   if len(nfes) == 0:
     raise InputError("the list of NFEs is empty; give at least one, e.g. 4,8,16.")
   for nfe in nfes:
@@ -256,8 +254,7 @@ class _Finished:
 
   def _parse(self, line, number, last):
     try:
-      row = json.loads(line)
-      return [{column: row[column] for column in COLUMNS}]
+      return [_row(json.loads(line))]
     except (ValueError, TypeError, KeyError) as error:
       if last:
         return []
@@ -269,16 +266,25 @@ class _Finished:
     same = (row for row in self._rows if all(row[name] == key[name] for name in _IDENTITY))
     return next(same, None)
 
-  def add(self, row: Row):
+  def add(self, row: Row) -> Row:
     self._rows.append(row)
     if self._path is not None:
       with self._path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
+    return row
 
 
-def _plain(value):
-  """Return a JSON value for an option that is none: arrays as lists, the rest by its repr."""
-  return np.asarray(value).tolist() if hasattr(value, "__array__") else repr(value)
+def _row(values: Mapping[str, Any]) -> Row:
+  return {column: values[column] for column in COLUMNS}
+
+
+def _plain(key: Row) -> Row:
+  """Return the key as it reads back from JSON: arrays as lists, what JSON has not by its repr."""
+
+  def encode(value):
+    return np.asarray(value).tolist() if hasattr(value, "__array__") else repr(value)
+
+  return json.loads(json.dumps(key, default=encode))
 
 
 def _write_json(rows, path, reference):

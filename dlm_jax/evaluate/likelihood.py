@@ -77,7 +77,7 @@ def elbo(
     InputError: no tokens, ids that are no clean data, or a count below 1.
   """
   tokens_NL = np.asarray(tokens_NL, np.int32)
-  _check_counts(batch_size=batch_size, samples_per_sequence=samples_per_sequence)
+  check_counts(batch_size=batch_size, samples_per_sequence=samples_per_sequence)
   _check_clean(tokens_NL, process)
   n, length = tokens_NL.shape
   rng_times, rng_corrupt = jax.random.split(rng)
@@ -138,7 +138,7 @@ def token_nll(
     InputError: fewer than two tokens a sequence, or ids outside the judge's vocabulary.
   """
   tokens_NL = np.asarray(tokens_NL, np.int32)
-  _check_counts(batch_size=batch_size)
+  check_counts(batch_size=batch_size)
   if not tokens_NL.shape[0] or tokens_NL.shape[1] < 2:
     raise InputError(
       f"tokens of shape {tokens_NL.shape} hold nothing to judge; give at least one sequence of two."
@@ -216,7 +216,8 @@ def _call(judge, tokens_BL, mask_BL) -> Float[Array, "B L V"]:
   return judge(tokens_BL) if mask_BL is None else judge(tokens_BL, mask_BL)
 
 
-def _check_counts(**counts):
+def check_counts(**counts: int):
+  """Raise an InputError that names the first count below 1."""
   for name, count in counts.items():
     if count < 1:
       raise InputError(f"{name}={count} must be at least 1.")

@@ -7,6 +7,7 @@ that a sequence is dropped out alike in every micro-batch layout and on every me
 """
 
 import functools
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -70,8 +71,8 @@ class Linear(nn.Module):
   features: int
   axes: tuple[str | None, str | None]
   use_bias: bool = False
-  dtype: jnp.dtype = jnp.float32
-  out_dtype: jnp.dtype | None = None
+  dtype: Any = jnp.float32
+  out_dtype: Any = None
   zeros: bool = False  # start at 0
 
   @nn.compact
@@ -80,7 +81,7 @@ class Linear(nn.Module):
     shape = (x.shape[-1], self.features)
     kernel = self.param("kernel", nn.with_logical_partitioning(init, self.axes), shape)
     out_dtype = self.out_dtype or self.dtype
-    y = matmul(x, kernel, self.dtype)
+    y = matmul(x, kernel, jnp.dtype(self.dtype))
     if self.use_bias:
       zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[1:])
       bias = self.param("bias", zeros, (self.features,))

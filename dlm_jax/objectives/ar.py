@@ -11,7 +11,6 @@ from dlm_jax.arrays import Metrics, Params
 from dlm_jax.models import Causal
 from dlm_jax.objectives.state import Batch, Objective, make_state, update
 
-
 TRAINED = ("model",)  # trees with an optimiser
 
 

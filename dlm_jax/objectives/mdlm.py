@@ -13,7 +13,6 @@ from dlm_jax.models import DiT
 from dlm_jax.objectives.state import Batch, Objective, make_state, split_each, update
 from dlm_jax.process import Absorbing
 
-
 TRAINED = ("model",)  # trees with an optimiser
 
 

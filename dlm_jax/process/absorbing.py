@@ -58,10 +58,10 @@ class Absorbing:
 
     Impossible entries hold −1e6, which keeps 0 · log 0 finite.
     """
-    ids_V = jnp.arange(self.vocab_size)
-    logits_LV = jnp.where(ids_V == self.mask_id, logits_LV + NEG_INF, logits_LV)
+    ids_1V = jnp.arange(self.vocab_size)[None]
+    logits_LV = jnp.where(ids_1V == self.mask_id, logits_LV + NEG_INF, logits_LV)
     log_x0_LV = jax.nn.log_softmax(logits_LV, axis=-1)
-    copied_LV = jnp.where(ids_V == xt_L[:, None], 0.0, NEG_INF)
+    copied_LV = jnp.where(ids_1V == xt_L[:, None], 0.0, NEG_INF)
     return jnp.where(xt_L[:, None] == self.mask_id, log_x0_LV, copied_LV)
 
   def nll(
@@ -82,8 +82,8 @@ class Absorbing:
 
     The mask's entry is left out: p₀ is 0 there and log p is −1e6.
     """
-    ids_V = jnp.arange(self.vocab_size)
-    log_x0_LV = jnp.where(ids_V == self.mask_id, 0.0, log_x0_LV)
+    ids_1V = jnp.arange(self.vocab_size)[None]
+    log_x0_LV = jnp.where(ids_1V == self.mask_id, 0.0, log_x0_LV)
     expected_L = jnp.sum(p0_LV * log_x0_LV, axis=-1)
     return jnp.where(xt_L == self.mask_id, -self.schedule.weight(t) * expected_L, 0.0)
 
@@ -92,8 +92,8 @@ class Absorbing:
   ) -> Float[Array, "L V"]:
     """Return q(xₛ | xₜ, x₀ ~ p): masked rows reveal with probability (αₛ − αₜ)/(1 − αₜ)."""
     reveal = self.reveal_probability(s, t)
-    mask_V = jnp.arange(self.vocab_size) == self.mask_id
-    masked_LV = reveal * jnp.exp(log_x0_LV) + (1 - reveal) * mask_V
+    mask_1V = jnp.arange(self.vocab_size)[None] == self.mask_id
+    masked_LV = reveal * jnp.exp(log_x0_LV) + (1 - reveal) * mask_1V
     kept_LV = jax.nn.one_hot(xt_L, self.vocab_size, dtype=log_x0_LV.dtype)
     return jnp.where(xt_L[:, None] == self.mask_id, masked_LV, kept_LV)
 

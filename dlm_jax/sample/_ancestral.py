@@ -19,7 +19,7 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Int, Key
 
 from dlm_jax import draw
 from dlm_jax.errors import InputError
@@ -62,6 +62,11 @@ def run(
   if noise_removal not in NOISE_REMOVALS:
     raise InputError(
       f"noise_removal={noise_removal!r} is unknown; use one of {', '.join(NOISE_REMOVALS)}."
+    )
+  if temperature <= 0 or not 0 < nucleus <= 1:
+    raise InputError(
+      f"temperature={temperature} must be positive and nucleus={nucleus} in (0, 1]; for the most "
+      "probable tokens use a small nucleus."
     )
   length = x_BL.shape[1]
   draws_BL3 = jax.vmap(lambda rng: jax.random.uniform(rng, (length, 3)))(rng_B)
@@ -117,7 +122,7 @@ def _grid_times(process, u_BL, t_K):
 
 
 def _hitting_times(process, u_BL):
-  """Return each position's rank by reveal time, the latest time (largest u) first, and the times."""
+  """Return each position's rank by reveal time, the largest u first, and the times."""
   batch, length = u_BL.shape
   order_BL = jnp.argsort(-u_BL, axis=1)  # frozen positions (u = 2) come first
   frozen_B1 = jnp.sum(u_BL > 1, axis=1, keepdims=True)

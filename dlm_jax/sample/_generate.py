@@ -73,8 +73,9 @@ def generate(
     >>> sample.generate(denoiser, proc, jax.random.key(1), batch=2, length=4, steps=2).shape
     (2, 4)
   """
-  if steps < 1:
-    raise InputError(f"steps={steps}: sampling needs at least 1 step.")
+  for name, count in (("batch", batch), ("length", length), ("steps", steps)):
+    if count < 1:
+      raise InputError(f"{name}={count}: sampling needs at least 1.")
   if precision not in PRECISIONS:
     raise InputError(f"precision={precision!r} is unknown; use one of {', '.join(PRECISIONS)}.")
   rng_B = jax.vmap(lambda i: jax.random.fold_in(rng, i))(jnp.arange(batch))

@@ -27,8 +27,8 @@ class Loader(Protocol):
   """Host batches with a position that can be saved."""
 
   def __next__(self) -> np.ndarray: ...
-  def get_state(self) -> dict: ...
-  def set_state(self, state: dict) -> None: ...
+  def position(self) -> dict: ...
+  def seek(self, position: dict) -> None: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,8 +65,8 @@ class Evaluator(Protocol):
   """Called with the state between steps; may keep the best and may ask to stop."""
 
   def __call__(self, step: int, state: TrainState) -> tuple[dict[str, float], bool]: ...
-  def get_state(self) -> dict: ...
-  def set_state(self, state: dict) -> None: ...
+  def to_json(self) -> dict: ...
+  def from_json(self, state: dict) -> None: ...
 
 
 def jit_step(objective: Objective, mesh: Mesh, shardings: Any, seed: int) -> Callable:
@@ -143,9 +143,9 @@ def run(
     return done, metrics
 
   def save():
-    extra = {"loader": loader.get_state()}
+    extra = {"loader": loader.position()}
     if evaluator is not None:
-      extra["evaluator"] = evaluator.get_state()
+      extra["evaluator"] = evaluator.to_json()
     checkpoints.save(step, state, extra)
 
   reason = "finished"

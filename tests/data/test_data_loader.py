@@ -86,12 +86,12 @@ def test_resume_continues_with_the_next_batch(steps, directory):
   first = make(directory)
   for _ in range(steps):
     next(first)
-  state = json.loads(json.dumps(first.get_state()))
-  assert first.get_state() == state  # taking it changes nothing
+  state = json.loads(json.dumps(first.position()))
+  assert first.position() == state  # taking it changes nothing
   second = make(directory)
   next(second)
-  second.set_state(state)
-  assert second.get_state() == state
+  second.seek(state)
+  assert second.position() == state
   np.testing.assert_array_equal(take(second, 7), straight[steps:])
   np.testing.assert_array_equal(take(first, 7), straight[steps:])
 
@@ -99,28 +99,28 @@ def test_resume_continues_with_the_next_batch(steps, directory):
 def test_resume_on_another_number_of_hosts(directory):
   one = make(directory)
   take(one, 5)
-  state = one.get_state()
+  state = one.position()
   parts = [make(directory, host=h, hosts=2) for h in range(2)]
   for part in parts:
-    part.set_state(state)
+    part.seek(state)
   np.testing.assert_array_equal(np.concatenate([next(part) for part in parts]), next(one))
-  assert parts[0].get_state() == one.get_state()
+  assert parts[0].position() == one.position()
 
 
 def test_resume_is_immediate_far_into_the_stream(directory):
   one = make(directory)
-  one.set_state({**one.get_state(), "step": 10**9})
+  one.seek({**one.position(), "step": 10**9})
   batch = next(one)
-  one.set_state({**one.get_state(), "step": 10**9})
+  one.seek({**one.position(), "step": 10**9})
   np.testing.assert_array_equal(next(one), batch)
 
 
 def test_resume_at_the_end_of_a_finite_stream(directory):
   one = make(directory, repeat=False)
   assert len(list(one)) == 4
-  state = one.get_state()
+  state = one.position()
   two = make(directory, repeat=False)
-  two.set_state(state)
+  two.seek(state)
   assert list(two) == []
 
 
@@ -128,16 +128,16 @@ def test_resume_at_the_end_of_a_finite_stream(directory):
   "change", [{"seed": 4}, {"batch_size": 4}, {"shuffle": False}, {"repeat": False}]
 )
 def test_a_state_of_another_stream_is_refused(change, directory):
-  state = make(directory, **change).get_state()
+  state = make(directory, **change).position()
   with pytest.raises(InputError, match=f"{next(iter(change))}=.*restore these settings"):
-    make(directory).set_state(state)
+    make(directory).seek(state)
 
 
 def test_a_damaged_state_is_refused(directory):
   one = make(directory)
   for step in (None, -1, "3"):
     with pytest.raises(InputError, match="step="):
-      one.set_state({**one.get_state(), "step": step})
+      one.seek({**one.position(), "step": step})
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ def test_wrong_options(options, message, directory):
 
 
 def test_wrong_places(directory, tmp_path):
-  with pytest.raises(InputError, match="split='test' is not in .*; it has train, validation"):
+  with pytest.raises(InputError, match=r"split='test' is not in .*; it has train, validation"):
     loader.make(directory, "test", batch_size=1, seed=0)
   with pytest.raises(InputError, match="is not a prepared dataset"):
     loader.make(tmp_path, "train", batch_size=1, seed=0)

@@ -138,7 +138,7 @@ def test_bad_nfes(nfes):
 
 
 def test_bad_options(tmp_path):
-  with pytest.raises(InputError, match="at least one sampler"):
+  with pytest.raises(InputError, match="samplers=0 must be"):
     frontier.sweep({}, [1], judge=judge)
   with pytest.raises(InputError, match="samples=0"):
     frontier.sweep({"a": Uniform()}, [1], judge=judge, samples=0)

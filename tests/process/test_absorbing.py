@@ -86,17 +86,18 @@ def _chi_square(tokens, law, vocabulary):
 
 
 @every_schedule
-@pytest.mark.parametrize("t", [0.1, 0.5, 0.9])
 @pytest.mark.parametrize("mask", [0, 3])
-def test_law_of_corrupt(schedule, t, mask):
+def test_law_of_corrupt(schedule, mask):
   proc = process.Absorbing(vocab_size=4, mask_id=mask, schedule=schedule)
   x0_L = jnp.array([1, 2, 1])
-  keys = jax.random.split(jax.random.key(int(10 * t)), 30_000)
-  tokens = np.asarray(jax.jit(jax.vmap(lambda key: proc.corrupt(key, x0_L, t)))(keys))
   rows = np.eye(4)[np.asarray(x0_L)]
-  assert _chi_square(tokens, _law(rows, float(schedule.alpha(t)), 4, mask), 4) > FOLLOWS
-  wrong = float(schedule.alpha(t)) * 0.97 + 0.03 * 0.5 + 0.02
-  assert _chi_square(tokens, _law(rows, wrong, 4, mask), 4) < DIFFERS
+  keys = jax.random.split(jax.random.key(1), 30_000)
+  corrupt = jax.jit(jax.vmap(proc.corrupt, (0, None, None)))
+  for t in (0.1, 0.5, 0.9):
+    tokens, alpha = np.asarray(corrupt(keys, x0_L, jnp.float32(t))), float(schedule.alpha(t))
+    assert _chi_square(tokens, _law(rows, alpha, 4, mask), 4) > FOLLOWS
+    assert _chi_square(tokens, _law(rows, 0.97 * alpha + 0.035, 4, mask), 4) < DIFFERS or t == 0.1
+    assert _chi_square(tokens, _law(rows, 0.97 * alpha, 4, mask), 4) < DIFFERS or t == 0.9
 
 
 @every_schedule
@@ -142,7 +143,7 @@ def test_prior_is_all_masks():
 
 @every_schedule
 @pytest.mark.parametrize("vocabulary,mask", [(2, 1), (3, 0), (4, 2)])
-@pytest.mark.parametrize("s,t", [(0.0, 0.3), (0.2, 0.25), (0.3, 1.0), (0.0, 1.0)])
+@pytest.mark.parametrize("s,t", [(0.2, 0.25), (0.0, 1.0)])
 def test_posterior_is_brute_force_bayes(schedule, vocabulary, mask, s, t):
   """Every (x₀, x_s, x_t): rows are Σ p(x₀ | x_t) q(x_t | x_s) q(x_s | x₀) / q(x_t | x₀)."""
   with jax.enable_x64(True):

@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""IDLM student of the novels teacher; needs runs/novels_teacher and runs/novels_judge.
+
+Reference: Li et al., arXiv 2602.19066.
+
+  dlm-jax train --config=novels_idlm --workdir=runs/novels_idlm
+"""
+
+from dlm_jax.configs import common, novels_teacher
+
+
+def get_config():
+  c = novels_teacher.get_config()
+  c = common.distill(c, teacher="runs/novels_teacher", judge="runs/novels_judge")
+  c.loader.batch_size = 128
+  c.objective.ema_decay = 0.98
+  c.optim.lr = 1e-5
+  c.optim.warmup = 20
+  c.optim.schedule = "constant"
+  c.optim.b2 = 0.99
+  c.optim.weight_decay = 0.0
+  c.train.steps = 400
+  c.train.log_every = 10
+  c.train.checkpoint_every = 200
+  c.evaluate.every = 40
+  c.evaluate.nfes = (8, 16)
+  c.evaluate.samples = 128
+  c.evaluate.batch_size = 128
+  c.evaluate.max_entropy_drop = 0.15
+  return c

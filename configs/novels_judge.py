@@ -1,0 +1,21 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Autoregressive judge of the novels runs, 30 M parameters.
+
+dlm-jax prepare --config=novels_judge
+dlm-jax train --config=novels_judge --workdir=runs/novels_judge
+"""
+
+from dlm_jax.configs import common, novels_teacher
+
+
+def get_config():
+  c = novels_teacher.get_config()
+  c.model = common.base().model
+  c.model.name = "causal"
+  c.model.dim = 512
+  c.model.layers = 9
+  c.model.heads = 8
+  c.model.dropout = 0.0
+  c.objective.name = "ar"
+  c.train.steps = 2500
+  return c

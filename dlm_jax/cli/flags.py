@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Flags that several verbs share."""
+
+import argparse
+import sys
+
+from dlm_jax import experiment
+
+
+class Parser(argparse.ArgumentParser):
+  """An argument parser that complains in one line, and takes --config.group.field=value."""
+
+  def __init__(self, verb: str, description: str, examples: str):
+    super().__init__(
+      prog=f"dlm-jax {verb}",
+      description=description,
+      epilog="examples:\n" + "\n".join(f"  {line}" for line in examples.strip().splitlines()),
+      formatter_class=argparse.RawDescriptionHelpFormatter,
+      allow_abbrev=False,
+    )
+
+  def error(self, message: str):
+    """Print one line and exit with code 2."""
+    print(f"{self.prog}: {message}; see `{self.prog} --help`.", file=sys.stderr)
+    sys.exit(2)
+
+  def parse(self, argv: list[str]) -> argparse.Namespace:
+    """Parse; overrides of config fields end up in `.overrides`."""
+    overrides, rest = {}, []
+    for argument in argv:
+      if argument.startswith("--config."):
+        field, equals, text = argument.removeprefix("--config.").partition("=")
+        if not equals:
+          self.error(f"write --config.{field}=VALUE")
+        overrides[field] = text
+      else:
+        rest.append(argument)
+    namespace = self.parse_args(rest)
+    namespace.overrides = overrides
+    return namespace
+
+
+def add_config(parser: Parser, default: str | None = None) -> None:
+  """Add --config and --print_config."""
+  parser.add_argument(
+    "--config", default=default, required=default is None, metavar="NAME_OR_FILE",
+    help="packaged experiment or a Python file; fields: --config.optim.lr=3e-5",
+  )  # fmt: skip
+  parser.add_argument("--print_config", action="store_true", help="show all fields and stop")
+
+
+def load_config(namespace: argparse.Namespace):
+  """Return the locked config; None after printing it for --print_config."""
+  config = experiment.load_config(namespace.config, namespace.overrides)
+  if namespace.print_config:
+    print(config)
+    return None
+  return config
+
+
+def integers(text: str) -> list[int]:
+  """Parse "1,2,4"."""
+  try:
+    return [int(part) for part in text.split(",") if part.strip()]
+  except ValueError:
+    raise argparse.ArgumentTypeError(f"{text!r} is not a list like 1,2,4") from None

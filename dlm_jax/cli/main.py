@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`dlm-jax VERB …`: choose the verb, turn user errors into one line and exit code 2."""
+
+import difflib
+import importlib
+import os
+import sys
+
+from dlm_jax.errors import InputError
+
+VERBS = {
+  "quickstart": "the whole job on this machine: distil, sample, measure, report",
+  "prepare": "tokenise and pack a corpus",
+  "train": "train a teacher, a judge or a student",
+  "sample": "print samples of a trained model",
+  "evaluate": "likelihood, GenPPL and entropy of a model",
+  "frontier": "quality against network evaluations, for several models",
+  "convert": "between training runs and the Hugging Face layout",
+}
+
+_HELP = """usage: dlm-jax VERB [--flag=value ...]
+
+{verbs}
+
+examples:
+  dlm-jax quickstart --workdir=runs/quickstart
+  dlm-jax train --config=novels_teacher --workdir=runs/novels_teacher --config.optim.lr=3e-4
+  dlm-jax sample --checkpoint=runs/quickstart/student --steps=8 --num=4
+
+`dlm-jax VERB --help` lists a verb's flags."""
+
+
+def main(argv: list[str] | None = None) -> int:
+  """Run a verb; return the exit code: 0, 2 for input that cannot be used, 130 after Ctrl-C."""
+  argv = sys.argv[1:] if argv is None else argv
+  if not argv or argv[0] in ("-h", "--help", "help"):
+    width = max(map(len, VERBS))
+    print(_HELP.format(verbs="\n".join(f"  {v:<{width}}  {VERBS[v]}" for v in VERBS)))
+    return 0
+  verb, *rest = argv
+  if verb not in VERBS:
+    close = difflib.get_close_matches(verb, VERBS, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    print(f"dlm-jax: {verb!r} is no verb; use {', '.join(VERBS)}.{hint}", file=sys.stderr)
+    return 2
+  try:
+    return importlib.import_module(f"dlm_jax.cli.{verb}").main(rest) or 0
+  except InputError as error:
+    print(f"dlm-jax {verb}: {error}", file=sys.stderr)
+    return 2
+  except KeyboardInterrupt:
+    print(f"\ndlm-jax {verb}: interrupted.", file=sys.stderr)
+    return 130
+  except BrokenPipeError:  # … | head
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def run() -> None:
+  """Entry point of the console script."""
+  sys.exit(main())

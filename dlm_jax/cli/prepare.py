@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`dlm-jax prepare`: corpus → packed token records."""
+
+from dlm_jax import experiment
+from dlm_jax.cli import flags
+from dlm_jax.data import tokenizers
+
+
+def main(argv: list[str]) -> None:
+  """Parse flags and pack the corpus."""
+  parser = flags.Parser(
+    "prepare",
+    "Tokenise a corpus and pack it into sequences of equal length.",
+    """
+dlm-jax prepare --config=quickstart_teacher
+dlm-jax prepare --config=novels_teacher --config.data.source='files:books/*.txt'
+dlm-jax prepare --config=owt_teacher --config.data.tokenizer=data/gpt2 --config.data.length=512
+""",
+  )
+  flags.add_config(parser)
+  config = flags.load_config(parser.parse(argv))
+  if config is None:
+    return
+  prepared = experiment.prepare(config)
+  print(prepared.message)
+  rows = tokenizers.load(prepared.directory)
+  for name, split in prepared.info.splits.items():
+    print(
+      f"  {name}: {split.records:,} records, {split.tokens:,} tokens, "
+      f"{split.bytes_per_token:.2f} bytes per token"
+    )
+  print(f"  tokenizer: {rows.vocab_size:,} tokens, fingerprint {rows.fingerprint[:12]}")

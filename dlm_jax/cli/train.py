@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`dlm-jax train`: teachers, judges and students alike; the config names the objective."""
+
+import pathlib
+
+from dlm_jax import mesh, training
+from dlm_jax.cli import flags
+from dlm_jax.data import builder
+
+
+def main(argv: list[str]) -> None:
+  """Parse flags and train, or show what would be trained."""
+  parser = flags.Parser(
+    "train",
+    "Train what a config describes. Run it again on the same workdir to resume.",
+    """
+dlm-jax train --config=novels_teacher --workdir=runs/novels_teacher
+dlm-jax train --config=novels_idlm --workdir=runs/novels_idlm --config.optim.lr=3e-6
+dlm-jax train --config=owt_teacher --dry_run
+""",
+  )
+  flags.add_config(parser)
+  parser.add_argument("--workdir", help="where checkpoints and metrics go")
+  parser.add_argument(
+    "--dry_run", action="store_true", help="show shapes, parameters, shardings, memory; no data"
+  )
+  parser.add_argument("--distributed", action="store_true", help="one of several hosts")
+  parser.add_argument("--wandb_project", default="", help="also log to Weights & Biases")
+  namespace = parser.parse(argv)
+  config = flags.load_config(namespace)
+  if config is None:
+    return
+  if namespace.distributed:
+    mesh.start_distributed()
+  if namespace.dry_run:
+    from dlm_jax import dry_run
+
+    print(dry_run.describe(config, vocab_size=_vocab_size(config)))
+    return
+  if not namespace.workdir:
+    parser.error("--workdir is required")
+  result = training.train(config, namespace.workdir, wandb=namespace.wandb_project)
+  where = pathlib.Path(namespace.workdir)
+  if result.reason == "interrupted":
+    print(f"interrupted at step {result.step}; run the same command to resume.")
+  else:
+    kept = where / "best" if (where / "best").exists() else where / "final"
+    print(f"{result.reason} at step {result.step}; the network is in {kept}")
+
+
+def _vocab_size(config) -> int:
+  """Return the data's vocabulary if it is prepared, else what the config says."""
+  if config.data.directory and pathlib.Path(config.data.directory).exists():
+    return builder.open_dataset(config.data.directory).info.vocab_size
+  if config.model.vocab_size:
+    return config.model.vocab_size - (config.model.name == "dit")
+  if config.data.tokenizer.startswith("bpe:"):
+    return int(config.data.tokenizer[4:])
+  return 257

@@ -1,0 +1,294 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a configuration to the things it names; the only file that reads ConfigDicts.
+
+Everything that can be wrong with a configuration is found here, before anything is compiled.
+"""
+
+import ast
+import dataclasses
+import difflib
+import importlib
+import importlib.util
+import pathlib
+import pkgutil
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict, FrozenConfigDict
+
+from dlm_jax import mesh, models, objectives, process, schedules
+from dlm_jax.data import builder, sources, tokenizers
+from dlm_jax.errors import InputError
+from dlm_jax.train import optim
+from dlm_jax.train.loop import LoopConfig
+
+_MODELS = {"dit": (models.DiT, models.DiTConfig), "causal": (models.Causal, models.CausalConfig)}
+
+
+def load_config(name: str, overrides: dict[str, str] | None = None) -> ConfigDict:
+  """Build the config of a packaged experiment or of a file, apply overrides, lock it.
+
+  Args:
+    name: "novels_idlm", or a path to a Python file with `get_config()`.
+    overrides: dotted field to text, e.g. {"optim.lr": "3e-5"}.
+
+  Raises:
+    InputError: no such config or field, or a value of the wrong type.
+  """
+  if name.endswith(".py"):
+    spec = importlib.util.spec_from_file_location("user_config", name)
+    if not pathlib.Path(name).is_file() or spec is None:
+      raise InputError(f"--config={name}: no such file.")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+  else:
+    known = list_configs()
+    if name not in known:
+      raise InputError(
+        f"--config={name} is unknown{_hint(name, known)}; found: {', '.join(known)}."
+      )
+    module = importlib.import_module(f"dlm_jax.configs.{name}")
+  config = module.get_config().lock()
+  for field, text in (overrides or {}).items():
+    _override(config, field, text)
+  return config
+
+
+def list_configs() -> list[str]:
+  """Return the names of the packaged experiments."""
+  configs = importlib.import_module("dlm_jax.configs")
+  return sorted(m.name for m in pkgutil.iter_modules(configs.__path__) if m.name != "common")
+
+
+def _override(config, field, text):
+  *groups, leaf = field.split(".")
+  node = config
+  for key in groups:
+    if not isinstance(node, ConfigDict) or key not in node:
+      raise InputError(f"--config.{field}: there is no group {key!r}{_hint(key, node)}.")
+    node = node[key]
+  free = field.startswith("data.options.")  # its fields belong to the source
+  if not isinstance(node, ConfigDict) or (leaf not in node and not free):
+    raise InputError(f"--config.{field}: there is no field {leaf!r}{_hint(leaf, node)}.")
+  if free and leaf not in node:
+    with node.unlocked():
+      node[leaf] = _literal(text)
+    return
+  old = node[leaf]
+  if isinstance(old, ConfigDict):
+    raise InputError(f"--config.{field} is a group with the fields {', '.join(old)}.")
+  value = _literal(text) if not isinstance(old, str) else text
+  if isinstance(old, float) and type(value) is int:
+    value = float(value)
+  if isinstance(old, tuple) and type(value) in (int, float):
+    value = (value,)
+  if isinstance(old, tuple) and isinstance(value, list):
+    value = tuple(value)
+  if type(value) is not type(old):
+    raise InputError(
+      f"--config.{field}={text}: expected {type(old).__name__} like {old!r}, got "
+      f"{type(value).__name__}."
+    )
+  node[leaf] = value
+
+
+def _literal(text: str) -> Any:
+  special = {"true": True, "false": False, "none": None, "": ""}
+  if text.lower() in special:
+    return special[text.lower()]
+  try:
+    return ast.literal_eval(text)
+  except (ValueError, SyntaxError):
+    return text
+
+
+def _hint(name: str, known) -> str:
+  close = difflib.get_close_matches(name, list(known), n=1)
+  return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def open_source(config: ConfigDict) -> sources.Source:
+  """Open the corpus named by `config.data`."""
+  return sources.open_source(config.data.source, **config.data.options.to_dict())
+
+
+def make_tokenizer(config: ConfigDict, source: sources.Source) -> tokenizers.Tokenizer:
+  """Return the tokenizer named by `config.data.tokenizer`; "bpe:SIZE" trains one on the corpus."""
+  name = config.data.tokenizer
+  if not name.startswith("bpe:"):
+    return tokenizers.load(shipped(name))
+  if not name[4:].isdigit():
+    raise InputError(f"data.tokenizer={name!r}: write bpe:SIZE, e.g. bpe:4096.")
+  return tokenizers.train_bpe(source.documents("train"), int(name[4:]))
+
+
+def prepare(config: ConfigDict, progress: bool = True) -> builder.Prepared:
+  """Tokenise and pack the corpus of a config into `config.data.directory`."""
+  if not config.data.directory:
+    raise InputError("data.directory is empty; say where to write: --config.data.directory=DIR.")
+  source = open_source(config)
+  tokenizer = make_tokenizer(config, source)
+  return builder.prepare(
+    source, tokenizer, config.data.length, config.data.directory, progress=progress
+  )
+
+
+def shipped(path: str) -> str:
+  """Resolve "shipped:NAME" to the directory of a network that comes with the package."""
+  if not path.startswith("shipped:"):
+    return path
+  from dlm_jax import assets
+
+  return str(assets.path(path.removeprefix("shipped:")))
+
+
+def make_model(config: ConfigDict, vocab_size: int) -> models.DiT | models.Causal:
+  """Build the network; `vocab_size` is what the data needs, the mask not included."""
+  options = config.model.to_dict()
+  name = options.pop("name")
+  if name not in _MODELS:
+    raise InputError(f"model.name={name!r} is unknown{_hint(name, _MODELS)}; found: dit, causal.")
+  network, fields = _MODELS[name]
+  needed = vocab_size + (name == "dit")
+  asked = options.pop("vocab_size")
+  if asked and asked != needed:
+    raise InputError(f"model.vocab_size={asked}, but the data needs {needed}; use {needed} or 0.")
+  known = {field.name for field in dataclasses.fields(fields)}
+  options = {key: value for key, value in options.items() if key in known}
+  try:
+    return network(fields(vocab_size=needed, length=config.data.length, **options))
+  except ValueError as error:
+    raise InputError(str(error)) from None
+
+
+def make_process(config: ConfigDict, model) -> process.Absorbing | None:
+  """Build the forward process; None for an autoregressive network."""
+  if isinstance(model, models.Causal):
+    return None
+  if config.process.name != "absorbing":
+    raise InputError(f"process.name={config.process.name!r} is unknown; found: absorbing.")
+  size = model.config.vocab_size
+  try:
+    schedule = schedules.make(config.process.schedule, eps=config.process.eps)
+  except ValueError as error:
+    raise InputError(f"process.{error}") from None
+  return process.Absorbing(vocab_size=size, mask_id=size - 1, schedule=schedule)
+
+
+def list_objectives() -> list[str]:
+  """Return the names of the packaged training methods: the files of the folder."""
+  names = (module.name for module in pkgutil.iter_modules(objectives.__path__))
+  return sorted(name for name in names if name != "state")
+
+
+def make_objective(config: ConfigDict, model, proc) -> objectives.Objective:
+  """Build the training method: a file of dlm_jax/objectives, or a user's own module."""
+  options = config.objective.to_dict()
+  name = options.pop("name")
+  if "." in name:
+    try:
+      module = importlib.import_module(name)
+    except ImportError as error:
+      raise InputError(f"objective.name={name!r} cannot be imported: {error}.") from None
+  else:
+    known = list_objectives()
+    if name not in known:
+      raise InputError(
+        f"objective.name={name!r} is not a file in dlm_jax/objectives; found: {', '.join(known)}."
+        + _hint(name, known)
+      )
+    module = importlib.import_module(f"dlm_jax.objectives.{name}")
+  options = {key: value or None if key in ("chunk", "ema_decay") else value
+             for key, value in options.items()}  # fmt: skip
+  rates = optim.OptimConfig(**config.optim.to_dict())
+  optimizers = {tree: optim.make(rates, config.train.steps) for tree in module.TRAINED}
+  try:
+    return module.make(model=model, process=proc, optimizers=optimizers, **options)
+  except (TypeError, ValueError) as error:
+    raise InputError(f"objective {name!r}: {error}") from None
+
+
+def loop_config(config: ConfigDict) -> LoopConfig:
+  """Return how long to train and how often to do what."""
+  if config.train.steps < 1:
+    raise InputError(f"train.steps={config.train.steps} is not positive.")
+  return LoopConfig(
+    steps=config.train.steps,
+    log_every=config.train.log_every,
+    checkpoint_every=config.train.checkpoint_every,
+    evaluate_every=config.evaluate.every,
+    seed=config.seed,
+    max_seconds=config.train.max_seconds,
+  )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Experiment:
+  """What a config describes, built and checked; no parameters and no data yet.
+
+  Attributes:
+    config: the resolved configuration.
+    model, process, objective: built from it.
+    mesh: devices.
+    shapes: of the train state.
+    shardings: of the train state.
+  """
+
+  config: FrozenConfigDict
+  model: Any
+  process: Any
+  objective: objectives.Objective
+  mesh: jax.sharding.Mesh
+  shapes: objectives.TrainState
+  shardings: Any
+
+
+def build(config: ConfigDict, vocab_size: int, devices=None) -> Experiment:
+  """Build everything that needs neither parameters nor data.
+
+  Args:
+    config: locked.
+    vocab_size: tokens of the data, the mask not included.
+    devices: all by default.
+  """
+  device_mesh = mesh.make(**config.mesh.to_dict(), devices=devices)
+  mesh.check_batch(device_mesh, config.loader.batch_size, config.objective.accumulate)
+  model = make_model(config, vocab_size)
+  proc = make_process(config, model)
+  objective = make_objective(config, model, proc)
+  inputs = model_inputs(model)
+  params = jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
+  shapes = jax.eval_shape(objective.init, jax.random.key(0), params)
+  placed = mesh.param_shardings(device_mesh, model.axes(*inputs), params)
+  return Experiment(
+    config=FrozenConfigDict(config),
+    model=model,
+    process=proc,
+    objective=objective,
+    mesh=device_mesh,
+    shapes=shapes,
+    shardings=mesh.state_shardings(device_mesh, placed, shapes),
+  )
+
+
+def model_inputs(model) -> tuple[jax.Array, ...]:
+  """Return arguments to initialise a network with."""
+  tokens_BL = jnp.zeros((1, model.config.length), jnp.int32)
+  return (tokens_BL,) if isinstance(model, models.Causal) else (tokens_BL, jnp.zeros((1,)))
+
+
+def network_directory(path: str) -> pathlib.Path:
+  """Return the model directory that a path means: itself, or the best or final one of a workdir.
+
+  Raises:
+    InputError: there is none.
+  """
+  folder = pathlib.Path(shipped(path))
+  for candidate in (folder, folder / "best", folder / "final"):
+    if (candidate / "config.json").exists():
+      return candidate
+  raise InputError(
+    f"{path} holds no network: expected config.json and model.safetensors in it, in best/ or in "
+    "final/."
+  )
