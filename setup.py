@@ -16,7 +16,7 @@ setup(
   license="Apache-2.0",
   python_requires=">=3.11",
   # The experiments live at the top of the tree and are importable as dlm_jax.configs.
-  packages=find_packages(include=["dlm_jax", "dlm_jax.*"]) + ["dlm_jax.configs"],
+  packages=[*find_packages(include=["dlm_jax", "dlm_jax.*"]), "dlm_jax.configs"],
   package_dir={"dlm_jax": "dlm_jax", "dlm_jax.configs": "configs"},
   package_data={"dlm_jax": ["assets/**/*"]},
   install_requires=[

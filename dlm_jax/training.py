@@ -1,26 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run a configured experiment: data, state, loop, evaluation, export."""
 
-import dataclasses
 import json
-import math
 import os
 import pathlib
 from typing import Any
 
 import jax
-import numpy as np
 from jax.experimental import multihost_utils
 
-from dlm_jax import convert, experiment, models, sample
+from dlm_jax import convert, evaluators, experiment
 from dlm_jax.data import builder, loader, tokenizers
 from dlm_jax.errors import InputError
-from dlm_jax.evaluate import frontier, generative, likelihood
 from dlm_jax.experiment import Experiment
 from dlm_jax.objectives import TrainState, output_params
 from dlm_jax.train import loop
 from dlm_jax.train.checkpoint import Checkpoints
-from dlm_jax.train.selection import Selection
 from dlm_jax.train.writers import Writer
 
 
@@ -44,15 +39,12 @@ def train(config, workdir: str | os.PathLike, *, label: str = "", wandb: str = "
   tokenizer = dataset.tokenizer()
   built = experiment.build(config, tokenizer.vocab_size)
   teacher = load_teacher(config, built, tokenizer)
-  judge = load_judge(config, tokenizer) if config.evaluate.every else None
+  evaluator = evaluators.make(built, tokenizer, lambda *where: export(*where, tokenizer), workdir)
   make_workdir(workdir)
   stream = loader.make(
     config.data.directory, "train", batch_size=config.loader.batch_size, seed=config.seed,
     host=jax.process_index(), hosts=jax.process_count(),
   )  # fmt: skip
-  evaluator = None
-  if judge is not None:
-    evaluator = Evaluator(built=built, judge=judge, tokenizer=tokenizer, workdir=workdir)
   resolved = json.loads(config.to_json())
   _check_same_run(workdir, resolved)
   with Checkpoints(workdir / "checkpoints", keep=config.train.keep, config=resolved) as checkpoints:
@@ -65,7 +57,7 @@ def train(config, workdir: str | os.PathLike, *, label: str = "", wandb: str = "
         label=label or config.objective.name,
       )  # fmt: skip
   if result.reason != "interrupted":
-    export(workdir / "final", built, result.state, tokenizer, result.step)
+    export(workdir / "final", built, result.state, result.step, tokenizer)
   return result
 
 
@@ -107,65 +99,13 @@ def load_teacher(config, built: Experiment, tokenizer: tokenizers.Tokenizer) -> 
     return None
   directory = experiment.network_directory(config.teacher.path)
   model, params, _ = convert.load(directory)
-  check_tokenizer(directory, tokenizer, model.config.vocab_size - 1)
+  evaluators.check_tokenizer(directory, tokenizer, model.config.vocab_size - 1)
   fields = ("vocab_size", "dim", "layers", "heads", "cond_dim", "mlp_ratio", "time_conditioning")
   for field in fields:
     ours, theirs = getattr(built.model.config, field), getattr(model.config, field, None)
     if ours != theirs:
       raise InputError(f"model.{field}={ours}, but the teacher {directory} has {theirs}.")
   return params
-
-
-def check_tokenizer(
-  directory: pathlib.Path, tokenizer: tokenizers.Tokenizer, vocab_size: int
-) -> None:
-  """Check that a network was trained on the tokens of this tokenizer."""
-  stored = convert.read_config(directory).get("dlm_jax", {}).get("tokenizer_fingerprint")
-  if vocab_size != tokenizer.vocab_size or stored not in (None, tokenizer.fingerprint):
-    raise InputError(
-      f"{directory} has a vocabulary of {vocab_size} tokens and the data one of "
-      f"{tokenizer.vocab_size}{'' if vocab_size != tokenizer.vocab_size else ' others'}; prepare "
-      f"the data with --config.data.tokenizer={directory}."
-    )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class JudgeWithTokens:
-  """A judge and, if it has a tokenizer of its own, how to translate to its tokens."""
-
-  judge: likelihood.Judge
-  eos_id: int
-  retokenise: Any = None
-  name: str = ""
-
-
-def load_judge(config, tokenizer: tokenizers.Tokenizer) -> JudgeWithTokens:
-  """Load `config.evaluate.judge`: one of our runs, or a GPT-2 directory with its BPE files."""
-  path = config.evaluate.judge
-  if not path:
-    raise InputError("evaluate.judge is empty; name the workdir of an autoregressive run.")
-  directory = experiment.network_directory(path)
-  kind = convert.read_config(directory)["model_type"]
-  if kind == "gpt2":
-    model, params, _ = convert.load(directory)
-    theirs = tokenizers.load(directory)
-    return JudgeWithTokens(
-      judge=likelihood.Judge(model, params),
-      eos_id=theirs.eos_id,
-      name=path,
-      retokenise=lambda tokens_BL: generative.retokenise(
-        np.where(tokens_BL == tokenizer.mask_id, tokenizer.eos_id, tokens_BL),
-        lambda text: theirs.encode(text, specials=True),
-        decode=tokenizer.decode,
-        eos_id=theirs.eos_id,
-      ),
-    )
-  if kind != "dlm_jax_causal":
-    raise InputError(f"evaluate.judge={path} is a {kind} network; a judge is autoregressive.")
-  dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-  model, params, _ = convert.load(directory, dtype=dtype)
-  check_tokenizer(directory, tokenizer, model.config.vocab_size)
-  return JudgeWithTokens(judge=likelihood.Judge(model, params), eos_id=tokenizer.eos_id, name=path)
 
 
 def _check_same_run(workdir, resolved):
@@ -201,7 +141,7 @@ def _start(built, teacher, checkpoints, stream, evaluator) -> TrainState:
 
 def export(
   directory: pathlib.Path, built: Experiment, state: TrainState,
-  tokenizer: tokenizers.Tokenizer, step: int,
+  step: int, tokenizer: tokenizers.Tokenizer,
 ) -> None:  # fmt: skip
   """Write the network to sample from, with its tokenizer, in the Hugging Face layout."""
   params = output_params(state, built.objective)
@@ -215,70 +155,3 @@ def export(
     }
     convert.save(directory, built.model, jax.device_get(params), built.process, extra=extra)
     tokenizer.save(directory)
-
-
-class Evaluator:
-  """Measure samples during training; keep the best network in workdir/best, see `Selection`."""
-
-  def __init__(self, *, built: Experiment, judge: JudgeWithTokens, tokenizer, workdir):
-    options = built.config.evaluate
-    if isinstance(built.model, models.Causal):
-      raise InputError("evaluate.every: an autoregressive run has no few-step samples to evaluate.")
-    frontier.checked_nfes(options.nfes)
-    self._built, self._judge, self._tokenizer = built, judge, tokenizer
-    self._best = pathlib.Path(workdir) / "best"
-    self._selection = Selection(
-      max_entropy_drop=options.max_entropy_drop, patience=options.patience
-    )
-    self._reference: dict[str, float] = {}  # the teacher's entropy by NFE
-    batch = min(options.batch_size, options.samples)
-    self._rounds = -(-options.samples // batch)
-
-    def draw(denoiser, rng, nfe):
-      length = built.config.data.length
-      return sample.generate(denoiser, built.process, rng, batch=batch, length=length, steps=nfe)
-
-    self._draw = jax.jit(draw, static_argnums=2)  # compiled once per NFE, not per evaluation
-
-  def to_json(self) -> dict:
-    """Return what a checkpoint must keep."""
-    return {"selection": self._selection.to_json(), "reference": self._reference}
-
-  def from_json(self, state: dict) -> None:
-    """Take back what `to_json` returned."""
-    if state:
-      self._selection.from_json(state["selection"])
-      self._reference = state["reference"]
-
-  def __call__(self, step: int, state: TrainState) -> tuple[dict[str, float], bool]:
-    """Return scores, and whether the entropy has collapsed."""
-    params = output_params(state, self._built.objective)
-    measured = self._measure(params)
-    if not self._reference:
-      self._reference = {"none": 0.0}
-      if "teacher" in state.trees:
-        teacher = self._measure(state.trees["teacher"])
-        self._reference = {nfe: quality.entropy for nfe, quality in teacher.items()}
-    genppl = math.exp(np.mean([math.log(q.genppl) for q in measured.values()]))
-    drop = max(self._reference.get(nfe, 0.0) - q.entropy for nfe, q in measured.items())
-    if self._selection.update(step, genppl, drop):
-      export(self._best, self._built, state, self._tokenizer, step)
-    scores = {"entropy_drop": drop}
-    for nfe, quality in measured.items():
-      scores |= {f"nfe{nfe}/genppl": quality.genppl, f"nfe{nfe}/entropy": quality.entropy}
-    return scores, self._selection.stop
-
-  def _measure(self, params) -> dict[str, generative.Quality]:
-    options = self._built.config.evaluate
-    denoiser = models.Denoiser(self._built.model, params)
-    measured = {}
-    for nfe in options.nfes:
-      rngs = [jax.random.fold_in(jax.random.key(nfe), i) for i in range(self._rounds)]
-      drawn = [np.asarray(self._draw(denoiser, rng, nfe)) for rng in rngs]
-      tokens_BL = np.concatenate(drawn)[: options.samples]
-      translated = self._judge.retokenise(tokens_BL) if self._judge.retokenise else None
-      measured[str(nfe)] = generative.quality(
-        self._judge.judge, tokens_BL, eos_id=self._judge.eos_id,
-        batch_size=options.batch_size, retokenised=translated,
-      )  # fmt: skip
-    return measured

@@ -36,7 +36,7 @@ class Denoiser:
     return self.model.apply({"params": self.params}, hidden_BKD, sigma_B, method="head")
 
   def cast(self, dtype: jnp.dtype) -> "Denoiser":
-    """Return a copy with matrices in `dtype`, so that a sampling loop casts them once, not per step.
+    """Return a copy with matrices in `dtype`: a sampling loop then casts them once, not per step.
 
     What enters float32 arithmetic stays float32: embeddings, norms, biases, the time network.
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training methods. One file per method, each with `make(...) -> Objective`; the folder is the list."""
+"""Training methods: one file each, with `make(...) -> Objective`; the folder is the list."""
 
 from dlm_jax.objectives.state import Objective, TrainState, draw_batch, output_params, update
 

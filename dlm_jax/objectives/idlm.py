@@ -249,7 +249,7 @@ def _per_sequence(loss_BL, batch):
 
 
 def _map_positions(function, arrays, chunk):
-  """Apply a function of [B, L, …] arrays in chunks of positions, recomputed in the backward pass."""
+  """Apply a function of [B, L, …] arrays in chunks of positions, recomputed in backward."""
   length = arrays[0].shape[1]
   if chunk is None or chunk >= length:
     return function(*arrays)

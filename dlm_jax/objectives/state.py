@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every training method shares: the state, one `update`, and the batch with its keys and times.
+"""What every training method shares: the state, one `update`, the batch with its keys and times.
 
 A method is an `Objective`: two pure functions and two facts about them. Its `step` is two or three
 calls of `update` in plain sight.

@@ -28,7 +28,7 @@ class Absorbing:
 
   vocab_size: int
   mask_id: int
-  schedule: Schedule = LogLinear()
+  schedule: Schedule = LogLinear()  # noqa: RUF009 (frozen)
 
   def __post_init__(self):
     if not 0 <= self.mask_id < self.vocab_size:
@@ -98,6 +98,6 @@ class Absorbing:
     return jnp.where(xt_L[:, None] == self.mask_id, masked_LV, kept_LV)
 
   def reveal_probability(self, s: Scalar, t: Scalar) -> Float[Array, ""]:
-    """Return (αₛ − αₜ)/(1 − αₜ), the probability that a masked token is revealed between t and s."""
+    """Return (αₛ − αₜ)/(1 − αₜ): the probability that a mask is revealed between t and s."""
     alpha_s, alpha_t = self.schedule.alpha(s), self.schedule.alpha(t)
     return (alpha_s - alpha_t) / (1 - alpha_t)

@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is measured during training: a student's samples, or a teacher's or judge's likelihood."""
+
+import dataclasses
+import math
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from dlm_jax import convert, experiment, models, sample
+from dlm_jax.data import loader, tokenizers
+from dlm_jax.errors import InputError
+from dlm_jax.evaluate import frontier, generative, likelihood
+from dlm_jax.experiment import Experiment
+from dlm_jax.objectives import TrainState, output_params
+from dlm_jax.train.selection import Selection
+
+Export = Callable[[pathlib.Path, Experiment, TrainState, int], None]
+
+
+def make(
+  built: Experiment, tokenizer: tokenizers.Tokenizer, export: Export, workdir: pathlib.Path
+) -> "Samples | Likelihood | None":
+  """Return the evaluator of a run: samples if it distils a teacher, else held-out likelihood.
+
+  Args:
+    built: the run.
+    tokenizer: of its data.
+    export: writes a network: (directory, run, state, step).
+    workdir: the best network goes to workdir/best.
+  """
+  config = built.config
+  if not config.evaluate.every:
+    return None
+  if not config.teacher.path:
+    return Likelihood(built, export, workdir)
+  judge = load_judge(config, tokenizer)
+  return Samples(built, judge, export, workdir)
+
+
+def check_tokenizer(
+  directory: pathlib.Path, tokenizer: tokenizers.Tokenizer, vocab_size: int
+) -> None:
+  """Check that a network was trained on the tokens of this tokenizer."""
+  stored = convert.read_config(directory).get("dlm_jax", {}).get("tokenizer_fingerprint")
+  if vocab_size != tokenizer.vocab_size or stored not in (None, tokenizer.fingerprint):
+    raise InputError(
+      f"{directory} has a vocabulary of {vocab_size} tokens and the data one of "
+      f"{tokenizer.vocab_size}{'' if vocab_size != tokenizer.vocab_size else ' others'}; prepare "
+      f"the data with --config.data.tokenizer={directory}."
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class JudgeWithTokens:
+  """A judge and, if it has a tokenizer of its own, how to translate to its tokens."""
+
+  judge: likelihood.Judge
+  eos_id: int
+  retokenise: Any = None
+  name: str = ""
+
+
+def load_judge(config, tokenizer: tokenizers.Tokenizer) -> JudgeWithTokens:
+  """Load `config.evaluate.judge`: one of our runs, or a GPT-2 directory with its BPE files."""
+  path = config.evaluate.judge
+  if not path:
+    raise InputError("evaluate.judge is empty; name the workdir of an autoregressive run.")
+  directory = experiment.network_directory(path)
+  kind = convert.read_config(directory)["model_type"]
+  if kind == "gpt2":
+    model, params, _ = convert.load(directory)
+    theirs = tokenizers.load(directory)
+    return JudgeWithTokens(
+      judge=likelihood.Judge(model, params),
+      eos_id=theirs.eos_id,
+      name=path,
+      retokenise=lambda tokens_BL: generative.retokenise(
+        np.where(tokens_BL == tokenizer.mask_id, tokenizer.eos_id, tokens_BL),
+        lambda text: theirs.encode(text, specials=True),
+        decode=tokenizer.decode,
+        eos_id=theirs.eos_id,
+      ),
+    )
+  if kind != "dlm_jax_causal":
+    raise InputError(f"evaluate.judge={path} is a {kind} network; a judge is autoregressive.")
+  dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+  model, params, _ = convert.load(directory, dtype=dtype)
+  check_tokenizer(directory, tokenizer, model.config.vocab_size)
+  return JudgeWithTokens(judge=likelihood.Judge(model, params), eos_id=tokenizer.eos_id, name=path)
+
+
+class Samples:
+  """Measure samples during training; keep the best network in workdir/best, see `Selection`."""
+
+  def __init__(
+    self, built: Experiment, judge: JudgeWithTokens, export: Export, workdir: pathlib.Path
+  ):
+    options = built.config.evaluate
+    frontier.checked_nfes(options.nfes)
+    self._built, self._judge, self._export = built, judge, export
+    self._best = pathlib.Path(workdir) / "best"
+    self._selection = Selection(
+      max_entropy_drop=options.max_entropy_drop, patience=options.patience
+    )
+    self._reference: dict[str, float] = {}  # the teacher's entropy by NFE
+    batch = min(options.batch_size, options.samples)
+    self._rounds = -(-options.samples // batch)
+
+    def draw(denoiser, rng, nfe):
+      length = built.config.data.length
+      return sample.generate(denoiser, built.process, rng, batch=batch, length=length, steps=nfe)
+
+    self._draw = jax.jit(draw, static_argnums=2)  # compiled once per NFE, not per evaluation
+
+  def to_json(self) -> dict:
+    """Return what a checkpoint must keep."""
+    return {"selection": self._selection.to_json(), "reference": self._reference}
+
+  def from_json(self, state: dict) -> None:
+    """Take back what `to_json` returned."""
+    if state:
+      self._selection.from_json(state["selection"])
+      self._reference = state["reference"]
+
+  def __call__(self, step: int, state: TrainState) -> tuple[dict[str, float], bool]:
+    """Return scores, and whether the entropy has collapsed."""
+    params = output_params(state, self._built.objective)
+    measured = self._measure(params)
+    if not self._reference:
+      self._reference = {"none": 0.0}
+      if "teacher" in state.trees:
+        teacher = self._measure(state.trees["teacher"])
+        self._reference = {nfe: quality.entropy for nfe, quality in teacher.items()}
+    genppl = math.exp(np.mean([math.log(q.genppl) for q in measured.values()]))
+    drop = max(self._reference.get(nfe, 0.0) - q.entropy for nfe, q in measured.items())
+    if self._selection.update(step, genppl, drop):
+      self._export(self._best, self._built, state, step)
+    scores = {"entropy_drop": drop}
+    for nfe, quality in measured.items():
+      scores |= {f"nfe{nfe}/genppl": quality.genppl, f"nfe{nfe}/entropy": quality.entropy}
+    return scores, self._selection.stop
+
+  def _measure(self, params) -> dict[str, generative.Quality]:
+    options = self._built.config.evaluate
+    denoiser = models.Denoiser(self._built.model, params)
+    measured = {}
+    for nfe in options.nfes:
+      rngs = [jax.random.fold_in(jax.random.key(nfe), i) for i in range(self._rounds)]
+      drawn = [np.asarray(self._draw(denoiser, rng, nfe)) for rng in rngs]
+      tokens_BL = np.concatenate(drawn)[: options.samples]
+      translated = self._judge.retokenise(tokens_BL) if self._judge.retokenise else None
+      measured[str(nfe)] = generative.quality(
+        self._judge.judge, tokens_BL, eos_id=self._judge.eos_id,
+        batch_size=options.batch_size, retokenised=translated,
+      )  # fmt: skip
+    return measured
+
+
+class Likelihood:
+  """Measure held-out likelihood during training; keep the best network in workdir/best.
+
+  A denoiser's is the bound; it varies by a per cent with the noise drawn, always the same here.
+  """
+
+  def __init__(self, built: Experiment, export: Export, workdir: pathlib.Path):
+    options = built.config.evaluate
+    size = min(options.batch_size, options.samples)
+    batches = loader.evaluation_batches(
+      built.config.data.directory, "validation", size, options.samples // size
+    )
+    self._tokens_NL = np.concatenate(list(batches))
+    self._built, self._export, self._size = built, export, size
+    self._directory = pathlib.Path(workdir) / "best"
+    self._best = math.inf
+
+  def to_json(self) -> dict:
+    """Return what a checkpoint must keep."""
+    return {"best": self._best if math.isfinite(self._best) else None}
+
+  def from_json(self, state: dict) -> None:
+    """Take back what `to_json` returned."""
+    best = state.get("best")
+    self._best = math.inf if best is None else best
+
+  def __call__(self, step: int, state: TrainState) -> tuple[dict[str, float], bool]:
+    """Return the validation perplexity (a denoiser's bound); never asks to stop."""
+    params = output_params(state, self._built.objective)
+    model = self._built.model
+    if isinstance(model, models.Causal):
+      judge = likelihood.Judge(model, params)
+      scores = likelihood.ar_perplexity(judge, self._tokens_NL, batch_size=self._size)
+    else:
+      scores = likelihood.elbo(
+        models.Denoiser(model, params), self._built.process, self._tokens_NL, jax.random.key(0),
+        batch_size=self._size,
+      )  # fmt: skip
+    if scores["perplexity"] < self._best:
+      self._best = scores["perplexity"]
+      self._export(self._directory, self._built, state, step)
+    return {"validation/perplexity": scores["perplexity"]}, False
