@@ -13,10 +13,11 @@ def get_config():
   c.model = common.base().model
   c.model.name = "causal"
   c.model.dim = 192
-  c.model.layers = 6
+  c.model.layers = 5
   c.model.heads = 6
-  c.model.dropout = 0.2
+  c.model.dropout = 0.1
   c.objective.name = "ar"
   c.objective.ema_decay = 0.999
-  c.train.steps = 8000
+  c.train.steps = 5000
+  c.evaluate.every = 500
   return c

@@ -20,9 +20,9 @@ def get_config():
   c.data.tokenizer = "bpe:2048"
   c.data.length = 128
   c.model.dim = 192
-  c.model.layers = 6
+  c.model.layers = 5
   c.model.heads = 6
-  c.model.cond_dim = 32
+  c.model.cond_dim = 16
   c.loader.batch_size = 512
   c.objective.ema_decay = 0.9995
   c.optim.lr = 2e-3
@@ -31,7 +31,10 @@ def get_config():
   c.optim.final = 0.02
   c.optim.b2 = 0.98
   c.optim.weight_decay = 0.05
-  c.train.steps = 30_000
+  c.train.steps = 10_000
   c.train.log_every = 100
   c.train.checkpoint_every = 2000
+  c.evaluate.every = 1000
+  c.evaluate.samples = 2048
+  c.evaluate.batch_size = 512
   return c

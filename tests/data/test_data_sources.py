@@ -126,7 +126,7 @@ def test_unusable_files(name, content, message, tmp_path):
     ("web", {}, "source='web' is unknown; use stdlib, files:GLOB"),
     ("files:", {}, "is unknown"),
     ("tfds:lm1b", {}, "write tfds:NAME/SPLIT:FEATURE"),
-    ("stdlib", {"fields": "x"}, "no option fields; it has root, validation_fraction"),
+    ("stdlib", {"fields": "x"}, "no option fields; it has root, tests, validation_fraction"),
     ("stdlib", {"validation_fraction": 1.0}, r"outside \(0, 1\)"),
     ("files:/nowhere/*.txt", {}, "matches no file"),
     ("tfds:no_such_dataset/train:text", {}, "cannot be opened"),
