@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is measured during training: a student's samples, or a teacher's or judge's likelihood."""
 
+import contextlib
 import dataclasses
 import math
 import pathlib
@@ -9,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from tqdm.auto import tqdm
 
 from dlm_jax import convert, experiment, models, sample
 from dlm_jax.data import loader, tokenizers
@@ -37,7 +39,7 @@ def make(
     return None
   if not config.teacher.path:
     return Likelihood(built, export, workdir)
-  judge = load_judge(config, tokenizer)
+  judge = load_judge(config.evaluate.judge, tokenizer)
   return Samples(built, judge, export, workdir)
 
 
@@ -61,12 +63,21 @@ class JudgeWithTokens:
   judge: likelihood.Judge
   eos_id: int
   retokenise: Any = None
-  name: str = ""
+
+  def quality(self, tokens_BL: np.ndarray, batch_size: int) -> generative.Quality:
+    """Return GenPPL and entropy of samples in the generator's ids."""
+    translated = self.retokenise(tokens_BL) if self.retokenise else None
+    return generative.quality(
+      self.judge, tokens_BL, eos_id=self.eos_id, batch_size=batch_size, retokenised=translated
+    )
 
 
-def load_judge(config, tokenizer: tokenizers.Tokenizer) -> JudgeWithTokens:
-  """Load `config.evaluate.judge`: one of our runs, or a GPT-2 directory with its BPE files."""
-  path = config.evaluate.judge
+def load_judge(path: str, tokenizer: tokenizers.Tokenizer) -> JudgeWithTokens:
+  """Load a judge for texts of a tokenizer: one of our runs, or a GPT-2 directory with BPE files.
+
+  Raises:
+    InputError: it is not autoregressive, or was trained on other tokens.
+  """
   if not path:
     raise InputError("evaluate.judge is empty; name the workdir of an autoregressive run.")
   directory = experiment.network_directory(path)
@@ -77,7 +88,6 @@ def load_judge(config, tokenizer: tokenizers.Tokenizer) -> JudgeWithTokens:
     return JudgeWithTokens(
       judge=likelihood.Judge(model, params),
       eos_id=theirs.eos_id,
-      name=path,
       retokenise=lambda tokens_BL: generative.retokenise(
         np.where(tokens_BL == tokenizer.mask_id, tokenizer.eos_id, tokens_BL),
         lambda text: theirs.encode(text, specials=True),
@@ -86,11 +96,11 @@ def load_judge(config, tokenizer: tokenizers.Tokenizer) -> JudgeWithTokens:
       ),
     )
   if kind != "dlm_jax_causal":
-    raise InputError(f"evaluate.judge={path} is a {kind} network; a judge is autoregressive.")
+    raise InputError(f"judge {path} is a {kind} network; a judge is autoregressive.")
   dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
   model, params, _ = convert.load(directory, dtype=dtype)
   check_tokenizer(directory, tokenizer, model.config.vocab_size)
-  return JudgeWithTokens(judge=likelihood.Judge(model, params), eos_id=tokenizer.eos_id, name=path)
+  return JudgeWithTokens(judge=likelihood.Judge(model, params), eos_id=tokenizer.eos_id)
 
 
 class Samples:
@@ -152,12 +162,23 @@ class Samples:
       rngs = [jax.random.fold_in(jax.random.key(nfe), i) for i in range(self._rounds)]
       drawn = [np.asarray(self._draw(denoiser, rng, nfe)) for rng in rngs]
       tokens_BL = np.concatenate(drawn)[: options.samples]
-      translated = self._judge.retokenise(tokens_BL) if self._judge.retokenise else None
-      measured[str(nfe)] = generative.quality(
-        self._judge.judge, tokens_BL, eos_id=self._judge.eos_id,
-        batch_size=options.batch_size, retokenised=translated,
-      )  # fmt: skip
+      measured[str(nfe)] = self._judge.quality(tokens_BL, batch_size=options.batch_size)
     return measured
+
+
+@contextlib.contextmanager
+def sweep_progress(total: int):
+  """Show a sweep's progress in network evaluations; yields what `frontier.sweep` calls per row."""
+  with tqdm(total=total, unit="NFE", desc="frontier", dynamic_ncols=True) as bar:
+
+    def on_row(row, number, count):
+      del number, count
+      bar.update(row["nfe"])
+      bar.set_postfix_str(
+        f"{row['name']} at {row['nfe']}: GenPPL {row['genppl']:.1f}, entropy {row['entropy']:.2f}"
+      )
+
+    yield on_row
 
 
 class Likelihood:

@@ -32,3 +32,10 @@ def path(name: str) -> pathlib.Path:
 def digest(file: pathlib.Path) -> str:
   """Return the SHA-256 of a file, or "" if it is missing."""
   return hashlib.sha256(file.read_bytes()).hexdigest() if file.exists() else ""
+
+
+def write_hashes() -> None:
+  """Record the SHA-256 of every shipped file; run once when networks are replaced."""
+  files = sorted(f for f in _HERE.glob("*/*") if f.is_file() and "__pycache__" not in f.parts)
+  hashes = {file.relative_to(_HERE).as_posix(): digest(file) for file in files}
+  (_HERE / "sha256.json").write_text(json.dumps(hashes, indent=2) + "\n")

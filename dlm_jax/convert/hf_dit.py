@@ -8,11 +8,13 @@ Names and orientation follow the public MDLM release: `backbone.blocks.3.attn_qk
 import dataclasses
 import json
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from safetensors import SafetensorError
 from safetensors.flax import load_file, save_file
 
@@ -80,16 +82,8 @@ def save(
     dtype: "float32", or "bfloat16" to halve the file.
     extra: JSON-able facts stored in config.json under "dlm_jax" (tokenizer fingerprint, …).
   """
-  kind = "mdlm" if isinstance(model, models.DiT) else "dlm_jax_causal"
-  directory = pathlib.Path(path)
-  tensors = {}
-  for name, ours, transposed in _TABLES[kind]:
-    array = _read(params, ours)
-    layers = range(model.config.layers) if "{}" in name else (None,)
-    for layer in layers:
-      value = array if layer is None else array[layer]
-      value = value.T if transposed else value
-      tensors[_PREFIX + name.format(layer)] = jnp.asarray(value, dtype)
+  kind, directory = _kind(model), pathlib.Path(path)
+  tensors = {name: x.astype(dtype) for name, x in to_tensors(model, params).items()}
   options = dataclasses.asdict(model.config)
   config = {"model_type": kind, **{public: options[our] for public, our in _CONFIG.items()}}
   if kind == "mdlm":
@@ -99,6 +93,7 @@ def save(
   directory.mkdir(parents=True, exist_ok=True)
   temporary = directory / "model.safetensors.tmp"
   save_file(tensors, str(temporary), metadata={"format": "pt"})
+  temporary.chmod(0o644)  # the library writes it readable by its owner only
   temporary.replace(directory / "model.safetensors")
   (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
@@ -119,36 +114,86 @@ def load(
   Raises:
     InputError: a tensor is missing, unknown or of the wrong shape, or the file is damaged.
   """
-  directory, kind = pathlib.Path(path), config["model_type"]
+  directory = pathlib.Path(path)
   try:
     tensors = load_file(str(directory / "model.safetensors"))
   except (OSError, SafetensorError) as error:
     raise InputError(f"{directory / 'model.safetensors'} cannot be read: {error}") from None
   model = _make_model(directory, config, overrides)
+  params = from_tensors(model, tensors, source=directory)
+  return model, params, _make_process(directory, config, model)
+
+
+def to_tensors(model: models.DiT | models.Causal, params: Params) -> dict[str, Array]:
+  """Return a tree like the parameters (gradients too) under public names and orientation."""
+  tensors = {}
+  for name, ours, transposed in _TABLES[_kind(model)]:
+    array = _read(params, ours)
+    layers = range(model.config.layers) if "{}" in name else (None,)
+    for layer in layers:
+      value = array if layer is None else array[layer]
+      tensors[_PREFIX + name.format(layer)] = jnp.asarray(value.T if transposed else value)
+  return tensors
+
+
+def from_tensors(
+  model: models.DiT | models.Causal,
+  tensors: Mapping[str, Any],
+  *,
+  source: pathlib.Path | str = "checkpoint",
+) -> Params:
+  """Return float32 parameters from arrays under public names, with or without their prefix.
+
+  Args:
+    model: the network; says which tensors there must be, and their shapes.
+    tensors: arrays by name; every one must be used, rotary frequencies are checked and dropped.
+    source: where they come from, for messages.
+
+  Raises:
+    InputError: a tensor is missing, unknown, of the wrong shape, or of another rotary base.
+  """
   tensors = {name.removeprefix(_PREFIX): value for name, value in tensors.items()}
-  tensors.pop(_BUFFER, None)
+  _check_rotary(source, tensors.pop(_BUFFER, None), model.config)
   shapes = _shapes(model)
   params: Params = {}
-  for name, ours, transposed in _TABLES[kind]:
+  for name, ours, transposed in _TABLES[_kind(model)]:
     want = _read(shapes, ours).shape
     layers = range(model.config.layers) if "{}" in name else (None,)
     values = [
-      _take(directory, tensors, name.format(layer), want[layer is not None :], transposed)
+      _take(source, tensors, name.format(layer), want[layer is not None :], transposed)
       for layer in layers
     ]
     _write(params, ours, jnp.asarray(np.stack(values) if "{}" in name else values[0], jnp.float32))
   if tensors:
-    raise InputError(f"{directory}: unknown tensor {_PREFIX}{min(tensors)}; the network has none.")
-  return model, params, _make_process(directory, config, model)
+    raise InputError(f"{source}: unknown tensor {_PREFIX}{min(tensors)}; the network has none.")
+  return params
 
 
-def _take(directory, tensors, name, want, transposed):
+def _kind(model):
+  return "mdlm" if isinstance(model, models.DiT) else "dlm_jax_causal"
+
+
+def _check_rotary(source, stored, config):
+  """Refuse a network whose rotary frequencies are not 10000^(−2k/C): ours would differ."""
+  if stored is None:
+    return
+  channels = config.dim // config.heads
+  want = 1e4 ** (-np.arange(0, channels, 2) / channels)
+  tolerance = 1e-5 if stored.dtype == np.float32 else 2.0**-8  # half a bfloat16 spacing
+  stored = np.asarray(stored, np.float64)
+  if stored.shape != want.shape or not np.allclose(stored, want, rtol=tolerance, atol=0):
+    raise InputError(
+      f"{source}: tensor {_PREFIX}{_BUFFER} is not 10000^(-2k/{channels}); only this base loads."
+    )
+
+
+def _take(source, tensors, name, want, transposed):
   if name not in tensors:
-    raise InputError(f"{directory}: tensor {_PREFIX}{name} is missing.")
+    raise InputError(f"{source}: tensor {_PREFIX}{name} is missing.")
   value = np.asarray(tensors.pop(name), np.float32)
   stored = want[::-1] if transposed else want
   if value.shape != stored:
-    raise InputError(f"{directory}: tensor {_PREFIX}{name} is {value.shape}, expected {stored}.")
+    raise InputError(f"{source}: tensor {_PREFIX}{name} is {value.shape}, expected {stored}.")
   return value.T if transposed else value
 
 
@@ -158,12 +203,19 @@ def _make_model(directory, config, overrides):
   missing = [key for key in keys if key not in config]
   if missing:
     raise InputError(f"{directory}/config.json lacks {missing[0]!r}.")
+  for key in keys:
+    if isinstance(config[key], bool) or not isinstance(config[key], int | float):
+      raise InputError(f"{directory}/config.json: {key}={config[key]!r} is not a number.")
   fields = {ours: config[public] for public, ours in keys.items()}
   fields["mlp_ratio"] = config.get("mlp_ratio", 4)
-  if causal:
-    return models.Causal(models.CausalConfig(**fields, **overrides))
-  fields["time_conditioning"] = config.get("time_conditioning", False)
-  return models.DiT(models.DiTConfig(**fields, **overrides))
+  if not causal:
+    fields["time_conditioning"] = config.get("time_conditioning", False)
+  try:
+    if causal:
+      return models.Causal(models.CausalConfig(**fields, **overrides))
+    return models.DiT(models.DiTConfig(**fields, **overrides))
+  except ValueError as error:
+    raise InputError(f"{directory}/config.json: {error}") from None
 
 
 def _shapes(model):
@@ -195,8 +247,14 @@ def _make_process(directory, config, model):
     return process.Absorbing(vocab_size=size, mask_id=size - 1)
   if stored.get("name") != "absorbing":
     raise InputError(f"{directory}: process {stored.get('name')!r} is unknown; known: absorbing.")
-  schedule = schedules.make(**stored["schedule"])
-  return process.Absorbing(vocab_size=size, mask_id=stored["mask_id"], schedule=schedule)
+  missing = {"mask_id", "schedule"} - set(stored)
+  if missing:
+    raise InputError(f"{directory}/config.json: the process lacks {', '.join(sorted(missing))}.")
+  try:
+    schedule = schedules.make(**stored["schedule"])
+    return process.Absorbing(vocab_size=size, mask_id=stored["mask_id"], schedule=schedule)
+  except (TypeError, ValueError) as error:
+    raise InputError(f"{directory}/config.json: process: {error}") from None
 
 
 def _read(tree, path):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from dlm_jax.models.attention import Attention
-from dlm_jax.models.dit import scan_layers
+from dlm_jax.models.dit import check_config, scan_layers
 from dlm_jax.models.layers import MLP, Embedding, LayerNorm, Network, dropout, rotary_tables
 
 
@@ -29,10 +29,7 @@ class CausalConfig:
   unroll: int = 1
 
   def __post_init__(self):
-    if self.dim % self.heads or (self.dim // self.heads) % 2:
-      raise ValueError(
-        f"model.heads={self.heads} must divide model.dim={self.dim} into an even number."
-      )
+    check_config(self)
 
 
 class CausalBlock(nn.Module):

@@ -5,7 +5,7 @@ from typing import Any
 
 import flax.struct
 import jax
-import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from dlm_jax.arrays import Params
@@ -35,7 +35,7 @@ class Denoiser:
     """Return float32 logits of hidden states at any positions."""
     return self.model.apply({"params": self.params}, hidden_BKD, sigma_B, method="head")
 
-  def cast(self, dtype: jnp.dtype) -> "Denoiser":
+  def cast(self, dtype: DTypeLike) -> "Denoiser":
     """Return a copy with matrices in `dtype`: a sampling loop then casts them once, not per step.
 
     What enters float32 arithmetic stays float32: embeddings, norms, biases, the time network.

@@ -20,8 +20,34 @@ from dlm_jax.models.layers import (
   timestep_features,
 )
 
-REMAT = ("none", "dots", "full")
-EMBEDDING_GRADIENTS = ("auto", "scatter", "matmul", "segment")
+_CHOICES = {
+  "dtype": ("float32", "bfloat16", "float16"),
+  "attention": IMPLEMENTATIONS,
+  "remat": ("none", "dots", "full"),
+  "embedding_gradient": ("auto", "scatter", "matmul", "segment"),
+}
+_SIZES = ("vocab_size", "dim", "cond_dim", "layers", "heads", "length", "mlp_ratio", "unroll")
+
+
+def check_config(config) -> None:
+  """Check the fields that our Transformers share, as far as the config has them.
+
+  Raises:
+    ValueError: a size below 1, an unknown choice, a rate outside [0, 1), heads that do not fit.
+  """
+  for field in _SIZES:
+    if getattr(config, field, 1) < 1:
+      raise ValueError(f"model.{field}={getattr(config, field)} must be at least 1.")
+  for field, allowed in _CHOICES.items():
+    value = getattr(config, field, allowed[0])
+    if value not in allowed:
+      raise ValueError(f"model.{field}={value!r} is unknown; use one of {', '.join(allowed)}.")
+  if not 0 <= config.dropout < 1:
+    raise ValueError(f"model.dropout={config.dropout} must be at least 0 and below 1.")
+  if config.dim % config.heads or (config.dim // config.heads) % 2:
+    raise ValueError(
+      f"model.heads={config.heads} must divide model.dim={config.dim} into an even number."
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,18 +89,7 @@ class DiTConfig:
   unroll: int = 1
 
   def __post_init__(self):
-    if self.dim % self.heads or (self.dim // self.heads) % 2:
-      raise ValueError(
-        f"model.heads={self.heads} must divide model.dim={self.dim} into an even number."
-      )
-    for field, allowed in (
-      ("attention", IMPLEMENTATIONS),
-      ("remat", REMAT),
-      ("embedding_gradient", EMBEDDING_GRADIENTS),
-    ):
-      value = getattr(self, field)
-      if value not in allowed:
-        raise ValueError(f"model.{field}={value!r} is unknown; use one of {', '.join(allowed)}.")
+    check_config(self)
 
   @property
   def gradient_of_embedding(self) -> str:

@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key
 
 # Uniform on ±1/√fan_in: what the public checkpoints of this network were started from.
@@ -36,7 +37,7 @@ class Network(nn.Module):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def matmul(
-  x: Float[Array, "*batch D"], kernel: Float[Array, "D F"], dtype: jnp.dtype
+  x: Float[Array, "*batch D"], kernel: Float[Array, "D F"], dtype: DTypeLike
 ) -> Float[Array, "*batch F"]:
   """Multiply in `dtype`, accumulate and return float32.
 

@@ -18,6 +18,7 @@ Reference: Li et al., arXiv 2602.19066, Algorithm 1 and Theorem 1.
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -56,6 +57,20 @@ def couple_times(batch: Batch, *, coupling: str, eps: float = 1e-3) -> Batch:
   return {**batch, "rng": rng_B, "t_gen": t_gen_B}
 
 
+class Sample(NamedTuple):
+  """What one run of the student leaves for the losses.
+
+  Attributes:
+    x_gen: its input, really corrupted data.
+    hidden: its trunk output; the gradient path to the student starts here.
+    z: a prediction drawn per position, then corrupted to time t; constant.
+  """
+
+  x_gen: Int[Array, "B L"]
+  hidden: Float[Array, "B L D"]
+  z: Int[Array, "B L"]
+
+
 def rollout(
   params: Params,
   batch: Batch,
@@ -65,7 +80,7 @@ def rollout(
   rngs: tuple[Key[Array, "B"], Key[Array, "B"], Key[Array, "B"]],
   dropout_B: Key[Array, "B"] | None,
   chunk: int | None,
-) -> tuple[Int[Array, "B L"], Float[Array, "B L D"], Int[Array, "B L"]]:
+) -> Sample:
   """Run the student once on corrupted data and draw the loss state from its prediction.
 
   Args:
@@ -76,11 +91,6 @@ def rollout(
     rngs: keys for the student's input, for the draw from its prediction, for the loss state.
     dropout_B: keys for dropout in the student; None for evaluation.
     chunk: see `make`.
-
-  Returns:
-    x_gen: the student's input.
-    hidden: its trunk output; the gradient path to the student starts here.
-    z: prediction drawn per position, then corrupted to time t; constant.
   """
   rng_gen_B, rng_token_B, rng_z_B = rngs
   x0_BL, valid_BL = batch["tokens"], batch.get("valid")
@@ -94,62 +104,79 @@ def rollout(
   uniform_BL2 = jax.vmap(lambda rng: draw.uniforms(rng, (length,)))(rng_token_B)
 
   def draw_chunk(hidden, x_gen, uniform):
-    logits = model.apply({"params": params}, hidden, sigma_B, method="head")
-    return draw.categorical(jnp.exp(jax.vmap(process.log_x0)(logits, x_gen)), uniform)
+    probs = _probs(params, hidden, sigma_B, x_gen, model, process)
+    return draw.categorical(probs, uniform)
 
   frozen_BLD = jax.lax.stop_gradient(hidden_BLD)
   predicted_BL = _map_positions(draw_chunk, (frozen_BLD, x_gen_BL, uniform_BL2), chunk)
   z_BL = jax.vmap(process.corrupt)(rng_z_B, predicted_BL, batch["t"])
   if valid_BL is not None:
     z_BL = jnp.where(valid_BL, z_BL, x0_BL)
-  return x_gen_BL, hidden_BLD, jax.lax.stop_gradient(z_BL)
+  return Sample(x_gen_BL, hidden_BLD, jax.lax.stop_gradient(z_BL))
 
 
 def fake_loss(
   params: Params, batch: Batch, *, model: DiT, process: Absorbing, student: Params,
   chunk: int | None = None,
 ) -> tuple[Float[Array, ""], tuple[Metrics, None]]:  # fmt: skip
-  """Return the teacher's own training loss, on the student's samples: −(1/t) Σ_masked ⟨p, log f⟩.
-
-  The student runs without dropout and without gradient; the fake with dropout. Nats per sequence,
-  mean over the batch.
-  """
+  """Return `cross_entropy` of the fake, with dropout, on samples of the student, without."""
   *rngs, dropout_B = split_each(batch["rng"], 4)
-  x_gen_BL, hidden_BLD, z_BL = rollout(
-    student, batch, model=model, process=process, rngs=tuple(rngs), dropout_B=None, chunk=chunk
-  )
-  sigma_gen_B, sigma_B = map(process.schedule.sigma, (batch["t_gen"], batch["t"]))
-  fake_BLD = model.apply({"params": params}, z_BL, sigma_B, dropout_B, method="trunk")
-
-  def nll_chunk(hidden, fake, x_gen, z):
-    p = _student_probs(student, hidden, sigma_gen_B, x_gen, model, process)
-    log_fake = _log_x0(params, fake, sigma_B, z, model, process)
-    return jax.vmap(process.nll_soft)(log_fake, z, p, batch["t"])
-
-  nll_BL = _map_positions(nll_chunk, (hidden_BLD, fake_BLD, x_gen_BL, z_BL), chunk)
-  return _per_sequence(nll_BL, batch), ({}, None)
+  shared = {"model": model, "process": process, "chunk": chunk}
+  sample = rollout(student, batch, rngs=tuple(rngs), dropout_B=None, **shared)
+  value = cross_entropy(params, sample, batch, student=student, dropout_B=dropout_B, **shared)
+  return value, ({}, None)
 
 
 def student_loss(
   params: Params, batch: Batch, *, model: DiT, process: Absorbing, teacher: Params, fake: Params,
   chunk: int | None = None,
 ) -> tuple[Float[Array, ""], tuple[Metrics, None]]:  # fmt: skip
-  """Return L(teacher, p) − L(fake, p) on the student's samples, in nats per sequence.
-
-  Teacher and fake run without dropout. Metrics: entropy of the student's predictions, and the
-  advantage, the root mean square under p of a − ⟨p, a⟩, both on doubly masked positions (nats).
-  """
+  """Return the `gap` on samples of the student, which alone runs with dropout."""
   *rngs, dropout_B = split_each(batch["rng"], 4)
-  x_gen_BL, hidden_BLD, z_BL = rollout(
-    params, batch, model=model, process=process, rngs=tuple(rngs), dropout_B=dropout_B, chunk=chunk
-  )
+  shared = {"model": model, "process": process, "chunk": chunk}
+  sample = rollout(params, batch, rngs=tuple(rngs), dropout_B=dropout_B, **shared)
+  value, metrics = gap(params, sample, batch, teacher=teacher, fake=fake, **shared)
+  return value, (metrics, None)
+
+
+def cross_entropy(
+  params: Params, sample: Sample, batch: Batch, *, model: DiT, process: Absorbing, student: Params,
+  dropout_B: Key[Array, "B"] | None = None, chunk: int | None = None,
+) -> Float[Array, ""]:  # fmt: skip
+  """Return the teacher's own training loss on a sample: −(1/t) Σ_masked ⟨p, log f⟩.
+
+  Nats per sequence, mean over the batch; differentiate with respect to `params`, the fake's.
+  """
+  sigma_gen_B, sigma_B = map(process.schedule.sigma, (batch["t_gen"], batch["t"]))
+  fake_BLD = model.apply({"params": params}, sample.z, sigma_B, dropout_B, method="trunk")
+
+  def nll_chunk(hidden, fake, x_gen, z):
+    p = _probs(student, hidden, sigma_gen_B, x_gen, model, process)
+    log_fake = _log_x0(params, fake, sigma_B, z, model, process)
+    return jax.vmap(process.nll_soft)(log_fake, z, p, batch["t"])
+
+  arrays = (sample.hidden, fake_BLD, sample.x_gen, sample.z)
+  return _per_sequence(_map_positions(nll_chunk, arrays, chunk), batch)
+
+
+def gap(
+  params: Params, sample: Sample, batch: Batch, *, model: DiT, process: Absorbing,
+  teacher: Params, fake: Params, chunk: int | None = None,
+) -> tuple[Float[Array, ""], Metrics]:  # fmt: skip
+  """Return L(teacher, p) − L(fake, p) on a sample, in nats per sequence, mean over the batch.
+
+  The gradient with respect to `params`, the student's, flows through p: through `sample.hidden`
+  and the head. Metrics: entropy of the student's predictions, and the advantage, the root mean
+  square under p of a − ⟨p, a⟩, both on doubly masked positions (nats).
+  """
+  x_gen_BL, hidden_BLD, z_BL = sample
   sigma_gen_B, sigma_B = map(process.schedule.sigma, (batch["t_gen"], batch["t"]))
   teacher_BLD, fake_BLD = (
     model.apply({"params": tree}, z_BL, sigma_B, method="trunk") for tree in (teacher, fake)
   )
 
   def gap_chunk(hidden, teacher_hidden, fake_hidden, x_gen, z):
-    p = _student_probs(params, hidden, sigma_gen_B, x_gen, model, process)
+    p = _probs(params, hidden, sigma_gen_B, x_gen, model, process)
     log_teacher = _log_x0(teacher, teacher_hidden, sigma_B, z, model, process)
     log_fake = _log_x0(fake, fake_hidden, sigma_B, z, model, process)
     nll_soft = jax.vmap(process.nll_soft)
@@ -164,7 +191,7 @@ def student_loss(
   both_BL = (x_gen_BL == process.mask_id) & (z_BL == process.mask_id)
   mean = lambda x: jnp.sum(x * both_BL) / jnp.maximum(both_BL.sum(), 1)  # noqa: E731
   metrics = {"advantage": jnp.sqrt(mean(variance_BL)), "entropy": mean(entropy_BL)}
-  return _per_sequence(gap_BL, batch), (metrics, None)
+  return _per_sequence(gap_BL, batch), metrics
 
 
 def make(
@@ -202,6 +229,8 @@ def make(
       f"objective.time_coupling={time_coupling!r} is unknown; use {' or '.join(TIME_COUPLINGS)}."
     )
   shared = {"model": model, "process": process, "chunk": chunk}
+  couple = functools.partial(couple_times, coupling=time_coupling, eps=eps)
+  settings = {"accumulate": accumulate, "decay": ema_decay}
 
   def init(rng, teacher_params=None):
     if teacher_params is None:
@@ -212,19 +241,16 @@ def make(
 
   def step(state, batch):
     fake_batch, student_batch = batch if isinstance(batch, tuple) else (batch, batch)
-    couple = functools.partial(couple_times, coupling=time_coupling, eps=eps)
     loss = functools.partial(fake_loss, student=state.trees["student"], **shared)
     state, fake_metrics, _ = update(
-      state, "fake", loss, couple(fake_batch), optimizers["fake"],
-      accumulate=accumulate, decay=ema_decay,
-    )  # fmt: skip
+      state, "fake", loss, couple(fake_batch), optimizers["fake"], **settings
+    )
     loss = functools.partial(
       student_loss, teacher=state.trees["teacher"], fake=state.trees["fake"], **shared
     )
     state, student_metrics, _ = update(
-      state, "student", loss, couple(student_batch), optimizers["student"],
-      accumulate=accumulate, decay=ema_decay,
-    )  # fmt: skip
+      state, "student", loss, couple(student_batch), optimizers["student"], **settings
+    )
     return state.replace(step=state.step + 1), {**fake_metrics, **student_metrics}
 
   return Objective(init, step, output="student", batches=2)
@@ -235,7 +261,7 @@ def _log_x0(params, hidden, sigma_B, xt, model, process):
   return jax.vmap(process.log_x0)(logits, xt)
 
 
-def _student_probs(params, hidden, sigma_B, x_gen, model, process):
+def _probs(params, hidden, sigma_B, x_gen, model, process):
   return jnp.exp(_log_x0(params, hidden, sigma_B, x_gen, model, process))
 
 

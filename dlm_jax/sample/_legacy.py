@@ -6,6 +6,9 @@ never win, so many-step samples lose entropy: of a flat distribution a fifth of 
 steps. Use it to compare with numbers that were made this way, and for nothing else.
 """
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
@@ -49,26 +52,48 @@ def run(
     noise_removal: "ancestral" (one more step to α = 1), "greedy" or "none".
     logits_dtype: what logits are rounded to; the public network ran its output layer in bfloat16.
   """
-  t_K = grids.make(grid, steps)
-  length = x_BL.shape[1]
+  shape = (x_BL.shape[1], process.vocab_size)
+
+  def uniform(k):
+    return jax.vmap(lambda rng: jax.random.uniform(jax.random.fold_in(rng, k), shape))(rng_B)
+
+  return race_all(
+    denoiser, process, uniform, x_BL, frozen_BL, t_K=grids.make(grid, steps),
+    noise_removal=noise_removal, logits_dtype=logits_dtype,
+  )  # fmt: skip
+
+
+def race_all(
+  denoiser,
+  process: Absorbing,
+  uniform: Callable[[Int[Array, ""] | int], Float[Array, "B L V"]],
+  x_BL: Int[Array, "B L"],
+  frozen_BL: Bool[Array, "B L"],
+  *,
+  t_K: Float[Array, "K"],
+  noise_removal: str,
+  logits_dtype: str,
+) -> Int[Array, "K B L"]:
+  """Return what `run` does, from given uniforms: `uniform(k)` are those of step k.
+
+  The times t_K have one entry more than there are steps; "ancestral" removal asks for one step
+  more.
+  """
+  steps = t_K.shape[0] - 1
 
   def log_x0(x_BL, t):
-    sigma_B = jnp.broadcast_to(process.schedule.sigma(t), rng_B.shape)
+    sigma_B = jnp.broadcast_to(process.schedule.sigma(t), x_BL.shape[:1])
     logits_BLV = denoiser(x_BL, sigma_B).astype(logits_dtype).astype(jnp.float32)
     return jax.vmap(process.log_x0)(logits_BLV, x_BL)
 
-  def update(x_BL, log_x0_BLV, k, s, t):
-    def one(rng, log_x0_LV):
-      shape = (length, process.vocab_size)
-      uniform_LV = jax.random.uniform(jax.random.fold_in(rng, k), shape)
-      return draw.race(race_weights(process, log_x0_LV, s, t), uniform_LV)
-
-    drawn_BL = jax.vmap(one)(rng_B, log_x0_BLV).astype(x_BL.dtype)
+  def settle(x_BL, weights_BLV, k):
+    drawn_BL = draw.race(weights_BLV, uniform(k)).astype(x_BL.dtype)
     return jnp.where((x_BL == process.mask_id) & ~frozen_BL, drawn_BL, x_BL)
 
   def step(x_BL, inputs):
     k, t, s = inputs
-    x_BL = update(x_BL, log_x0(x_BL, t), k, s, t)
+    weights = functools.partial(race_weights, process, s=s, t=t)
+    x_BL = settle(x_BL, jax.vmap(weights)(log_x0(x_BL, t)), k)
     return x_BL, x_BL
 
   x_BL, trace_KBL = jax.lax.scan(step, x_BL, (jnp.arange(steps), t_K[:-1], t_K[1:]))
@@ -80,9 +105,5 @@ def run(
     x_BL = jnp.where((x_BL == process.mask_id) & ~frozen_BL, best_BL, x_BL)
   else:
     # α_s = 1: the mask has weight 0 and every weight the same factor
-    weights_BLV = jnp.exp(log_x0_BLV).at[..., process.mask_id].set(0.0)
-    shape = (length, process.vocab_size)
-    uniform = jax.vmap(lambda rng: jax.random.uniform(jax.random.fold_in(rng, steps), shape))
-    drawn_BL = draw.race(weights_BLV, uniform(rng_B)).astype(x_BL.dtype)
-    x_BL = jnp.where((x_BL == process.mask_id) & ~frozen_BL, drawn_BL, x_BL)
+    x_BL = settle(x_BL, jnp.exp(log_x0_BLV).at[..., process.mask_id].set(0.0), steps)
   return jnp.concatenate([trace_KBL, x_BL[None]])

@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`dlm-jax convert`: a network of a run, or a public one → a directory in the Hugging Face layout."""
+
+import pathlib
+
+from dlm_jax import convert, experiment, training
+from dlm_jax.cli import flags
+from dlm_jax.data import tokenizers
+from dlm_jax.errors import InputError
+
+
+def main(argv: list[str]) -> None:
+  """Parse flags, load strictly, write config.json, model.safetensors and the tokenizer."""
+  parser = flags.Parser(
+    "convert",
+    "Write a network as config.json + model.safetensors + tokenizer. Loading is strict.",
+    """
+dlm-jax convert --checkpoint=runs/novels_idlm --out=models/novels_idlm
+dlm-jax convert --checkpoint=runs/quickstart_teacher --out=models/teacher --dtype=bfloat16
+dlm-jax convert --checkpoint=data/mdlm-owt --tokenizer=data/gpt2 --out=models/mdlm-owt
+""",
+  )
+  parser.add_argument("--checkpoint", required=True, help="workdir or model directory")
+  parser.add_argument("--out", required=True, help="directory to write; must be new or empty")
+  parser.add_argument("--tokenizer", default="", help="default: the one beside the network")
+  parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+  namespace = parser.parse(argv)
+  out = pathlib.Path(namespace.out)
+  if out.exists() and any(out.iterdir()):
+    raise InputError(f"--out={out} is not empty; choose a new directory.")
+  source = experiment.network_directory(namespace.checkpoint)
+  model, params, proc = convert.load(source)
+  if not hasattr(model.config, "dim"):
+    raise InputError(f"{source} is a GPT-2 network; it is already in the Hugging Face layout.")
+  tokenizer = tokenizers.load(namespace.tokenizer or source)
+  extra = convert.read_config(source).get("dlm_jax", {})
+  extra = {key: value for key, value in extra.items() if key != "process"}
+  extra["tokenizer_fingerprint"] = tokenizer.fingerprint
+  training.make_workdir(out)
+  convert.save(out, model, params, proc, dtype=namespace.dtype, extra=extra)
+  tokenizer.save(out)
+  size = (out / "model.safetensors").stat().st_size / 1e6
+  print(f"{out}: {size:.1f} MB, {namespace.dtype}")

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`dlm-jax frontier`: GenPPL and entropy against network evaluations, for several models."""
+
+import pathlib
+
+from dlm_jax import evaluators, pipeline
+from dlm_jax.cli import flags
+from dlm_jax.errors import InputError
+from dlm_jax.evaluate import frontier
+from dlm_jax.training import make_workdir
+
+
+def main(argv: list[str]) -> None:
+  """Parse flags, sweep, write CSV, JSON and PNG; run again it continues."""
+  parser = flags.Parser(
+    "frontier",
+    "Compare models over numbers of network evaluations (NFE).",
+    """
+dlm-jax frontier --model teacher=runs/t --model student=runs/s --judge=runs/j --workdir=runs/f
+dlm-jax frontier --model teacher=shipped:teacher --judge=shipped:judge --nfes=4,8 --workdir=runs/f
+dlm-jax frontier --model s=runs/s --judge=data/gpt2-large --samples=512 --workdir=runs/f
+""",
+  )
+  parser.add_argument(
+    "--model", action="append", required=True, metavar="NAME=PATH", help="repeat for several"
+  )
+  parser.add_argument("--judge", required=True, help="autoregressive judge, or a GPT-2 directory")
+  parser.add_argument("--workdir", required=True, help="frontier.csv, .json and .png go there")
+  parser.add_argument("--nfes", type=flags.integers, default=[1, 2, 4, 8, 16, 32, 64, 128])
+  parser.add_argument("--samples", type=int, default=512)
+  parser.add_argument("--batch_size", type=int, default=64)
+  parser.add_argument("--seed", type=int, default=0)
+  options = parser.parse(argv)
+  frontier.checked_nfes(options.nfes)
+  samplers, tokenizer, fingerprints = {}, None, {}
+  for item in options.model:
+    name, equals, path = item.partition("=")
+    if not equals:
+      raise InputError(f"--model={item}: write NAME=PATH.")
+    pipe = pipeline.load(path)
+    if tokenizer is not None and pipe.tokenizer.fingerprint != tokenizer.fingerprint:
+      raise InputError(f"--model={item} has another tokenizer than the first model.")
+    tokenizer = pipe.tokenizer
+    samplers[name] = frontier.Sampler(
+      denoiser=pipe.denoiser, process=pipe.process, length=pipe.length
+    )
+    fingerprints[name] = path
+  judge = evaluators.load_judge(options.judge, tokenizer)
+  make_workdir(pathlib.Path(options.workdir))
+  with evaluators.sweep_progress(len(samplers) * sum(set(options.nfes))) as on_row:
+    rows = frontier.sweep(
+      samplers, options.nfes, judge=judge.judge, samples=options.samples,
+      batch_size=options.batch_size, eos_id=judge.eos_id, retokenise=judge.retokenise,
+      seed=options.seed, context={"judge": options.judge, "models": fingerprints},
+      path=f"{options.workdir}/frontier.jsonl", on_row=on_row,
+    )  # fmt: skip
+  paths = frontier.write(rows, options.workdir)
+  print(frontier.table(rows))
+  print("\n".join(str(path) for path in paths.values()))

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`dlm-jax sample`: texts from a trained model."""
+
+import json
+import sys
+
+import jax
+import numpy as np
+
+from dlm_jax import pipeline, viz
+from dlm_jax.cli import flags
+from dlm_jax.errors import InputError
+
+
+def main(argv: list[str]) -> None:
+  """Parse flags, sample, print."""
+  parser = flags.Parser(
+    "sample",
+    "Print samples of a trained model.",
+    """
+dlm-jax sample --checkpoint=runs/quickstart/student --steps=8 --num=4
+dlm-jax sample --checkpoint=shipped:teacher --steps=32 --prompt='def main(' --temperature=0.9
+dlm-jax sample --checkpoint=runs/novels_idlm --steps=16 --show_steps
+""",
+  )
+  parser.add_argument("--checkpoint", "--workdir", required=True, help="workdir or model directory")
+  parser.add_argument("--steps", type=int, default=16, help="network evaluations per text")
+  parser.add_argument("--num", type=int, default=1, help="number of texts")
+  parser.add_argument("--seed", type=int, default=0)
+  parser.add_argument("--length", type=int, default=0, help="tokens per text; 0: the model's own")
+  parser.add_argument("--prompt", default="", help="text that every sample starts with")
+  parser.add_argument("--sampler", default="ancestral", help="ancestral or first_hitting")
+  parser.add_argument("--noise_removal", default="ancestral", help="ancestral, greedy or none")
+  parser.add_argument("--temperature", type=float, default=1.0)
+  parser.add_argument("--nucleus", type=float, default=1.0, help="p of nucleus truncation")
+  parser.add_argument("--precision", default="exact", help="exact, or legacy: the public fp32 race")
+  parser.add_argument("--show_steps", action="store_true", help="show the denoising of text 1")
+  parser.add_argument("--json", action="store_true", help="one JSON string per line")
+  options = vars(parser.parse(argv))
+  options.pop("overrides")
+  show, as_json = options.pop("show_steps"), options.pop("json")
+  path = options.pop("checkpoint")
+  if not options["length"]:
+    options.pop("length")
+  if options["precision"] == "legacy":
+    for name in ("temperature", "nucleus"):
+      if options.pop(name) != 1.0:
+        raise InputError(f"--{name} does not combine with --precision=legacy.")
+  pipe = pipeline.load(path)
+  if show:
+    _, trace_KBL = pipe.tokens(**{**options, "num": 1}, return_trace=True)
+    trace_KL = np.asarray(jax.device_get(trace_KBL))[:, 0]
+    print(viz.terminal(trace_KL, pipe.tokenizer, colour=sys.stdout.isatty()))
+    return
+  for number, text in enumerate(pipe(**options), start=1):
+    if as_json:
+      print(json.dumps(text))
+    else:
+      print(f"──── {number} ────\n{text}\n")

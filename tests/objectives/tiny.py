@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Networks and batches small enough to train a few steps in a test."""
+
+import functools
+import typing
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dlm_jax import process
+from dlm_jax.models import Causal, CausalConfig, DiT, DiTConfig
+from dlm_jax.objectives import draw_batch
+
+V, L, B, MASK = 10, 4, 16, 6
+_SIZES = {"vocab_size": V, "dim": 8, "layers": 2, "heads": 2, "length": L, "dtype": "float32"}
+PROCESS = process.Absorbing(vocab_size=V, mask_id=MASK)
+
+
+@functools.cache
+def network(kind=DiT, **changes):
+  """Return a network of the given class and parameters away from their initial zeros."""
+  if kind is Causal:
+    model, sigma = Causal(CausalConfig(**{**_SIZES, "dropout": 0.2, **changes})), ()
+  else:
+    model = DiT(DiTConfig(**{**_SIZES, "cond_dim": 4, "dropout": 0.2, **changes}))
+    sigma = (jax.ShapeDtypeStruct((1,), jnp.float32),)
+  tokens = jax.ShapeDtypeStruct((1, L), jnp.int32)
+  shapes = jax.eval_shape(model.init, jax.random.key(0), tokens, *sigma)["params"]
+  return model, random_params(shapes)
+
+
+def random_params(shapes, seed=0):
+  rng = np.random.default_rng(seed)
+  return jax.tree_util.tree_map_with_path(
+    lambda path, x: jnp.asarray(
+      (path[-1].key == "scale") + rng.normal(size=x.shape) * (0.5 if x.ndim > 1 else 0.1),
+      jnp.float32,
+    ),
+    shapes,
+  )
+
+
+def axes(model):
+  """Return the logical axis names of a network's parameters."""
+  sigma = () if isinstance(model, Causal) else (jnp.zeros((1,)),)
+  return model.axes(jnp.zeros((1, L), jnp.int32), *sigma)
+
+
+def tokens(seed=0, batch=B):
+  """Draw token ids, never the mask."""
+  ids = np.random.default_rng(seed).integers(0, V - 1, size=(batch, L))
+  return jnp.asarray(ids + (ids >= MASK), jnp.int32)
+
+
+def batch(seed=0, size=B, **options):
+  return draw_batch(tokens(seed, size), jax.random.key(100 + seed), **options)
+
+
+def network_class(make):
+  """Return the class that a method's `make` asks for."""
+  return typing.get_type_hints(make)["model"]
