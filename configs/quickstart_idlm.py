@@ -20,16 +20,18 @@ def get_config():
   c.model.dtype = "float32"
   c.model.dropout = 0.0
   c.loader.batch_size = 32
-  c.objective.ema_decay = 0.95
-  c.optim.lr = 3e-5
+  c.objective.ema_decay = 0.9  # the run is short
+  c.optim.lr = 6e-6
   c.optim.warmup = 10
   c.optim.schedule = "constant"
   c.optim.b2 = 0.99
   c.optim.weight_decay = 0.0
-  c.train.steps = 100
+  c.train.steps = 60
   c.train.log_every = 1
-  c.train.checkpoint_every = 20
-  c.evaluate.every = 20
+  c.train.checkpoint_every = 10
+  c.evaluate.every = 10
   c.evaluate.nfes = (8,)
   c.evaluate.samples = 64
+  c.evaluate.batch_size = 64
+  c.evaluate.max_entropy_drop = 0.2
   return c

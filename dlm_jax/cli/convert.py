@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`dlm-jax convert`: a network of a run, or a public one → a directory in the Hugging Face layout."""
+"""`dlm-jax convert`: a network of a run, or a public one → the Hugging Face layout."""
 
 import pathlib
 

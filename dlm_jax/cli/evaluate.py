@@ -25,9 +25,7 @@ dlm-jax evaluate --checkpoint=runs/novels_idlm --judge=runs/novels_judge --steps
 """,
   )
   parser.add_argument("--checkpoint", "--workdir", required=True, help="workdir or model directory")
-  parser.add_argument(
-    "--data", default="", help="packed dataset: likelihood of its validation split"
-  )
+  parser.add_argument("--data", default="", help="packed dataset, for likelihood")
   parser.add_argument("--sequences", type=int, default=256, help="validation sequences")
   parser.add_argument("--judge", default="", help="autoregressive judge: GenPPL and entropy")
   parser.add_argument("--steps", type=int, default=16, help="network evaluations per sample")

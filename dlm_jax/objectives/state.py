@@ -32,7 +32,7 @@ class TrainState:
     aux: non-trained collections by name.
   """
 
-  step: Array
+  step: Any  # in trees of shapes or shardings, something else than an array
   trees: dict[str, Params]
   opt: dict[str, Any]
   ema: dict[str, Params]

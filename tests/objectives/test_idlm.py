@@ -21,8 +21,10 @@ M = tiny.MASK
 class Table(DiT):
   """A network whose parameters are its logits: a gradient on parameters is one on logits."""
 
+  size: int = tiny.B
+
   def setup(self):
-    shape = (tiny.B, self.config.length, self.config.vocab_size)
+    shape = (self.size, self.config.length, self.config.vocab_size)
     self.logits = self.param("logits", jax.nn.initializers.zeros, shape)
 
   def trunk(self, tokens, sigma_B, rng_B=None):
@@ -56,7 +58,7 @@ class Recorded:
       vocab_size=config["V"], dim=config["H"], cond_dim=config["cond"], layers=config["nb"],
       heads=config["nh"], length=config["L"], dtype="float32",
     )  # fmt: skip
-    self.model, self.table = DiT(options), Table(options)
+    self.model, self.table = DiT(options), Table(options, size=config["B"])
     self.params = {
       name: hf_dit.from_tensors(self.model, self.under(name))
       for name in ("student", "teacher", "fake")
@@ -190,13 +192,11 @@ def test_golden_prompted(recorded):
   assert not np.any(gradient[~valid])
 
 
-@pytest.mark.parametrize("chunk", [1, 4, 100])
+@pytest.mark.parametrize("chunk", [4, *(pytest.param(c, marks=pytest.mark.slow) for c in (1, 100))])
 def test_chunks_change_nothing(golden, chunk):
   r = Recorded(*golden("idlm_mdlm__a"))
   for function, tree in ((r.gap, "student"), (r.cross_entropy, "fake")):
-    loss = lambda p, chunk, f=function: jax.tree.leaves(f(p, chunk=chunk))[-1]  # noqa: E731
-    if function == r.gap:
-      loss = lambda p, chunk: r.gap(p, chunk=chunk)[0]  # noqa: E731
+    loss = lambda p, chunk, f=function: jax.tree.leaves(f(p, chunk=chunk))[0]  # noqa: E731
     run = jax.jit(jax.value_and_grad(loss), static_argnums=1)
     whole, pieces = (run(r.params[tree], size) for size in (None, chunk))
     np.testing.assert_allclose(pieces[0], whole[0], rtol=1e-5)
@@ -314,7 +314,6 @@ def test_prompts_are_never_masked_and_never_scored():
   loss = functools.partial(idlm.fake_loss, student=student, **shared)
   gradient = jax.grad(loss, has_aux=True)(fake, batch)[0]["logits"]
   assert np.any(gradient[valid]) and not np.any(gradient[~valid])
-  assert all(np.isfinite(float(loss(fake, batch)[0])) for _ in range(1))
 
 
 def test_all_valid_is_no_mask():
@@ -360,26 +359,31 @@ def _objective(**options):
   return made._replace(step=jax.jit(made.step)), params
 
 
-def _student_gradient(state, batch):
-  """Return the gradient of the student's loss in a state, on the parameters."""
+def _student_gradient(trees, batch):
+  """Return the gradient of the student's loss on its parameters."""
   model, _ = tiny.network(dropout=0.0)
   loss = functools.partial(
     idlm.student_loss, model=model, process=tiny.PROCESS,
-    teacher=state.trees["teacher"], fake=state.trees["fake"],
+    teacher=trees["teacher"], fake=trees["fake"],
   )  # fmt: skip
   batch = idlm.couple_times(batch, coupling="same_order")
-  return jax.jit(jax.grad(loss, has_aux=True))(state.trees["student"], batch)[0]
+  return jax.grad(loss, has_aux=True)(trees["student"], batch)[0]
+
+
+_compiled_student_gradient = jax.jit(_student_gradient)
 
 
 def test_no_gradient_until_the_fake_has_moved():
+  """Exactly 0 at the start; compiled, teacher and fake may be fused, and rounded, differently."""
   objective, params = _objective()
   state = objective.init(jax.random.key(0), params)
-  for leaf in jax.tree.leaves(_student_gradient(state, tiny.batch(7))):
+  for leaf in jax.tree.leaves(_student_gradient(state.trees, tiny.batch(7))):
     assert not np.any(leaf)
   after, metrics = objective.step(state, tiny.batch(1))
-  moved = state.replace(trees={**state.trees, "fake": after.trees["fake"]})
-  gradient = _student_gradient(moved, tiny.batch(7))
+  moved = {**state.trees, "fake": after.trees["fake"]}
+  before, gradient = (_compiled_student_gradient(t, tiny.batch(7)) for t in (state.trees, moved))
   assert all(np.any(leaf) for leaf in jax.tree.leaves(gradient))
+  assert optax.tree.norm(before) < 1e-5 * optax.tree.norm(gradient)
   assert metrics["student/grad_norm"] > 0  # so the student saw the updated fake
 
 
@@ -405,8 +409,8 @@ def test_fake_first_each_on_its_own_batch():
   )  # fmt: skip
 
   # the student: a step on the second batch against the fake that has just moved
-  moved = state.replace(trees={**state.trees, "fake": after.trees["fake"]})
-  gradient = _student_gradient(moved, second)
+  moved = {**state.trees, "fake": after.trees["fake"]}
+  gradient = _compiled_student_gradient(moved, second)
   wanted = jax.tree.map(lambda p, g: p - g, params, gradient)
   jax.tree.map(
     functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5),
@@ -450,17 +454,18 @@ def test_dropout_roles():
     student, _ = idlm.student_loss(params, batch, teacher=other, fake=params, **shared)
     return fake, student
 
-  assert all(a != b for a, b in zip(losses(model), losses(quiet), strict=True))
+  noisy, still = (jax.jit(losses, static_argnums=0)(network) for network in (model, quiet))
+  assert all(a != b for a, b in zip(noisy, still, strict=True))
   *rngs, dropout_B = idlm.split_each(batch["rng"], 4)
   shared = {"process": tiny.PROCESS, "chunk": None}
   sample = idlm.rollout(params, batch, model=model, rngs=tuple(rngs), dropout_B=dropout_B, **shared)
   by_hand, _ = idlm.gap(params, sample, batch, model=quiet, teacher=other, fake=params, **shared)
-  np.testing.assert_allclose(losses(model)[1], by_hand, rtol=1e-5)
+  np.testing.assert_allclose(noisy[1], by_hand, rtol=1e-5)
   sample = idlm.rollout(other, batch, model=quiet, rngs=tuple(rngs), dropout_B=None, **shared)
   by_hand = idlm.cross_entropy(
     params, sample, batch, model=model, student=other, dropout_B=dropout_B, **shared
   )
-  np.testing.assert_allclose(losses(model)[0], by_hand, rtol=1e-5)
+  np.testing.assert_allclose(noisy[0], by_hand, rtol=1e-5)
 
 
 # --- input checks -------------------------------------------------------------------------------

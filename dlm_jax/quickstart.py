@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The whole job on one machine: data → teacher and judge → IDLM student → frontier → report."""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from dlm_jax import evaluators, experiment, pipeline, report, training
+from dlm_jax.data import builder, loader
+from dlm_jax.errors import InputError
+from dlm_jax.evaluate import frontier, generative, likelihood
+
+# Overrides of these groups also reach teacher and judge.
+_SHARED = ("data", "mesh", "model", "process", "seed")
+  "data",
+  "mesh",
+  "model",
+  "process",
+  "seed",
+)  # overrides that also reach teacher and judge
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+  """What to do.
+
+  Attributes:
+    workdir: everything goes there; finished parts are not repeated.
+    from_scratch: train teacher and judge here instead of using the shipped ones.
+    nfes: numbers of network evaluations of the frontier.
+    samples: samples per row of the frontier.
+    shown: samples of each model in the report.
+    shown_nfe: at this number of evaluations.
+    teacher_steps, judge_steps: of training from scratch.
+    overrides: fields of the student's config as text; data, model, process, mesh and seed reach
+      teacher and judge too.
+  """
+
+  workdir: pathlib.Path
+  from_scratch: bool = False
+  nfes: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128)
+  samples: int = 64
+  shown: int = 8
+  shown_nfe: int = 8
+  teacher_steps: int = 3000
+  judge_steps: int = 1200
+  overrides: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+def run(options: Options, say: Callable[[str], None] = print) -> bool:
+  """Do the whole job, or what is left of it; return False if it was interrupted.
+
+  Raises:
+    InputError: a bad option or an unwritable workdir.
+  """
+  frontier.checked_nfes(options.nfes)
+  if options.samples < 1 or options.shown < 1:
+    raise InputError("--samples and --shown must be at least 1.")
+  training.make_workdir(options.workdir)
+  clock = _Clock(options.workdir / "seconds.json")
+  configs = _configs(options)
+
+  say("1/4  Data: the source text of the Python standard library on this machine")
+  with clock.measure("data"):
+    prepared = experiment.prepare(configs["student"])
+  say(f"     {prepared.message}")
+
+  if options.from_scratch:
+    say("2/4  Teacher and judge: training both from scratch")
+  else:
+    say("2/4  Teacher and judge: the shipped networks")
+  for name in ("judge", "teacher") if options.from_scratch else ():
+    with clock.measure(name):
+      if _train(configs[name], options.workdir / name) == "interrupted":
+        return False
+
+  say("3/4  Student: inverse distillation (IDLM) of the teacher")
+  with clock.measure("distillation"):
+    if _train(configs["student"], options.workdir / "distillation") == "interrupted":
+      return False
+  student = options.workdir / "student"
+  source = experiment.network_directory(str(options.workdir / "distillation"))
+  shutil.copytree(source, student, dirs_exist_ok=True)
+
+  say("4/4  Frontier: quality of teacher and student against network evaluations")
+  teacher = configs["student"].teacher.path
+  with clock.measure("frontier"):
+    _compare(options, configs["student"], teacher, student, clock)
+  say(f"\n{(options.workdir / 'summary.txt').read_text()}")
+  return True
+
+
+def _configs(options: Options) -> dict:
+  """Return the configs of student, judge and teacher, overrides applied."""
+  workdir = options.workdir
+  ours = {"data.directory": str(workdir / "data")}
+  if options.from_scratch:
+    ours |= {
+      "data.tokenizer": "bpe:2048",
+      "teacher.path": str(workdir / "teacher"),
+      "evaluate.judge": str(workdir / "judge"),
+    }
+  configs = {"student": experiment.load_config("quickstart_idlm", ours | options.overrides)}
+  shared = {k: v for k, v in options.overrides.items() if k.split(".")[0] in _SHARED}
+  for name, steps in (("judge", options.judge_steps), ("teacher", options.teacher_steps)):
+    small = {
+      "data.directory": str(workdir / "data"),
+      "data.options.tests": "False",
+      "data.tokenizer": configs["student"].data.tokenizer,
+      "model.dtype": "float32",
+      "loader.batch_size": "64",
+      "train.steps": str(steps),
+      "train.checkpoint_every": "100",
+      "optim.warmup": str(min(200, steps // 10)),
+      "evaluate.every": str(max(steps // 5, 1)),
+      "evaluate.samples": "128",
+      "evaluate.batch_size": "64",
+    }
+    configs[name] = experiment.load_config(f"quickstart_{name}", small | shared)
+  return configs
+
+
+def _train(config, workdir: pathlib.Path) -> str:
+  """Train unless it is finished; return how it ended."""
+  done = workdir / "done.json"
+  if done.exists():
+    return json.loads(done.read_text())["reason"]
+  result = training.train(config, workdir, label=workdir.name)
+  if result.reason != "interrupted":
+    done.write_text(json.dumps({"reason": result.reason, "step": result.step}))
+  return result.reason
+
+
+def _compare(options, config, teacher: str, student: pathlib.Path, clock) -> None:
+  """Sweep both models, write the frontier, the samples and the report."""
+  pipes = {"teacher": pipeline.load(teacher), "student": pipeline.load(student)}
+  judge = evaluators.load_judge(config.evaluate.judge, pipes["teacher"].tokenizer)
+  samplers = {
+    name: frontier.Sampler(denoiser=pipe.denoiser, process=pipe.process, length=pipe.length)
+    for name, pipe in pipes.items()
+  }
+  step = json.loads((student / "config.json").read_text())["dlm_jax"]["step"]
+  with evaluators.sweep_progress(len(samplers) * sum(set(options.nfes))) as on_row:
+    rows = frontier.sweep(
+      samplers, options.nfes, judge=judge.judge, samples=options.samples,
+      batch_size=options.samples, judge_batch_size=options.samples, eos_id=judge.eos_id,
+      context={"student_step": step}, path=options.workdir / "frontier.jsonl", on_row=on_row,
+    )  # fmt: skip
+  reference = _reference(config, judge, options.samples)
+  frontier.write(rows, options.workdir, reference=reference)
+  texts = {
+    name: pipe(steps=options.shown_nfe, num=options.shown, seed=1) for name, pipe in pipes.items()
+  }
+  report.write(
+    options.workdir, rows=rows, reference=reference, texts=texts, shown_nfe=options.shown_nfe,
+    seconds=clock.seconds, student_step=step, from_scratch=options.from_scratch,
+    tokenizer=pipes["teacher"].tokenizer, max_entropy_drop=config.evaluate.max_entropy_drop,
+  )  # fmt: skip
+
+
+def _reference(config, judge, samples: int) -> frontier.Reference:
+  """Return what held-out text itself scores."""
+  info = builder.open_dataset(config.data.directory).info
+  count = min(max(samples, 64), info.splits["validation"].records)
+  batches = loader.evaluation_batches(config.data.directory, "validation", count, 1)
+  tokens_NL = np.concatenate(list(batches))
+  scores = likelihood.ar_perplexity(judge.judge, tokens_NL, batch_size=min(count, 64))
+  entropy = generative.entropy(tokens_NL)["entropy"]
+  return frontier.Reference(genppl=scores["perplexity"], entropy=entropy)
+
+
+class _Clock:
+  """Seconds spent per part, over interruptions."""
+
+  def __init__(self, path: pathlib.Path):
+    self._path = path
+    self.seconds: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
+
+  def measure(self, name: str):
+    return _Stopwatch(self, name)
+
+  def add(self, name: str, seconds: float) -> None:
+    self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+    self._path.write_text(json.dumps(self.seconds))
+
+
+@dataclasses.dataclass
+class _Stopwatch:
+  clock: _Clock
+  name: str
+  started: float = 0.0
+
+  def __enter__(self):
+    self.started = time.monotonic()
+
+  def __exit__(self, *_):
+    self.clock.add(self.name, time.monotonic() - self.started)
