@@ -17,12 +17,6 @@ from dlm_jax.evaluate import frontier, generative, likelihood
 
 # Overrides of these groups also reach teacher and judge.
 _SHARED = ("data", "mesh", "model", "process", "seed")
-  "data",
-  "mesh",
-  "model",
-  "process",
-  "seed",
-)  # overrides that also reach teacher and judge
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
