@@ -2,9 +2,12 @@
 """Device meshes, and the one table that maps logical axis names to mesh axes."""
 
 import math
+import os
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dlm_jax.errors import InputError
@@ -110,5 +113,23 @@ def state_shardings(mesh: Mesh, params: Any, state: Any) -> Any:
 
 
 def start_distributed() -> None:
-  """Join the other hosts; addresses come from the environment of the cluster or TPU pod."""
-  jax.distributed.initialize()
+  """Join the other hosts.
+
+  Slurm, GKE and TPU pods are recognised by JAX. Elsewhere set JAX_COORDINATOR_ADDRESS (host:port of
+  process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+  """
+  count, index = os.environ.get("JAX_NUM_PROCESSES"), os.environ.get("JAX_PROCESS_ID")
+  try:
+    jax.distributed.initialize(
+      num_processes=int(count) if count else None, process_id=int(index) if index else None
+    )
+  except (ValueError, RuntimeError) as error:
+    line = str(error).splitlines()[0]
+    raise InputError(f"--distributed: cannot join the other hosts: {line}") from None
+
+
+def any_host(flag: bool) -> bool:
+  """Return whether the flag is set on any host; all hosts must call it at the same step."""
+  if jax.process_count() == 1:
+    return flag
+  return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))

@@ -162,10 +162,13 @@ def run(
           writer.write(done, {**values, "tokens_per_second": progress.rate})
       pending = (step, metrics)
 
-      out_of_time = config.max_seconds and time.monotonic() - started > config.max_seconds
+      ask = jax.process_count() == 1 or step % config.log_every == 0  # hosts must agree
+      late = config.max_seconds and time.monotonic() - started > config.max_seconds
+      stopping = ask and meshes.any_host(stop.requested)
+      out_of_time = ask and meshes.any_host(bool(late))
       due_save = step % config.checkpoint_every == 0
       due_evaluation = config.evaluate_every and step % config.evaluate_every == 0
-      if due_save or due_evaluation or stop.requested or out_of_time or step == config.steps:
+      if due_save or due_evaluation or stopping or out_of_time or step == config.steps:
         done, values = settle(pending)
         pending = None
         progress.update(done, values, tokens_per_step)
@@ -176,7 +179,7 @@ def run(
           reason = "collapsed" if collapsed else reason
         if done % config.log_every == 0 or step == config.steps or due_evaluation:
           writer.write(done, {**values, "tokens_per_second": progress.rate})
-        if stop.requested:
+        if stopping:
           reason = "interrupted"
         elif out_of_time and step < config.steps:
           reason = "time"

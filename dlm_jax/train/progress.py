@@ -5,6 +5,7 @@ import contextlib
 import sys
 import time
 
+import jax
 from tqdm import auto
 
 
@@ -20,10 +21,11 @@ class Progress:
 
   def __init__(self, label: str, start: int, total: int, every: float = 30.0):
     self._label, self._total, self._every = label, total, every
+    self._silent = jax.process_index() != 0
     self._interactive = sys.stderr.isatty() or "ipykernel" in sys.modules
     self._bar = auto.tqdm(
       desc=label, initial=start, total=total, unit="step", dynamic_ncols=True, leave=True,
-      disable=not self._interactive,
+      disable=self._silent or not self._interactive,
     )  # fmt: skip
     self._start, self._last_line = start, time.monotonic()
     self._clock = None  # starts after the first step: compiling is not training
@@ -48,7 +50,9 @@ class Progress:
     shown = {**losses, "tok/s": f"{self.rate:,.0f}"}
     self._bar.update(step - self._bar.n)
     self._bar.set_postfix(shown, refresh=False)
-    if not self._interactive and (now - self._last_line > self._every or step == self._total):
+    if not (self._interactive or self._silent) and (
+      now - self._last_line > self._every or step == self._total
+    ):
       self._last_line = now
       text = ", ".join(f"{k} {v}" for k, v in shown.items())
       line = f"{self._label}: step {step}/{self._total}, {text}, {self._left(step, now)} left"

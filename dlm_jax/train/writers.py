@@ -5,12 +5,14 @@ import json
 import math
 import pathlib
 
+import jax
+
 
 class Writer:
   """Write scalars per step; used as a context manager.
 
-  A resumed run drops the lines at and after the step it resumes from, so that the file reads like
-  one uninterrupted run.
+  Only process 0 writes. A resumed run drops the lines behind the step it resumes from, so that the
+  file reads like one uninterrupted run.
 
   Args:
     workdir: existing directory.
@@ -27,12 +29,14 @@ class Writer:
     tensorboard: bool = True,
     wandb_project: str = "",
   ):
+    self._file = self._board = self._wandb = None
+    if jax.process_index() != 0:
+      return
     self._path = pathlib.Path(workdir) / "metrics.jsonl"
     if self._path.exists():
       kept = [line for line in self._path.read_text().splitlines() if _step(line) <= resume_from]
       self._path.write_text("".join(line + "\n" for line in kept))
     self._file = self._path.open("a")
-    self._board = self._wandb = None
     if tensorboard:
       from tensorboardX import SummaryWriter
 
@@ -47,7 +51,8 @@ class Writer:
     return self
 
   def __exit__(self, *_):
-    self._file.close()
+    if self._file:
+      self._file.close()
     if self._board:
       self._board.close()
     if self._wandb:
@@ -55,6 +60,8 @@ class Writer:
 
   def write(self, step: int, metrics: dict[str, float]) -> None:
     """Append one line {"step": …, name: value}; a non-finite value is written as null."""
+    if not self._file:
+      return
     values = {k: float(v) for k, v in metrics.items()}
     plain = {k: v if math.isfinite(v) else None for k, v in values.items()}
     self._file.write(json.dumps({"step": step, **plain}) + "\n")

@@ -373,12 +373,27 @@ def _student_gradient(trees, batch):
 _compiled_student_gradient = jax.jit(_student_gradient)
 
 
-def test_no_gradient_until_the_fake_has_moved():
-  """Exactly 0 at the start; compiled, teacher and fake may be fused, and rounded, differently."""
+def test_no_gradient_on_logits_at_the_start():
+  table, student, _, _, batch = _random_case()
+  shared = {"model": table, "process": tiny.PROCESS}
+  loss = functools.partial(idlm.student_loss, teacher=student, fake=student, **shared)
+  (value, _), gradient = jax.value_and_grad(loss, has_aux=True)(student, batch)
+  assert value == 0 and not np.any(gradient["logits"])
+
+
+@pytest.mark.slow
+def test_no_gradient_at_the_start():
+  """Exactly 0 when every operation runs alone."""
   objective, params = _objective()
   state = objective.init(jax.random.key(0), params)
   for leaf in jax.tree.leaves(_student_gradient(state.trees, tiny.batch(7))):
     assert not np.any(leaf)
+
+
+def test_no_gradient_until_the_fake_has_moved():
+  """Compiled, teacher and fake may be fused, and so rounded, differently: 0 up to that."""
+  objective, params = _objective()
+  state = objective.init(jax.random.key(0), params)
   after, metrics = objective.step(state, tiny.batch(1))
   moved = {**state.trees, "fake": after.trees["fake"]}
   before, gradient = (_compiled_student_gradient(t, tiny.batch(7)) for t in (state.trees, moved))
