@@ -8,7 +8,13 @@ def base() -> ConfigDict:
   """Return all fields. Override any from the command line: --config.optim.lr=3e-5."""
   c = ConfigDict()
   c.seed = 0  # of parameters, data order, noise and times
+  _data(c)
+  _network(c)
+  _training(c)
+  return c
 
+
+def _data(c: ConfigDict) -> None:
   c.data = ConfigDict()
   c.data.directory = ""  # packed dataset: written by `dlm-jax prepare`, read by `dlm-jax train`
   c.data.source = "stdlib"  # stdlib, files:GLOB or tfds:NAME/SPLIT:FEATURE
@@ -19,6 +25,8 @@ def base() -> ConfigDict:
   c.loader = ConfigDict()
   c.loader.batch_size = 64  # sequences per update, over all devices and micro-batches
 
+
+def _network(c: ConfigDict) -> None:
   c.model = ConfigDict()
   c.model.name = "dit"  # dit (denoiser) or causal (autoregressive)
   c.model.vocab_size = 0  # 0: what the data needs; a denoiser's includes the mask
@@ -40,6 +48,8 @@ def base() -> ConfigDict:
   c.process.schedule = "log_linear"  # log_linear, cosine or polynomial
   c.process.eps = 1e-3  # share of tokens that survive to t = 1
 
+
+def _training(c: ConfigDict) -> None:
   c.objective = ConfigDict()
   c.objective.name = "mdlm"  # a file of dlm_jax/objectives, or my_package.my_file
   c.objective.accumulate = 1  # micro-batches per update
@@ -79,7 +89,6 @@ def base() -> ConfigDict:
   c.mesh.data = -1
   c.mesh.fsdp = 1
   c.mesh.tensor = 1
-  return c
 
 
 def distill(c: ConfigDict, teacher: str, judge: str = "") -> ConfigDict:

@@ -42,6 +42,8 @@ def load_config(name: str, overrides: dict[str, str] | None = None) -> ConfigDic
       raise InputError(f"--config={name}: no such file.")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+      raise InputError(f"--config={name}: the file defines no get_config().")
   else:
     known = list_configs()
     if name not in known:
@@ -211,8 +213,11 @@ def make_objective(config: ConfigDict, model, proc) -> objectives.Objective:
 
 def loop_config(config: ConfigDict) -> LoopConfig:
   """Return how long to train and how often to do what."""
-  if config.train.steps < 1:
-    raise InputError(f"train.steps={config.train.steps} is not positive.")
+  for field in ("steps", "log_every", "checkpoint_every", "keep"):
+    if config.train[field] < 1:
+      raise InputError(f"train.{field}={config.train[field]} must be at least 1.")
+  if config.evaluate.every < 0:
+    raise InputError(f"evaluate.every={config.evaluate.every} is negative; 0 evaluates never.")
   return LoopConfig(
     steps=config.train.steps,
     log_every=config.train.log_every,

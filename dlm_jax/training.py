@@ -14,7 +14,7 @@ from dlm_jax.data import builder, loader, tokenizers
 from dlm_jax.errors import InputError
 from dlm_jax.experiment import Experiment
 from dlm_jax.objectives import TrainState, output_params
-from dlm_jax.train import loop
+from dlm_jax.train import checkpoint, loop
 from dlm_jax.train.checkpoint import Checkpoints
 from dlm_jax.train.writers import Writer
 
@@ -39,6 +39,7 @@ def train(config, workdir: str | os.PathLike, *, label: str = "", wandb: str = "
   tokenizer = dataset.tokenizer()
   built = experiment.build(config, tokenizer.vocab_size)
   teacher = load_teacher(config, built, tokenizer)
+  loop_config = experiment.loop_config(config)
   evaluator = evaluators.make(built, tokenizer, lambda *where: export(*where, tokenizer), workdir)
   make_workdir(workdir)
   stream = loader.make(
@@ -52,7 +53,7 @@ def train(config, workdir: str | os.PathLike, *, label: str = "", wandb: str = "
     step = int(state.step)
     with Writer(workdir, resume_from=step, wandb_project=wandb) as writer:
       result = loop.run(
-        built.objective, state, stream, config=experiment.loop_config(config), mesh=built.mesh,
+        built.objective, state, stream, config=loop_config, mesh=built.mesh,
         shardings=built.shardings, checkpoints=checkpoints, writer=writer, evaluator=evaluator,
         label=label or config.objective.name,
       )  # fmt: skip
@@ -102,7 +103,7 @@ def load_teacher(config, built: Experiment, tokenizer: tokenizers.Tokenizer) -> 
   evaluators.check_tokenizer(directory, tokenizer, model.config.vocab_size - 1)
   fields = ("vocab_size", "dim", "layers", "heads", "cond_dim", "mlp_ratio", "time_conditioning")
   for field in fields:
-    ours, theirs = getattr(built.model.config, field), getattr(model.config, field, None)
+    ours, theirs = (getattr(m.config, field, None) for m in (built.model, model))
     if ours != theirs:
       raise InputError(f"model.{field}={ours}, but the teacher {directory} has {theirs}.")
   return params
@@ -110,10 +111,10 @@ def load_teacher(config, built: Experiment, tokenizer: tokenizers.Tokenizer) -> 
 
 def _check_same_run(workdir, resolved):
   """Refuse to resume a run under a config that would make it another run."""
-  path = workdir / "checkpoints" / "config.json"
-  if not path.exists():
+  folder = workdir / "checkpoints"
+  if not (folder / "config.json").exists():
     return
-  before = json.loads(path.read_text())
+  before = checkpoint.read_config(folder)
   for group in ("model", "process", "objective", "data", "loader", "teacher", "optim", "seed"):
     if before.get(group) != resolved.get(group):
       raise InputError(

@@ -26,19 +26,25 @@ FLOORS = {
   "objectives": 3,
   "sample": 3,
   "train": 4,
-  "mesh": 4,
+  "mesh": 3,
   "data": 4,
   "evaluate": 4,
   "convert": 4,
+  "assets": 4,
   "experiment": 5,
-  "bench": 5,
   "viz": 5,
   "configs": 5,  # shared by the command line and `experiment`; imports ml_collections only
-  "cli": 6,
-  "quickstart": 6,
-  "__main__": 6,
+  "evaluators": 6,
+  "pipeline": 6,
+  "dry_run": 6,
+  "report": 6,
+  "bench": 7,
+  "training": 7,
+  "quickstart": 8,
+  "cli": 9,
+  "__main__": 10,
 }
-OPEN_FLOORS = (0, 6)  # single files that may lean on each other
+OPEN_FLOORS = (0,)  # single files that may lean on each other
 # Which rooms may import these, as path prefixes below dlm_jax/ ("configs" is the top folder).
 RESERVED = {
   "flax.linen": ("models/",),
@@ -245,6 +251,8 @@ def test_sizes():
     for node in ast.walk(_tree(path)):
       if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
         length = node.end_lineno - node.lineno + 1
+        if ast.get_docstring(node):  # the docstring is for the reader's benefit: not counted
+          length -= node.body[0].end_lineno - node.body[0].lineno + 1
         if length > MAX_FUNCTION:
           offences.append(f"{name}:{node.lineno} {node.name}: {length} lines of {MAX_FUNCTION}")
   assert not offences, "\n".join(offences)
@@ -300,11 +308,13 @@ def test_modules_have_docstrings():
 
 
 def test_sampling_imports_quickly_and_lightly():
-  """In a fresh process, the best of three: under three seconds, nothing heavy comes along."""
+  """In a fresh process: under three seconds of processor time, nothing heavy comes along.
+
+  Not wall-clock time: other tests run on the same cores.
+  """
   code = (
-    "import time; start = time.perf_counter()\n"
-    "import dlm_jax.sample, sys\n"
-    "print(time.perf_counter() - start)\n"
+    "import time, dlm_jax.sample, sys\n"
+    "print(time.process_time())\n"
     f"print([name for name in {HEAVY!r} if name in sys.modules])"
   )
   times = []

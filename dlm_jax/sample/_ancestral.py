@@ -59,15 +59,7 @@ def run(
     nucleus: p of nucleus truncation of that prediction.
     first_hitting: reveal one position at a time, at its exact continuous time.
   """
-  if noise_removal not in NOISE_REMOVALS:
-    raise InputError(
-      f"noise_removal={noise_removal!r} is unknown; use one of {', '.join(NOISE_REMOVALS)}."
-    )
-  if temperature <= 0 or not 0 < nucleus <= 1:
-    raise InputError(
-      f"temperature={temperature} must be positive and nucleus={nucleus} in (0, 1]; for the most "
-      "probable tokens use a small nucleus."
-    )
+  _check(noise_removal, temperature, nucleus)
   length = x_BL.shape[1]
   draws_BL3 = jax.vmap(lambda rng: jax.random.uniform(rng, (length, 3)))(rng_B)
   u_BL = jnp.where(frozen_BL, 2.0, draws_BL3[..., 0])  # frozen: never revealed
@@ -110,6 +102,18 @@ def run(
     return trace_KBL
   x_BL = reveal(x_BL, count, t_KB[-1], greedy=noise_removal == "greedy")
   return jnp.concatenate([trace_KBL, x_BL[None]])
+
+
+def _check(noise_removal, temperature, nucleus):
+  if noise_removal not in NOISE_REMOVALS:
+    raise InputError(
+      f"noise_removal={noise_removal!r} is unknown; use one of {', '.join(NOISE_REMOVALS)}."
+    )
+  if temperature <= 0 or not 0 < nucleus <= 1:
+    raise InputError(
+      f"temperature={temperature} must be positive and nucleus={nucleus} in (0, 1]; for the most "
+      "probable tokens use a small nucleus."
+    )
 
 
 def _grid_times(process, u_BL, t_K):

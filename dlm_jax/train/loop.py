@@ -6,8 +6,8 @@ import dataclasses
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from dlm_jax.train.progress import Progress
 from dlm_jax.train.writers import Writer
 
 
+@runtime_checkable
 class Loader(Protocol):
   """Host batches with a position that can be saved."""
 
@@ -61,6 +62,7 @@ class Result:
   reason: str
 
 
+@runtime_checkable
 class Evaluator(Protocol):
   """Called with the state between steps; may keep the best and may ask to stop."""
 
@@ -125,74 +127,89 @@ def run(
     InputError: training diverged; names the last good checkpoint.
   """
   step_function = jit_step(objective, mesh, shardings, config.seed)
-  step = int(state.step)
-  started, pending = time.monotonic(), None
-  tokens_per_step = None
-
-  def settle(pending):
-    """Read the metrics of a dispatched step and check them."""
-    done, metrics = pending
-    metrics = {name: float(value) for name, value in metrics.items()}
-    bad = [name for name, value in metrics.items() if not math.isfinite(value)]
-    if bad:
-      checkpoints.wait()
-      raise InputError(
-        f"training diverged at step {done}: {bad[0]} is not finite; the last good checkpoint is "
-        f"{checkpoints.directory} step {checkpoints.latest}. Lower the learning rate."
-      )
-    return done, metrics
-
-  def save():
-    extra = {"loader": loader.position()}
-    if evaluator is not None:
-      extra["evaluator"] = evaluator.to_json()
-    checkpoints.save(step, state, extra)
-
-  reason = "finished"
+  step, reason, pending = int(state.step), "finished", None
+  deadline = time.monotonic() + (config.max_seconds or math.inf)
   with stop_signals() as stop, Progress(label, step, config.steps) as progress:
-    while step < config.steps:
+
+    def settle(pending, scores, force=False):
+      done, metrics, size = pending
+      values = _read(done, metrics, checkpoints) | scores
+      progress.update(done, values, size)
+      if force or done % config.log_every == 0:
+        writer.write(done, {**values, "tokens_per_second": progress.rate})
+
+    while step < config.steps and reason == "finished":
       tokens_UBL = _next_tokens(loader, objective.batches, mesh)
-      tokens_per_step = tokens_UBL.size
       state, metrics = step_function(state, tokens_UBL)
       step += 1
       if pending is not None:
-        done, values = settle(pending)
-        progress.update(done, values, tokens_per_step)
-        if done % config.log_every == 0:
-          writer.write(done, {**values, "tokens_per_second": progress.rate})
-      pending = (step, metrics)
+        settle(pending, {})
+      pending = (step, metrics, tokens_UBL.size)
 
-      ask = jax.process_count() == 1 or step % config.log_every == 0  # hosts must agree
-      late = config.max_seconds and time.monotonic() - started > config.max_seconds
-      stopping = ask and meshes.any_host(stop.requested)
-      out_of_time = ask and meshes.any_host(bool(late))
-      due_save = step % config.checkpoint_every == 0
+      last, stopping, late = _asked_to_stop(step, config, stop, deadline)
       due_evaluation = config.evaluate_every and step % config.evaluate_every == 0
-      if due_save or due_evaluation or stopping or out_of_time or step == config.steps:
-        done, values = settle(pending)
-        pending = None
-        progress.update(done, values, tokens_per_step)
-        if due_evaluation and evaluator is not None:
-          with progress.paused("evaluating"):
-            scores, collapsed = evaluator(step, state)
-          values = {**values, **scores}
-          reason = "collapsed" if collapsed else reason
-        if done % config.log_every == 0 or step == config.steps or due_evaluation:
-          writer.write(done, {**values, "tokens_per_second": progress.rate})
-        if stopping:
-          reason = "interrupted"
-        elif out_of_time and step < config.steps:
-          reason = "time"
-        if due_save or step == config.steps or reason != "finished":
-          save()
-        if reason != "finished":
-          break
+      due_save = step % config.checkpoint_every == 0 or last or stopping or late
+      if not (due_save or due_evaluation):
+        continue
+      _read(
+        step, metrics, checkpoints
+      )  # nothing is evaluated or saved before it is known to be good
+      scores, collapsed = {}, False
+      if due_evaluation and evaluator is not None:
+        with progress.paused("evaluating"):
+          scores, collapsed = evaluator(step, state)
+      settle(pending, scores, force=last or bool(scores))
+      pending = None
+      reason = _reason(collapsed, stopping, late and not last)
+      if due_save or collapsed:
+        _save(checkpoints, step, state, loader, evaluator)
     checkpoints.wait()
   logging.info("%s: %s at step %d.", label, reason, step)
   return Result(state=state, step=step, reason=reason)
 
 
-def _next_tokens(loader: Iterator[np.ndarray], count: int, mesh: Mesh) -> jax.Array:
+def _read(step: int, metrics: Any, checkpoints: Checkpoints) -> dict[str, float]:
+  """Read the metrics of a dispatched step on the host.
+
+  Raises:
+    InputError: one is not finite.
+  """
+  values = {name: float(value) for name, value in metrics.items()}
+  bad = [name for name, value in values.items() if not math.isfinite(value)]
+  if bad:
+    checkpoints.wait()
+    good = checkpoints.latest
+    where = f"{checkpoints.directory / str(good)}" if good is not None else "none"
+    raise InputError(
+      f"training diverged at step {step}: {bad[0]} is not finite; the last good checkpoint is "
+      f"{where}. Lower optim.lr or raise optim.warmup."
+    )
+  return values
+
+
+def _asked_to_stop(step, config, stop, deadline) -> tuple[bool, bool, bool]:
+  """Return whether this is the last step, a signal came, time is up; the same on all hosts."""
+  last = step == config.steps
+  if jax.process_count() > 1 and step % config.log_every:
+    return last, False, False
+  late = time.monotonic() > deadline
+  return last, meshes.any_host(stop.requested), meshes.any_host(late)
+
+
+def _reason(collapsed: bool, stopping: bool, late: bool) -> str:
+  if stopping:
+    return "interrupted"
+  return "collapsed" if collapsed else "time" if late else "finished"
+
+
+def _save(checkpoints, step, state, loader, evaluator) -> None:
+  extra = {"loader": loader.position()}
+  if evaluator is not None:
+    extra["evaluator"] = evaluator.to_json()
+  checkpoints.save(step, state, extra)
+
+
+def _next_tokens(loader: Loader, count: int, mesh: Mesh) -> jax.Array:
   """Return [count, B, L] tokens, each host contributing its rows of the global batch."""
   local_UBL = np.stack([next(loader) for _ in range(count)])
   sharding = meshes.batch_sharding(mesh, leading=1)

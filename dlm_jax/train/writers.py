@@ -34,8 +34,10 @@ class Writer:
       return
     self._path = pathlib.Path(workdir) / "metrics.jsonl"
     if self._path.exists():
-      kept = [line for line in self._path.read_text().splitlines() if _step(line) <= resume_from]
-      self._path.write_text("".join(line + "\n" for line in kept))
+      kept = [line for line in self._path.read_bytes().splitlines() if _step(line) <= resume_from]
+      temporary = self._path.with_suffix(".tmp")  # a crash here loses no line
+      temporary.write_bytes(b"".join(line + b"\n" for line in kept))
+      temporary.replace(self._path)
     self._file = self._path.open("a")
     if tensorboard:
       from tensorboardX import SummaryWriter
@@ -73,9 +75,9 @@ class Writer:
       self._wandb.log(values, step=step)
 
 
-def _step(line: str) -> int:
+def _step(line: bytes) -> int:
   """Return a line's step; a line cut off by a crash counts as never written."""
   try:
-    return json.loads(line)["step"]
+    return int(json.loads(line)["step"])
   except (ValueError, KeyError, TypeError):
     return 2**62

@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Learning rates by hand, decay, selection of the best student, and what the writer keeps."""
+
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dlm_jax.errors import InputError
+from dlm_jax.train import optim, progress, selection, writers
+
+
+def _rates(steps=20, **options):
+  schedule = optim.learning_rate(optim.OptimConfig(**options), steps)
+  return [float(schedule(i)) for i in range(steps + 1)]
+
+
+def test_warm_up_starts_at_zero():
+  assert _rates(lr=0.4, warmup=4)[:7] == pytest.approx([0, 0.1, 0.2, 0.3, 0.4, 0.4, 0.4])
+  assert _rates(lr=0.4, warmup=0) == pytest.approx([0.4] * 21)
+
+
+def test_linear_decay():
+  """From 1 at update 4 to 0.2 at update 20: 0.05 per update."""
+  rates = _rates(lr=1.0, warmup=4, schedule="linear", final=0.2)
+  assert rates[4:] == pytest.approx([1 - 0.05 * i for i in range(17)])
+
+
+def test_cosine_decay():
+  rates = _rates(lr=2.0, warmup=4, schedule="cosine", final=0.1)
+  by_hand = [2 * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * i / 16))) for i in range(17)]
+  assert rates[4:] == pytest.approx(by_hand)
+  assert rates[20] == pytest.approx(0.2) and rates[12] == pytest.approx(1.1)
+
+
+def test_warm_up_longer_than_the_run():
+  assert _rates(steps=3, lr=1.0, warmup=10, schedule="cosine") == pytest.approx([0, 0.1, 0.2, 0.3])
+
+
+def test_unknown_schedule():
+  with pytest.raises(InputError, match="optim.schedule='cosin' is unknown; use one of constant"):
+    optim.make(optim.OptimConfig(schedule="cosin"), 10)
+
+
+_PARAMS = {
+  "embed": {"embedding": jnp.ones((3, 2))},
+  "mlp": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)},
+  "norm": {"scale": jnp.ones(2)},
+}
+
+
+def test_decay_acts_on_matrices_only():
+  tx = optim.make(optim.OptimConfig(lr=0.1, warmup=0, weight_decay=0.5), 10)
+  zeros = jax.tree.map(jnp.zeros_like, _PARAMS)
+  updates, _ = tx.update(zeros, tx.init(_PARAMS), _PARAMS)
+  np.testing.assert_allclose(updates["embed"]["embedding"], -0.05)
+  np.testing.assert_allclose(updates["mlp"]["kernel"], -0.05)
+  assert not updates["mlp"]["bias"].any() and not updates["norm"]["scale"].any()
+
+
+def test_first_update_of_adam_and_its_warm_up():
+  """Adam's first step is lr · g / (|g| + eps), whatever the gradient; with warm-up it is zero."""
+  grads = jax.tree.map(lambda x: 5.0 * x, _PARAMS)
+  tx = optim.make(optim.OptimConfig(lr=0.1, warmup=0, eps=1e-12), 10)
+  updates, _ = tx.update(grads, tx.init(_PARAMS), _PARAMS)
+  for leaf in jax.tree.leaves(updates):
+    np.testing.assert_allclose(leaf, -0.1, rtol=1e-5)
+  tx = optim.make(optim.OptimConfig(lr=0.1, warmup=2), 10)
+  updates, _ = tx.update(grads, tx.init(_PARAMS), _PARAMS)
+  assert not any(leaf.any() for leaf in jax.tree.leaves(updates))
+
+
+def test_clip_is_by_the_global_norm():
+  """16 equal gradients g have the norm 4 |g|; the clip shows through a large eps."""
+  grads = jax.tree.map(lambda x: 3.0 * x, _PARAMS)  # 3·2 + 4 + 2 + 2 = 14 entries
+  scale = 1.0 / (3.0 * math.sqrt(14))
+  changes = []
+  for clip in (0.0, 1.0, 1e6):
+    tx = optim.make(optim.OptimConfig(lr=1.0, warmup=0, eps=10.0, clip=clip), 10)
+    updates, _ = tx.update(grads, tx.init(_PARAMS), _PARAMS)
+    changes.append(float(updates["norm"]["scale"][0]))
+  clipped = 3.0 * scale
+  assert changes[0] == changes[2] == pytest.approx(-3 / (3 + 10), rel=1e-5)
+  assert changes[1] == pytest.approx(-clipped / (clipped + 10), rel=1e-5)
+
+
+# --- selection ------------------------------------------------------------------------------------
+
+
+def _follow(sequence, **options):
+  chosen = selection.Selection(**options)
+  better = [chosen.update(step, *scores) for step, scores in enumerate(sequence)]
+  return chosen, better
+
+
+def test_the_best_is_the_lowest_genppl_inside_the_band():
+  scores = [(100.0, 0.0), (80.0, 0.1), (90.0, 0.0), (10.0, 0.9), (70.0, 0.25), (60.0, 0.251)]
+  chosen, better = _follow(scores, max_entropy_drop=0.25, patience=3)
+  assert better == [True, True, False, False, True, False]
+  assert chosen.best == (4, 70, 0.25)
+  assert not chosen.stop
+
+
+def test_stop_needs_consecutive_collapses():
+  inside, outside = (50.0, 0.0), (1.0, 2.0)
+  chosen, _ = _follow([outside, outside, inside, outside, outside], patience=3)
+  assert not chosen.stop and chosen.outside == 2
+  assert not chosen.update(5, *outside)
+  assert chosen.stop
+  assert chosen.best == (2, 50, 0.0)
+
+
+def test_higher_entropy_than_the_teacher_is_inside():
+  chosen, better = _follow([(50.0, -3.0)], patience=1)
+  assert better == [True] and not chosen.stop
+
+
+def test_collapse_before_any_best():
+  chosen, _ = _follow([(1.0, 9.0)] * 2, patience=2)
+  assert chosen.stop and chosen.best is None
+
+
+@pytest.mark.parametrize("sequence", [[], [(50.0, 0.0), (40.0, 0.1), (1.0, 9.0)]])
+def test_selection_survives_json(sequence):
+  chosen, _ = _follow(sequence)
+  again = selection.Selection()
+  again.from_json(json.loads(json.dumps(chosen.to_json())))
+  assert again == chosen
+
+
+# --- writer ---------------------------------------------------------------------------------------
+
+
+def _write(workdir, steps, **options):
+  with writers.Writer(workdir, tensorboard=False, **options) as writer:
+    for step in steps:
+      writer.write(step, {"loss": step / 2})
+
+
+def _lines(workdir):
+  return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_resumed_writer_drops_later_lines(tmp_path):
+  _write(tmp_path, [1, 2, 3, 4, 5])
+  _write(tmp_path, [4, 5, 6], resume_from=3)
+  assert _lines(tmp_path) == [{"step": i, "loss": i / 2} for i in range(1, 7)]
+
+
+def test_a_new_run_starts_an_empty_file(tmp_path):
+  _write(tmp_path, [1, 2])
+  _write(tmp_path, [1])
+  assert [line["step"] for line in _lines(tmp_path)] == [1]
+
+
+@pytest.mark.parametrize(
+  "torn", [b'{"step": 3, "lo', b"\xff\xfe\x00", b"[1]", b'{"step": "x"}', b'{"loss": 1}', b"null"]
+)
+def test_lines_torn_by_a_crash_are_dropped(tmp_path, torn):
+  _write(tmp_path, [1, 2])
+  with (tmp_path / "metrics.jsonl").open("ab") as file:
+    file.write(torn)
+  _write(tmp_path, [3], resume_from=2)
+  assert [line["step"] for line in _lines(tmp_path)] == [1, 2, 3]
+
+
+def test_non_finite_values_are_null(tmp_path):
+  with writers.Writer(tmp_path, tensorboard=False) as writer:
+    writer.write(1, {"a": float("nan"), "b": float("inf"), "c": 1.5})
+  assert _lines(tmp_path) == [{"step": 1, "a": None, "b": None, "c": 1.5}]
+
+
+def test_lines_are_readable_while_the_run_goes_on(tmp_path):
+  with writers.Writer(tmp_path, tensorboard=False) as writer:
+    writer.write(1, {"loss": 2.0})
+    assert _lines(tmp_path) == [{"step": 1, "loss": 2.0}]
+
+
+def test_tensorboard_events(tmp_path):
+  with writers.Writer(tmp_path) as writer:
+    writer.write(1, {"loss": 2.0})
+  (events,) = (tmp_path / "tensorboard").glob("events*")
+  assert b"loss" in events.read_bytes()
+
+
+# --- progress -------------------------------------------------------------------------------------
+
+
+def test_progress_prints_lines_where_there_is_no_terminal(capsys):
+  with progress.Progress("run", 0, 4, every=0.0) as shown:
+    for step in range(1, 5):
+      shown.update(step, {"model/loss": 2.5, "model/grad_norm": 1.0}, tokens=100)
+  lines = capsys.readouterr().err.strip().splitlines()
+  assert len(lines) == 4
+  assert lines[-1].startswith("run: step 4/4, model/loss 2.5, tok/s ")
+  assert lines[-1].endswith("0:00 left") and lines[0].endswith("? left")
+  assert shown.rate > 0
