@@ -83,8 +83,7 @@ def run(options: Options, say: Callable[[str], None] = print) -> bool:
 
   say("4/4  Frontier: quality of teacher and student against network evaluations")
   teacher = configs["student"].teacher.path
-  with clock.measure("frontier"):
-    _compare(options, configs["student"], teacher, student, clock)
+  _compare(options, configs["student"], teacher, student, clock)
   say(f"\n{(options.workdir / 'summary.txt').read_text()}")
   return True
 
@@ -139,7 +138,8 @@ def _compare(options, config, teacher: str, student: pathlib.Path, clock) -> Non
     for name, pipe in pipes.items()
   }
   step = json.loads((student / "config.json").read_text())["dlm_jax"]["step"]
-  with evaluators.sweep_progress(len(samplers) * sum(set(options.nfes))) as on_row:
+  total = len(samplers) * sum(set(options.nfes))
+  with clock.measure("frontier"), evaluators.sweep_progress(total) as on_row:
     rows = frontier.sweep(
       samplers, options.nfes, judge=judge.judge, samples=options.samples,
       batch_size=options.samples, judge_batch_size=options.samples, eos_id=judge.eos_id,

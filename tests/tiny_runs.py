@@ -74,20 +74,12 @@ class Tiny:
 
   def config(self, kind: str, **changes: str):
     """Return the locked config of a tiny run."""
-    config = experiment.load_config(CONFIGS[kind], self.overrides(kind, **changes))
-    return _without_options(config)
+    return experiment.load_config(CONFIGS[kind], self.overrides(kind, **changes))
 
   def flags(self, kind: str, **changes: str) -> list[str]:
     """Return the same as command-line flags."""
-    fields = {**self.overrides(kind, **changes), "data.options.tests": "none"}
-    return [f"--config={CONFIGS[kind]}", *(f"--config.{k}={v}" for k, v in fields.items())]
-
-
-def _without_options(config):
-  """Drop the option of the stdlib source: our corpus is a file."""
-  with config.unlocked():
-    config.data.options.tests = None
-  return config
+    fields = self.overrides(kind, **changes).items()
+    return [f"--config={CONFIGS[kind]}", *(f"--config.{k}={v}" for k, v in fields)]
 
 
 def documents() -> list[str]:
@@ -136,7 +128,10 @@ def make() -> Tiny:
     judge=folder / "judge",
   )
   tiny.corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents()))
-  experiment.prepare(tiny.config("teacher"), progress=False)
+  config = tiny.config("teacher")
+  with config.unlocked():
+    config.data.options.tests = None  # an option of the standard library; our corpus is a file
+  experiment.prepare(config, progress=False)
   for kind, directory in (("teacher", tiny.teacher), ("judge", tiny.judge)):
     export(tiny.config(kind), directory / "final")
   return tiny

@@ -32,11 +32,12 @@ class TrainState:
     aux: non-trained collections by name.
   """
 
-  step: Any  # in trees of shapes or shardings, something else than an array
+  # Any: in trees of shapes or shardings, and for Orbax where empty, they hold something else.
+  step: Any
   trees: dict[str, Params]
-  opt: dict[str, Any]
-  ema: dict[str, Params]
-  aux: dict[str, Any] = flax.struct.field(default_factory=dict)
+  opt: Any
+  ema: Any
+  aux: Any = flax.struct.field(default_factory=dict)
 
 
 class Objective(NamedTuple):

@@ -95,7 +95,8 @@ def test_killed_in_a_checkpoint_write(straight, tmp_path):
     folder = workdir / "checkpoints"
     process = _start_training(workdir)
     writing = _wait_for(process, lambda: list(folder.glob("4.*tmp*")))  # noqa: B023
-    os.killpg(process.pid, signal.SIGKILL)
+    if process.poll() is None:
+      os.killpg(process.pid, signal.SIGKILL)
     output, _ = process.communicate()
     assert writing or (folder / "4").exists(), output
     if not (folder / "4").exists():
@@ -116,7 +117,8 @@ def test_killed_in_a_checkpoint_write(straight, tmp_path):
 def test_sigterm_saves_and_exits_cleanly(straight, tmp_path):
   process = _start_training(tmp_path)
   lines = tmp_path / "metrics.jsonl"
-  assert _wait_for(process, lambda: lines.exists() and lines.stat().st_size > 0)
+  running = _wait_for(process, lambda: lines.exists() and lines.stat().st_size > 0)
+  assert running, process.communicate()[0]
   process.send_signal(signal.SIGTERM)
   output, _ = process.communicate(timeout=120)
   assert process.returncode == 0, output

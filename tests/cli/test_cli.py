@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The verbs: help, sampling, converting, evaluating, sweeping."""
+
+import argparse
+import importlib
+import json
+import shlex
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tiny_runs
+from safetensors.numpy import load_file
+from tiny_runs import quick  # noqa: F401
+
+from dlm_jax import convert
+from dlm_jax.cli import flags
+from dlm_jax.cli.main import VERBS, main
+
+
+def _help(capsys, verb):
+  with pytest.raises(SystemExit) as end:
+    main([verb, "--help"])
+  assert end.value.code == 0
+  return capsys.readouterr().out
+
+
+def _examples(text):
+  lines = text.split("examples:\n")[1].splitlines()
+  return [line.strip() for line in lines if line.strip().startswith("dlm-jax ")]
+
+
+def test_top_level_help(capsys):
+  assert main([]) == 0
+  text = capsys.readouterr().out
+  assert main(["--help"]) == 0
+  assert capsys.readouterr().out == text
+  assert len(text.splitlines()) < 25 and len(_examples(text)) == 3
+  assert all(f"  {verb} " in text for verb in VERBS)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_is_short_with_three_examples(capsys, verb):
+  text = _help(capsys, verb)
+  assert len(text.splitlines()) < 45
+  assert max(map(len, text.splitlines())) <= 100
+  examples = _examples(text)
+  assert len(examples) == 3 and all(e.startswith(f"dlm-jax {verb}") for e in examples)
+
+
+class _ParsedError(Exception):
+  """Parsing went well; nothing is to be run."""
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_examples_parse(capsys, monkeypatch, verb):
+  """Every example is accepted by the verb's own flags, and its config fields exist."""
+  examples, seen = _examples(_help(capsys, verb)), []
+
+  def parse(self, argv):
+    seen.append(original(self, argv))
+    if "config" in vars(seen[-1]):
+      flags.load_config(seen[-1])
+    raise _ParsedError
+
+  original = flags.Parser.parse
+  monkeypatch.setattr(flags.Parser, "parse", parse)
+  for example in examples:
+    with pytest.raises(_ParsedError):
+      importlib.import_module(f"dlm_jax.cli.{verb}").main(shlex.split(example)[2:])
+  assert all(isinstance(namespace, argparse.Namespace) for namespace in seen)
+
+
+def test_examples_of_the_top_level_name_real_verbs(capsys):
+  main([])
+  for example in _examples(capsys.readouterr().out):
+    assert example.split()[1] in VERBS
+
+
+def test_print_config(capsys):
+  assert main(["train", "--config=novels_idlm", "--config.optim.lr=0.25", "--print_config"]) == 0
+  text = capsys.readouterr().out
+  assert "lr: 0.25" in text and "name: idlm" in text and "max_entropy_drop" in text
+
+
+def test_dry_run(capsys):
+  tiny = tiny_runs.make()
+  sizes = {"mesh__data": "2", "mesh__fsdp": "2", "mesh__tensor": "2"}
+  assert main(["train", *tiny.flags("idlm", **sizes), "--dry_run"]) == 0
+  text = capsys.readouterr().out
+  assert "data=2 × fsdp=2 × tensor=2" in text
+  assert "trees: fake, student, teacher" in text and "2 × 8 × 16 tokens" in text
+  assert "embed/embedding" in text and "301 × 8" in text and "tensor" in text and "fsdp" in text
+  total = convert.load(tiny.teacher / "final")[1]
+  count = sum(np.size(x) for x in _leaves(total))
+  assert f"{count:,} parameters per tree" in text
+  assert "GiB state and batch" in text
+
+
+def _leaves(tree):
+  import jax
+
+  return jax.tree.leaves(tree)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["owt_teacher", "owt_idlm"])
+def test_dry_run_at_full_size(capsys, name):
+  assert main(["train", f"--config={name}", "--dry_run"]) == 0
+  text = capsys.readouterr().out
+  assert "169,627,218 parameters per tree" in text and "memory per device" in text
+
+
+# --- sample ---------------------------------------------------------------------------------------
+
+
+def _sample(capsys, *options):
+  code = main(["sample", f"--checkpoint={tiny_runs.make().teacher}", *options])
+  assert code == 0
+  return capsys.readouterr().out
+
+
+def test_sample_prints_texts(capsys):
+  text = _sample(capsys, "--steps=2", "--num=3", "--seed=1")
+  assert [line for line in text.splitlines() if line.startswith("────")] == [
+    f"──── {i} ────" for i in (1, 2, 3)
+  ]
+  assert _sample(capsys, "--steps=2", "--num=3", "--seed=1") == text
+  assert _sample(capsys, "--steps=2", "--num=3", "--seed=2") != text
+
+
+def test_sample_json_and_prompt(capsys):
+  text = _sample(capsys, "--steps=2", "--num=3", "--prompt=def parse", "--json")
+  texts = [json.loads(line) for line in text.splitlines()]
+  assert len(texts) == 3 and all("def parse" in t for t in texts)
+
+
+@pytest.mark.parametrize(
+  "options",
+  [
+    ["--sampler=first_hitting", "--length=8"],
+    ["--noise_removal=greedy", "--temperature=0.5", "--nucleus=0.9", "--steps=2"],
+    ["--precision=legacy", "--steps=2"],
+  ],
+)
+def test_sample_options(capsys, options):
+  assert _sample(capsys, *options).startswith("──── 1 ────\n")
+
+
+def test_sample_shows_the_steps(capsys):
+  text = _sample(capsys, "--steps=2", "--show_steps")
+  assert text.startswith("step 1: ") and "step 2: " in text and "\x1b" not in text
+  assert "16 of 16 tokens" in text
+
+
+# --- convert --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["teacher", "judge"])
+def test_convert_round_trip_in_bfloat16(capsys, tmp_path, kind):
+  source = getattr(tiny_runs.make(), kind)
+  out = tmp_path / "out"
+  assert main(["convert", f"--checkpoint={source}", f"--out={out}", "--dtype=bfloat16"]) == 0
+  assert "bfloat16" in capsys.readouterr().out
+  before = convert.load(source / "final")
+  after = convert.load(out)
+  assert before[0] == after[0] and before[2] == after[2]
+  for a, b in zip(_leaves(before[1]), _leaves(after[1]), strict=True):
+    np.testing.assert_array_equal(a.astype("bfloat16").astype("float32"), b)
+  files = {path.name for path in out.iterdir()}
+  assert {"config.json", "model.safetensors", "tokenizer.json"} <= files
+  ours = convert.read_config(source / "final")["dlm_jax"]
+  assert convert.read_config(out)["dlm_jax"] == ours
+
+  again = tmp_path / "again"
+  assert main(["convert", f"--checkpoint={out}", f"--out={again}", "--dtype=bfloat16"]) == 0
+  first, second = (load_file(p / "model.safetensors") for p in (out, again))
+  assert all((first[name] == second[name]).all() for name in first)
+
+
+def test_convert_refuses_a_used_directory(capsys, tmp_path):
+  (tmp_path / "precious.txt").write_text("mine")
+  assert main(["convert", f"--checkpoint={tiny_runs.make().teacher}", f"--out={tmp_path}"]) == 2
+  assert "is not empty" in capsys.readouterr().err
+  assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
+
+
+# --- evaluate and frontier ------------------------------------------------------------------------
+
+
+def test_evaluate_likelihood_and_samples(capsys):
+  tiny = tiny_runs.make()
+  both = ["--sequences=8", "--batch_size=8", "--steps=2", "--samples=12", f"--judge={tiny.judge}"]
+  arguments = ["evaluate", f"--checkpoint={tiny.teacher}", f"--data={tiny.data}", *both]
+  assert main(arguments) == 0
+  text = capsys.readouterr().out
+  assert "perplexity bound" in text and "bits per byte" in text and "GenPPL" in text
+  assert main([*arguments, "--json"]) == 0
+  scores = json.loads(capsys.readouterr().out)
+  assert scores["samples"] == 12 and scores["genppl"] > 1 and scores["entropy"] > 0
+  assert f"{scores['perplexity']:,.2f}"[:4] in text.replace(",", "") or scores["perplexity"] > 1
+
+
+def test_evaluate_a_judge(capsys):
+  tiny = tiny_runs.make()
+  code = main(["evaluate", f"--checkpoint={tiny.judge}", f"--data={tiny.data}", "--sequences=8"])
+  assert code == 0
+  assert capsys.readouterr().out.startswith("perplexity ")
+
+
+def test_frontier(capsys, tmp_path):
+  tiny = tiny_runs.make()
+  arguments = [
+    "frontier", f"--model=a={tiny.teacher}", f"--model=b={tiny.teacher}", f"--judge={tiny.judge}",
+    f"--workdir={tmp_path}", "--nfes=1,2", "--samples=8", "--batch_size=8",
+  ]  # fmt: skip
+  assert main(arguments) == 0
+  text = capsys.readouterr().out
+  assert text.count("| a") == 2 and text.count("| b") == 2
+  names = {path.name for path in tmp_path.iterdir()}
+  assert names == {"frontier.csv", "frontier.json", "frontier.png", "frontier.jsonl"}
+  rows = json.loads((tmp_path / "frontier.json").read_text())["rows"]
+  assert [(row["name"], row["nfe"]) for row in rows] == [("a", 1), ("a", 2), ("b", 1), ("b", 2)]
+  assert rows[0]["genppl"] == rows[2]["genppl"], "one network, the same keys"
+  assert main(arguments) == 0
+  again = capsys.readouterr().out
+  assert again == text, "nothing is measured twice: the seconds are the same too"
+
+
+def test_module_is_the_command():
+  """`python -m dlm_jax` and the console script's entry point."""
+  answer = subprocess.run(
+    [sys.executable, "-m", "dlm_jax", "smaple"], capture_output=True, text=True, check=False
+  )
+  assert answer.returncode == 2 and answer.stdout == ""
+  assert "'smaple' is no verb" in answer.stderr and "Did you mean 'sample'?" in answer.stderr
+  assert len(answer.stderr.splitlines()) == 1
