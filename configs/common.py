@@ -46,6 +46,7 @@ def _network(c: ConfigDict) -> None:
   c.process = ConfigDict()
   c.process.name = "absorbing"
   c.process.schedule = "log_linear"  # log_linear, cosine or polynomial
+  c.process.power = 2.0  # of the polynomial schedule
   c.process.eps = 1e-3  # share of tokens that survive to t = 1
 
 

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from tqdm.auto import tqdm
 
-from dlm_jax import convert, experiment, models, sample
+from dlm_jax import convert, experiment, mesh, models, sample
 from dlm_jax.data import loader, tokenizers
 from dlm_jax.errors import InputError
 from dlm_jax.evaluate import frontier, generative, likelihood
@@ -37,6 +37,9 @@ def make(
   config = built.config
   if not config.evaluate.every:
     return None
+  likelihood.check_counts(
+    **{f"evaluate.{name}": config.evaluate[name] for name in ("samples", "batch_size", "patience")}
+  )
   if not config.teacher.path:
     return Likelihood(built, export, workdir)
   judge = load_judge(config.evaluate.judge, tokenizer)
@@ -90,7 +93,9 @@ def load_judge(path: str, tokenizer: tokenizers.Tokenizer) -> JudgeWithTokens:
       eos_id=theirs.eos_id,
       retokenise=lambda tokens_BL: generative.retokenise(
         np.where(tokens_BL == tokenizer.mask_id, tokenizer.eos_id, tokens_BL),
-        lambda text: theirs.encode(text, specials=True),
+        lambda text: theirs.encode(
+          text.replace(tokenizer.eos_text, theirs.eos_text), specials=True
+        ),
         decode=tokenizer.decode,
         eos_id=theirs.eos_id,
       ),
@@ -126,6 +131,11 @@ class Samples:
 
     self._draw = jax.jit(draw, static_argnums=2)  # compiled once per NFE, not per evaluation
 
+  @property
+  def stop(self) -> bool:
+    """Whether the entropy has collapsed."""
+    return self._selection.stop
+
   def to_json(self) -> dict:
     """Return what a checkpoint must keep."""
     return {"selection": self._selection.to_json(), "reference": self._reference}
@@ -141,12 +151,12 @@ class Samples:
     params = output_params(state, self._built.objective)
     measured = self._measure(params)
     if not self._reference:
-      self._reference = {"none": 0.0}
-      if "teacher" in state.trees:
-        teacher = self._measure(state.trees["teacher"])
-        self._reference = {nfe: quality.entropy for nfe, quality in teacher.items()}
+      teacher = measured if step == 0 else self._measure(state.trees["teacher"])
+      self._reference = {nfe: quality.entropy for nfe, quality in teacher.items()}
     genppl = math.exp(np.mean([math.log(q.genppl) for q in measured.values()]))
-    drop = max(self._reference.get(nfe, 0.0) - q.entropy for nfe, q in measured.items())
+    drop = max(self._reference[nfe] - q.entropy for nfe, q in measured.items())
+    # One host's rounding must not let it decide otherwise than the rest.
+    genppl, drop = (float(x) for x in mesh.from_first_host(np.array([genppl, drop])))
     if self._selection.update(step, genppl, drop):
       self._export(self._best, self._built, state, step)
     scores = {"entropy_drop": drop}
@@ -175,7 +185,8 @@ def sweep_progress(total: int):
       del number, count
       bar.update(row["nfe"])
       bar.set_postfix_str(
-        f"{row['name']} at {row['nfe']}: GenPPL {row['genppl']:.1f}, entropy {row['entropy']:.2f}"
+        f"{row['name']} at {row['nfe']}: GenPPL {row['genppl']:.1f}, entropy {row['entropy']:.2f} "
+        f"({row['samples']} samples)"
       )
 
     yield on_row
@@ -191,12 +202,14 @@ class Likelihood:
     options = built.config.evaluate
     size = min(options.batch_size, options.samples)
     batches = loader.evaluation_batches(
-      built.config.data.directory, "validation", size, options.samples // size
+      built.config.data.directory, "validation", 1, options.samples
     )
     self._tokens_NL = np.concatenate(list(batches))
     self._built, self._export, self._size = built, export, size
     self._directory = pathlib.Path(workdir) / "best"
     self._best = math.inf
+
+  stop = False  # a likelihood never collapses
 
   def to_json(self) -> dict:
     """Return what a checkpoint must keep."""
@@ -219,7 +232,8 @@ class Likelihood:
         models.Denoiser(model, params), self._built.process, self._tokens_NL, jax.random.key(0),
         batch_size=self._size,
       )  # fmt: skip
-    if scores["perplexity"] < self._best:
-      self._best = scores["perplexity"]
+    perplexity = float(mesh.from_first_host(np.array(scores["perplexity"])))
+    if perplexity < self._best:
+      self._best = perplexity
       self._export(self._directory, self._built, state, step)
-    return {"validation/perplexity": scores["perplexity"]}, False
+    return {"validation/perplexity": perplexity}, False

@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import pathlib
 import pkgutil
+import typing
 from typing import Any
 
 import jax
@@ -172,7 +173,8 @@ def make_process(config: ConfigDict, model) -> process.Absorbing | None:
     raise InputError(f"process.name={config.process.name!r} is unknown; found: absorbing.")
   size = model.config.vocab_size
   try:
-    schedule = schedules.make(config.process.schedule, eps=config.process.eps)
+    power = {"power": config.process.power} if config.process.schedule == "polynomial" else {}
+    schedule = schedules.make(config.process.schedule, eps=config.process.eps, **power)
   except ValueError as error:
     raise InputError(f"process.{error}") from None
   return process.Absorbing(vocab_size=size, mask_id=size - 1, schedule=schedule)
@@ -201,6 +203,15 @@ def make_objective(config: ConfigDict, model, proc) -> objectives.Objective:
         + _hint(name, known)
       )
     module = importlib.import_module(f"dlm_jax.objectives.{name}")
+  wanted = typing.get_type_hints(module.make).get("model")
+  if isinstance(wanted, type) and not isinstance(model, wanted):
+    raise InputError(
+      f"objective.name={name!r} trains a {wanted.__name__}, but model.name={config.model.name!r}."
+    )
+  if not 0 <= options.get("ema_decay", 0) < 1:
+    raise InputError(
+      f"objective.ema_decay={options['ema_decay']} must be in [0, 1); 0: no average."
+    )
   options = {key: value or None if key in ("chunk", "ema_decay") else value
              for key, value in options.items()}  # fmt: skip
   rates = optim.OptimConfig(**config.optim.to_dict())
@@ -257,6 +268,10 @@ def build(config: ConfigDict, vocab_size: int, devices=None) -> Experiment:
     vocab_size: tokens of the data, the mask not included.
     devices: all by default.
   """
+  for group, field in (("objective", "accumulate"), ("evaluate", "samples"),
+                       ("evaluate", "batch_size"), ("evaluate", "patience")):  # fmt: skip
+    if config[group][field] < 1:
+      raise InputError(f"{group}.{field}={config[group][field]} must be at least 1.")
   device_mesh = mesh.make(**config.mesh.to_dict(), devices=devices)
   mesh.check_batch(device_mesh, config.loader.batch_size, config.objective.accumulate)
   model = make_model(config, vocab_size)

@@ -47,6 +47,24 @@ def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec(*[None] * leading, RULES["batch"]))
 
 
+def host_rows(mesh: Mesh, batch_size: int) -> tuple[int, int]:
+  """Return (host, hosts): which equal slice of the global batch this process has to read.
+
+  Where a process holds no slice of its own (the tensor axis spans hosts, or the mesh interleaves
+  them) every process reads the whole batch: (0, 1).
+  """
+  count = jax.process_count()
+  rows: dict[int, set[int]] = {}
+  indices = batch_sharding(mesh).devices_indices_map((batch_size,))
+  for device, (rows_slice,) in indices.items():
+    rows.setdefault(device.process_index, set()).update(range(*rows_slice.indices(batch_size)))
+  share, mine = batch_size // count, min(rows[jax.process_index()])
+  for owned in rows.values():
+    if len(owned) != share or max(owned) - min(owned) + 1 != share or min(owned) % share:
+      return 0, 1
+  return mine // share, count
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
   """Return the sharding of what every device holds whole."""
   return NamedSharding(mesh, PartitionSpec())
@@ -104,7 +122,10 @@ def state_shardings(mesh: Mesh, params: Any, state: Any) -> Any:
   structure = jax.tree.structure(params)
 
   def like_params(node):
-    return jax.tree.structure(node) == structure
+    if jax.tree.structure(node) != structure:
+      return False  # and a factored moment has the structure, but other ranks
+    leaves = zip(jax.tree.leaves(node), jax.tree.leaves(params), strict=True)
+    return all(len(sharding.spec) <= leaf.ndim for leaf, sharding in leaves)
 
   def one(node):
     return params if like_params(node) else replicated(mesh)
@@ -126,6 +147,13 @@ def start_distributed() -> None:
   except (ValueError, RuntimeError) as error:
     line = str(error).splitlines()[0]
     raise InputError(f"--distributed: cannot join the other hosts: {line}") from None
+
+
+def from_first_host(value: np.ndarray) -> np.ndarray:
+  """Return process 0's value on every host."""
+  if jax.process_count() == 1:
+    return value
+  return np.asarray(multihost_utils.broadcast_one_to_all(value))
 
 
 def any_host(flag: bool) -> bool:

@@ -10,10 +10,10 @@ from collections.abc import Callable
 
 import numpy as np
 
-from dlm_jax import evaluators, experiment, pipeline, report, training
+from dlm_jax import convert, evaluators, experiment, pipeline, report, training
 from dlm_jax.data import builder, loader
 from dlm_jax.errors import InputError
-from dlm_jax.evaluate import frontier, generative, likelihood
+from dlm_jax.evaluate import frontier
 
 # Overrides of these groups also reach teacher and judge.
 _SHARED = ("data", "mesh", "model", "process", "seed")
@@ -55,9 +55,9 @@ def run(options: Options, say: Callable[[str], None] = print) -> bool:
   frontier.checked_nfes(options.nfes)
   if options.samples < 1 or options.shown < 1:
     raise InputError("--samples and --shown must be at least 1.")
+  configs = _configs(options)
   training.make_workdir(options.workdir)
   clock = _Clock(options.workdir / "seconds.json")
-  configs = _configs(options)
 
   say("1/4  Data: the source text of the Python standard library on this machine")
   with clock.measure("data"):
@@ -115,18 +115,30 @@ def _configs(options: Options) -> dict:
       "evaluate.batch_size": "64",
     }
     configs[name] = experiment.load_config(f"quickstart_{name}", small | shared)
+  for config in configs.values():
+    experiment.loop_config(config)
   return configs
 
 
 def _train(config, workdir: pathlib.Path) -> str:
   """Train unless it is finished; return how it ended."""
-  done = workdir / "done.json"
+  done, resolved = workdir / "done.json", json.loads(config.to_json())
   if done.exists():
-    return json.loads(done.read_text())["reason"]
+    finished = json.loads(done.read_text())
+    if finished["config"] != resolved:
+      raise InputError(f"{workdir} was finished with other options; choose another --workdir.")
+    return finished["reason"]
   result = training.train(config, workdir, label=workdir.name)
   if result.reason != "interrupted":
-    done.write_text(json.dumps({"reason": result.reason, "step": result.step}))
+    _write(done, {"reason": result.reason, "step": result.step, "config": resolved})
   return result.reason
+
+
+def _write(path: pathlib.Path, data) -> None:
+  """Write JSON so that an interrupt leaves the old file or the new one."""
+  temporary = path.with_suffix(".tmp")
+  temporary.write_text(json.dumps(data))
+  temporary.replace(path)
 
 
 def _compare(options, config, teacher: str, student: pathlib.Path, clock) -> None:
@@ -138,12 +150,17 @@ def _compare(options, config, teacher: str, student: pathlib.Path, clock) -> Non
     for name, pipe in pipes.items()
   }
   step = json.loads((student / "config.json").read_text())["dlm_jax"]["step"]
+  folders = (teacher, str(student), config.evaluate.judge)
+  context = {
+    "weights": [convert.fingerprint(experiment.network_directory(path)) for path in folders]
+  }
   total = len(samplers) * sum(set(options.nfes))
   with clock.measure("frontier"), evaluators.sweep_progress(total) as on_row:
     rows = frontier.sweep(
       samplers, options.nfes, judge=judge.judge, samples=options.samples,
       batch_size=options.samples, judge_batch_size=options.samples, eos_id=judge.eos_id,
-      context={"student_step": step}, path=options.workdir / "frontier.jsonl", on_row=on_row,
+      retokenise=judge.retokenise, context=context, path=options.workdir / "frontier.jsonl",
+      on_row=on_row,
     )  # fmt: skip
   reference = _reference(config, judge, options.samples)
   frontier.write(rows, options.workdir, reference=reference)
@@ -160,12 +177,11 @@ def _compare(options, config, teacher: str, student: pathlib.Path, clock) -> Non
 def _reference(config, judge, samples: int) -> frontier.Reference:
   """Return what held-out text itself scores."""
   info = builder.open_dataset(config.data.directory).info
-  count = min(max(samples, 64), info.splits["validation"].records)
+  count = min(max(samples, 256), info.splits["validation"].records)
   batches = loader.evaluation_batches(config.data.directory, "validation", count, 1)
-  tokens_NL = np.concatenate(list(batches))
-  scores = likelihood.ar_perplexity(judge.judge, tokens_NL, batch_size=min(count, 64))
-  entropy = generative.entropy(tokens_NL)["entropy"]
-  return frontier.Reference(genppl=scores["perplexity"], entropy=entropy)
+  quality = judge.quality(np.concatenate(list(batches)), batch_size=min(count, 64))
+  label = f"{count} validation texts"
+  return frontier.Reference(genppl=quality.genppl, entropy=quality.entropy, label=label)
 
 
 class _Clock:
@@ -180,7 +196,7 @@ class _Clock:
 
   def add(self, name: str, seconds: float) -> None:
     self.seconds[name] = self.seconds.get(name, 0.0) + seconds
-    self._path.write_text(json.dumps(self.seconds))
+    _write(self._path, self.seconds)
 
 
 @dataclasses.dataclass

@@ -54,7 +54,8 @@ def write(
     "model can lower it by repeating itself, so read it together with the entropy of the samples.",
     f"The student kept is the best one whose entropy stayed within {max_entropy_drop} nats of the "
     "teacher's.",
-    f"Held-out text scores {reference.genppl:.1f} at {reference.entropy:.2f} nats.",
+    f"Held-out text scores {reference.genppl:.1f} at {reference.entropy:.2f} nats "
+    f"({reference.label}).",
     "",
     f"Time: {took}. Machine: {machine}.",
     "",

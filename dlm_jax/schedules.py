@@ -73,7 +73,7 @@ class Cosine(_Derived):
     return jnp.pi / 2 * (1 - (1 - self.eps) * jnp.asarray(t))
 
   def alpha(self, t: Times) -> Float[Array, "*shape"]:
-    return 1 - jnp.cos(self._angle(t))
+    return 2 * jnp.sin(self._angle(t) / 2) ** 2  # 1 − cos cancels at t = 1, where α is 1e-6
 
   def dalpha(self, t: Times) -> Float[Array, "*shape"]:
     return -jnp.sin(self._angle(t)) * (jnp.pi / 2 * (1 - self.eps))

@@ -4,12 +4,13 @@
 import json
 import os
 import pathlib
+import shutil
 from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
 
-from dlm_jax import convert, evaluators, experiment
+from dlm_jax import convert, evaluators, experiment, mesh
 from dlm_jax.data import builder, loader, tokenizers
 from dlm_jax.errors import InputError
 from dlm_jax.experiment import Experiment
@@ -41,19 +42,23 @@ def train(config, workdir: str | os.PathLike, *, label: str = "", wandb: str = "
   teacher = load_teacher(config, built, tokenizer)
   loop_config = experiment.loop_config(config)
   evaluator = evaluators.make(built, tokenizer, lambda *where: export(*where, tokenizer), workdir)
-  make_workdir(workdir)
+  host, hosts = mesh.host_rows(built.mesh, config.loader.batch_size)
   stream = loader.make(
     config.data.directory, "train", batch_size=config.loader.batch_size, seed=config.seed,
-    host=jax.process_index(), hosts=jax.process_count(),
+    host=host, hosts=hosts,
   )  # fmt: skip
+  make_workdir(workdir)
   resolved = json.loads(config.to_json())
   _check_same_run(workdir, resolved)
   with Checkpoints(workdir / "checkpoints", keep=config.train.keep, config=resolved) as checkpoints:
     state = _start(built, teacher, checkpoints, stream, evaluator)
     step = int(state.step)
     with Writer(workdir, resume_from=step, wandb_project=wandb) as writer:
+      if step == 0 and teacher is not None and evaluator is not None:
+        writer.write(0, evaluator(0, state)[0])  # the teacher itself: the reference
       result = loop.run(
         built.objective, state, stream, config=loop_config, mesh=built.mesh,
+        batch_size=config.loader.batch_size,
         shardings=built.shardings, checkpoints=checkpoints, writer=writer, evaluator=evaluator,
         label=label or config.objective.name,
       )  # fmt: skip
@@ -83,9 +88,9 @@ def make_workdir(workdir: pathlib.Path) -> None:
   """Create a workdir and check that files can be written there."""
   try:
     workdir.mkdir(parents=True, exist_ok=True)
-    probe = workdir / ".write_test"
+    probe = workdir / f".write_test_{jax.process_index()}"
     probe.write_text("")
-    probe.unlink()
+    probe.unlink(missing_ok=True)
   except OSError as error:
     raise InputError(f"workdir {workdir} cannot be written: {error.strerror}.") from None
 
@@ -97,30 +102,54 @@ def load_teacher(config, built: Experiment, tokenizer: tokenizers.Tokenizer) -> 
     InputError: its network or its tokenizer is not the one of this run.
   """
   if not config.teacher.path:
+    if "teacher" in built.shapes.trees:
+      raise InputError(
+        f"objective.name={config.objective.name!r} distils a teacher; name it with "
+        "--config.teacher.path=DIR."
+      )
     return None
   directory = experiment.network_directory(config.teacher.path)
-  model, params, _ = convert.load(directory)
-  evaluators.check_tokenizer(directory, tokenizer, model.config.vocab_size - 1)
+  model, params, theirs = convert.load(directory)
+  evaluators.check_tokenizer(directory, tokenizer, model.config.vocab_size - (theirs is not None))
+  if theirs != built.process:
+    raise InputError(f"the process is {built.process}, but the teacher {directory} had {theirs}.")
   fields = ("vocab_size", "dim", "layers", "heads", "cond_dim", "mlp_ratio", "time_conditioning")
   for field in fields:
-    ours, theirs = (getattr(m.config, field, None) for m in (built.model, model))
-    if ours != theirs:
-      raise InputError(f"model.{field}={ours}, but the teacher {directory} has {theirs}.")
+    ours, other = (getattr(m.config, field, None) for m in (built.model, model))
+    if ours != other:
+      raise InputError(f"model.{field}={ours}, but the teacher {directory} has {other}.")
   return params
+
+
+# What makes a run this run. Of two groups, fields that change speed or frequency alone are free.
+_IDENTITY = (
+  "data", "evaluate", "loader", "model", "objective", "optim", "process", "seed", "teacher",
+)  # fmt: skip
+_FREE = {
+  "model": {"attention", "remat", "unroll", "embedding_gradient"},
+  "evaluate": {"every", "patience", "batch_size"},
+}
 
 
 def _check_same_run(workdir, resolved):
   """Refuse to resume a run under a config that would make it another run."""
   folder = workdir / "checkpoints"
-  if not (folder / "config.json").exists():
-    return
+  if not (folder / "config.json").exists() or not any(f.name.isdigit() for f in folder.iterdir()):
+    return  # nothing was saved yet
   before = checkpoint.read_config(folder)
-  for group in ("model", "process", "objective", "data", "loader", "teacher", "optim", "seed"):
-    if before.get(group) != resolved.get(group):
+  for group in _IDENTITY:
+    old, new = (_fixed(group, config.get(group)) for config in (before, resolved))
+    if old != new:
       raise InputError(
         f"{workdir} holds a run with another config ({group}); resume it with the same one or "
         "choose another --workdir."
       )
+
+
+def _fixed(group, fields):
+  if not isinstance(fields, dict):
+    return fields
+  return {key: value for key, value in fields.items() if key not in _FREE.get(group, ())}
 
 
 def _start(built, teacher, checkpoints, stream, evaluator) -> TrainState:
@@ -137,7 +166,7 @@ def _start(built, teacher, checkpoints, stream, evaluator) -> TrainState:
       evaluator.from_json(extra.get("evaluator", {}))
     return state
   initialise = jax.jit(built.objective.init, out_shardings=built.shardings)
-  return initialise(jax.random.key(built.config.seed), teacher)
+  return initialise(loop.init_key(built.config.seed), teacher)
 
 
 def export(
@@ -154,5 +183,13 @@ def export(
       "objective": built.config.objective.name,
       "step": step,
     }
-    convert.save(directory, built.model, jax.device_get(params), built.process, extra=extra)
-    tokenizer.save(directory)
+    # All files of a network appear together: a reader never sees new weights with an old config.
+    fresh, old = (directory.with_name(f".{directory.name}.{kind}") for kind in ("new", "old"))
+    for leftover in (fresh, old):
+      shutil.rmtree(leftover, ignore_errors=True)
+    convert.save(fresh, built.model, jax.device_get(params), built.process, extra=extra)
+    tokenizer.save(fresh)
+    if directory.exists():
+      directory.rename(old)
+    fresh.rename(directory)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`dlm-jax evaluate`: held-out likelihood, and the quality of samples, of one model."""
 
+import dataclasses
 import json
 
 import jax
@@ -10,7 +11,7 @@ from dlm_jax import convert, evaluators, experiment, models, pipeline
 from dlm_jax.cli import flags
 from dlm_jax.data import builder, loader
 from dlm_jax.errors import InputError
-from dlm_jax.evaluate import generative, likelihood
+from dlm_jax.evaluate import frontier, generative, likelihood
 
 
 def main(argv: list[str]) -> None:
@@ -36,7 +37,7 @@ dlm-jax evaluate --checkpoint=runs/novels_idlm --judge=runs/novels_judge --steps
   flags_ = parser.parse(argv)
   if not flags_.data and not flags_.judge:
     parser.error("say what to measure: --data for likelihood, --judge for samples, or both")
-  scores = {}
+  scores: dict[str, float | int] = {}
   if flags_.data:
     scores |= _likelihood(flags_)
   if flags_.judge:
@@ -77,15 +78,15 @@ def _likelihood(flags_) -> dict[str, float]:
   return scores
 
 
-def _samples(flags_) -> dict[str, float]:
+def _samples(flags_) -> dict[str, float | int]:
+  likelihood.check_counts(samples=flags_.samples, batch_size=flags_.batch_size)
   pipe = pipeline.load(flags_.checkpoint)
   judge = evaluators.load_judge(flags_.judge, pipe.tokenizer)
-  tokens_BL = np.concatenate([
-    np.asarray(pipe.tokens(steps=flags_.steps, num=flags_.batch_size, seed=flags_.seed + i))
-    for i in range(-(-flags_.samples // flags_.batch_size))
-  ])[: flags_.samples]  # fmt: skip
+  sampler = frontier.Sampler(denoiser=pipe.denoiser, process=pipe.process, length=pipe.length)
+  tokens_BL, _ = frontier.draw_samples(
+    sampler, flags_.steps, flags_.samples, min(flags_.batch_size, flags_.samples), flags_.seed
+  )
   quality = judge.quality(tokens_BL, batch_size=flags_.batch_size)
   if not flags_.json:
     print(f"{flags_.steps} steps: {quality}")
-  return {"steps": flags_.steps, "genppl": quality.genppl, "entropy": quality.entropy,
-          "samples": quality.samples}  # fmt: skip
+  return {"steps": flags_.steps, **dataclasses.asdict(quality)}

@@ -10,6 +10,8 @@ from dlm_jax import experiment
 class Parser(argparse.ArgumentParser):
   """An argument parser that complains in one line, and takes --config.group.field=value."""
 
+  free_overrides = False  # takes config fields without a --config
+
   def __init__(self, verb: str, description: str, examples: str):
     super().__init__(
       prog=f"dlm-jax {verb}",
@@ -36,6 +38,8 @@ class Parser(argparse.ArgumentParser):
       else:
         rest.append(argument)
     namespace = self.parse_args(rest)
+    if overrides and "config" not in vars(namespace) and not self.free_overrides:
+      self.error(f"--config.{next(iter(overrides))}: this verb takes no config fields")
     namespace.overrides = overrides
     return namespace
 

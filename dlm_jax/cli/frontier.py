@@ -3,10 +3,11 @@
 
 import pathlib
 
-from dlm_jax import evaluators, pipeline
+from dlm_jax import convert, evaluators, experiment, pipeline
 from dlm_jax.cli import flags
 from dlm_jax.errors import InputError
 from dlm_jax.evaluate import frontier
+from dlm_jax.evaluate.likelihood import check_counts
 from dlm_jax.training import make_workdir
 
 
@@ -32,6 +33,7 @@ dlm-jax frontier --model s=runs/s --judge=data/gpt2-large --samples=512 --workdi
   parser.add_argument("--seed", type=int, default=0)
   options = parser.parse(argv)
   frontier.checked_nfes(options.nfes)
+  check_counts(samples=options.samples, batch_size=options.batch_size)
   samplers, tokenizer, fingerprints = {}, None, {}
   for item in options.model:
     name, equals, path = item.partition("=")
@@ -44,14 +46,15 @@ dlm-jax frontier --model s=runs/s --judge=data/gpt2-large --samples=512 --workdi
     samplers[name] = frontier.Sampler(
       denoiser=pipe.denoiser, process=pipe.process, length=pipe.length
     )
-    fingerprints[name] = path
+    fingerprints[name] = convert.fingerprint(experiment.network_directory(path))
   judge = evaluators.load_judge(options.judge, tokenizer)
+  judge_hash = convert.fingerprint(experiment.network_directory(options.judge))
   make_workdir(pathlib.Path(options.workdir))
   with evaluators.sweep_progress(len(samplers) * sum(set(options.nfes))) as on_row:
     rows = frontier.sweep(
       samplers, options.nfes, judge=judge.judge, samples=options.samples,
       batch_size=options.batch_size, eos_id=judge.eos_id, retokenise=judge.retokenise,
-      seed=options.seed, context={"judge": options.judge, "models": fingerprints},
+      seed=options.seed, context={"judge": judge_hash, "weights": fingerprints},
       path=f"{options.workdir}/frontier.jsonl", on_row=on_row,
     )  # fmt: skip
   paths = frontier.write(rows, options.workdir)

@@ -19,6 +19,7 @@ dlm-jax quickstart --workdir=runs/mine --config.train.steps=40
 dlm-jax quickstart --from_scratch --workdir=runs/scratch
 """,
   )
+  parser.free_overrides = True
   parser.add_argument("--workdir", default="runs/quickstart")
   parser.add_argument(
     "--from_scratch", action="store_true", help="also train teacher and judge here (hours on a CPU)"

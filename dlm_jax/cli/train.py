@@ -3,9 +3,9 @@
 
 import pathlib
 
-from dlm_jax import mesh, training
+from dlm_jax import experiment, mesh, training
 from dlm_jax.cli import flags
-from dlm_jax.data import builder
+from dlm_jax.data import builder, tokenizers
 
 
 def main(argv: list[str]) -> None:
@@ -56,4 +56,4 @@ def _vocab_size(config) -> int:
     return config.model.vocab_size - (config.model.name == "dit")
   if config.data.tokenizer.startswith("bpe:"):
     return int(config.data.tokenizer[4:])
-  return 257
+  return tokenizers.load(experiment.shipped(config.data.tokenizer)).vocab_size

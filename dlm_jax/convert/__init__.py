@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints in the Hugging Face layout ↔ our networks. Strict: nothing is skipped silently."""
 
+import hashlib
 import json
 import pathlib
 from typing import Any
@@ -10,7 +11,7 @@ from dlm_jax.convert import hf_dit, hf_gpt2
 from dlm_jax.convert.hf_dit import save
 from dlm_jax.errors import InputError
 
-__all__ = ["load", "read_config", "save"]
+__all__ = ["fingerprint", "load", "read_config", "save"]
 
 
 def read_config(path: pathlib.Path | str) -> dict[str, Any]:
@@ -29,6 +30,23 @@ def read_config(path: pathlib.Path | str) -> dict[str, Any]:
   if not isinstance(config, dict) or "model_type" not in config:
     raise InputError(f"{file} names no model_type; is this a model directory?")
   return config
+
+
+def fingerprint(path: pathlib.Path | str) -> str:
+  """Return a hash of a model directory's weights, for recording what a number belongs to.
+
+  Raises:
+    InputError: there are none.
+  """
+  digest = hashlib.sha256()
+  files = sorted(pathlib.Path(path).glob("*.safetensors"))
+  if not files:
+    raise InputError(f"{path} holds no *.safetensors.")
+  for file in files:
+    with file.open("rb") as stream:
+      while block := stream.read(2**22):
+        digest.update(block)
+  return digest.hexdigest()[:16]
 
 
 def load(path: pathlib.Path | str, **overrides) -> tuple[Any, Params, Any]:

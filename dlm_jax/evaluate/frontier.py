@@ -136,7 +136,7 @@ def sweep(
   check_counts(samplers=len(samplers), samples=samples, batch_size=batch_size)
 
   def measure(factory, key):
-    tokens_BL, seconds = _draw(factory, key["nfe"], samples, min(batch_size, samples), seed)
+    tokens_BL, seconds = draw_samples(factory, key["nfe"], samples, min(batch_size, samples), seed)
     judged = {"retokenised": retokenise(tokens_BL)} if retokenise else {}
     judged |= {"eos_id": eos_id, "batch_size": judge_batch_size}
     result = generative.quality(judge, tokens_BL, **judged)
@@ -220,8 +220,11 @@ def checked_nfes(nfes: Sequence) -> list[int]:
   return list(dict.fromkeys(operator.index(nfe) for nfe in nfes))
 
 
-def _draw(factory, nfe, samples, batch, seed) -> tuple[np.ndarray, float]:
-  """Return samples and the seconds they took; batches have one size, the excess is dropped."""
+def draw_samples(factory, nfe, samples, batch, seed) -> tuple[np.ndarray, float]:
+  """Return int32 [samples, L] and the seconds they took.
+
+  Batches have one size; what the last one has too many is dropped.
+  """
   run = factory(batch, nfe)
   rng = jax.random.fold_in(jax.random.key(seed), nfe)
   rngs = [jax.random.fold_in(rng, i) for i in range(-(-samples // batch))]

@@ -117,6 +117,8 @@ def ar_perplexity(
   nats_NM = token_nll(judge, tokens_NL, batch_size=batch_size)
   n, scored = nats_NM.shape
   nats_N = nats_NM.sum(axis=1)
+  if bytes_per_token is not None:  # it counts all L tokens; the first one is not scored
+    bytes_per_token *= (scored + 1) / scored
   return _summary(
     "nll", nats_N, np.full(n, scored), bytes_per_token, tokens=nats_NM.size, sequences=n
   )

@@ -46,7 +46,15 @@ def matmul(
   an MLP's backward pass 6 times its forward (68 against 27 ms for 16 × 128 tokens, 192 → 768 → 192,
   two cores). It also keeps the weight gradient in float32 when `dtype` is bfloat16.
   """
-  return jnp.dot(x.astype(dtype), kernel.astype(dtype), preferred_element_type=jnp.float32)
+  return jnp.dot(
+    x.astype(dtype), kernel.astype(dtype), precision=_precision(dtype),
+    preferred_element_type=jnp.float32,
+  )  # fmt: skip
+
+
+def _precision(dtype):
+  """Return what keeps float32 products float32: a GPU's default would round to 19 bits."""
+  return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
 
 def _matmul_forward(x, kernel, dtype):
@@ -57,7 +65,9 @@ def _matmul_backward(dtype, residual, g):
   x, kernel, like_x = residual
   g = g.astype(dtype)
   batch = tuple(range(x.ndim - 1))
-  dot = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
+  dot = functools.partial(
+    jax.lax.dot_general, precision=_precision(dtype), preferred_element_type=jnp.float32
+  )
   grad_x = dot(g, kernel.astype(dtype), (((x.ndim - 1,), (1,)), ((), ())))
   grad_kernel = dot(x, g, ((batch, batch), ((), ())))
   return grad_x.astype(like_x.dtype), grad_kernel.astype(kernel.dtype)

@@ -43,6 +43,8 @@ def make(
   Reference: Bengio et al., JMLR 3 (2003); the chain rule of probability.
   """
   del process
+  if not isinstance(model, Causal):
+    raise ValueError("model.name must be causal: tokens are predicted one by one.")
   tx = optimizers["model"]
 
   def init(rng, teacher_params=None):

@@ -121,6 +121,10 @@ def fake_loss(
 ) -> tuple[Float[Array, ""], tuple[Metrics, None]]:  # fmt: skip
   """Return `cross_entropy` of the fake, with dropout, on samples of the student, without."""
   *rngs, dropout_B = split_each(batch["rng"], 4)
+  if not isinstance(model, DiT):
+    raise ValueError("model.name must be dit: a denoiser is distilled.")
+  if chunk and model.config.length % chunk:
+    raise ValueError(f"chunk={chunk} does not divide the sequence length {model.config.length}.")
   shared = {"model": model, "process": process, "chunk": chunk}
   sample = rollout(student, batch, rngs=tuple(rngs), dropout_B=None, **shared)
   value = cross_entropy(params, sample, batch, student=student, dropout_B=dropout_B, **shared)
@@ -202,7 +206,6 @@ def make(
   time_coupling: str = "same_order",
   accumulate: int = 1,
   ema_decay: float | None = 0.9999,
-  eps: float = 1e-3,
   chunk: int | None = None,
 ) -> Objective:
   """Build alternating updates, fake first, each on its own fresh batch.
@@ -214,7 +217,6 @@ def make(
     time_coupling: "same_order" or "permuted", see `couple_times`.
     accumulate: micro-batches per update.
     ema_decay: of student and fake; None keeps no average.
-    eps: smallest time.
     chunk: positions whose [B, chunk, V] logits are alive at a time, recomputed in the backward
       pass; must divide L. None keeps all.
 
@@ -229,7 +231,7 @@ def make(
       f"objective.time_coupling={time_coupling!r} is unknown; use {' or '.join(TIME_COUPLINGS)}."
     )
   shared = {"model": model, "process": process, "chunk": chunk}
-  couple = functools.partial(couple_times, coupling=time_coupling, eps=eps)
+  couple = functools.partial(couple_times, coupling=time_coupling)
   settings = {"accumulate": accumulate, "decay": ema_decay}
 
   def init(rng, teacher_params=None):

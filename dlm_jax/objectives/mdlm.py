@@ -47,6 +47,8 @@ def make(
 
   Reference: Sahoo et al., arXiv 2406.07524, equation 10.
   """
+  if not isinstance(model, DiT):
+    raise ValueError("model.name must be dit: a denoiser is trained.")
   tx = optimizers["model"]
 
   def init(rng, teacher_params=None):

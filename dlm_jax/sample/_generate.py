@@ -79,10 +79,16 @@ def generate(
   if precision not in PRECISIONS:
     raise InputError(f"precision={precision!r} is unknown; use one of {', '.join(PRECISIONS)}.")
   rng_B = jax.vmap(lambda i: jax.random.fold_in(rng, i))(jnp.arange(batch))
-  x_BL, frozen_BL = _start(proc, rng_B, length, prompt, frozen)
+  rng_prior_B, rng_B = _split_each(rng_B)
+  x_BL, frozen_BL = _start(proc, rng_prior_B, length, prompt, frozen)
   run = _choose(sampler, precision)
   trace_KBL = run(denoiser, proc, rng_B, x_BL, frozen_BL, steps=steps, **sampler_options)
   return (trace_KBL[-1], trace_KBL) if return_trace else trace_KBL[-1]
+
+
+def _split_each(rng_B):
+  keys = jax.vmap(jax.random.split)(rng_B)
+  return keys[:, 0], keys[:, 1]
 
 
 def _choose(sampler, precision):
@@ -102,7 +108,7 @@ def _choose(sampler, precision):
 def _start(proc, rng_B, length, prompt, frozen):
   """Return the state at t = 1 with the prompt in place, and the positions that stay."""
   batch = rng_B.shape[0]
-  x_BL = jax.vmap(lambda rng: proc.prior(jax.random.fold_in(rng, 0), length))(rng_B)
+  x_BL = jax.vmap(lambda rng: proc.prior(rng, length))(rng_B)
   if prompt is None:
     if frozen is not None:
       raise InputError("frozen is given without a prompt; pass the tokens to keep as prompt.")

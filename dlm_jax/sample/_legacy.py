@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from dlm_jax import draw
+from dlm_jax.arrays import NEG_INF
 from dlm_jax.process import Absorbing
 from dlm_jax.sample import grids
 
@@ -50,7 +51,8 @@ def run(
     steps: K grid steps.
     grid: name in `grids`.
     noise_removal: "ancestral" (one more step to α = 1), "greedy" or "none".
-    logits_dtype: what logits are rounded to; the public network ran its output layer in bfloat16.
+    logits_dtype: what logits and log-probabilities are rounded to; the public code runs both in
+      bfloat16.
   """
   shape = (x_BL.shape[1], process.vocab_size)
 
@@ -61,6 +63,10 @@ def run(
     denoiser, process, uniform, x_BL, frozen_BL, t_K=grids.make(grid, steps),
     noise_removal=noise_removal, logits_dtype=logits_dtype,
   )  # fmt: skip
+
+
+def _round(x, dtype):
+  return x.astype(dtype).astype(jnp.float32)
 
 
 def race_all(
@@ -83,8 +89,12 @@ def race_all(
 
   def log_x0(x_BL, t):
     sigma_B = jnp.broadcast_to(process.schedule.sigma(t), x_BL.shape[:1])
-    logits_BLV = denoiser(x_BL, sigma_B).astype(logits_dtype).astype(jnp.float32)
-    return jax.vmap(process.log_x0)(logits_BLV, x_BL)
+    logits_BLV = _round(denoiser(x_BL, sigma_B), logits_dtype)
+    is_mask_V = jnp.arange(process.vocab_size) == process.mask_id
+    logits_BLV = jnp.where(is_mask_V[None, None], NEG_INF, logits_BLV)
+    # the public code normalises in bfloat16 too: Σ p is off by up to 3 %, and reveals with it
+    total_BL1 = _round(jax.nn.logsumexp(logits_BLV, axis=-1, keepdims=True), logits_dtype)
+    return _round(logits_BLV - total_BL1, logits_dtype)
 
   def settle(x_BL, weights_BLV, k):
     drawn_BL = draw.race(weights_BLV, uniform(k)).astype(x_BL.dtype)

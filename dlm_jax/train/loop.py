@@ -67,8 +67,20 @@ class Evaluator(Protocol):
   """Called with the state between steps; may keep the best and may ask to stop."""
 
   def __call__(self, step: int, state: TrainState) -> tuple[dict[str, float], bool]: ...
+  @property
+  def stop(self) -> bool: ...
   def to_json(self) -> dict: ...
   def from_json(self, state: dict) -> None: ...
+
+
+def init_key(seed: int) -> jax.Array:
+  """Return the key that parameters are drawn from."""
+  return jax.random.split(jax.random.key(seed))[0]
+
+
+def step_key(seed: int) -> jax.Array:
+  """Return the key that the keys of all steps are folded from."""
+  return jax.random.split(jax.random.key(seed))[1]
 
 
 def jit_step(objective: Objective, mesh: Mesh, shardings: Any, seed: int) -> Callable:
@@ -78,7 +90,7 @@ def jit_step(objective: Objective, mesh: Mesh, shardings: Any, seed: int) -> Cal
   """
 
   def train_step(state, tokens_UBL):
-    rng = jax.random.fold_in(jax.random.key(seed), state.step)
+    rng = jax.random.fold_in(step_key(seed), state.step)
     draws = [
       draw_batch(tokens_BL, jax.random.fold_in(rng, i)) for i, tokens_BL in enumerate(tokens_UBL)
     ]
@@ -98,6 +110,7 @@ def run(
   loader: Loader,
   *,
   config: LoopConfig,
+  batch_size: int,
   mesh: Mesh,
   shardings: Any,
   checkpoints: Checkpoints,
@@ -116,6 +129,7 @@ def run(
     state: as initialised or restored, placed by `shardings`. It is donated: do not use it again.
     loader: yields int32 [local batch, L]; already positioned.
     config: how long, and how often what.
+    batch_size: sequences per update, on all hosts together.
     mesh: devices.
     shardings: a sharding per leaf of the state.
     checkpoints: where to save.
@@ -128,6 +142,8 @@ def run(
   """
   step_function = jit_step(objective, mesh, shardings, config.seed)
   step, reason, pending = int(state.step), "finished", None
+  if evaluator is not None and evaluator.stop:
+    return Result(state=state, step=step, reason="collapsed")  # restored after it had stopped
   deadline = time.monotonic() + (config.max_seconds or math.inf)
   with stop_signals() as stop, Progress(label, step, config.steps) as progress:
 
@@ -139,7 +155,7 @@ def run(
         writer.write(done, {**values, "tokens_per_second": progress.rate})
 
     while step < config.steps and reason == "finished":
-      tokens_UBL = _next_tokens(loader, objective.batches, mesh)
+      tokens_UBL = _next_tokens(loader, objective.batches, mesh, batch_size)
       state, metrics = step_function(state, tokens_UBL)
       step += 1
       if pending is not None:
@@ -209,13 +225,21 @@ def _save(checkpoints, step, state, loader, evaluator) -> None:
   checkpoints.save(step, state, extra)
 
 
-def _next_tokens(loader: Loader, count: int, mesh: Mesh) -> jax.Array:
+def _next_tokens(loader: Loader, count: int, mesh: Mesh, batch_size: int) -> jax.Array:
   """Return [count, B, L] tokens, each host contributing its rows of the global batch."""
   local_UBL = np.stack([next(loader) for _ in range(count)])
   sharding = meshes.batch_sharding(mesh, leading=1)
   if jax.process_count() == 1:
     return jax.device_put(jnp.asarray(local_UBL), sharding)
-  return jax.make_array_from_process_local_data(sharding, local_UBL)
+  updates, rows, length = local_UBL.shape
+  host, hosts = meshes.host_rows(mesh, batch_size)
+
+  def piece(index):
+    batch = range(*index[1].indices(batch_size))
+    return local_UBL[index[0], batch.start - host * rows : batch.stop - host * rows, index[2]]
+
+  shape = (updates, rows * hosts, length)
+  return jax.make_array_from_callback(shape, sharding, piece)
 
 
 class _Stop:

@@ -34,6 +34,13 @@ class OptimConfig:
   weight_decay: float = 0.0
   clip: float = 0.0
 
+  def __post_init__(self):
+    if self.lr <= 0 or self.warmup < 0 or self.clip < 0 or self.weight_decay < 0:
+      raise InputError(
+        f"optim: lr={self.lr} must be positive; warmup={self.warmup}, clip={self.clip} and "
+        f"weight_decay={self.weight_decay} must not be negative."
+      )
+
 
 def learning_rate(config: OptimConfig, steps: int) -> optax.Schedule:
   """Return the rate at each update, for a run of `steps` updates."""

@@ -34,7 +34,8 @@ class Writer:
       return
     self._path = pathlib.Path(workdir) / "metrics.jsonl"
     if self._path.exists():
-      kept = [line for line in self._path.read_bytes().splitlines() if _step(line) <= resume_from]
+      lines = self._path.read_bytes().splitlines() if resume_from else []
+      kept = [line for line in lines if _step(line) <= resume_from]
       temporary = self._path.with_suffix(".tmp")  # a crash here loses no line
       temporary.write_bytes(b"".join(line + b"\n" for line in kept))
       temporary.replace(self._path)
@@ -43,7 +44,7 @@ class Writer:
       from tensorboardX import SummaryWriter
 
       board = pathlib.Path(workdir) / "tensorboard"
-      self._board = SummaryWriter(str(board), purge_step=resume_from or None)
+      self._board = SummaryWriter(str(board), purge_step=resume_from + 1 if resume_from else None)
     if wandb_project:
       import wandb
 
