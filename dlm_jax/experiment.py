@@ -12,6 +12,7 @@ import importlib.util
 import pathlib
 import pkgutil
 import typing
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -107,7 +108,7 @@ def _literal(text: str) -> Any:
 
 
 def _hint(name: str, known) -> str:
-  close = difflib.get_close_matches(name, list(known), n=1)
+  close = difflib.get_close_matches(name, list(known), n=1) if isinstance(known, Iterable) else []
   return f" (did you mean {close[0]!r}?)" if close else ""
 
 

@@ -5,10 +5,12 @@ import csv
 import json
 import pathlib
 import shutil
+import signal
 import sysconfig
 import time
 
 import pytest
+import tiny_runs
 from tiny_runs import quick  # noqa: F401
 
 from dlm_jax import quickstart, training
@@ -52,9 +54,45 @@ def arguments(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory, arguments):
+  """Return the workdir of a run that was interrupted in its distillation and called again."""
   workdir = tmp_path_factory.mktemp("quickstart")
+  with pytest.MonkeyPatch.context() as patch:
+    make = training.loader.make
+
+    def interrupting(*args, **options):
+      stream = make(*args, **options)
+      student = options["batch_size"] == 8  # teacher and judge have batches of 64
+      return _Interrupting(stream) if student else stream
+
+    patch.setattr(training.loader, "make", interrupting)
+    assert main(arguments(workdir)) == 130
+  assert not (workdir / "student").exists() and not (workdir / "frontier.json").exists()
+  saved = (workdir / "distillation" / "checkpoints").iterdir()
+  assert "2" in {path.name for path in saved}
+  trained = (workdir / "teacher" / "final" / "model.safetensors").stat().st_mtime_ns
   assert main(arguments(workdir)) == 0
+  assert (workdir / "teacher" / "final" / "model.safetensors").stat().st_mtime_ns == trained
   return workdir
+
+
+class _Interrupting:
+  """A loader during whose third batch, the second step's first, the user presses Ctrl-C."""
+
+  def __init__(self, stream):
+    self._stream = stream
+
+  def __next__(self):
+    if self._stream.position()["step"] == 2:
+      signal.raise_signal(signal.SIGINT)
+    return next(self._stream)
+
+  def __getattr__(self, name):
+    return getattr(self._stream, name)
+
+
+def test_interrupted_it_says_how_to_resume_and_does(done):
+  rows = tiny_runs.metrics(done / "distillation")
+  assert [row["step"] for row in rows] == [0, 1, 2, 3]
 
 
 def test_everything_is_there(done):
@@ -98,44 +136,3 @@ def test_again_nothing_is_done_again(done, arguments, capsys, monkeypatch):
   assert "already prepared" in capsys.readouterr().out
   assert (done / "frontier.json").read_text() == rows, "seconds included: nothing was drawn again"
   assert all(path.stat().st_mtime_ns == then for path, then in before.items())
-
-
-def test_interrupted_in_the_distillation_it_resumes(done, arguments, tmp_path, capsys):
-  """Teacher and judge of the finished run; Ctrl-C while the second student batch is fetched."""
-  import signal
-
-  workdir = tmp_path / "again"
-  shutil.copytree(done, workdir)
-  for name in ("distillation", "student"):
-    shutil.rmtree(workdir / name)
-  for path in workdir.glob("frontier.*"):
-    path.unlink()
-  with pytest.MonkeyPatch.context() as patch:
-    for name in ("teacher", "judge"):  # their paths are part of the student's config
-      assert (workdir / name / "done.json").exists()
-    make = training.loader.make
-
-    def interrupting(*args, **options):
-      stream = make(*args, **options)
-      fetch = type(stream).__next__
-
-      def once(self):
-        if self.position()["step"] == 2:
-          signal.raise_signal(signal.SIGINT)
-        return fetch(self)
-
-      patch.setattr(type(stream), "__next__", once)
-      return stream
-
-    patch.setattr(training.loader, "make", interrupting)
-    assert main(arguments(workdir)) == 130
-  assert "run `dlm-jax quickstart" in capsys.readouterr().out
-  assert not (workdir / "student").exists() and not (workdir / "frontier.json").exists()
-  assert main(arguments(workdir)) == 0
-  assert (workdir / "report.md").exists()
-
-  def without_seconds(folder):
-    rows = json.loads((folder / "frontier.json").read_text())["rows"]
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
-
-  assert without_seconds(workdir) == without_seconds(done), "as if it had never been interrupted"

@@ -57,7 +57,7 @@ def _likelihood(flags_) -> dict[str, float]:
   size = min(flags_.batch_size, flags_.sequences)
   if size < 1:
     raise InputError("--sequences and --batch_size must be positive.")
-  batches = loader.evaluation_batches(flags_.data, "validation", size, flags_.sequences // size)
+  batches = loader.evaluation_batches(flags_.data, "validation", 1, flags_.sequences)
   tokens_NL = np.concatenate(list(batches))
   shared = {
     "batch_size": size, "bytes_per_token": dataset.info.splits["validation"].bytes_per_token,

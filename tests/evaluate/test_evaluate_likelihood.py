@@ -117,7 +117,8 @@ def test_ar_perplexity_by_hand():
   assert got["nll"] == pytest.approx(sum(nats) / 4)
   assert got["perplexity"] == pytest.approx(np.exp(sum(nats) / 4))
   assert got["nll_se"] == pytest.approx(np.std(np.array(nats) / 2, ddof=1) / np.sqrt(2))
-  assert got["bits_per_byte"] == pytest.approx(sum(nats) / 4 / np.log(2) / 2)
+  # all six tokens stand for 12 bytes, also the two that are given, as in the bound's bits per byte
+  assert got["bits_per_byte"] == pytest.approx(sum(nats) / 12 / np.log(2))
   assert got["tokens"] == 4 and got["sequences"] == 2
 
 

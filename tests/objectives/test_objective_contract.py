@@ -3,7 +3,6 @@
 
 import functools
 import importlib
-import importlib.util
 import math
 import pkgutil
 import re
@@ -18,6 +17,7 @@ import tiny
 from dlm_jax import mesh as meshes
 from dlm_jax import objectives
 from dlm_jax.objectives import draw_batch, output_params
+from dlm_jax.train import loop
 
 NAMES = sorted(m.name for m in pkgutil.iter_modules(objectives.__path__) if m.name != "state")
 SEED, SLOW = 5, pytest.mark.slow
@@ -45,23 +45,13 @@ def _optimizer():
   return optax.adam(1e-2, eps=1e-3)  # a large ε: rounding of tiny gradients is not amplified
 
 
-@functools.cache
-def _loop():
-  """Load the training loop past the suite's type checker, which rejects its plain Protocols."""
-  path = importlib.util.find_spec("dlm_jax.train.loop").origin
-  spec = importlib.util.spec_from_file_location("unchecked_loop", path)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module
-
-
 def _tokens(name, step):
   return jnp.stack([tiny.tokens(10 * step + i) for i in range(_method(name)[0].batches)])
 
 
 def _batches(name, step=0):
   """Return what the training loop draws at a step."""
-  rng = jax.random.fold_in(_loop().step_key(SEED), step)
+  rng = jax.random.fold_in(loop.step_key(SEED), step)
   draws = [draw_batch(x, jax.random.fold_in(rng, i)) for i, x in enumerate(_tokens(name, step))]
   return tuple(draws) if len(draws) > 1 else draws[0]
 
@@ -88,7 +78,7 @@ def _run(name, sizes=(1, 1, 1), **options):
   shardings = meshes.state_shardings(mesh, shapes, _start(name))
   states = [_start(name)]
   state = jax.device_put(copy(states[0]), shardings)
-  step = _loop().jit_step(objective, mesh, shardings, seed=SEED)
+  step = loop.jit_step(objective, mesh, shardings, seed=SEED)
   for n in range(3):
     tokens = jax.device_put(_tokens(name, n), meshes.batch_sharding(mesh, leading=1))
     old = state

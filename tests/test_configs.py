@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every packaged experiment: it says how to run it, builds, and takes two tiny steps."""
+
+import ast
+import importlib
+import pathlib
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_runs import quick  # noqa: F401
+
+from dlm_jax import experiment, mesh
+from dlm_jax.configs import common
+from dlm_jax.train import loop
+
+ROOT = pathlib.Path(__file__).parent.parent
+NAMES = sorted(
+  path.stem for path in (ROOT / "configs").glob("*.py") if path.stem not in ("common", "__init__")
+)
+TREES = {"ar": {"model"}, "mdlm": {"model"}, "idlm": {"teacher", "fake", "student"}}
+
+
+def _module(name):
+  return importlib.import_module(f"dlm_jax.configs.{name}")
+
+
+def _tiny(name):
+  config = experiment.load_config(name)
+  small = {"data.length": 8, "model.dim": 8, "model.layers": 1, "model.heads": 2}
+  small |= {"model.cond_dim": 4, "model.vocab_size": 0, "loader.batch_size": 8, "train.steps": 2}
+  small |= {"optim.warmup": 0, "optim.lr": 1e-2}  # or float32 hides the first updates
+  small |= {"mesh.data": -1, "mesh.fsdp": 1, "mesh.tensor": 1}
+  if config.objective.get("chunk"):
+    small["objective.chunk"] = 4
+  return experiment.load_config(name, {field: str(value) for field, value in small.items()})
+
+
+def test_the_listing_is_the_folder():
+  assert experiment.list_configs() == NAMES and "owt_idlm" in NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_docstring_says_how_to_run_it(name):
+  text = _module(name).__doc__
+  assert f"--config={name}" in text and "dlm-jax train" in text
+  config = experiment.load_config(name)
+  if config.teacher.path:
+    assert re.search(r"Reference: .*arXiv \d{4}\.\d{5}", text)
+  assert len(text.splitlines()[0]) > 20
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_values_have_the_types_of_the_base(name):
+  base, config = common.base(), experiment.load_config(name)
+  assert config.is_locked
+  for group in base:
+    if group in ("data", "objective", "seed"):
+      continue
+    assert set(config[group]) == set(base[group]), group
+    for field in base[group]:
+      assert type(config[group][field]) is type(base[group][field]), f"{group}.{field}"
+  experiment.loop_config(config)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_full_size_network_builds(name):
+  config = experiment.load_config(name)
+  vocab = 50257 if config.model.vocab_size else 2048
+  model = experiment.make_model(config, vocab)
+  shapes = jax.eval_shape(model.init, jax.random.key(0), *experiment.model_inputs(model))["params"]
+  count = sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+  if name.startswith("owt"):
+    assert count == 169_627_218
+  elif name.startswith("novels"):
+    assert 25e6 < count < 40e6
+  else:
+    assert 1e6 < count < 5e6
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_two_tiny_steps(name):
+  built = experiment.build(_tiny(name), 40, devices=jax.devices()[:1])
+  objective = built.objective
+  rng = np.random.default_rng(0)
+  shapes = built.shapes.trees[objective.output]
+  teacher = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape) * 0.2, x.dtype), shapes)
+  state = jax.device_put(objective.init(jax.random.key(0), teacher), built.shardings)
+  assert set(state.trees) == TREES[built.config.objective.name]
+  assert objective.output in state.ema and objective.output in state.opt
+  before = jax.device_get(state.trees)
+  run = loop.jit_step(objective, built.mesh, built.shardings, built.config.seed)
+  for seed in range(2):
+    tokens = np.random.default_rng(seed).integers(0, 40, size=(objective.batches, 8, 8))
+    tokens = jax.device_put(jnp.asarray(tokens, jnp.int32), mesh.batch_sharding(built.mesh, 1))
+    state, metrics = run(state, tokens)
+    assert all(np.isfinite(float(value)) for value in metrics.values())
+  assert int(state.step) == 2
+  for tree, old in before.items():
+    same = [np.array_equal(*p) for p in zip(*map(jax.tree.leaves, (old, state.trees[tree])))]  # noqa: B905
+    assert all(same) == (tree == "teacher"), tree
+
+
+# --- no field without a reader --------------------------------------------------------------------
+
+
+def _fields():
+  base = common.distill(common.base(), teacher="")
+  for group in base:
+    if group == "seed":
+      yield "", "seed"
+    else:
+      yield from ((group, field) for field in base[group])
+
+
+def _names_in_the_package():
+  """Return every attribute, keyword, parameter and dataclass field named in the package."""
+  names = set()
+  for path in (ROOT / "dlm_jax").rglob("*.py"):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+      if isinstance(node, ast.Attribute):
+        names.add(node.attr)
+      elif isinstance(node, ast.arg):
+        names.add(node.arg)
+      elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+        names.add(node.target.id)
+      elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+        names.add(node.value)
+  return names
+
+
+def test_every_field_is_read_somewhere():
+  names = _names_in_the_package()
+  unread = [f"{group}.{field}" for group, field in _fields() if field not in names]
+  assert not unread
+  assert "no_such_field" not in names
