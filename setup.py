@@ -47,6 +47,7 @@ setup(
       "pytest-xdist>=3.6",
       "ruff>=0.12",
       "scipy>=1.13",
+      "setuptools>=77",
     ],
     "cuda13": ["jax[cuda13]>=0.10"],
     "tpu": ["jax[tpu]>=0.10"],

@@ -31,7 +31,7 @@ def test_small_enough():
 def test_load_by_hash():
   for name in ("teacher", "judge"):
     assert assets.path(name) == HERE / name
-    model, params, _ = convert.load(assets.path(name))
+    _, params, _ = convert.load(assets.path(name))
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
   with pytest.raises(InputError, match=r"shipped:student is unknown; found: judge, teacher"):
     assets.path("student")

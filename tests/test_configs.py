@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from dlm_jax.configs import common
 from tiny_runs import quick  # noqa: F401
 
 from dlm_jax import experiment, mesh
-from dlm_jax.configs import common
 from dlm_jax.train import loop
 
 ROOT = pathlib.Path(__file__).parent.parent

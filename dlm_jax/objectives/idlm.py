@@ -40,7 +40,6 @@ from dlm_jax.process import Absorbing
 
 TIME_COUPLINGS = ("same_order", "permuted")
 
-
 TRAINED = ("fake", "student")  # trees with an optimiser
 
 
@@ -121,10 +120,6 @@ def fake_loss(
 ) -> tuple[Float[Array, ""], tuple[Metrics, None]]:  # fmt: skip
   """Return `cross_entropy` of the fake, with dropout, on samples of the student, without."""
   *rngs, dropout_B = split_each(batch["rng"], 4)
-  if not isinstance(model, DiT):
-    raise ValueError("model.name must be dit: a denoiser is distilled.")
-  if chunk and model.config.length % chunk:
-    raise ValueError(f"chunk={chunk} does not divide the sequence length {model.config.length}.")
   shared = {"model": model, "process": process, "chunk": chunk}
   sample = rollout(student, batch, rngs=tuple(rngs), dropout_B=None, **shared)
   value = cross_entropy(params, sample, batch, student=student, dropout_B=dropout_B, **shared)
@@ -230,6 +225,10 @@ def make(
     raise ValueError(
       f"objective.time_coupling={time_coupling!r} is unknown; use {' or '.join(TIME_COUPLINGS)}."
     )
+  if not isinstance(model, DiT):
+    raise ValueError("model.name must be dit: a denoiser is distilled.")
+  if chunk and model.config.length % chunk:
+    raise ValueError(f"chunk={chunk} does not divide the sequence length {model.config.length}.")
   shared = {"model": model, "process": process, "chunk": chunk}
   couple = functools.partial(couple_times, coupling=time_coupling)
   settings = {"accumulate": accumulate, "decay": ema_decay}

@@ -41,7 +41,7 @@ def test_warm_up_longer_than_the_run():
 
 
 def test_unknown_schedule():
-  with pytest.raises(InputError, match="optim.schedule='cosin' is unknown; use one of constant"):
+  with pytest.raises(InputError, match=r"optim\.schedule='cosin' is unknown; use one of constant"):
     optim.make(optim.OptimConfig(schedule="cosin"), 10)
 
 
