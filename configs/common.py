@@ -97,7 +97,7 @@ def distill(c: ConfigDict, teacher: str, judge: str = "") -> ConfigDict:
 
   AdamW without decay, clipping or learning-rate decay.
 
-  Reference: Li et al., arXiv 2602.19066, appendix; released scripts.
+  Reference: IDLM, arXiv 2602.19066, appendix; released scripts.
   """
   c.objective.name = "idlm"
   c.objective.time_coupling = "same_order"  # same_order or permuted

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """IDLM student of the novels teacher; needs runs/novels_teacher and runs/novels_judge.
 
-Reference: Li et al., arXiv 2602.19066.
+Reference: IDLM, arXiv 2602.19066.
 
   dlm-jax train --config=novels_idlm --workdir=runs/novels_idlm
 """

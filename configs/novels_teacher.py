@@ -3,7 +3,7 @@
 
 Put your own plain-text books into data/novels/; documents are split at four line ends.
 
-Reference: Sahoo et al., arXiv 2406.07524.
+Reference: MDLM, arXiv 2406.07524.
 
   dlm-jax prepare --config=novels_teacher
   dlm-jax train --config=novels_teacher --workdir=runs/novels_teacher

@@ -5,7 +5,7 @@ The paper reports GenPPL 32.75 at entropy 5.42 with 16 steps and 20.45 at 5.23 w
 MDLM checkpoint (config.json, model.safetensors) into data/mdlm-owt and GPT-2 Large into
 data/gpt2-large, or point --config.teacher.path at your own run.
 
-Reference: Li et al., arXiv 2602.19066, appendix: AdamW, 1e-6, warm-up 2500, batch 512, EMA 0.9999.
+Reference: IDLM, arXiv 2602.19066, appendix: AdamW, 1e-6, warm-up 2500, batch 512, EMA 0.9999.
 
   dlm-jax train --config=owt_idlm --workdir=runs/owt_idlm
 """

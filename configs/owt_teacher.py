@@ -4,7 +4,7 @@
 OpenWebText as text files or jsonl in data/openwebtext/; GPT-2's vocab.json and merges.txt in
 data/gpt2/. The papers hold out the last 100,000 documents; here 1.25 % of them by hash.
 
-Reference: Sahoo et al., arXiv 2406.07524, appendix: 1 M steps, batch 512, length 1024.
+Reference: MDLM, arXiv 2406.07524, appendix: 1 M steps, batch 512, length 1024.
 
   dlm-jax prepare --config=owt_teacher
   dlm-jax train --config=owt_teacher --workdir=runs/owt_teacher

@@ -5,7 +5,7 @@
 
   dlm-jax train --config=quickstart_idlm --workdir=runs/quickstart_idlm
 
-Reference: Li et al., arXiv 2602.19066.
+Reference: IDLM, arXiv 2602.19066.
 """
 
 from dlm_jax.configs import common, quickstart_teacher

@@ -18,6 +18,6 @@ def get_config():
   c.model.dropout = 0.1
   c.objective.name = "ar"
   c.objective.ema_decay = 0.999
-  c.train.steps = 5000
+  c.train.steps = 3500
   c.evaluate.every = 500
   return c

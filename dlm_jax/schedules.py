@@ -39,7 +39,7 @@ class LogLinear(_Derived):
 
   The NELBO weight is exactly 1/t, whatever ε.
 
-  Reference: Sahoo et al., arXiv 2406.07524, section 3.
+  Reference: MDLM, arXiv 2406.07524, section 3.
   """
 
   eps: float = 1e-3

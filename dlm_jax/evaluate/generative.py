@@ -104,7 +104,7 @@ def genppl(
   Raises:
     InputError: nothing to judge, or ids outside the judge's vocabulary.
 
-  Reference: Sahoo et al., arXiv 2406.07524, and the public code of its successors.
+  Reference: MDLM, arXiv 2406.07524, and the public code of its successors.
   """
   tokens_BL = np.asarray(tokens_BL)
   nats_BM = token_nll(judge, tokens_BL, batch_size=batch_size, mask_NL=mask_BL)
@@ -262,7 +262,7 @@ def mauve(
   Raises:
     InputError: the extra is not installed, or there are no seeds.
 
-  Reference: Pillutla et al., arXiv 2102.01454.
+  Reference: MAUVE, arXiv 2102.01454.
   """
   if seeds < 1:
     raise InputError(f"seeds={seeds} must be at least 1.")

@@ -185,7 +185,7 @@ class DiT(Network):
   The same in two halves: `method="trunk"` gives the residual stream [B, L, D] and
   `method="head"` the logits of it, or of any gathered positions [B, K, D].
 
-  Reference: Peebles & Xie, arXiv 2212.09748; sizes and head as in Sahoo et al., arXiv 2406.07524.
+  Reference: DiT, arXiv 2212.09748; sizes and head as in MDLM, arXiv 2406.07524.
   """
 
   config: DiTConfig

@@ -40,7 +40,7 @@ def make(
 ) -> Objective:
   """Build autoregressive training of one tree, "model". `process` is not used.
 
-  Reference: Bengio et al., JMLR 3 (2003); the chain rule of probability.
+  Reference: A Neural Probabilistic Language Model, JMLR 3 (2003); the chain rule of probability.
   """
   del process
   if not isinstance(model, Causal):

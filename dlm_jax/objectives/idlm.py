@@ -14,7 +14,7 @@ reaches the student through p alone, where the gradient on its logits is
 
 at positions masked in both states and 0 elsewhere.
 
-Reference: Li et al., arXiv 2602.19066, Algorithm 1 and Theorem 1.
+Reference: IDLM, arXiv 2602.19066, Algorithm 1 and Theorem 1.
 """
 
 import functools
@@ -219,7 +219,7 @@ def make(
     An objective with trees "teacher" (frozen), "fake" and "student". Its step takes a pair of
     batches (for the fake, for the student); a single batch serves both.
 
-  Reference: Li et al., arXiv 2602.19066, Algorithm 1.
+  Reference: IDLM, arXiv 2602.19066, Algorithm 1.
   """
   if time_coupling not in TIME_COUPLINGS:
     raise ValueError(

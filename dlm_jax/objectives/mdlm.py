@@ -45,7 +45,7 @@ def make(
 ) -> Objective:
   """Build training of one tree, "model", on the continuous-time NELBO.
 
-  Reference: Sahoo et al., arXiv 2406.07524, equation 10.
+  Reference: MDLM, arXiv 2406.07524, equation 10.
   """
   if not isinstance(model, DiT):
     raise ValueError("model.name must be dit: a denoiser is trained.")

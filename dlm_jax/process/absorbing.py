@@ -23,7 +23,7 @@ class Absorbing:
     mask_id: the mask's row in the vocabulary; data never contains it.
     schedule: α(t).
 
-  Reference: Sahoo et al., arXiv 2406.07524, equations 2–10.
+  Reference: MDLM, arXiv 2406.07524, equations 2–10.
   """
 
   vocab_size: int

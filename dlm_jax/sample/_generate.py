@@ -55,12 +55,13 @@ def generate(
     **sampler_options: grid, noise_removal, temperature, nucleus: see `_ancestral.run`.
 
   Returns:
-    int32 [batch, length]; with `return_trace` also int32 [steps + 1, batch, length].
+    int32 [batch, length]; with `return_trace` also the state after every step, int32
+    [steps + 1, batch, length] (one less with noise_removal="none").
 
   Raises:
     InputError: steps < 1, or a prompt longer than `length`.
 
-  Reference: Sahoo et al., arXiv 2406.07524, equation 7; first hitting: Zheng et al.,
+  Reference: MDLM, arXiv 2406.07524, equation 7; first hitting:
   arXiv 2409.02908.
 
   Example:
