@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """IDLM student of the novels teacher; needs runs/novels_teacher and runs/novels_judge.
 
-A minute on one H100. Of the teacher's 431 GenPPL at entropy 4.88 with 8 evaluations, 60 updates left
+A minute on one H100. Of the teacher's 431 GenPPL at entropy 4.88 with 8 evaluations 60 updates left
 218 at 4.75; with 16, 139 at 4.71 of 275 at 4.87 (128 samples; the teacher's 512).
 
 Reference: IDLM, arXiv 2602.19066.
