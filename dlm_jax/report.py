@@ -86,15 +86,26 @@ def _verdict(rows, nfe: int) -> str:
     f"{teacher['genppl']:.1f} ({ratio:.2f}×), with an entropy {abs(drop):.2f} nats "
     f"{'lower' if drop >= 0 else 'higher'} ({student['samples']} samples each)."
   )
-  reached = [row for row in rows if row["name"] == "teacher" and row["nfe"] > nfe
-             and row["genppl"] >= student["genppl"]]  # fmt: skip
-  if reached:
-    most = max(reached, key=lambda row: row["nfe"])
-    text += (
-      f" The teacher is still at {most['genppl']:.1f} with {most['nfe']}: the student needs "
-      f"{most['nfe'] // nfe} times fewer evaluations."
-    )
-  return text
+  return text + _saved(at)
+
+
+def _saved(at: dict) -> str:
+  """Say where the student needs the fewest evaluations for what the teacher reaches."""
+  pairs = [
+    (t, s)
+    for (name, _), t in at.items()
+    for (other, _), s in at.items()
+    if (name, other) == ("teacher", "student")
+    and t["nfe"] > s["nfe"]
+    and t["genppl"] >= s["genppl"]
+  ]
+  if not pairs:
+    return ""
+  t, s = max(pairs, key=lambda pair: (pair[0]["nfe"] / pair[1]["nfe"], pair[0]["nfe"]))
+  return (
+    f" With {s['nfe']} it is at {s['genppl']:.1f} (entropy {s['entropy']:.2f}), the teacher with "
+    f"{t['nfe']} at {t['genppl']:.1f} ({t['entropy']:.2f}): {t['nfe'] / s['nfe']:g} times fewer."
+  )
 
 
 def _clean(text: str, separator: str) -> str:

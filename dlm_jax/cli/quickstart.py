@@ -22,7 +22,9 @@ dlm-jax quickstart --from_scratch --workdir=runs/scratch
   parser.free_overrides = True
   parser.add_argument("--workdir", default="runs/quickstart")
   parser.add_argument(
-    "--from_scratch", action="store_true", help="also train teacher and judge here (hours on a CPU)"
+    "--from_scratch",
+    action="store_true",
+    help="also train teacher and judge (two hours on two cores)",
   )
   parser.add_argument("--nfes", type=flags.integers, default=list(quickstart.Options.nfes))
   parser.add_argument("--samples", type=int, default=64, help="per row of the table")
