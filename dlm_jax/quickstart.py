@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The whole job on one machine: data → teacher and judge → IDLM student → frontier → report."""
 
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -14,6 +15,7 @@ from dlm_jax import convert, evaluators, experiment, pipeline, report, training
 from dlm_jax.data import builder, loader
 from dlm_jax.errors import InputError
 from dlm_jax.evaluate import frontier
+from dlm_jax.train.checkpoint import write_json
 
 # Overrides of these groups also reach teacher and judge.
 _SHARED = ("data", "mesh", "model", "process", "seed")
@@ -130,15 +132,8 @@ def _train(config, workdir: pathlib.Path) -> str:
     return finished["reason"]
   result = training.train(config, workdir, label=workdir.name)
   if result.reason != "interrupted":
-    _write(done, {"reason": result.reason, "step": result.step, "config": resolved})
+    write_json(done, {"reason": result.reason, "step": result.step, "config": resolved})
   return result.reason
-
-
-def _write(path: pathlib.Path, data) -> None:
-  """Write JSON so that an interrupt leaves the old file or the new one."""
-  temporary = path.with_suffix(".tmp")
-  temporary.write_text(json.dumps(data))
-  temporary.replace(path)
 
 
 def _compare(options, config, teacher: str, student: pathlib.Path, clock) -> None:
@@ -191,22 +186,12 @@ class _Clock:
     self._path = path
     self.seconds: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
 
+  @contextlib.contextmanager
   def measure(self, name: str):
-    return _Stopwatch(self, name)
-
-  def add(self, name: str, seconds: float) -> None:
-    self.seconds[name] = self.seconds.get(name, 0.0) + seconds
-    _write(self._path, self.seconds)
-
-
-@dataclasses.dataclass
-class _Stopwatch:
-  clock: _Clock
-  name: str
-  started: float = 0.0
-
-  def __enter__(self):
-    self.started = time.monotonic()
-
-  def __exit__(self, *_):
-    self.clock.add(self.name, time.monotonic() - self.started)
+    """Add the time of the block, also of one that is interrupted."""
+    started = time.monotonic()
+    try:
+      yield
+    finally:
+      self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
+      write_json(self._path, self.seconds)

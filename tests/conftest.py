@@ -30,3 +30,23 @@ def golden():
       return {key: file.get_tensor(key) for key in file.keys()}, config  # noqa: SIM118
 
   return load
+
+
+@pytest.fixture
+def golden_dit(golden):
+  """Return a loader: name -> (arrays, config, float32 DiT, its recorded parameters)."""
+  from dlm_jax.convert import hf_dit
+  from dlm_jax.models import DiT, DiTConfig
+
+  def load(name):
+    vectors, config = golden(name)
+    model = DiT(
+      DiTConfig(
+        vocab_size=config["V"], dim=config["H"], cond_dim=config["cond"], layers=config["nb"],
+        heads=config["nh"], length=config["L"], dtype="float32",
+      )
+    )  # fmt: skip
+    tensors = {k.removeprefix("params/"): v for k, v in vectors.items() if k.startswith("params/")}
+    return vectors, config, model, hf_dit.from_tensors(model, tensors)
+
+  return load

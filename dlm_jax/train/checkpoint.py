@@ -35,7 +35,7 @@ class Checkpoints:
     try:
       self.directory.mkdir(parents=True, exist_ok=True)
       if config is not None and jax.process_index() == 0:
-        _write_json(self.directory / "config.json", config)
+        write_json(self.directory / "config.json", config)
     except OSError as error:
       raise InputError(f"cannot write checkpoints to {self.directory}: {error.strerror}.") from None
     self._manager = ocp.CheckpointManager(self.directory, options=options, item_names=_ITEMS)
@@ -108,7 +108,8 @@ def read_config(directory: pathlib.Path | str) -> dict:
     ) from None
 
 
-def _write_json(path, data):
+def write_json(path: pathlib.Path, data: Any) -> None:
+  """Write JSON so that an interrupt leaves the old file or the new one."""
   temporary = path.with_suffix(".tmp")
   temporary.write_text(json.dumps(data, indent=2) + "\n")
   temporary.replace(path)

@@ -167,9 +167,8 @@ def run(
       due_save = step % config.checkpoint_every == 0 or last or stopping or late
       if not (due_save or due_evaluation):
         continue
-      _read(
-        step, metrics, checkpoints
-      )  # nothing is evaluated or saved before it is known to be good
+      # Nothing is evaluated or saved before it is known to be good.
+      _read(step, metrics, checkpoints)
       scores, collapsed = {}, False
       if due_evaluation and evaluator is not None:
         with progress.paused("evaluating"):

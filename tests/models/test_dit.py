@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from dlm_jax.convert import hf_dit
 from dlm_jax.models import Denoiser, DiT, DiTConfig
 from dlm_jax.models.dit import TimeEmbedding
 from dlm_jax.models.layers import rotary_tables, rotate
@@ -69,17 +68,9 @@ def _trunk(model, params, tokens, sigma):
 
 
 @pytest.fixture(params="ab")
-def recorded(request, golden):
+def recorded(request, golden_dit):
   """Return (vectors, config, model, params) of one variant."""
-  vectors, config = golden(f"dit_mdlm__{request.param}")
-  model = DiT(
-    DiTConfig(
-      vocab_size=config["V"], dim=config["H"], cond_dim=config["cond"], layers=config["nb"],
-      heads=config["nh"], length=config["L"], dtype="float32",
-    )
-  )  # fmt: skip
-  tensors = {k.removeprefix("params/"): v for k, v in vectors.items() if k.startswith("params/")}
-  return vectors, config, model, hf_dit.from_tensors(model, tensors)
+  return golden_dit(f"dit_mdlm__{request.param}")
 
 
 def test_golden_logits(recorded):

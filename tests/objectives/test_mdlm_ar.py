@@ -10,25 +10,16 @@ import pytest
 import tiny
 
 from dlm_jax import process
-from dlm_jax.convert import hf_dit
-from dlm_jax.models import Causal, DiT, DiTConfig
+from dlm_jax.models import Causal
 from dlm_jax.objectives import ar, mdlm
 
 M = tiny.MASK
 
 
 @pytest.mark.parametrize("variant", "ab")
-def test_golden_mean_loss(golden, variant):
+def test_golden_mean_loss(golden_dit, variant):
   """From parameters to nats per counted token, on the recorded corruption."""
-  vectors, config = golden(f"dit_mdlm__{variant}")
-  model = DiT(
-    DiTConfig(
-      vocab_size=config["V"], dim=config["H"], cond_dim=config["cond"], layers=config["nb"],
-      heads=config["nh"], length=config["L"], dtype="float32",
-    )
-  )  # fmt: skip
-  tensors = {k.removeprefix("params/"): v for k, v in vectors.items() if k.startswith("params/")}
-  params = hf_dit.from_tensors(model, tensors)
+  vectors, config, model, params = golden_dit(f"dit_mdlm__{variant}")
   proc = process.Absorbing(vocab_size=config["V"], mask_id=config["mask_index"])
   x0, xt = (jnp.asarray(vectors[k], jnp.int32) for k in ("x0", "xt"))
   t, sigma = jnp.asarray(vectors["t"]), jnp.asarray(vectors["sigma"])

@@ -13,26 +13,17 @@ import numpy as np
 import pytest
 
 from dlm_jax import draw, process, schedules
-from dlm_jax.convert import hf_dit
-from dlm_jax.models import Denoiser, DiT, DiTConfig
+from dlm_jax.models import Denoiser
 from dlm_jax.sample import _legacy, grids
 
 EPS = {"ddpm": 1e-3, "ddpm_cache": 0.0}
 
 
 @pytest.fixture(params="ab")
-def recorded(request, golden):
+def recorded(request, golden_dit):
   """Return (vectors, config, denoiser, process with ε = 0) of one variant."""
-  vectors, config = golden(f"mdlm_sampler__{request.param}")
-  model = DiT(
-    DiTConfig(
-      vocab_size=config["V"], dim=config["H"], cond_dim=config["cond"], layers=config["nb"],
-      heads=config["nh"], length=config["L"], dtype="float32",
-    )
-  )  # fmt: skip
-  tensors = {k.removeprefix("params/"): v for k, v in vectors.items() if k.startswith("params/")}
-  denoiser = Denoiser(model, hf_dit.from_tensors(model, tensors))
-  return vectors, config, denoiser, _process(config, 0.0)
+  vectors, config, model, params = golden_dit(f"mdlm_sampler__{request.param}")
+  return vectors, config, Denoiser(model, params), _process(config, 0.0)
 
 
 def _process(config, eps):
