@@ -21,8 +21,8 @@ from jaxtyping import Array, Float
 Times = Float[Array, "*shape"] | float
 
 
-class _Derived:
-  """What follows from α and α' alone."""
+class Derived:
+  """What follows from α and α' alone; the base of every schedule."""
 
   def weight(self, t: Times) -> Float[Array, "*shape"]:
     """Return −α'/(1 − α)."""
@@ -34,7 +34,7 @@ class _Derived:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LogLinear(_Derived):
+class LogLinear(Derived):
   """Let α fall linearly: α(t) = 1 − (1 − ε) t, so σ = −log α is the "log-linear" noise.
 
   The NELBO weight is exactly 1/t, whatever ε.
@@ -61,7 +61,7 @@ class LogLinear(_Derived):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Cosine(_Derived):
+class Cosine(Derived):
   """Let α(t) = 1 − cos(π/2 · (1 − (1 − ε) t)).
 
   The public Duo code returns α' without the inner factor (1 − ε); ours is the derivative.
@@ -83,7 +83,7 @@ class Cosine(_Derived):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Polynomial(_Derived):
+class Polynomial(Derived):
   """Let α(t) = 1 − (1 − ε) t^power; power 1 is `LogLinear`."""
 
   power: float = 2.0
@@ -103,7 +103,7 @@ class Polynomial(_Derived):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Given(_Derived):
+class Given(Derived):
   """Wrap a user's own decreasing α: a differentiable function of a scalar t in [0, 1]."""
 
   function: Callable[[Array], Array]
@@ -129,7 +129,7 @@ class Given(_Derived):
 
 
 NAMES = {"log_linear": LogLinear, "cosine": Cosine, "polynomial": Polynomial}
-Schedule = LogLinear | Cosine | Polynomial | Given
+Schedule = Derived
 
 
 def make(name: str = "log_linear", **options) -> Schedule:

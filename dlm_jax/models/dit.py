@@ -206,9 +206,19 @@ class DiT(Network):
     self, tokens, sigma_B: Float[Array, "B"], rng_B: Key[Array, "B"] | None = None
   ) -> Float[Array, "B L D"]:
     """Return the residual stream after the last block, float32."""
+    return self.body(self.embedded(tokens), sigma_B, rng_B)
+
+  def embedded(self, tokens) -> Float[Array, "B K D"]:
+    """Return embeddings of ids or soft tokens, at any positions: lets callers chunk over L."""
+    return self.embed(tokens)
+
+  def body(
+    self, x_BLD: Float[Array, "B L D"], sigma_B: Float[Array, "B"],
+    rng_B: Key[Array, "B"] | None = None,
+  ) -> Float[Array, "B L D"]:  # fmt: skip
+    """Return what `trunk` returns, from embeddings."""
     cfg = self.config
-    x_BLD = self.embed(tokens)
-    rope = rotary_tables(tokens.shape[1], cfg.dim // cfg.heads)
+    rope = rotary_tables(x_BLD.shape[1], cfg.dim // cfg.heads)
     layers = jnp.arange(cfg.layers)
     x_BLD, _ = self.blocks(x_BLD, layers, self._condition(sigma_B), rope, rng_B)
     return x_BLD

@@ -2,5 +2,8 @@
 """Forward corruption processes, one sequence at a time."""
 
 from dlm_jax.process.absorbing import Absorbing
+from dlm_jax.process.gaussian import GaussianDuality
+from dlm_jax.process.score import AbsorbingScore
+from dlm_jax.process.uniform import Uniform
 
-__all__ = ["Absorbing"]
+__all__ = ["Absorbing", "AbsorbingScore", "GaussianDuality", "Uniform"]

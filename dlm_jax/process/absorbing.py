@@ -64,6 +64,12 @@ class Absorbing:
     copied_LV = jnp.where(ids_1V == xt_L[:, None], 0.0, NEG_INF)
     return jnp.where(xt_L[:, None] == self.mask_id, log_x0_LV, copied_LV)
 
+  def log_estimate(
+    self, logits_LV: Float[Array, "L V"], xt_L: Int[Array, "L"]
+  ) -> Float[Array, "L V"]:
+    """Return what `nll` and `nll_soft` take of a network's logits: here `log_x0`."""
+    return self.log_x0(logits_LV, xt_L)
+
   def nll(
     self, log_x0_LV: Float[Array, "L V"], xt_L: Int[Array, "L"], x0_L: Int[Array, "L"], t: Scalar
   ) -> Float[Array, "L"]:

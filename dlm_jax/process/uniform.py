@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The uniform forward process: a token survives or becomes a uniformly drawn one."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from dlm_jax import draw
+from dlm_jax.arrays import RngKey, Scalar
+from dlm_jax.schedules import LogLinear, Schedule
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Uniform:
+  """Corrupt by replacement: q(xₜ | x₀) = αₜ x₀ + (1 − αₜ)/V, independently per position.
+
+  The replacement may repeat the token. No token is special, so a sampler can correct what it has
+  set; every position carries loss and every position is drawn again at every step.
+
+  All functions take one sequence without a batch axis; callers `vmap`.
+
+  Attributes:
+    vocab_size: V.
+    schedule: α(t).
+
+  Reference: UDLM, arXiv 2412.10193; Duo, arXiv 2506.10892, equations 2–6.
+  """
+
+  vocab_size: int
+  schedule: Schedule = LogLinear()  # noqa: RUF009 (frozen)
+
+  def __post_init__(self):
+    if self.vocab_size < 2:
+      raise ValueError(f"vocab_size={self.vocab_size}: a uniform process needs at least 2 tokens.")
+
+  def prior(self, rng: RngKey, length: int) -> Int[Array, "L"]:
+    """Draw the state at t = 1: independent uniform tokens."""
+    return jax.random.randint(rng, (length,), 0, self.vocab_size)
+
+  def corrupt(self, rng: RngKey, x0_L: Int[Array, "L"], t: Scalar) -> Int[Array, "L"]:
+    """Draw xₜ given clean tokens."""
+    rng_which, rng_token = jax.random.split(rng)
+    replaced = jax.random.uniform(rng_which, x0_L.shape) < 1 - self.schedule.alpha(t)
+    return jnp.where(replaced, self.prior(rng_token, x0_L.shape[0]), x0_L)
+
+  def corrupt_probs(self, rng: RngKey, p0_LV: Float[Array, "L V"], t: Scalar) -> Int[Array, "L"]:
+    """Draw xₜ when the clean tokens are known only as distributions: Cat(αₜ p₀ + (1 − αₜ)/V)."""
+    rng_corrupt, rng_token = jax.random.split(rng)
+    x0_L = draw.categorical(p0_LV, draw.uniforms(rng_token, p0_LV.shape[:1]))
+    return self.corrupt(rng_corrupt, x0_L, t)
+
+  def log_x0(self, logits_LV: Float[Array, "L V"], xt_L: Int[Array, "L"]) -> Float[Array, "L V"]:
+    """Return log p(x₀ | xₜ): a plain log-softmax; the state excludes nothing."""
+    del xt_L
+    return jax.nn.log_softmax(logits_LV, axis=-1)
+
+  def log_estimate(
+    self, logits_LV: Float[Array, "L V"], xt_L: Int[Array, "L"]
+  ) -> Float[Array, "L V"]:
+    """Return what `nll` and `nll_soft` take of a network's logits: here `log_x0`."""
+    return self.log_x0(logits_LV, xt_L)
+
+  def nll(
+    self, log_x0_LV: Float[Array, "L V"], xt_L: Int[Array, "L"], x0_L: Int[Array, "L"], t: Scalar
+  ) -> Float[Array, "L"]:
+    """Return the NELBO integrand in nats for clean tokens; see `nll_soft`."""
+    p0_LV = jax.nn.one_hot(x0_L, self.vocab_size, dtype=log_x0_LV.dtype)
+    return self.nll_soft(log_x0_LV, xt_L, p0_LV, t)
+
+  def nll_soft(
+    self,
+    log_x0_LV: Float[Array, "L V"],
+    xt_L: Int[Array, "L"],
+    p0_LV: Float[Array, "L V"],
+    t: Scalar,
+  ) -> Float[Array, "L"]:
+    """Return the NELBO integrand for clean data on the simplex.
+
+    With q = αp₀ + (1 − α)/V, q^θ the same of the prediction f and z the state, it is
+
+      −α'/(V α q(z)) · [ KL(q‖q^θ) + r − 1 − log r ],   r = q(z)/q^θ(z):
+
+    a KL and an Itakura–Saito term, algebraically the published formula. Log-ratios are formed as
+    log1p(c p₀) − log1p(c f), c = Vα/(1 − α), so that float32 keeps six digits at V = 50,258 where
+    the direct formula needs float64. Differentiable in p₀ as well.
+
+    Reference: Duo, arXiv 2506.10892, appendix; in this form IDLM, arXiv 2602.19066, appendix C.
+    """
+    alpha, dalpha = self.schedule.alpha(t), self.schedule.dalpha(t)
+    c = self.vocab_size * alpha / (1 - alpha)
+    log_ratio_LV = jnp.log1p(c * p0_LV) - jnp.log1p(c * jnp.exp(log_x0_LV))
+    # q = (1 − α)/V · (1 + c p₀)
+    kl_L = (1 - alpha) / self.vocab_size * jnp.sum((1 + c * p0_LV) * log_ratio_LV, axis=-1)
+    at_z = lambda x_LV: jnp.sum(self._one_hot(xt_L, x_LV.dtype) * x_LV, axis=-1)  # noqa: E731
+    log_r_L = at_z(log_ratio_LV)
+    rate_L = -dalpha / (alpha * (1 - alpha) * (1 + c * at_z(p0_LV)))
+    return rate_L * (kl_L + jnp.expm1(log_r_L) - log_r_L)
+
+  def posterior(
+    self, log_x0_LV: Float[Array, "L V"], xt_L: Int[Array, "L"], s: Scalar, t: Scalar
+  ) -> Float[Array, "L V"]:
+    """Return q(xₛ | xₜ, x₀ ~ p), rows summing to 1 within rounding.
+
+    [V αₜ x⊙p + (αₜ/αₛ − αₜ) x + (αₛ − αₜ) p + (1 − αₜ/αₛ)(1 − αₛ)/V] / [V αₜ p(x) + 1 − αₜ]
+
+    with x the one-hot state: the reverse of the forward chain, averaged over x₀ ~ p jointly.
+    """
+    size = self.vocab_size
+    alpha_s, alpha_t = self.schedule.alpha(s), self.schedule.alpha(t)
+    ratio = alpha_t / alpha_s
+    p_LV, x_LV = jnp.exp(log_x0_LV), self._one_hot(xt_L, log_x0_LV.dtype)
+    p_at_x_L1 = jnp.sum(p_LV * x_LV, axis=-1, keepdims=True)
+    stay_LV = x_LV * (size * alpha_t * p_at_x_L1 + (ratio - alpha_t))
+    move_LV = (alpha_s - alpha_t) * p_LV + (1 - ratio) * (1 - alpha_s) / size
+    return (stay_LV + move_LV) / (size * alpha_t * p_at_x_L1 + 1 - alpha_t)
+
+  def _one_hot(self, ids_L, dtype):
+    return jax.nn.one_hot(ids_L, self.vocab_size, dtype=dtype)
