@@ -184,7 +184,7 @@ def make_process(config: ConfigDict, model) -> process.Absorbing | None:
 def list_objectives() -> list[str]:
   """Return the names of the packaged training methods: the files of the folder."""
   names = (module.name for module in pkgutil.iter_modules(objectives.__path__))
-  return sorted(name for name in names if name != "state")
+  return sorted(name for name in names if name != "state" and not name.startswith("_"))
 
 
 def make_objective(config: ConfigDict, model, proc) -> objectives.Objective:

@@ -192,7 +192,7 @@ class DiT(Network):
 
   def setup(self):
     cfg = self.config
-    self.embed = Embedding(cfg.vocab_size, cfg.dim, cfg.gradient_of_embedding)
+    self.embed = Embedding(cfg.vocab_size, cfg.dim, cfg.gradient_of_embedding, jnp.dtype(cfg.dtype))
     self.time = TimeEmbedding(cfg.cond_dim)
     self.blocks = scan_layers(Block, cfg, broadcast=3)
     self.output = Head(cfg)

@@ -177,6 +177,7 @@ class Embedding(nn.Module):
   vocab_size: int
   dim: int
   gradient: str = "scatter"
+  dtype: Any = jnp.float32  # of the product of soft tokens with the table
 
   def setup(self):
     init = nn.with_logical_partitioning(_rows_uniform, ("vocab", "embed"))
@@ -185,7 +186,8 @@ class Embedding(nn.Module):
   def __call__(self, tokens) -> Float[Array, "B L D"]:
     if jnp.issubdtype(tokens.dtype, jnp.integer):
       return lookup(self.embedding, tokens, self.gradient)
-    return jax.nn.softmax(tokens.astype(jnp.float32), axis=-1) @ self.embedding
+    mix = jax.nn.softmax(tokens.astype(jnp.float32), axis=-1)
+    return matmul(mix, self.embedding, jnp.dtype(self.dtype))
 
   def attend(self, hidden: Float[Array, "B L D"], dtype) -> Float[Array, "B L V"]:
     """Return float32 logits of a head that shares the table."""

@@ -1,18 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Inverse distillation (IDLM) of masked diffusion teachers into few-step students.
+"""Inverse distillation (IDLM) of discrete diffusion teachers into few-step students.
 
 Three trees of one network, all started from the teacher. The fake learns to denoise what the
 student generates; the student moves to where the teacher's likelihood exceeds the fake's:
 
   L(θ) = L(teacher, p_θ) − min_f L(f, p_θ)  =  KL between path measures  ≥  KL(p_θ ‖ p_data).
 
-The student sees really corrupted data at t_gen and predicts p, a distribution per position. The
-loss state z is drawn from p, corrupted to time t, and no gradient passes through that draw: it
-reaches the student through p alone, where the gradient on its logits is
+The student sees really corrupted data at t_gen and predicts p, a distribution per position. What
+follows depends on the process.
+
+Absorbing (MDLM and SEDD teachers): the loss state z is drawn from p, corrupted to time t, and no
+gradient passes through that draw: it reaches the student through p alone, where the gradient on
+its logits is, for MDLM,
 
   −(1/t) p (a − ⟨p, a⟩),   a = log p_teacher(· | z) − log p_fake(· | z),
 
 at positions masked in both states and 0 elsewhere.
+
+Uniform (Duo teachers): the state is Gaussian, w = α̃ p + σ̃ ξ, with hard token z = argmax w. Teacher
+and fake read the soft input w/τ, so gradients reach the student by two paths: through p in the
+loss and through w in the networks' inputs. Without the second one training diverges.
 
 Reference: IDLM, arXiv 2602.19066, Algorithm 1 and Theorem 1.
 """
@@ -28,15 +35,17 @@ from jaxtyping import Array, Float, Int, Key
 from dlm_jax import draw
 from dlm_jax.arrays import Metrics, Params
 from dlm_jax.models import DiT
+from dlm_jax.objectives._gaussian_states import Relaxation, embed_data, embed_predictions
 from dlm_jax.objectives.state import (
   Batch,
   Objective,
   make_state,
+  map_positions,
   split_each,
   stratified_times,
   update,
 )
-from dlm_jax.process import Absorbing
+from dlm_jax.process import Absorbing, GaussianDuality, Uniform
 
 TIME_COUPLINGS = ("same_order", "permuted")
 
@@ -60,14 +69,17 @@ class Sample(NamedTuple):
   """What one run of the student leaves for the losses.
 
   Attributes:
-    x_gen: its input, really corrupted data.
+    x_gen: its input, really corrupted data; of a soft input the argmax.
     hidden: its trunk output; the gradient path to the student starts here.
-    z: a prediction drawn per position, then corrupted to time t; constant.
+    z: a prediction drawn per position, then corrupted to time t; constant. None if the state is
+      soft: it is made from the prediction where it is read.
+    rng_noise: keys of a soft state's noise.
   """
 
   x_gen: Int[Array, "B L"]
   hidden: Float[Array, "B L D"]
-  z: Int[Array, "B L"]
+  z: Int[Array, "B L"] | None
+  rng_noise: Key[Array, "B"] | None = None
 
 
 def rollout(
@@ -75,10 +87,11 @@ def rollout(
   batch: Batch,
   *,
   model: DiT,
-  process: Absorbing,
+  process: Absorbing | Uniform,
   rngs: tuple[Key[Array, "B"], Key[Array, "B"], Key[Array, "B"]],
   dropout_B: Key[Array, "B"] | None,
   chunk: int | None,
+  relaxation: Relaxation | None = None,
 ) -> Sample:
   """Run the student once on corrupted data and draw the loss state from its prediction.
 
@@ -86,13 +99,22 @@ def rollout(
     params: the student's.
     batch: with "tokens", "t" and "t_gen".
     model: the network.
-    process: the forward process.
+    process: the forward process; its schedule gives the times' α.
     rngs: keys for the student's input, for the draw from its prediction, for the loss state.
     dropout_B: keys for dropout in the student; None for evaluation.
     chunk: see `make`.
+    relaxation: for a uniform process, how its states are made soft.
   """
   rng_gen_B, rng_token_B, rng_z_B = rngs
   x0_BL, valid_BL = batch["tokens"], batch.get("valid")
+  if relaxation is not None:
+    x_gen_BL, embedded_BLD = embed_data(
+      params, x0_BL, rng_gen_B, batch["t_gen"], _valid(batch), model=model,
+      relaxation=relaxation, chunk=chunk,
+    )  # fmt: skip
+    sigma_B = process.schedule.sigma(batch["t_gen"])
+    hidden_BLD = model.apply({"params": params}, embedded_BLD, sigma_B, dropout_B, method="body")
+    return Sample(x_gen_BL, hidden_BLD, None, rng_z_B)
   x_gen_BL = jax.vmap(process.corrupt)(rng_gen_B, x0_BL, batch["t_gen"])
   if valid_BL is not None:
     x_gen_BL = jnp.where(valid_BL, x_gen_BL, x0_BL)
@@ -107,7 +129,7 @@ def rollout(
     return draw.categorical(probs, uniform)
 
   frozen_BLD = jax.lax.stop_gradient(hidden_BLD)
-  predicted_BL = _map_positions(draw_chunk, (frozen_BLD, x_gen_BL, uniform_BL2), chunk)
+  predicted_BL = map_positions(draw_chunk, (frozen_BLD, x_gen_BL, uniform_BL2), chunk)
   z_BL = jax.vmap(process.corrupt)(rng_z_B, predicted_BL, batch["t"])
   if valid_BL is not None:
     z_BL = jnp.where(valid_BL, z_BL, x0_BL)
@@ -115,69 +137,97 @@ def rollout(
 
 
 def fake_loss(
-  params: Params, batch: Batch, *, model: DiT, process: Absorbing, student: Params,
-  chunk: int | None = None,
+  params: Params, batch: Batch, *, model: DiT, process: Absorbing | Uniform, student: Params,
+  chunk: int | None = None, relaxation: Relaxation | None = None,
 ) -> tuple[Float[Array, ""], tuple[Metrics, None]]:  # fmt: skip
   """Return `cross_entropy` of the fake, with dropout, on samples of the student, without."""
   *rngs, dropout_B = split_each(batch["rng"], 4)
-  shared = {"model": model, "process": process, "chunk": chunk}
+  shared = {"model": model, "process": process, "chunk": chunk, "relaxation": relaxation}
   sample = rollout(student, batch, rngs=tuple(rngs), dropout_B=None, **shared)
   value = cross_entropy(params, sample, batch, student=student, dropout_B=dropout_B, **shared)
   return value, ({}, None)
 
 
 def student_loss(
-  params: Params, batch: Batch, *, model: DiT, process: Absorbing, teacher: Params, fake: Params,
-  chunk: int | None = None,
+  params: Params, batch: Batch, *, model: DiT, process: Absorbing | Uniform, teacher: Params,
+  fake: Params, chunk: int | None = None, relaxation: Relaxation | None = None,
 ) -> tuple[Float[Array, ""], tuple[Metrics, None]]:  # fmt: skip
   """Return the `gap` on samples of the student, which alone runs with dropout."""
   *rngs, dropout_B = split_each(batch["rng"], 4)
-  shared = {"model": model, "process": process, "chunk": chunk}
+  shared = {"model": model, "process": process, "chunk": chunk, "relaxation": relaxation}
   sample = rollout(params, batch, rngs=tuple(rngs), dropout_B=dropout_B, **shared)
   value, metrics = gap(params, sample, batch, teacher=teacher, fake=fake, **shared)
   return value, (metrics, None)
 
 
+def _read(params, sample, batch, trees, dropouts, *, model, process, chunk, relaxation):
+  """Return the loss state z and the trunk output of every tree that reads it."""
+  sigma_gen_B, sigma_B = map(process.schedule.sigma, (batch["t_gen"], batch["t"]))
+  if relaxation is None:
+    z_BL, inputs, method = sample.z, (sample.z,) * len(trees), "trunk"
+  else:
+
+    def predict(hidden, x_gen, *clean):
+      p = _probs(params, hidden, sigma_gen_B, x_gen, model, process)
+      return _keep_prompt(p, *clean)
+
+    z_BL, inputs = embed_predictions(
+      predict, (sample.hidden, sample.x_gen, *_clean(batch)), trees, sample.rng_noise, batch["t"],
+      _valid(batch), model=model, relaxation=relaxation, chunk=chunk,
+    )  # fmt: skip
+    method = "body"
+  hidden = tuple(
+    model.apply({"params": tree}, x, sigma_B, dropout_B, method=method)
+    for tree, x, dropout_B in zip(trees, inputs, dropouts, strict=True)
+  )
+  return z_BL, hidden
+
+
 def cross_entropy(
-  params: Params, sample: Sample, batch: Batch, *, model: DiT, process: Absorbing, student: Params,
-  dropout_B: Key[Array, "B"] | None = None, chunk: int | None = None,
+  params: Params, sample: Sample, batch: Batch, *, model: DiT, process: Absorbing | Uniform,
+  student: Params, dropout_B: Key[Array, "B"] | None = None, chunk: int | None = None,
+  relaxation: Relaxation | None = None,
 ) -> Float[Array, ""]:  # fmt: skip
-  """Return the teacher's own training loss on a sample: −(1/t) Σ_masked ⟨p, log f⟩.
+  """Return the teacher's own training loss on a sample; for MDLM −(1/t) Σ_masked ⟨p, log f⟩.
 
   Nats per sequence, mean over the batch; differentiate with respect to `params`, the fake's.
   """
   sigma_gen_B, sigma_B = map(process.schedule.sigma, (batch["t_gen"], batch["t"]))
-  fake_BLD = model.apply({"params": params}, sample.z, sigma_B, dropout_B, method="trunk")
+  z_BL, (fake_BLD,) = _read(
+    student, sample, batch, (params,), (dropout_B,), model=model, process=process, chunk=chunk,
+    relaxation=relaxation,
+  )  # fmt: skip
 
-  def nll_chunk(hidden, fake, x_gen, z):
-    p = _probs(student, hidden, sigma_gen_B, x_gen, model, process)
-    log_fake = _log_x0(params, fake, sigma_B, z, model, process)
+  def nll_chunk(hidden, fake, x_gen, z, *clean):
+    p = _keep_prompt(_probs(student, hidden, sigma_gen_B, x_gen, model, process), *clean)
+    log_fake = _log_estimate(params, fake, sigma_B, z, model, process)
     return jax.vmap(process.nll_soft)(log_fake, z, p, batch["t"])
 
-  arrays = (sample.hidden, fake_BLD, sample.x_gen, sample.z)
-  return _per_sequence(_map_positions(nll_chunk, arrays, chunk), batch)
+  arrays = (sample.hidden, fake_BLD, sample.x_gen, z_BL, *_clean(batch))
+  return _per_sequence(map_positions(nll_chunk, arrays, chunk), batch)
 
 
 def gap(
-  params: Params, sample: Sample, batch: Batch, *, model: DiT, process: Absorbing,
-  teacher: Params, fake: Params, chunk: int | None = None,
+  params: Params, sample: Sample, batch: Batch, *, model: DiT, process: Absorbing | Uniform,
+  teacher: Params, fake: Params, chunk: int | None = None, relaxation: Relaxation | None = None,
 ) -> tuple[Float[Array, ""], Metrics]:  # fmt: skip
   """Return L(teacher, p) − L(fake, p) on a sample, in nats per sequence, mean over the batch.
 
   The gradient with respect to `params`, the student's, flows through p: through `sample.hidden`
-  and the head. Metrics: entropy of the student's predictions, and the advantage, the root mean
-  square under p of a − ⟨p, a⟩, both on doubly masked positions (nats).
+  and the head, and of a soft state through the inputs of teacher and fake. Metrics, over the
+  positions that carry loss: entropy of the student's predictions, and the advantage, the root mean
+  square under p of a − ⟨p, a⟩ (nats).
   """
-  x_gen_BL, hidden_BLD, z_BL = sample
   sigma_gen_B, sigma_B = map(process.schedule.sigma, (batch["t_gen"], batch["t"]))
-  teacher_BLD, fake_BLD = (
-    model.apply({"params": tree}, z_BL, sigma_B, method="trunk") for tree in (teacher, fake)
-  )
+  z_BL, (teacher_BLD, fake_BLD) = _read(
+    params, sample, batch, (teacher, fake), (None, None), model=model, process=process,
+    chunk=chunk, relaxation=relaxation,
+  )  # fmt: skip
 
-  def gap_chunk(hidden, teacher_hidden, fake_hidden, x_gen, z):
-    p = _probs(params, hidden, sigma_gen_B, x_gen, model, process)
-    log_teacher = _log_x0(teacher, teacher_hidden, sigma_B, z, model, process)
-    log_fake = _log_x0(fake, fake_hidden, sigma_B, z, model, process)
+  def gap_chunk(hidden, teacher_hidden, fake_hidden, x_gen, z, *clean):
+    p = _keep_prompt(_probs(params, hidden, sigma_gen_B, x_gen, model, process), *clean)
+    log_teacher = _log_estimate(teacher, teacher_hidden, sigma_B, z, model, process)
+    log_fake = _log_estimate(fake, fake_hidden, sigma_B, z, model, process)
     nll_soft = jax.vmap(process.nll_soft)
     gap = nll_soft(log_teacher, z, p, batch["t"]) - nll_soft(log_fake, z, p, batch["t"])
     p, advantage = jax.lax.stop_gradient((p, log_teacher - log_fake))
@@ -185,10 +235,13 @@ def gap(
     variance = jnp.maximum(jnp.sum(p * advantage**2, -1) - mean**2, 0)
     return gap, variance, -jnp.sum(jax.scipy.special.xlogy(p, p), -1)
 
-  arrays = (hidden_BLD, teacher_BLD, fake_BLD, x_gen_BL, z_BL)
-  gap_BL, variance_BL, entropy_BL = _map_positions(gap_chunk, arrays, chunk)
-  both_BL = (x_gen_BL == process.mask_id) & (z_BL == process.mask_id)
-  mean = lambda x: jnp.sum(x * both_BL) / jnp.maximum(both_BL.sum(), 1)  # noqa: E731
+  arrays = (sample.hidden, teacher_BLD, fake_BLD, sample.x_gen, z_BL, *_clean(batch))
+  gap_BL, variance_BL, entropy_BL = map_positions(gap_chunk, arrays, chunk)
+  if relaxation is None:
+    counted_BL = (sample.x_gen == process.mask_id) & (z_BL == process.mask_id)
+  else:
+    counted_BL = batch.get("valid", jnp.ones(z_BL.shape, bool))
+  mean = lambda x: jnp.sum(x * counted_BL) / jnp.maximum(counted_BL.sum(), 1)  # noqa: E731
   metrics = {"advantage": jnp.sqrt(mean(variance_BL)), "entropy": mean(entropy_BL)}
   return _per_sequence(gap_BL, batch), metrics
 
@@ -196,24 +249,32 @@ def gap(
 def make(
   *,
   model: DiT,
-  process: Absorbing,
+  process: Absorbing | Uniform,
   optimizers: dict[str, optax.GradientTransformation],
   time_coupling: str = "same_order",
   accumulate: int = 1,
   ema_decay: float | None = 0.9999,
   chunk: int | None = None,
+  gamma_min: float = -3.55,
+  gamma_max: float = -1.85,
+  tau: float = 1e-3,
+  path_gradient: bool = True,
 ) -> Objective:
   """Build alternating updates, fake first, each on its own fresh batch.
 
   Args:
     model: network shared by the three trees.
-    process: the teacher's forward process.
+    process: the teacher's forward process. With a uniform one, losses run in the time of the
+      Gaussian window below, and only samplers use its own schedule.
     optimizers: "student" and "fake".
     time_coupling: "same_order" or "permuted", see `couple_times`.
     accumulate: micro-batches per update.
     ema_decay: of student and fake; None keeps no average.
     chunk: positions whose [B, chunk, V] logits are alive at a time, recomputed in the backward
-      pass; must divide L. None keeps all.
+      pass; must divide L. None keeps all, or for a uniform process the most that stay below
+      2²² entries.
+    gamma_min, gamma_max, tau, path_gradient: of a uniform process; see `GaussianDuality` and
+      `Relaxation`. The defaults are the released scripts'.
 
   Returns:
     An objective with trees "teacher" (frozen), "fake" and "student". Its step takes a pair of
@@ -227,9 +288,18 @@ def make(
     )
   if not isinstance(model, DiT):
     raise ValueError("model.name must be dit: a denoiser is distilled.")
+  relaxation = None
+  if isinstance(process, Uniform):
+    if not model.config.time_conditioning:
+      raise ValueError("a uniform process needs model.time_conditioning=True.")
+    duality = GaussianDuality(
+      vocab_size=process.vocab_size, gamma_min=gamma_min, gamma_max=gamma_max
+    )
+    relaxation = Relaxation(duality=duality, tau=tau, path_gradient=path_gradient)
+    process, chunk = relaxation.process, chunk or _largest_chunk(model.config)
   if chunk and model.config.length % chunk:
     raise ValueError(f"chunk={chunk} does not divide the sequence length {model.config.length}.")
-  shared = {"model": model, "process": process, "chunk": chunk}
+  shared = {"model": model, "process": process, "chunk": chunk, "relaxation": relaxation}
   couple = functools.partial(couple_times, coupling=time_coupling)
   settings = {"accumulate": accumulate, "decay": ema_decay}
 
@@ -257,13 +327,37 @@ def make(
   return Objective(init, step, output="student", batches=2)
 
 
-def _log_x0(params, hidden, sigma_B, xt, model, process):
+def _largest_chunk(config):
+  """Return the largest divisor of L whose [chunk, V] logits stay below 2²² entries."""
+  most = max(1, 2**22 // config.vocab_size)
+  return max(k for k in range(1, min(most, config.length) + 1) if config.length % k == 0)
+
+
+def _log_estimate(params, hidden, sigma_B, xt, model, process):
   logits = model.apply({"params": params}, hidden, sigma_B, method="head")
-  return jax.vmap(process.log_x0)(logits, xt)
+  return jax.vmap(process.log_estimate)(logits, xt)
 
 
 def _probs(params, hidden, sigma_B, x_gen, model, process):
-  return jnp.exp(_log_x0(params, hidden, sigma_B, x_gen, model, process))
+  logits = model.apply({"params": params}, hidden, sigma_B, method="head")
+  return jnp.exp(jax.vmap(process.log_x0)(logits, x_gen))
+
+
+def _valid(batch):
+  return batch.get("valid", jnp.ones(batch["tokens"].shape, bool))
+
+
+def _clean(batch):
+  """Return what `_keep_prompt` needs: tokens and where they are no prompt; nothing without one."""
+  return (batch["tokens"], batch["valid"]) if "valid" in batch and "tokens" in batch else ()
+
+
+def _keep_prompt(p, tokens=None, valid=None):
+  """Return p with the prompt's own tokens as one-hot rows."""
+  if valid is None:
+    return p
+  one_hot = jax.nn.one_hot(tokens, p.shape[-1], dtype=p.dtype)
+  return jnp.where(valid[..., None], p, one_hot)
 
 
 def _per_sequence(loss_BL, batch):
@@ -273,21 +367,3 @@ def _per_sequence(loss_BL, batch):
   valid_BL = batch["valid"]
   share_B = (loss_BL * valid_BL).sum(1) / jnp.maximum(valid_BL.sum(1), 1)
   return loss_BL.shape[1] * share_B.mean()
-
-
-def _map_positions(function, arrays, chunk):
-  """Apply a function of [B, L, …] arrays in chunks of positions, recomputed in backward."""
-  length = arrays[0].shape[1]
-  if chunk is None or chunk >= length:
-    return function(*arrays)
-  if length % chunk:
-    raise ValueError(f"objective.chunk={chunk} does not divide the sequence length {length}.")
-
-  def cut(x):
-    return jnp.swapaxes(x.reshape(x.shape[0], length // chunk, chunk, *x.shape[2:]), 0, 1)
-
-  def join(x):
-    return jnp.swapaxes(x, 0, 1).reshape(x.shape[1], length, *x.shape[3:])
-
-  body = jax.checkpoint(lambda pieces: function(*pieces))
-  return jax.tree.map(join, jax.lax.map(body, jax.tree.map(cut, arrays)))

@@ -161,6 +161,30 @@ def update(
   return state, {f"{tree}/{name}": value for name, value in metrics.items()}, extra
 
 
+def map_positions(function: Callable, arrays: tuple[Array, ...], chunk: int | None) -> Any:
+  """Apply a function of [B, L, …] arrays in chunks of positions, recomputed in the backward pass.
+
+  Args:
+    function: (*arrays) -> tree of arrays [B, K, …].
+    arrays: [B, L, …] each.
+    chunk: positions at a time; must divide L. None applies the function once, to everything.
+  """
+  length = arrays[0].shape[1]
+  if chunk is None or chunk >= length:
+    return function(*arrays)
+  if length % chunk:
+    raise ValueError(f"objective.chunk={chunk} does not divide the sequence length {length}.")
+
+  def cut(x):
+    return jnp.swapaxes(x.reshape(x.shape[0], length // chunk, chunk, *x.shape[2:]), 0, 1)
+
+  def join(x):
+    return jnp.swapaxes(x, 0, 1).reshape(x.shape[1], length, *x.shape[3:])
+
+  body = jax.checkpoint(lambda pieces: function(*pieces))
+  return jax.tree.map(join, jax.lax.map(body, jax.tree.map(cut, arrays)))
+
+
 def _accumulate(grad, params, batch, count):
   """Average values, metrics and gradients over strided micro-batches under `lax.scan`."""
 

@@ -147,3 +147,11 @@ class GaussianDuality:
     gamma = self.process.schedule.gamma(t)
     signal, spread = jnp.sqrt(jax.nn.sigmoid(-gamma)), jnp.sqrt(jax.nn.sigmoid(gamma))
     return signal * p0_LV + spread * noise_LV
+
+  def temper(self, w: Float[Array, "*batch V"], tau: float) -> Float[Array, "*batch V"]:
+    """Return the soft tokens (w − max w)/τ, of which a network mixes embeddings by softmax.
+
+    The shift changes no softmax, and keeps it finite: a compiler may contract w/τ − max(w/τ) into
+    one rounding where the maximum had two. At τ = 1e-10 that overflowed to NaN on a CPU.
+    """
+    return (w - jax.lax.stop_gradient(w.max(axis=-1, keepdims=True))) / tau

@@ -1,0 +1,300 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Inverse distillation of uniform-state teachers: recorded losses and gradients, both paths."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from dlm_jax import process
+from dlm_jax.convert import hf_dit
+from dlm_jax.models import DiT, DiTConfig
+from dlm_jax.objectives import draw_batch, idlm
+from dlm_jax.objectives._gaussian_states import Relaxation
+from dlm_jax.objectives.state import split_each
+from dlm_jax.schedules import Derived
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RecordedSchedule(Derived):
+  """α(t) and α'(t) at the recorded times: the reference reads a table and differences it."""
+
+  times: np.ndarray
+  alphas: np.ndarray
+  dalphas: np.ndarray
+
+  def _at(self, values, t):
+    return jnp.asarray(values, jnp.float32)[jnp.argmin(jnp.abs(jnp.asarray(self.times) - t))]
+
+  def alpha(self, t):
+    return jnp.vectorize(lambda t: self._at(self.alphas, t))(t)
+
+  def dalpha(self, t):
+    return jnp.vectorize(lambda t: self._at(self.dalphas, t))(t)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class RecordedNoise(process.GaussianDuality):
+  """Noise read from arrays: a key's data names the array and the sequence."""
+
+  noises: np.ndarray
+
+  def noise(self, rng, positions_L):
+    which, row = jax.random.key_data(rng)
+    return jnp.asarray(self.noises)[which, row][positions_L]
+
+
+def _keys(which, batch):
+  data = np.stack([np.full(batch, which), np.arange(batch)], 1).astype(np.uint32)
+  return jax.random.wrap_key_data(jnp.asarray(data))
+
+
+class Recorded:
+  """One variant of the recorded quantities, as our arguments."""
+
+  def __init__(self, vectors, config):
+    v = self.vectors = vectors
+    self.size = config["B"]
+    self.model = DiT(
+      DiTConfig(
+        vocab_size=config["V"], dim=config["H"], cond_dim=config["cond"], layers=config["nb"],
+        heads=config["nh"], length=config["L"], dtype="float32", time_conditioning=True,
+      )
+    )  # fmt: skip
+    self.params = {
+      name: hf_dit.from_tensors(self.model, self.under(name))
+      for name in ("student", "teacher", "fake")
+    }
+    schedule = RecordedSchedule(
+      np.concatenate([v["t"], v["t_gen"]]),
+      np.concatenate([v["alpha_t"], v["alpha_gen"]])[:, 0],
+      np.concatenate([v["dalpha_t"], np.full_like(v["alpha_gen"], np.nan)])[:, 0],
+    )
+    self.process = process.Uniform(vocab_size=config["V"], schedule=schedule)
+    duality = RecordedNoise(
+      vocab_size=config["V"], gamma_min=config["gamma_min"], gamma_max=config["gamma_max"],
+      noises=np.stack([v["gaussian_noise_gen"], v["gaussian_noise"]]),
+    )  # fmt: skip
+    self.relaxation = Relaxation(duality=duality, tau=float(1 / v["tau_inverse"]))
+    self.batch = {"tokens": jnp.asarray(v["x0"], jnp.int32)}
+    self.batch |= {k: jnp.asarray(v[k]) for k in ("t", "t_gen")}
+
+  def under(self, prefix):
+    """Return the tensors stored below a prefix."""
+    names = (name for name in self.vectors if name.startswith(prefix + "/"))
+    return {name.removeprefix(prefix + "/"): self.vectors[name] for name in names}
+
+  def shared(self, chunk=None, **changes):
+    relaxation = dataclasses.replace(self.relaxation, **changes)
+    return {
+      "model": self.model, "process": self.process, "relaxation": relaxation, "chunk": chunk
+    }  # fmt: skip
+
+  def rollout(self, student, chunk=None):
+    rngs = (_keys(0, self.size), _keys(0, self.size), _keys(1, self.size))
+    return idlm.rollout(student, self.batch, rngs=rngs, dropout_B=None, **self.shared(chunk))
+
+  def generator(self, student, chunk=None, **changes):
+    """Return (loss, metrics) from the recorded noise; differentiate in the parameters."""
+    sample = self.rollout(student, chunk)
+    return idlm.gap(
+      student, sample, self.batch, teacher=self.params["teacher"], fake=self.params["fake"],
+      **self.shared(chunk, **changes),
+    )  # fmt: skip
+
+  def fake(self, fake, chunk=None):
+    student = self.params["student"]
+    sample = self.rollout(student, chunk)
+    return idlm.cross_entropy(fake, sample, self.batch, student=student, **self.shared(chunk))
+
+
+@pytest.fixture(params="ab")
+def recorded(request, golden):
+  return Recorded(*golden(f"idlm_duo__{request.param}"))
+
+
+def _compare_gradient(r, gradient, prefix, tolerance=2e-4):
+  ours = hf_dit.to_tensors(r.model, gradient)
+  wanted = r.under(prefix)
+  assert len(wanted) == 7
+  for name, tensor in wanted.items():
+    scale = max(np.abs(tensor).max(), 1e-12)
+    np.testing.assert_allclose(ours[f"backbone.{name}"], tensor, rtol=0, atol=tolerance * scale)
+
+
+def _gradient(function, params, **options):
+  return jax.jit(jax.value_and_grad(functools.partial(function, **options), has_aux=True))(params)
+
+
+def test_golden_states(recorded):
+  r, v = recorded, recorded.vectors
+  sample = jax.jit(r.rollout)(r.params["student"])
+  np.testing.assert_array_equal(sample.x_gen, v["xt_gen_soft"].argmax(-1))
+  sigma = r.process.schedule.sigma(r.batch["t_gen"])
+  logits = r.model.apply({"params": r.params["student"]}, sample.hidden, sigma, method="head")
+  np.testing.assert_allclose(logits, v["student_logits"], rtol=0, atol=1e-4)
+  z, _ = idlm._read(
+    r.params["student"], sample, r.batch, (r.params["teacher"],), (None,), **r.shared()
+  )
+  np.testing.assert_array_equal(z, v["xt"])
+
+
+def test_golden_generator_loss(recorded):
+  r = recorded
+  (value, _), gradient = _gradient(r.generator, r.params["student"])
+  np.testing.assert_allclose(value, r.vectors["generator_loss_mean"], rtol=2e-5)
+  _compare_gradient(r, gradient, "grad_generator_loss_mean_wrt_student")
+
+
+def test_golden_fake_objective(recorded):
+  r = recorded
+  value, gradient = jax.jit(jax.value_and_grad(r.fake))(r.params["fake"])
+  np.testing.assert_allclose(value, r.vectors["fakeobj_loss_mean"], rtol=1e-5)
+  _compare_gradient(r, gradient, "grad_fakeobj_loss_mean_wrt_fake")
+
+
+def test_chunks_change_nothing(recorded):
+  r = recorded
+  whole = _gradient(r.generator, r.params["student"])
+  parts = _gradient(r.generator, r.params["student"], chunk=4)
+  scale = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(whole[1]))
+  for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * max(1.0, scale))
+
+
+def test_the_gaussian_path_carries_gradient(golden):
+  """Spec, acceptance check 6: without the path through w the gradient is another one."""
+  r = Recorded(*golden("idlm_duo__a"))
+  (value, _), both = _gradient(r.generator, r.params["student"])
+  (same, _), direct = _gradient(r.generator, r.params["student"], path_gradient=False)
+  np.testing.assert_allclose(value, same, rtol=1e-6)
+  difference = optax.tree.norm(jax.tree.map(jnp.subtract, both, direct))
+  assert float(difference) > 0.05 * float(optax.tree.norm(both))
+
+
+def test_direct_gradient_on_probabilities(recorded):
+  """The part of the gradient that does not pass through the networks' inputs, on p itself."""
+  r, v = recorded, recorded.vectors
+
+  def loss(p_BLV):
+    nll = jax.vmap(r.process.nll_soft)
+    args = (jnp.asarray(v["xt"], jnp.int32), p_BLV, r.batch["t"])
+    gap = nll(v["teacher_log_probs"], *args) - nll(v["fake_log_probs"], *args)
+    return gap.sum(1).mean()
+
+  wanted = v["grad_generator_loss_mean_wrt_student_probs_direct_f64"]
+  ours = jax.grad(loss)(jnp.asarray(v["student_probs"]))
+  # p sums to 1: a constant per row is no gradient, and the published form has another one
+  ours, wanted = (x - x.mean(-1, keepdims=True) for x in (np.asarray(ours), wanted))
+  np.testing.assert_allclose(ours, wanted, rtol=0, atol=3e-5 * np.abs(wanted).max())
+
+
+def test_prompted_values(recorded):
+  """Prompt positions: p is the token, the soft state is the token without noise."""
+  r, v = recorded, recorded.vectors
+  valid = jnp.asarray(v["prompted/valid_tokens"] > 0)
+  batch = {**r.batch, "valid": valid}
+  for name in ("teacher", "fake"):
+    logits = r.model.apply(
+      {"params": r.params[name]}, jnp.asarray(v["prompted/xt_soft"]),
+      r.process.schedule.sigma(batch["t"]),
+    )  # fmt: skip
+    log_x0 = jax.nn.log_softmax(logits)
+    nll = jax.vmap(r.process.nll_soft)(
+      log_x0, jnp.asarray(v["prompted/xt"], jnp.int32), jnp.asarray(v["prompted/student_probs"]),
+      batch["t"],
+    )  # fmt: skip
+    wanted = v[f"prompted/{name}_nll_per_token"]
+    np.testing.assert_allclose(nll, wanted, rtol=0, atol=3e-5 * np.abs(wanted).max())
+  # what the reference feeds the networks at the prompt is the token, almost or exactly
+  at_prompt = v["prompted/xt_soft"][np.asarray(~valid)]
+  x0_at_prompt = v["x0"][np.asarray(~valid)]
+  np.testing.assert_array_equal(at_prompt.argmax(-1), x0_at_prompt)
+
+
+def _tiny(length=8, size=11, **options):
+  model = DiT(
+    DiTConfig(
+      vocab_size=size, dim=16, cond_dim=8, layers=1, heads=2, length=length, dtype="float32",
+      time_conditioning=True, **options,
+    )
+  )  # fmt: skip
+  rng = jax.random.key(0)
+  params = model.init(rng, jnp.zeros((1, length), jnp.int32), jnp.zeros(1))["params"]
+  leaves, tree = jax.tree.flatten(params)
+  keys = jax.random.split(rng, len(leaves))
+  noisy = [x + 0.1 * jax.random.normal(key, x.shape) for x, key in zip(leaves, keys, strict=True)]
+  return model, jax.tree.unflatten(tree, noisy)
+
+
+def _losses(model, params, batch, fake=None, **options):
+  relaxation = Relaxation(duality=process.GaussianDuality(vocab_size=model.config.vocab_size))
+  shared = {"model": model, "process": relaxation.process, "relaxation": relaxation}
+  loss = functools.partial(
+    idlm.student_loss, teacher=params, fake=fake or params, **shared, **options
+  )
+  return jax.jit(jax.grad(lambda p: loss(p, batch)[0]))(params)
+
+
+def test_no_gradient_at_the_start():
+  """Spec, acceptance check 4: with three equal networks the student does not move."""
+  model, params = _tiny(dropout=0.0)
+  tokens = jax.random.randint(jax.random.key(1), (4, 8), 0, 11)
+  batch = idlm.couple_times(draw_batch(tokens, jax.random.key(2)), coupling="same_order")
+  gradient = _losses(model, params, batch)
+  moved = jax.tree.map(lambda x: x * 1.1, params)
+  other = _losses(model, params, batch, fake=moved)
+  assert float(optax.tree.norm(gradient)) < 1e-4 * float(optax.tree.norm(other))
+
+
+def test_prompts_are_kept_clean():
+  """Prompt positions are data in the student's input and in the loss state, and score nothing."""
+  model, params = _tiny(dropout=0.0)
+  tokens = jax.random.randint(jax.random.key(1), (4, 8), 0, 11)
+  valid = jnp.broadcast_to(jnp.arange(8)[None] >= 3, (4, 8))
+  batch = draw_batch(tokens, jax.random.key(2), valid_BL=valid)
+  batch = idlm.couple_times(batch, coupling="permuted")
+  relaxation = Relaxation(duality=process.GaussianDuality(vocab_size=11))
+  shared = {
+    "model": model, "process": relaxation.process, "relaxation": relaxation, "chunk": None
+  }  # fmt: skip
+  rngs = split_each(batch["rng"], 3)
+  sample = idlm.rollout(params, batch, rngs=rngs, dropout_B=None, **shared)
+  z, _ = idlm._read(params, sample, batch, (params,), (None,), **shared)
+  np.testing.assert_array_equal(sample.x_gen[:, :3], tokens[:, :3])
+  np.testing.assert_array_equal(z[:, :3], tokens[:, :3])
+  assert (z[:, 3:] != tokens[:, 3:]).any()
+
+
+def test_uniform_states_need_a_time_conditioned_network():
+  model, _ = _tiny()
+  blind = DiT(dataclasses.replace(model.config, time_conditioning=False))
+  txs = {name: optax.sgd(0.1) for name in idlm.TRAINED}
+  with pytest.raises(ValueError, match="time_conditioning"):
+    idlm.make(model=blind, process=process.Uniform(vocab_size=11), optimizers=txs)
+
+
+def test_memory_stays_below_two_dense_arrays():
+  """With chunks the compiled pair never holds two [B, L, V] float32 arrays."""
+  length, size, batch = 64, 4096, 4
+  model, params = _tiny(length, size)
+  txs = {name: optax.sgd(0.1) for name in idlm.TRAINED}
+  dense = 4 * batch * length * size
+
+  def temporary(chunk):
+    objective = idlm.make(
+      model=model, process=process.Uniform(vocab_size=size), optimizers=txs, chunk=chunk
+    )
+    state = jax.eval_shape(objective.init, jax.random.key(0), params)
+    tokens = jax.ShapeDtypeStruct((batch, length), jnp.int32)
+    step = lambda state, tokens: objective.step(state, draw_batch(tokens, jax.random.key(0)))  # noqa: E731
+    compiled = jax.jit(step, donate_argnums=0).lower(state, tokens).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+  weights = sum(x.size for x in jax.tree.leaves(params)) * 4
+  assert temporary(8) < 2 * dense + 6 * weights
+  assert temporary(length) > 2 * dense + 6 * weights
