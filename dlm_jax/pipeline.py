@@ -27,7 +27,7 @@ class Pipeline:
   """
 
   denoiser: models.Denoiser
-  process: process.Absorbing
+  process: process.Absorbing | process.Uniform
   tokenizer: tokenizers.Tokenizer
   length: int
 
@@ -67,35 +67,82 @@ def _generate(proc, batch, length, steps, options):
   """Return a compiled sampler; the cache makes the second call of a notebook cell fast."""
 
   def run(denoiser, rng, prompt):
+    # Said outright what is given: a uniform process has no id that means "to be generated".
+    frozen = None if prompt is None else jnp.ones(prompt.shape, bool)
     return sample.generate(
-      denoiser, proc, rng, batch=batch, length=length, steps=steps, prompt=prompt, **dict(options)
-    )
+      denoiser, proc, rng, batch=batch, length=length, steps=steps, prompt=prompt, frozen=frozen,
+      **dict(options),
+    )  # fmt: skip
 
   return jax.jit(run)
 
 
-def load(path: str | pathlib.Path, *, dtype: str | None = None) -> Pipeline:
+def load(
+  path: str | pathlib.Path,
+  tokenizer: str | pathlib.Path | None = None,
+  *,
+  dtype: str | None = None,
+  weights: str | None = None,
+) -> Pipeline:
   """Load a denoiser for sampling.
 
   Args:
-    path: a workdir of `dlm-jax train`, a directory in the Hugging Face layout with a tokenizer, or
-      "shipped:teacher".
+    path: a workdir of `dlm-jax train`, a directory in the Hugging Face layout, a Lightning *.ckpt
+      with a config.json beside it, or "shipped:teacher".
+    tokenizer: a directory with its files, e.g. GPT-2's vocab.json + merges.txt; see
+      `tokenizers.load`. Default: the one beside the network.
     dtype: of matrix products: default float32 on CPU, else bfloat16.
+    weights: "ema" or "raw" of a Lightning checkpoint; see `convert.load`.
 
   Raises:
-    InputError: no denoiser there, or its tokenizer is missing.
+    InputError: no denoiser there, or its tokenizer is missing or another one.
+
+  Example:
+    >>> pipe = load("data/mdlm-owt", tokenizer="data/gpt2")  # doctest: +SKIP
   """
-  directory = experiment.network_directory(str(path))
+  source = find_network(path)
   dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-  kind = convert.read_config(directory)["model_type"]
-  if kind != "mdlm":
-    raise InputError(f"{directory} is a {kind} network; sampling needs a denoiser.")
-  model, params, proc = convert.load(directory, dtype=dtype)
-  tokenizer = tokenizers.load(directory)
-  if tokenizer.vocab_size != proc.vocab_size - 1:
-    raise InputError(
-      f"{directory}: the tokenizer has {tokenizer.vocab_size} tokens and the network "
-      f"{proc.vocab_size - 1} besides the mask."
-    )
+  if not convert.is_denoiser(source):
+    kind = convert.read_config(source)["model_type"]
+    raise InputError(f"{source} is a {kind} network; sampling needs a denoiser.")
+  words = load_tokenizer(source, tokenizer)
+  model, params, proc = convert.load(source, dtype=dtype, weights=weights)
+  check_vocabulary(source, words, proc)
   denoiser = models.Denoiser(model, params).cast(jnp.dtype(dtype))
-  return Pipeline(denoiser=denoiser, process=proc, tokenizer=tokenizer, length=model.config.length)
+  return Pipeline(denoiser=denoiser, process=proc, tokenizer=words, length=model.config.length)
+
+
+def find_network(path: str | pathlib.Path) -> pathlib.Path:
+  """Return the model directory or file of weights that a path means.
+
+  Raises:
+    InputError: there is none.
+  """
+  file = pathlib.Path(path)
+  return file if file.is_file() else experiment.network_directory(str(path))
+
+
+def load_tokenizer(
+  source: pathlib.Path, tokenizer: str | pathlib.Path | None = None
+) -> tokenizers.Tokenizer:
+  """Load the tokenizer of a path, or without one that beside the network."""
+  if tokenizer:
+    return tokenizers.load(str(tokenizer))
+  return tokenizers.load(source.parent if source.is_file() else source)
+
+
+def check_vocabulary(source: pathlib.Path, tokenizer: tokenizers.Tokenizer, proc) -> None:
+  """Check that a tokenizer has the tokens of a network.
+
+  An absorbing process has the mask besides. A uniform one may have one row of padding besides, as
+  public Duo checkpoints do: should it be drawn, it decodes to MASK_SYMBOL.
+
+  Raises:
+    InputError: the sizes differ.
+  """
+  size, given = proc.vocab_size, tokenizer.vocab_size
+  uniform = isinstance(proc, process.Uniform)
+  if given == size - 1 or (uniform and given == size):
+    return
+  wanted = f"{size} or, without padding, {size - 1}" if uniform else f"{size - 1} besides the mask"
+  raise InputError(f"{source}: the tokenizer has {given} tokens and the network {wanted}.")

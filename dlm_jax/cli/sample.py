@@ -19,11 +19,14 @@ def main(argv: list[str]) -> None:
     "Print samples of a trained model.",
     """
 dlm-jax sample --checkpoint=runs/quickstart/student --steps=8 --num=4
-dlm-jax sample --checkpoint=shipped:teacher --steps=32 --prompt='def main(' --temperature=0.9
-dlm-jax sample --checkpoint=runs/novels_idlm --steps=16 --show_steps
+dlm-jax sample --checkpoint=shipped:teacher --steps=32 --prompt='def main(' --show_steps
+dlm-jax sample --checkpoint=data/idlm-duo --tokenizer=data/gpt2 --steps=8
 """,
   )
-  parser.add_argument("--checkpoint", "--workdir", required=True, help="workdir or model directory")
+  parser.add_argument(
+    "--checkpoint", "--workdir", required=True, help="workdir, model directory or *.ckpt"
+  )
+  parser.add_argument("--tokenizer", default="", help="default: the one beside the network")
   parser.add_argument("--steps", type=int, default=16, help="network evaluations per text")
   parser.add_argument("--num", type=int, default=1, help="number of texts")
   parser.add_argument("--seed", type=int, default=0)
@@ -39,14 +42,14 @@ dlm-jax sample --checkpoint=runs/novels_idlm --steps=16 --show_steps
   options = vars(parser.parse(argv))
   options.pop("overrides")
   show, as_json = options.pop("show_steps"), options.pop("json")
-  path = options.pop("checkpoint")
+  path, tokenizer = options.pop("checkpoint"), options.pop("tokenizer")
   if not options["length"]:
     options.pop("length")
   if options["precision"] == "legacy":
     for name in ("temperature", "nucleus"):
       if options.pop(name) != 1.0:
         raise InputError(f"--{name} does not combine with --precision=legacy.")
-  pipe = pipeline.load(path)
+  pipe = pipeline.load(path, tokenizer or None)
   if show:
     _, trace_KBL = pipe.tokens(**{**options, "num": 1}, return_trace=True)
     trace_KL = np.asarray(jax.device_get(trace_KBL))[:, 0]

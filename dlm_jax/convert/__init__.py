@@ -7,29 +7,46 @@ import pathlib
 from typing import Any
 
 from dlm_jax.arrays import Params
-from dlm_jax.convert import hf_dit, hf_gpt2
+from dlm_jax.convert import families, files, hf_dit, hf_gpt2
 from dlm_jax.convert.hf_dit import save
 from dlm_jax.errors import InputError
 
-__all__ = ["fingerprint", "load", "read_config", "save"]
+__all__ = ["fingerprint", "is_denoiser", "load", "read_config", "save"]
 
 
 def read_config(path: pathlib.Path | str) -> dict[str, Any]:
-  """Return the parsed config.json of a checkpoint directory.
+  """Return the parsed config.json of a checkpoint directory, or beside a file of weights.
 
   Raises:
-    InputError: it is missing, unreadable or names no known model_type.
+    InputError: it is missing, unreadable or names no model_type.
   """
-  file = pathlib.Path(path) / "config.json"
+  path = pathlib.Path(path)
+  known = ", ".join(families.FAMILIES)
+  file = (path.parent if path.is_file() else path) / "config.json"
   try:
     config = json.loads(file.read_text(encoding="utf-8"))
   except FileNotFoundError:
+    if path.is_file():
+      raise InputError(
+        f"{path} has no config.json beside it; write one with the sizes and the model_type "
+        f"({known}), which tensors do not tell."
+      ) from None
     raise InputError(f"{path} is not a checkpoint: it has no config.json.") from None
   except (OSError, ValueError) as error:
     raise InputError(f"{file} cannot be read as JSON: {error}") from None
   if not isinstance(config, dict) or "model_type" not in config:
-    raise InputError(f"{file} names no model_type; is this a model directory?")
+    raise InputError(f"{file} names no model_type; is this a model directory? Known: {known}.")
   return config
+
+
+def is_denoiser(path: pathlib.Path | str) -> bool:
+  """Return whether a checkpoint has a forward process, that is, can be sampled by denoising.
+
+  Raises:
+    InputError: as `read_config`, or the model type is unknown.
+  """
+  name = families.name_family(read_config(path), path)
+  return name in families.FAMILIES and bool(families.FAMILIES[name].processes)
 
 
 def fingerprint(path: pathlib.Path | str) -> str:
@@ -39,21 +56,25 @@ def fingerprint(path: pathlib.Path | str) -> str:
     InputError: there are none.
   """
   digest = hashlib.sha256()
-  files = sorted(pathlib.Path(path).glob("*.safetensors"))
-  if not files:
-    raise InputError(f"{path} holds no *.safetensors.")
-  for file in files:
+  for file in files.find(path):
     with file.open("rb") as stream:
       while block := stream.read(2**22):
         digest.update(block)
   return digest.hexdigest()[:16]
 
 
-def load(path: pathlib.Path | str, **overrides) -> tuple[Any, Params, Any]:
-  """Load a network from config.json + *.safetensors.
+def load(
+  path: pathlib.Path | str, *, weights: str | None = None, **overrides
+) -> tuple[Any, Params, Any]:
+  """Load a network from config.json and the weights beside it.
+
+  Weights are model.safetensors or its shards; pytorch_model.bin; or one Lightning *.ckpt. The
+  latter two are read without torch and without running anything they contain.
 
   Args:
-    path: directory in the Hugging Face layout.
+    path: directory in the Hugging Face layout, or the file of weights next to a config.json.
+    weights: of a Lightning checkpoint: "raw", or "ema" for the moving average; None: the average
+      if there is one.
     **overrides: fields of the model's config that change no shape, e.g. dtype="float32".
 
   Returns:
@@ -61,11 +82,13 @@ def load(path: pathlib.Path | str, **overrides) -> tuple[Any, Params, Any]:
 
   Raises:
     InputError: unknown model type; missing, extra, misshapen or unreadable tensors.
+
+  Example:
+    >>> model, params, proc = load("data/idlm-duo", dtype="float32")  # doctest: +SKIP
   """
   config = read_config(path)
-  kind = config["model_type"]
-  if kind in ("mdlm", "dlm_jax_causal"):
-    return hf_dit.load(path, config, **overrides)
-  if kind == "gpt2":
-    return (*hf_gpt2.load(path), None)
-  raise InputError(f"{path}: model_type {kind!r} is unknown; known: mdlm, dlm_jax_causal, gpt2.")
+  if families.name_family(config, path) != "gpt2":
+    return hf_dit.load(path, config, weights=weights, **overrides)
+  if weights is not None:
+    raise InputError(f"{path}: weights={weights!r} is a choice of Lightning checkpoints only.")
+  return (*hf_gpt2.load(path), None)

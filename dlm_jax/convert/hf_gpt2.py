@@ -4,7 +4,6 @@
 import contextlib
 import dataclasses
 import functools
-import json
 import pathlib
 import re
 
@@ -14,6 +13,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from dlm_jax.arrays import Params
+from dlm_jax.convert import files
 from dlm_jax.errors import InputError
 from dlm_jax.models.gpt2 import GPT2, GPT2Config
 
@@ -64,7 +64,7 @@ def load(directory: str | pathlib.Path) -> tuple[GPT2, Params]:
 
 
 def _config(path: pathlib.Path) -> GPT2Config:
-  given = _json(path)
+  given = files.read_json(path)
   for key, value in _REQUIRED.items():
     if given.get(key, value) != value:
       raise InputError(f"{path}: {key}={given[key]!r} is not supported; it must be {value!r}.")
@@ -73,21 +73,6 @@ def _config(path: pathlib.Path) -> GPT2Config:
     return GPT2Config(**{key: value for key, value in given.items() if key in names})
   except TypeError as error:
     raise InputError(f"{path} is not a GPT-2 configuration: {error}.") from error
-
-
-def _json(path: pathlib.Path) -> dict:
-  try:
-    content = json.loads(path.read_text(encoding="utf-8"))
-  except OSError as error:
-    raise InputError(
-      f"{path} cannot be read ({error.strerror}); give a directory that holds config.json and "
-      "model.safetensors."
-    ) from error
-  except ValueError as error:
-    raise InputError(f"{path} is not valid JSON ({error}); fetch it again.") from error
-  if not isinstance(content, dict):
-    raise InputError(f"{path} holds a JSON {type(content).__name__}, not an object.")
-  return content
 
 
 def _take(tensors: "_Tensors", path, leaf: jax.ShapeDtypeStruct) -> jax.Array:
@@ -108,7 +93,7 @@ class _Tensors:
     self._directory = directory
     self._where = {}  # name -> (open file, name in it)
     self._read = set()
-    for path in _shards(directory):
+    for path in files.shards(directory):
       try:
         file = stack.enter_context(safe_open(path, framework="flax"))
       except FileNotFoundError as error:
@@ -141,16 +126,3 @@ class _Tensors:
       )
     self._read.add(name)
     return tensor
-
-
-def _shards(directory: pathlib.Path) -> list[pathlib.Path]:
-  single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
-  if single.exists() or not index.exists():
-    return [single]
-  files = _json(index).get("weight_map")
-  if not isinstance(files, dict) or not files:
-    raise InputError(f"{index} has no weight_map; fetch the checkpoint again.")
-  for file in files.values():
-    if not isinstance(file, str) or pathlib.PurePath(file).name != file:
-      raise InputError(f"{index} names {file!r}; shards must lie beside it.")
-  return [directory / file for file in sorted(set(files.values()))]

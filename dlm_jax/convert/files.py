@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Find the weights of a model directory and read them by name."""
+
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.flax import load_file
+
+from dlm_jax.convert import torch_file
+from dlm_jax.errors import InputError
+
+_TORCH = (".bin", ".ckpt", ".pt", ".pth")
+
+
+def find(path: pathlib.Path | str) -> list[pathlib.Path]:
+  """Return the files that hold the weights.
+
+  Args:
+    path: the file itself, or a directory. There, the first of these counts: model.safetensors, its
+      shards, pytorch_model.bin, the only *.ckpt.
+
+  Raises:
+    InputError: there is none, or there are several *.ckpt.
+  """
+  path = pathlib.Path(path)
+  if path.is_file():
+    return [path]
+  files = shards(path)
+  if files[0].name != "model.safetensors" or files[0].is_file():
+    return files
+  if (path / "pytorch_model.bin").is_file():
+    return [path / "pytorch_model.bin"]
+  checkpoints = sorted(path.glob("*.ckpt"))
+  if len(checkpoints) > 1:
+    names = ", ".join(file.name for file in checkpoints)
+    raise InputError(f"{path} holds several checkpoints ({names}); give the path of one.")
+  if not checkpoints:
+    raise InputError(f"{path} holds no model.safetensors, no pytorch_model.bin and no *.ckpt.")
+  return checkpoints
+
+
+def read(path: pathlib.Path | str) -> tuple[dict[str, Any], list[Any] | None]:
+  """Return the tensors by name and, if a Lightning checkpoint keeps one, their moving average.
+
+  Everything else in such a checkpoint (optimiser, callbacks, loops, hyper-parameters, averages of
+  other networks) is the state of its training and is not read.
+
+  Raises:
+    InputError: a file is missing, damaged, unsafe or of another kind, or two shards hold one name.
+  """
+  files = find(path)
+  if files[0].suffix in _TORCH:
+    return _read_torch(files[0])
+  if files[0].suffix != ".safetensors":
+    raise InputError(f"{files[0]}: weights are *.safetensors or {', '.join(_TORCH)}.")
+  tensors: dict[str, Any] = {}
+  for file in files:
+    try:
+      found = load_file(str(file))
+    except (OSError, SafetensorError) as error:
+      raise InputError(f"{file} cannot be read: {error}") from None
+    if twice := sorted(tensors.keys() & found.keys()):
+      raise InputError(f"{file}: tensor {twice[0]} is in another shard as well.")
+    tensors |= found
+  return tensors, None
+
+
+def _read_torch(file):
+  content = torch_file.read(file)
+  if not isinstance(content, Mapping):
+    raise InputError(f"{file} holds a {type(content).__name__}, not tensors by name.")
+  tensors = content.get("state_dict", content)
+  if not isinstance(tensors, Mapping) or not tensors:
+    raise InputError(f"{file} holds no tensors by name.")
+  for name, value in tensors.items():
+    if not isinstance(name, str) or not isinstance(value, torch_file.Tensor):
+      raise InputError(f"{file}: {name!r} is no tensor; expected tensors by name or a state_dict.")
+  average = content.get("ema") if tensors is not content else None
+  if average is None:
+    return dict(tensors), None
+  average = average.get("shadow_params") if isinstance(average, Mapping) else None
+  if not isinstance(average, list) or not all(isinstance(x, torch_file.Tensor) for x in average):
+    raise InputError(f"{file}: its ema has no list of tensors shadow_params.")
+  return dict(tensors), average
+
+
+def shards(directory: pathlib.Path) -> list[pathlib.Path]:
+  """Return model.safetensors, or the files that its index names; the former may be missing."""
+  single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+  if single.exists() or not index.exists():
+    return [single]
+  names = read_json(index).get("weight_map")
+  if not isinstance(names, dict) or not names:
+    raise InputError(f"{index} has no weight_map; fetch the checkpoint again.")
+  for name in names.values():
+    if not isinstance(name, str) or pathlib.PurePath(name).name != name:
+      raise InputError(f"{index} names {name!r}; shards must lie beside it.")
+  return [directory / name for name in sorted(set(names.values()))]
+
+
+def read_json(path: pathlib.Path) -> dict:
+  """Return a JSON object of a model directory.
+
+  Raises:
+    InputError: it is missing, unreadable or something else.
+  """
+  try:
+    content = json.loads(path.read_text(encoding="utf-8"))
+  except OSError as error:
+    raise InputError(
+      f"{path} cannot be read ({error.strerror}); give a directory that holds config.json and "
+      "model.safetensors."
+    ) from error
+  except ValueError as error:
+    raise InputError(f"{path} is not valid JSON ({error}); fetch it again.") from error
+  if not isinstance(content, dict):
+    raise InputError(f"{path} holds a JSON {type(content).__name__}, not an object.")
+  return content
