@@ -1,14 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """`dlm_jax.load`: strings in three lines."""
 
+import json
+import pathlib
 import shutil
+import string
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_runs
 from tiny_runs import quick  # noqa: F401
 
 import dlm_jax
+from dlm_jax import convert, process
+from dlm_jax.cli.main import main
+from dlm_jax.data.tokenizers import MASK_SYMBOL
 from dlm_jax.errors import InputError
 
 
@@ -82,3 +89,89 @@ def test_bad_paths(tmp_path):
   (tmp_path / "model" / "tokenizer.json").unlink()
   with pytest.raises(InputError, match="tokenizer"):
     dlm_jax.load(str(tmp_path / "model"))
+
+
+# --- public checkpoints with GPT-2's files --------------------------------------------------------
+
+PUBLIC = pathlib.Path(__file__).parent / "golden" / "checkpoints"
+_NAMES = {"hugging_face": ("vocab.json", "merges.txt"), "openai": ("encoder.json", "vocab.bpe")}
+
+
+def _write_bpe(directory, size, names="hugging_face"):
+  """Write the two files of a byte-level BPE with few of the bytes; the separator comes last."""
+  directory.mkdir(exist_ok=True)
+  tokens = [*string.ascii_letters[: size - 2], "ab", "<|endoftext|>"]
+  vocab, merges = _NAMES[names]
+  (directory / vocab).write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+  (directory / merges).write_text("#version: 0.2\na b\n")
+  return directory
+
+
+@pytest.mark.parametrize(
+  "family, names",
+  [("mdlm", "hugging_face"), ("mdlm", "openai"), ("duo", "openai"), ("didi_instruct", "openai")],
+)
+def test_public_checkpoints_with_a_tokenizer_given_by_path(tmp_path, family, names):
+  words = _write_bpe(tmp_path / "words", 47, names)
+  public = dlm_jax.load(PUBLIC / family, words)
+  assert public.tokenizer.vocab_size == 47 and public.length == 24
+  texts = public(steps=2, num=2, length=8)
+  assert texts == dlm_jax.load(str(PUBLIC / family), tokenizer=str(words))(steps=2, num=2, length=8)
+  assert len(texts) == 2 and all(texts)
+
+
+def _keep_the_start(denoiser, proc, rng_B, x_BL, frozen_BL, *, steps):
+  """Return what a sampler gets instead of sampling: the state, −1 where nothing is given."""
+  return jnp.where(frozen_BL, x_BL, -1)[None]
+
+
+@pytest.mark.parametrize("family", ["mdlm", "duo"])
+def test_a_prompt_is_given_whatever_the_process(tmp_path, family):
+  public = dlm_jax.load(PUBLIC / family, _write_bpe(tmp_path / "words", 47))
+  tokens = np.asarray(public.tokens(num=2, length=8, prompt="abc", sampler=_keep_the_start))
+  given = [46, *public.tokenizer.encode("abc")]
+  assert given == [46, 45, 2]
+  np.testing.assert_array_equal(tokens, [given + [-1] * 5] * 2)
+
+
+def test_uniform_samples_keep_their_prompt(tmp_path):
+  public = dlm_jax.load(PUBLIC / "duo", _write_bpe(tmp_path / "words", 47))
+  for removal in ("greedy", "ancestral"):
+    tokens = np.asarray(
+      public.tokens(steps=2, num=3, length=8, prompt="abc", noise_removal=removal)
+    )
+    np.testing.assert_array_equal(tokens[:, :3], [[46, 45, 2]] * 3)
+    assert ((tokens >= 0) & (tokens < 48)).all()
+
+
+def test_padding_that_is_drawn_can_be_read(tmp_path):
+  public = dlm_jax.load(PUBLIC / "duo", _write_bpe(tmp_path / "words", 47))
+  assert public.tokenizer.decode([0, 47, 45]) == f"a{MASK_SYMBOL}ab"
+
+
+def test_vocabularies_must_fit(tmp_path):
+  for family, sizes in {"mdlm": (47,), "duo": (47, 48), "didi_instruct": (47,)}.items():
+    for size in (46, 47, 48, 49):
+      words = _write_bpe(tmp_path / f"words{size}", size)
+      if size in sizes:
+        assert dlm_jax.load(PUBLIC / family, words).tokenizer.vocab_size == size
+      else:
+        with pytest.raises(InputError, match=f"the tokenizer has {size} tokens and the network 4"):
+          dlm_jax.load(PUBLIC / family, words)
+
+
+def test_sample_and_convert_a_public_directory(capsys, tmp_path):
+  words, out = _write_bpe(tmp_path / "words", 47, "openai"), tmp_path / "out"
+  arguments = [f"--checkpoint={PUBLIC / 'mdlm'}", f"--tokenizer={words}"]
+  assert main(["sample", *arguments, "--steps=2", "--length=8", "--json"]) == 0
+  text = json.loads(capsys.readouterr().out)
+  assert main(["convert", *arguments, f"--out={out}"]) == 0
+  capsys.readouterr()
+  assert main(["sample", f"--checkpoint={out}", "--steps=2", "--length=8", "--json"]) == 0
+  assert json.loads(capsys.readouterr().out) == text
+  assert main(["convert", f"--checkpoint={PUBLIC / 'duo'}", f"--tokenizer={words}",
+               f"--out={tmp_path / 'duo'}"]) == 0  # fmt: skip
+  assert convert.load(tmp_path / "duo")[2] == process.Uniform(vocab_size=48)
+  _write_bpe(words, 45, "openai")
+  assert main(["convert", *arguments, f"--out={tmp_path / 'no'}"]) == 2
+  assert not (tmp_path / "no").exists() and "45 tokens" in capsys.readouterr().err
