@@ -94,9 +94,13 @@ class Uniform:
     # q = (1 − α)/V · (1 + c p₀)
     kl_L = (1 - alpha) / self.vocab_size * jnp.sum((1 + c * p0_LV) * log_ratio_LV, axis=-1)
     at_z = lambda x_LV: jnp.sum(self._one_hot(xt_L, x_LV.dtype) * x_LV, axis=-1)  # noqa: E731
-    log_r_L = at_z(log_ratio_LV)
-    rate_L = -dalpha / (alpha * (1 - alpha) * (1 + c * at_z(p0_LV)))
-    return rate_L * (kl_L + jnp.expm1(log_r_L) - log_r_L)
+    p_L, f_L = at_z(p0_LV), at_z(jnp.exp(log_x0_LV))
+    # r − 1 without the logarithms: exp would multiply their rounding by r
+    excess_L = c * (p_L - f_L) / (1 + c * f_L)
+    near = jnp.abs(excess_L) < 0.5
+    log_r_L = jnp.where(near, jnp.log1p(jnp.where(near, excess_L, 0.0)), at_z(log_ratio_LV))
+    rate_L = -dalpha / (alpha * (1 - alpha) * (1 + c * p_L))
+    return rate_L * (kl_L + excess_L - log_r_L)
 
   def posterior(
     self, log_x0_LV: Float[Array, "L V"], xt_L: Int[Array, "L"], s: Scalar, t: Scalar

@@ -12,7 +12,9 @@ import scipy.stats
 from dlm_jax import process, schedules
 
 V, L = 6, 4
-METHODS = ("prior", "corrupt", "log_x0", "nll", "nll_soft", "posterior")
+METHODS = (
+  "prior", "corrupt", "corrupt_probs", "log_x0", "log_estimate", "nll", "nll_soft", "posterior",
+)  # fmt: skip
 
 
 def _processes():
@@ -37,9 +39,8 @@ def _logits(seed=0):
   return jnp.asarray(np.random.default_rng(seed).normal(size=(L, V)) * 3, jnp.float32)
 
 
-def test_the_listing_finds_the_absorbing_process():
-  assert "Absorbing" in process.__all__
-  assert list(_processes())
+def test_the_listing_finds_every_process():
+  assert {param.id for param in _processes()} >= {"Absorbing", "AbsorbingScore", "Uniform"}
 
 
 @every_process
@@ -141,6 +142,18 @@ def test_soft_loss_of_certain_data_is_the_loss(proc, t):
   log_x0 = proc.log_x0(_logits(), xt)
   soft = proc.nll_soft(log_x0, xt, jax.nn.one_hot(CLEAN, V), t)
   np.testing.assert_allclose(soft, proc.nll(log_x0, xt, CLEAN, t), rtol=1e-4, atol=1e-5)
+
+
+@every_process
+def test_corrupting_certain_data_is_corrupting_tokens(proc):
+  keys = jax.random.split(jax.random.key(6), 20_000)
+  p0 = jax.nn.one_hot(CLEAN, V)
+  soft = jax.jit(jax.vmap(lambda key: proc.corrupt_probs(key, p0, 0.6)))(keys)
+  hard = jax.jit(jax.vmap(lambda key: proc.corrupt(key, CLEAN, 0.6)))(keys)
+  for position in range(L):
+    counts = np.stack([np.bincount(x[:, position], minlength=V) for x in (soft, hard)])
+    counts = counts[:, counts.sum(axis=0) > 0]
+    assert scipy.stats.chi2_contingency(counts).pvalue > 1e-4
 
 
 @every_process
