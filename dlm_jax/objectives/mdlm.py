@@ -29,7 +29,7 @@ def loss(
   valid_BL = batch.get("valid", jnp.ones(x0_BL.shape, bool))
   xt_BL = jnp.where(valid_BL, xt_BL, x0_BL)
   logits_BLV = model.apply({"params": params}, xt_BL, process.schedule.sigma(t_B), rng_dropout_B)
-  log_x0_BLV = jax.vmap(process.log_x0)(logits_BLV, xt_BL)
+  log_x0_BLV = jax.vmap(process.log_estimate)(logits_BLV, xt_BL)
   nll_BL = jax.vmap(process.nll)(log_x0_BLV, xt_BL, x0_BL, t_B)
   per_sequence_B = nll_BL.sum(1) / jnp.maximum(valid_BL.sum(1), 1)
   return per_sequence_B.mean(), ({"masked": jnp.mean(xt_BL == process.mask_id)}, None)

@@ -19,7 +19,8 @@ from dlm_jax import objectives
 from dlm_jax.objectives import draw_batch, output_params
 from dlm_jax.train import loop
 
-NAMES = sorted(m.name for m in pkgutil.iter_modules(objectives.__path__) if m.name != "state")
+FILES = (m.name for m in pkgutil.iter_modules(objectives.__path__))
+NAMES = sorted(name for name in FILES if name != "state" and not name.startswith("_"))
 SEED, SLOW = 5, pytest.mark.slow
 every_method = pytest.mark.parametrize("name", NAMES)
 
@@ -32,10 +33,10 @@ def _module(name):
 def _method(name, tx=None, **options):
   """Return (objective, network, parameters of a teacher)."""
   module = _module(name)
-  model, params = tiny.network(tiny.network_class(module.make))
+  model, params, forward = tiny.setting(module.make)
   tx = tx or _optimizer()
   objective = module.make(
-    model=model, process=tiny.PROCESS, optimizers=dict.fromkeys(module.TRAINED, tx), **options
+    model=model, process=forward, optimizers=dict.fromkeys(module.TRAINED, tx), **options
   )
   return objective, model, params
 
@@ -103,7 +104,7 @@ def _same(left, right):
 
 
 def test_the_listing_finds_the_methods():
-  assert {"ar", "idlm", "mdlm"} <= set(NAMES)
+  assert {"ar", "dcd", "duo", "idlm", "mdlm", "sdtt", "sedd"} <= set(NAMES)
 
 
 @every_method
@@ -225,6 +226,6 @@ def test_start_without_a_teacher(name):
   try:
     state = jax.eval_shape(lambda rng: objective.init(rng, None), jax.random.key(0))
   except ValueError as error:
-    assert "teacher" in str(error) and len(_module(name).TRAINED) > 1
+    assert "teacher" in str(error) and len(_start(name).trees) > 1
   else:
     assert jax.tree.structure(state.trees[objective.output]) == jax.tree.structure(params)

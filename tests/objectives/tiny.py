@@ -15,6 +15,8 @@ from dlm_jax.objectives import draw_batch
 V, L, B, MASK = 10, 4, 16, 6
 _SIZES = {"vocab_size": V, "dim": 8, "layers": 2, "heads": 2, "length": L, "dtype": "float32"}
 PROCESS = process.Absorbing(vocab_size=V, mask_id=MASK)
+SCORE = process.AbsorbingScore(vocab_size=V, mask_id=MASK)
+UNIFORM = process.Uniform(vocab_size=V)
 
 
 @functools.cache
@@ -60,3 +62,16 @@ def batch(seed=0, size=B, **options):
 def network_class(make):
   """Return the class that a method's `make` asks for."""
   return typing.get_type_hints(make)["model"]
+
+
+def process_for(make):
+  """Return a process of the class that a method's `make` asks for; absorbing for several."""
+  wanted = typing.get_type_hints(make).get("process")
+  return {process.AbsorbingScore: SCORE, process.Uniform: UNIFORM}.get(wanted, PROCESS)
+
+
+def setting(make):
+  """Return (network, parameters, process) that suit a method's `make`."""
+  forward = process_for(make)
+  changes = {"time_conditioning": True} if forward is UNIFORM else {}
+  return *network(network_class(make), **changes), forward

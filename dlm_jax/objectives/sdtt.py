@@ -1,0 +1,272 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Self-distillation through time (SDTT): one step learns what several of the teacher's say.
+
+The teacher takes a few ancestral steps of size δ from a masked state. The target of a position is
+what the teacher predicted there when it revealed it, or at its last step if it is still masked.
+The student predicts all of this at once. δ doubles every round, when the student's raw parameters
+also become the teacher.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int, Key
+
+from dlm_jax import draw
+from dlm_jax.arrays import Metrics, Params
+from dlm_jax.models import DiT
+from dlm_jax.objectives import _rounds
+from dlm_jax.objectives._chunks import positions_per_chunk
+from dlm_jax.objectives.state import (
+  Batch,
+  Objective,
+  make_state,
+  map_positions,
+  split_each,
+  update,
+)
+from dlm_jax.process import Absorbing
+
+TRAINED = ("student",)  # trees with an optimiser
+_BATCH_EPS = 1e-3  # smallest time of `draw_batch`
+
+
+class Rollout(NamedTuple):
+  """What the teacher's steps leave for the loss.
+
+  Attributes:
+    hidden: trunk output at every step.
+    times: the time of every step.
+    chosen: index of the step whose prediction is a position's target.
+  """
+
+  hidden: tuple[Float[Array, "B L D"], ...]
+  times: Float[Array, "S B"]
+  chosen: Int[Array, "B L"]
+
+
+def teacher_times(
+  t_B: Float[Array, "B"], delta: Float[Array, ""] | float, *, num: int, published: bool = False
+) -> Float[Array, "S B"]:
+  """Return the times of the teacher's steps: t, t − δ, …
+
+  The released code means to interpolate from t to t − num·δ but computes
+  t·w + (1 − t)·(t − num·δ), w from 1 to 0: its first time may exceed t. `published` does the same.
+  """
+  if not published:
+    return t_B[None] - jnp.arange(num)[:, None] * delta
+  w_S1 = jnp.linspace(1.0, 0.0, num)[:, None]
+  return t_B[None] * w_S1 + ((1 - t_B) * (t_B - num * delta))[None]
+
+
+def chosen_steps(states: tuple[Int[Array, "B L"], ...], mask_id: int) -> Int[Array, "B L"]:
+  """Return the step whose prediction is the target: the one that revealed, or the last one.
+
+  Args:
+    states: after every step of the teacher. What is revealed stays.
+    mask_id: the mask.
+  """
+  masked_BL = sum((state == mask_id).astype(jnp.int32) for state in states)
+  return jnp.minimum(masked_BL, len(states) - 1)
+
+
+def rollout(
+  teacher: Params, xt_BL: Int[Array, "B L"], times_SB: Float[Array, "S B"],
+  delta: Float[Array, ""] | float, rng_B: Key[Array, "B"], *, model: DiT, process: Absorbing,
+  eps: float = 1e-5, chunk: int | None = None,
+) -> Rollout:  # fmt: skip
+  """Take ancestral steps of size δ with the teacher, without dropout.
+
+  A step draws in two stages, whether to reveal and then which token, exactly. Times are kept at
+  `eps` or above, where a step reveals nothing more.
+  """
+  num, length = times_SB.shape[0], xt_BL.shape[1]
+  rngs = split_each(rng_B, 2 * num)
+  times_SB = jnp.maximum(times_SB, eps)
+  x_BL, hidden, states = xt_BL, [], []
+  for i, t_B in enumerate(times_SB):
+    reveal_B = jax.vmap(process.reveal_probability)(jnp.maximum(t_B - delta, eps), t_B)
+    u_BL = jax.vmap(lambda rng: jax.random.uniform(rng, (length,)))(rngs[2 * i])
+    u_BL2 = jax.vmap(lambda rng: draw.uniforms(rng, (length,)))(rngs[2 * i + 1])
+    sigma_B = process.schedule.sigma(t_B)
+    hidden.append(model.apply({"params": teacher}, x_BL, sigma_B, method="trunk"))
+
+    def tokens(hidden_BKD, x_BK, u_BK2, sigma_B=sigma_B):
+      logits = model.apply({"params": teacher}, hidden_BKD, sigma_B, method="head")
+      return draw.categorical(jnp.exp(jax.vmap(process.log_x0)(logits, x_BK)), u_BK2)
+
+    token_BL = map_positions(tokens, (hidden[-1], x_BL, u_BL2), chunk)
+    revealed_BL = (x_BL == process.mask_id) & (u_BL < reveal_B[:, None])
+    x_BL = jnp.where(revealed_BL, token_BL, x_BL)
+    states.append(x_BL)
+  return Rollout(tuple(hidden), times_SB, chosen_steps(tuple(states), process.mask_id))
+
+
+def target(
+  teacher: Params, hidden: tuple[Float[Array, "B K D"], ...], times_SB: Float[Array, "S B"],
+  chosen_BK: Int[Array, "B K"], xt_BK: Int[Array, "B K"], *, model: DiT, process: Absorbing,
+) -> Float[Array, "B K V"]:  # fmt: skip
+  """Return the teacher's log-probabilities at the chosen steps; one-hot where xₜ is revealed."""
+  logits_BKV = jnp.zeros((*xt_BK.shape, process.vocab_size))
+  for i, (hidden_BKD, t_B) in enumerate(zip(hidden, times_SB, strict=True)):
+    sigma_B = process.schedule.sigma(t_B)
+    step_BKV = model.apply({"params": teacher}, hidden_BKD, sigma_B, method="head")
+    logits_BKV = jnp.where((chosen_BK == i)[..., None], step_BKV, logits_BKV)
+  return jax.vmap(process.log_x0)(logits_BKV, xt_BK)
+
+
+def position_loss(
+  params: Params, batch: Batch, steps: Rollout, *, teacher: Params, model: DiT,
+  process: Absorbing, divergence: str = "kl-bwd", dropout_B: Key[Array, "B"] | None = None,
+  chunk: int | None = None,
+) -> Float[Array, "B L"]:  # fmt: skip
+  """Return the student's divergence from the target per position, 0 where xₜ is revealed.
+
+  Args:
+    params: the student's.
+    batch: with "xt" and "t".
+    steps: of the teacher, from xₜ.
+    teacher: its parameters.
+    model: the network of both.
+    process: the forward process.
+    divergence: "kl-bwd", "kl-fwd", "mse" or "tvd", see `_rounds.divergence`.
+    dropout_B: keys of dropout in the student.
+    chunk: see `make`.
+  """
+  xt_BL, sigma_B = batch["xt"], process.schedule.sigma(batch["t"])
+  student_BLD = model.apply({"params": params}, xt_BL, sigma_B, dropout_B, method="trunk")
+
+  def compare(student_BKD, xt_BK, chosen_BK, *hidden):
+    logits = model.apply({"params": params}, student_BKD, sigma_B, method="head")
+    log_student = jax.vmap(process.log_x0)(logits, xt_BK)
+    log_teacher = target(
+      teacher, hidden, steps.times, chosen_BK, xt_BK, model=model, process=process
+    )
+    each_BK = _rounds.divergence(log_student, jax.lax.stop_gradient(log_teacher), divergence)
+    return jnp.where(xt_BK == process.mask_id, each_BK, 0.0)
+
+  return map_positions(compare, (student_BLD, xt_BL, steps.chosen, *steps.hidden), chunk)
+
+
+def corrupt(batch: Batch, *, process: Absorbing, eps: float = 1e-5) -> Batch:
+  """Add "xt" and "weight" to a global batch, and stretch its times from [1e-3, 1] to [ε, 1].
+
+  The weight makes a mean over sequences one over all masked positions of the global batch, however
+  it is cut into micro-batches. Strata of the times are one per sequence; the published code shifts
+  one shared uniform.
+  """
+  rng_B, rng_noise_B = split_each(batch["rng"], 2)
+  t_B = eps + (1 - eps) * (batch["t"] - _BATCH_EPS) / (1 - _BATCH_EPS)
+  t_B = jnp.clip(t_B, eps, 1.0)
+  xt_BL = jax.vmap(process.corrupt)(rng_noise_B, batch["tokens"], t_B)
+  if "valid" in batch:
+    xt_BL = jnp.where(batch["valid"], xt_BL, batch["tokens"])
+  masked = jnp.maximum(jnp.sum(xt_BL == process.mask_id), 1)
+  weight_B = jnp.full(t_B.shape, t_B.shape[0] / masked)
+  return {**batch, "rng": rng_B, "t": t_B, "xt": xt_BL, "weight": weight_B}
+
+
+def loss(
+  params: Params, batch: Batch, *, model: DiT, process: Absorbing, teacher: Params,
+  delta: Float[Array, ""] | float, num_distill_steps: int = 2, divergence: str = "kl-bwd",
+  published_times: bool = False, eps: float = 1e-5, chunk: int | None = None,
+) -> tuple[Float[Array, ""], tuple[Metrics, None]]:  # fmt: skip
+  """Return the mean of `position_loss` over masked positions of a `corrupt`ed batch.
+
+  Dropout in the student only.
+  """
+  rng_B, rng_dropout_B = split_each(batch["rng"], 2)
+  times_SB = teacher_times(batch["t"], delta, num=num_distill_steps, published=published_times)
+  shared = {"model": model, "process": process, "chunk": chunk}
+  steps = rollout(teacher, batch["xt"], times_SB, delta, rng_B, eps=eps, **shared)
+  loss_BL = position_loss(
+    params, batch, steps, teacher=teacher, divergence=divergence, dropout_B=rng_dropout_B, **shared
+  )
+  value = jnp.mean(batch["weight"] * loss_BL.sum(1))
+  return value, ({"masked": jnp.mean(batch["xt"] == process.mask_id)}, None)
+
+
+def make(
+  *,
+  model: DiT,
+  process: Absorbing,
+  optimizers: dict[str, optax.GradientTransformation],
+  update_teacher_every: int = 10_000,
+  num_steps_original: int = 1024,
+  min_num_steps: int = 8,
+  num_distill_steps: int = 2,
+  divergence: str = "kl-bwd",
+  published_times: bool = False,
+  eps: float = 1e-5,
+  accumulate: int = 1,
+  ema_decay: float | None = 0.9999,
+  chunk: int | None = None,
+) -> Objective:
+  """Build distillation of a masked-diffusion teacher in rounds.
+
+  Args:
+    model: network of teacher and student.
+    process: the teacher's forward process.
+    optimizers: "student".
+    update_teacher_every: steps per round. At a round's first step the student's raw parameters
+      become the teacher; the run's length sets the number of rounds (published: 7).
+    num_steps_original: the teacher's steps in round 0: δ = (1 − ε)/num_steps_original · 2ᵏ in
+      round k.
+    min_num_steps: δ grows no further than (1 − ε)/min_num_steps. The published code stops there.
+    num_distill_steps: steps of the teacher that one of the student replaces.
+    divergence: "kl-bwd", "kl-fwd", "mse" or "tvd".
+    published_times: times of the teacher as in the released code, see `teacher_times`.
+    eps: smallest time.
+    accumulate: micro-batches per update.
+    ema_decay: of the student; None keeps no average.
+    chunk: positions whose [B, chunk, V] arrays are alive at a time, recomputed in the backward
+      pass; must divide L. None takes the most that stay below 2²² entries per sequence.
+
+  Returns:
+    An objective with trees "teacher" and "student".
+
+  Raises:
+    ValueError: an option does not fit.
+
+  Reference: SDTT, arXiv 2410.21035, algorithm 1.
+  """
+  if not isinstance(model, DiT):
+    raise ValueError("model.name must be dit: a denoiser is distilled.")
+  _rounds.check_divergence(divergence, _rounds.DIVERGENCES)
+  _rounds.check_round(update_teacher_every)
+  if num_distill_steps < 1:
+    raise ValueError(f"objective.num_distill_steps={num_distill_steps} must be at least 1.")
+  if not 1 <= min_num_steps <= num_steps_original:
+    raise ValueError(
+      f"objective.min_num_steps={min_num_steps} must lie between 1 and"
+      f" objective.num_steps_original={num_steps_original}."
+    )
+  chunk = positions_per_chunk(chunk, model.config.length, process.vocab_size)
+  shared = {
+    "model": model, "process": process, "num_distill_steps": num_distill_steps, "eps": eps,
+    "divergence": divergence, "published_times": published_times, "chunk": chunk,
+  }  # fmt: skip
+
+  def init(rng, teacher_params=None):
+    if teacher_params is None:
+      raise ValueError("SDTT starts from a teacher; give teacher_params (config: teacher.path).")
+    del rng
+    trees = dict.fromkeys(("teacher", "student"), teacher_params)
+    return make_state(trees, optimizers, ("student",) if ema_decay else ())
+
+  def step(state, batch):
+    most = num_steps_original / min_num_steps
+    growth = _rounds.doubled(state.step, update_teacher_every, most)
+    delta = (1 - eps) / num_steps_original * growth
+    state = _rounds.refresh_teacher(state, update_teacher_every)
+    student_loss = functools.partial(loss, teacher=state.trees["teacher"], delta=delta, **shared)
+    state, metrics, _ = update(
+      state, "student", student_loss, corrupt(batch, process=process, eps=eps),
+      optimizers["student"], accumulate=accumulate, decay=ema_decay,
+    )  # fmt: skip
+    return state.replace(step=state.step + 1), metrics
+
+  return Objective(init, step, output="student")

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recorded quantities as our arguments: noise, schedules, networks."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dlm_jax import process
+from dlm_jax.convert import hf_dit
+from dlm_jax.models import DiT, DiTConfig
+from dlm_jax.schedules import Derived
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Schedule(Derived):
+  """α(t) and α'(t) at the recorded times: the reference reads a table and differences it."""
+
+  times: np.ndarray
+  alphas: np.ndarray
+  dalphas: np.ndarray
+
+  def _at(self, values, t):
+    nearest = lambda t: jnp.argmin(jnp.abs(jnp.asarray(self.times, jnp.float32) - t))  # noqa: E731
+    return jnp.vectorize(lambda t: jnp.asarray(values, jnp.float32).ravel()[nearest(t)])(t)
+
+  def alpha(self, t):
+    return self._at(self.alphas, t)
+
+  def dalpha(self, t):
+    return self._at(self.dalphas, t)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Noise(process.GaussianDuality):
+  """Noise read from an array: a key's data names the sequence, see `keys`."""
+
+  recorded: np.ndarray
+
+  def noise(self, rng, positions_L):
+    return jnp.asarray(self.recorded)[jax.random.key_data(rng)[1]][positions_L]
+
+
+def keys(batch):
+  """Return one key per sequence whose data is its row."""
+  data = np.stack([np.zeros(batch), np.arange(batch)], 1).astype(np.uint32)
+  return jax.random.wrap_key_data(jnp.asarray(data))
+
+
+def network(config, *, time_conditioning):
+  """Return the float32 network of a file's settings."""
+  return DiT(
+    DiTConfig(
+      vocab_size=config["V"], dim=config["H"], cond_dim=config["cond"], layers=config["nb"],
+      heads=config["nh"], length=config["L"], dtype="float32", time_conditioning=time_conditioning,
+    )
+  )  # fmt: skip
+
+
+def params(model, vectors, prefix):
+  """Return the parameters that are stored below a prefix."""
+  names = (name for name in vectors if name.startswith(prefix + "/"))
+  return hf_dit.from_tensors(model, {k.removeprefix(prefix + "/"): vectors[k] for k in names})
+
+
+def close(left, right, tolerance=1e-5):
+  """Compare relative to the largest recorded entry."""
+  right = np.asarray(right, np.float64)
+  atol = tolerance * max(np.abs(right).max(), 1e-12)
+  np.testing.assert_allclose(np.asarray(left, np.float64), right, rtol=0, atol=atol)
