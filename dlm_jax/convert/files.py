@@ -38,7 +38,10 @@ def find(path: pathlib.Path | str) -> list[pathlib.Path]:
     names = ", ".join(file.name for file in checkpoints)
     raise InputError(f"{path} holds several checkpoints ({names}); give the path of one.")
   if not checkpoints:
-    raise InputError(f"{path} holds no model.safetensors, no pytorch_model.bin and no *.ckpt.")
+    raise InputError(
+      f"{path / 'model.safetensors'} cannot be read: there is none, and no shards, "
+      "pytorch_model.bin or *.ckpt instead."
+    )
   return checkpoints
 
 
