@@ -59,7 +59,7 @@ def run(
     nucleus: p of nucleus truncation of that prediction.
     first_hitting: reveal one position at a time, at its exact continuous time.
   """
-  _check(noise_removal, temperature, nucleus)
+  check_options(noise_removal, temperature, nucleus)
   length = x_BL.shape[1]
   draws_BL3 = jax.vmap(lambda rng: jax.random.uniform(rng, (length, 3)))(rng_B)
   u_BL = jnp.where(frozen_BL, 2.0, draws_BL3[..., 0])  # frozen: never revealed
@@ -68,8 +68,7 @@ def run(
     capacity = 1
   else:
     reveal_BL, t_KB = _grid_times(process, u_BL, grids.make(grid, steps))
-    mean = length / steps
-    capacity = min(length, 8 * math.ceil((mean + 4 * math.sqrt(mean)) / 8))
+    capacity = capacity_for(length / steps, length)
 
   def reveal(x_BL, k, t_B, greedy):
     due_BL = reveal_BL == k
@@ -87,7 +86,7 @@ def run(
 
     def fill(x_BL):
       hidden_BLD = denoiser.trunk(x_BL, sigma_B)
-      return _fill(x_BL, hidden_BLD, due_BL, predict, capacity)
+      return fill_due(x_BL, hidden_BLD, due_BL, predict, capacity)
 
     return jax.lax.cond(due_BL.any(), fill, lambda x_BL: x_BL, x_BL)
 
@@ -104,7 +103,8 @@ def run(
   return jnp.concatenate([trace_KBL, x_BL[None]])
 
 
-def _check(noise_removal, temperature, nucleus):
+def check_options(noise_removal: str, temperature: float, nucleus: float):
+  """Raise InputError for options that no sampler can use."""
   if noise_removal not in NOISE_REMOVALS:
     raise InputError(
       f"noise_removal={noise_removal!r} is unknown; use one of {', '.join(NOISE_REMOVALS)}."
@@ -139,7 +139,12 @@ def _hitting_times(process, u_BL):
   return reveal_BL, jnp.concatenate([t_BL.T, jnp.full((1, batch), grids.END)])
 
 
-def _fill(x_BL, hidden_BLD, due_BL, predict, capacity):
+def capacity_for(mean: float, length: int) -> int:
+  """Return how many positions per row to gather: four deviations above the mean, in eights."""
+  return min(length, 8 * math.ceil((mean + 4 * math.sqrt(mean)) / 8))
+
+
+def fill_due(x_BL, hidden_BLD, due_BL, predict, capacity: int) -> Int[Array, "B L"]:
   """Set the due positions, `capacity` per row at a time; almost always one turn."""
   length = x_BL.shape[1]
 

@@ -9,16 +9,16 @@ from jaxtyping import Array, Bool, Int
 
 from dlm_jax.arrays import RngKey
 from dlm_jax.errors import InputError
-from dlm_jax.process import Absorbing
-from dlm_jax.sample import _ancestral, _legacy
+from dlm_jax.process import Absorbing, Uniform
+from dlm_jax.sample import _analytic, _ancestral, _legacy, _psi, _uniform
 
-SAMPLERS = ("ancestral", "first_hitting")
+SAMPLERS = ("ancestral", "first_hitting", "psi", "analytic")
 PRECISIONS = ("exact", "legacy")
 
 
 def generate(
   denoiser,
-  proc: Absorbing,
+  proc: Absorbing | Uniform,
   rng: RngKey,
   *,
   batch: int,
@@ -38,31 +38,40 @@ def generate(
   change it (in float32; in bfloat16 other kernels may round a near tie the other way).
 
   Args:
-    denoiser: a `models.Denoiser`, or anything with `trunk` and `head`.
+    denoiser: a `models.Denoiser`, or any callable with `trunk` and `head`.
     proc: the forward process that the denoiser was trained on.
     rng: one typed key.
     batch: number of sequences.
     length: tokens per sequence.
-    steps: grid steps. At most steps + 1 evaluations happen: the last one removes leftover masks,
-      and no evaluation is spent on a step that reveals nothing.
-    sampler: "ancestral", "first_hitting" (one token per evaluation, exact for infinitely many
-      steps), or a function with the signature of `_ancestral.run`.
+    steps: grid steps. At most steps + 1 evaluations happen: the last one removes what noise the
+      grid leaves. Masks need no evaluation in a step that reveals nothing.
+    sampler: one of
+      "ancestral": the reverse process, step by step.
+      "first_hitting": absorbing only; one token per evaluation, exact for infinitely many steps.
+      "psi": ancestral steps that also noise tokens again and so correct them; options kappa, eta,
+        window, hold: see `_psi.run`.
+      "analytic": absorbing only; the sampler of score networks, whose ratios set the pace too.
+      Or a function with the signature of `_ancestral.run`.
     prompt: int32 [P], [L] or [B, L]: given tokens; a prefix if shorter than `length`. Where it
       holds the mask id, text is generated.
-    frozen: bool, shape of prompt: given positions. Default: wherever the prompt is not the mask.
+    frozen: bool, shape of prompt: given positions. Default: wherever the prompt is not the mask;
+      all of it under a uniform process, which has no mask.
     return_trace: also return the state after every step.
-    precision: "exact", or "legacy" for the public float32 race (`_legacy`).
-    **sampler_options: grid, noise_removal, temperature, nucleus: see `_ancestral.run`.
+    precision: "exact", or "legacy" for the public float32 race (`_legacy`); absorbing only.
+    **sampler_options: of every sampler: grid ("uniform", "cosine"), noise_removal ("ancestral",
+      "greedy", "none"), temperature, nucleus, both acting on the prediction of the clean token:
+      see `_ancestral.run` and `_uniform.run`.
 
   Returns:
     int32 [batch, length]; with `return_trace` also the state after every step, int32
     [steps + 1, batch, length] (one less with noise_removal="none").
 
   Raises:
-    InputError: steps < 1, or a prompt longer than `length`.
+    InputError: steps < 1, a prompt longer than `length`, an option out of range, or a sampler
+      that the process does not have.
 
-  Reference: MDLM, arXiv 2406.07524, equation 7; first hitting:
-  arXiv 2409.02908.
+  Reference: absorbing: MDLM, arXiv 2406.07524, equation 7; first hitting: arXiv 2409.02908;
+  uniform: Duo, arXiv 2506.10892; psi: ReMDM, arXiv 2503.00307; analytic: SEDD, arXiv 2310.16834.
 
   Example:
     >>> import jax
@@ -82,7 +91,7 @@ def generate(
   rng_B = jax.vmap(lambda i: jax.random.fold_in(rng, i))(jnp.arange(batch))
   rng_prior_B, rng_B = _split_each(rng_B)
   x_BL, frozen_BL = _start(proc, rng_prior_B, length, prompt, frozen)
-  run = _choose(sampler, precision)
+  run = _choose(sampler, precision, proc)
   trace_KBL = run(denoiser, proc, rng_B, x_BL, frozen_BL, steps=steps, **sampler_options)
   return (trace_KBL[-1], trace_KBL) if return_trace else trace_KBL[-1]
 
@@ -92,18 +101,31 @@ def _split_each(rng_B):
   return keys[:, 0], keys[:, 1]
 
 
-def _choose(sampler, precision):
+def _choose(sampler, precision, proc):
   if callable(sampler):
     return sampler
   if sampler not in SAMPLERS:
     raise InputError(f"sampler={sampler!r} is unknown; use one of {', '.join(SAMPLERS)}.")
-  if precision == "legacy":
-    if sampler != "ancestral":
-      raise InputError(f"precision='legacy' exists for sampler='ancestral' only, not {sampler!r}.")
-    return _legacy.run
+  if precision == "legacy" and sampler != "ancestral":
+    raise InputError(f"precision='legacy' exists for sampler='ancestral' only, not {sampler!r}.")
+  if isinstance(proc, Uniform):
+    return _choose_uniform(sampler, precision)
+  if sampler == "ancestral":
+    return _legacy.run if precision == "legacy" else _ancestral.run
   if sampler == "first_hitting":
     return lambda *args, **options: _ancestral.run(*args, first_hitting=True, **options)
-  return _ancestral.run
+  return _psi.run if sampler == "psi" else _analytic.run
+
+
+def _choose_uniform(sampler, precision):
+  if precision == "legacy":
+    raise InputError("precision='legacy' exists for absorbing processes only; use 'exact'.")
+  if sampler not in ("ancestral", "psi"):
+    raise InputError(
+      f"sampler={sampler!r} needs an absorbing process, and this one is uniform; use 'ancestral' "
+      "or 'psi'."
+    )
+  return _psi.run if sampler == "psi" else _uniform.run
 
 
 def _start(proc, rng_B, length, prompt, frozen):
@@ -118,7 +140,9 @@ def _start(proc, rng_B, length, prompt, frozen):
   given = prompt.shape[-1]
   if given > length:
     raise InputError(f"the prompt has {given} tokens and length={length}; shorten it.")
-  frozen = prompt != proc.mask_id if frozen is None else jnp.asarray(frozen, bool)
+  if frozen is None:
+    frozen = jnp.ones_like(prompt, bool) if isinstance(proc, Uniform) else prompt != proc.mask_id
+  frozen = jnp.asarray(frozen, bool)
   if frozen.shape != prompt.shape or prompt.shape[:-1] not in ((), (batch,)):
     raise InputError(
       f"prompt {prompt.shape} and frozen {frozen.shape} must both be [P] or [batch={batch}, P]."

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A denoiser small enough to enumerate, and the exact law of its reverse chain."""
+"""A denoiser small enough to enumerate, and the exact law of its reverse chain.
+
+Under a uniform process the fourth token is one like the others.
+"""
 
 import dataclasses
 import itertools
@@ -9,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.stats
 
+from dlm_jax import process
 from dlm_jax.models import Denoiser
 
 VOCABULARY, MASK = 4, 3  # three tokens and the mask
@@ -104,6 +108,28 @@ def _apply(law, rows):
   return moved
 
 
+def initial_law(proc, length, start=None, frozen=None):
+  """Return the law of the state at t = 1: masks or uniform tokens, `start` where frozen."""
+  law = np.ones(1)
+  uniform = isinstance(proc, process.Uniform)
+  for position in range(length):
+    given = start is not None and (not uniform or frozen[position])
+    row = np.full(VOCABULARY, 1 / VOCABULARY) if uniform else np.eye(VOCABULARY)[MASK]
+    law = np.outer(law, np.eye(VOCABULARY)[start[position]] if given else row).ravel()
+  return law
+
+
+def posterior_rows(proc):
+  """Return the rows of an ancestral step: a function of (p(x₀ | xₜ), xₜ, s, t)."""
+  posterior = jax.vmap(proc.posterior, (0, 0, None, None))
+
+  def rows(probs, tokens, s, t):
+    log_x0 = jnp.asarray(np.log(np.maximum(probs, 1e-300)), jnp.float32)
+    return np.asarray(posterior(log_x0, jnp.asarray(tokens), s, t), np.float64)
+
+  return rows
+
+
 def chain_law(
   denoiser,
   proc,
@@ -114,32 +140,35 @@ def chain_law(
   nucleus=1.0,
   noise_removal="ancestral",
   start=None,
+  frozen=None,
+  rows=None,
+  grid=None,
 ):
   """Return the exact law over V^L states after K reverse steps and the noise removal.
 
-  The grid is linspace(1, 1e-5, K + 1); each step draws every position from `process.posterior`.
-  Noise removal is one more step to α = 1 (ancestral), the likeliest token (greedy) or none.
+  The grid is linspace(1, 1e-5, K + 1); each step draws every position from `rows`, by default the
+  rows of `process.posterior`. Noise removal is one more ancestral step to α = 1, the likeliest
+  token (greedy) or none. Frozen positions stay.
   """
-  law = np.zeros(VOCABULARY**length)
-  law[codes(np.full(length, MASK) if start is None else np.asarray(start))] = 1.0
-  grid = np.linspace(1.0, END, steps + 1)
-  tokens = jnp.asarray(states(length))
-  posterior = jax.vmap(proc.posterior, (0, 0, None, None))
+  law = initial_law(proc, length, start, frozen)
+  grid = np.linspace(1.0, END, steps + 1) if grid is None else grid
+  tokens, identity = states(length), np.eye(VOCABULARY)
+  frozen = np.zeros(length, bool) if frozen is None else np.asarray(frozen)
+  rows = rows or posterior_rows(proc)
 
   def predictions(t):
     sigma = float(proc.schedule.sigma(t))
     return _predictions(denoiser, proc, length, sigma, temperature, nucleus)
 
-  def step(t, s):
-    log_x0 = np.log(np.maximum(predictions(t), 1e-300))
-    return np.asarray(posterior(jnp.asarray(log_x0, jnp.float32), tokens, s, t), np.float64)
+  def move(law, rows):
+    return _apply(law, np.where(frozen[None, :, None], identity[tokens], rows))
 
   for t, s in itertools.pairwise(grid):
-    law = _apply(law, step(t, s))
+    law = move(law, rows(predictions(t), tokens, s, t))
   if noise_removal == "ancestral":
-    law = _apply(law, step(END, 0.0))
+    law = move(law, posterior_rows(proc)(predictions(END), tokens, 0.0, END))
   if noise_removal == "greedy":
-    law = _apply(law, np.eye(VOCABULARY)[predictions(END).argmax(axis=-1)])
+    law = move(law, identity[predictions(END).argmax(axis=-1)])
   return law / law.sum()
 
 
