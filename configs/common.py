@@ -44,7 +44,7 @@ def _network(c: ConfigDict) -> None:
   c.model.unroll = 1  # layers per turn of the layer loop
 
   c.process = ConfigDict()
-  c.process.name = "absorbing"
+  c.process.name = "absorbing"  # absorbing, absorbing_score (SEDD) or uniform
   c.process.schedule = "log_linear"  # log_linear, cosine or polynomial
   c.process.power = 2.0  # of the polynomial schedule
   c.process.eps = 1e-3  # share of tokens that survive to t = 1
@@ -81,6 +81,7 @@ def _training(c: ConfigDict) -> None:
   c.evaluate.every = 0  # steps between evaluations during training; 0: none
   c.evaluate.judge = ""  # workdir or model directory of an autoregressive judge
   c.evaluate.nfes = (8,)  # network evaluations per sample
+  c.evaluate.noise_removal = "ancestral"  # last evaluation: ancestral, greedy or none
   c.evaluate.samples = 64
   c.evaluate.batch_size = 64
   c.evaluate.max_entropy_drop = 0.25  # nats below the teacher that the best student may be
@@ -90,6 +91,30 @@ def _training(c: ConfigDict) -> None:
   c.mesh.data = -1
   c.mesh.fsdp = 1
   c.mesh.tensor = 1
+
+
+def uniform(c: ConfigDict) -> ConfigDict:
+  """Turn a config to the uniform process: no mask, a network that is told the time."""
+  c.process.name = "uniform"
+  c.model.time_conditioning = True
+  return c
+
+
+def duo(c: ConfigDict) -> ConfigDict:
+  """Turn a config into training of a uniform-state teacher as the released scripts do.
+
+  Reference: Duo, arXiv 2506.10892, section 4.
+  """
+  c = uniform(c)
+  c.objective.name = "duo"
+  c.objective.curriculum_start = 0  # step from which the temperature falls
+  c.objective.curriculum_end = 500_000  # first step on hard tokens; 0: UDLM from the start
+  c.objective.gamma_min = -3.55  # window of the soft inputs
+  c.objective.gamma_max = -1.85
+  c.objective.tau_log10_start = -3.0  # log10 of the softmax temperature
+  c.objective.tau_log10_end = -3.0
+  c.objective.chunk = 0  # positions per chunk of dense arrays; 0: chosen by size
+  return c
 
 
 def distill(c: ConfigDict, teacher: str, judge: str = "") -> ConfigDict:
@@ -107,4 +132,67 @@ def distill(c: ConfigDict, teacher: str, judge: str = "") -> ConfigDict:
   c.optim.lr = 1e-6
   c.optim.warmup = 2500
   c.optim.clip = 0.0
+  return c
+
+
+def distill_uniform(c: ConfigDict, teacher: str, judge: str = "") -> ConfigDict:
+  """Turn a config into IDLM distillation of a uniform-state teacher.
+
+  Reference: IDLM, arXiv 2602.19066, appendix; released scripts.
+  """
+  c = distill(uniform(c), teacher, judge)
+  c.objective.gamma_min = -3.55  # window of the Gaussian states
+  c.objective.gamma_max = -1.85
+  c.objective.tau = 1e-3  # temperature of the soft inputs
+  c.objective.path_gradient = True  # False: the ablation without gradient through the state
+  c.evaluate.noise_removal = "greedy"
+  return c
+
+
+def dcd(c: ConfigDict, teacher: str, judge: str = "") -> ConfigDict:
+  """Turn a config into discrete consistency distillation with the released hyper-parameters.
+
+  Reference: Duo, arXiv 2506.10892, section 5.
+  """
+  c = uniform(c)
+  c.objective.name = "dcd"
+  c.objective.num_steps = 512  # the first round's time step is 1 over this
+  c.objective.update_teacher_every = 10_000  # steps per round; each doubles the time step
+  c.objective.gamma_min = -4.0
+  c.objective.gamma_max = -1.0
+  c.objective.divergence = "kl-bwd"  # kl-bwd or kl-fwd
+  c.objective.chunk = 0  # positions per chunk of dense arrays; 0: chosen by size
+  c.objective.ema_decay = 0.999
+  c.loader.batch_size = 128
+  c.teacher.path = teacher
+  c.evaluate.judge = judge
+  c.evaluate.noise_removal = "greedy"
+  c.optim.lr = 6e-5
+  c.optim.warmup = 500
+  c.optim.clip = 1.0
+  c.train.steps = 50_000
+  return c
+
+
+def sdtt(c: ConfigDict, teacher: str, judge: str = "") -> ConfigDict:
+  """Turn a config into self-distillation through time with the released hyper-parameters.
+
+  Reference: SDTT, arXiv 2410.21035.
+  """
+  c.objective.name = "sdtt"
+  c.objective.num_steps_original = 1024  # the first round's time step is 1 over this
+  c.objective.min_num_steps = 8  # the time step never exceeds 1 over this
+  c.objective.num_distill_steps = 2  # teacher steps that the student learns to take at once
+  c.objective.update_teacher_every = 10_000  # steps per round; each doubles the time step
+  c.objective.divergence = "kl-bwd"  # kl-bwd, kl-fwd, mse or tvd
+  c.objective.published_times = False  # True: the released code's second teacher time
+  c.objective.chunk = 0  # positions per chunk of dense arrays; 0: all
+  c.objective.ema_decay = 0.9999
+  c.loader.batch_size = 128
+  c.teacher.path = teacher
+  c.evaluate.judge = judge
+  c.optim.lr = 6e-5
+  c.optim.warmup = 500
+  c.optim.clip = 1.0
+  c.train.steps = 70_000
   return c

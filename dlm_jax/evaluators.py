@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from tqdm.auto import tqdm
 
-from dlm_jax import convert, experiment, mesh, models, sample
+from dlm_jax import convert, experiment, mesh, models, process, sample
 from dlm_jax.data import loader, tokenizers
 from dlm_jax.errors import InputError
 from dlm_jax.evaluate import frontier, generative, likelihood
@@ -47,9 +47,18 @@ def make(
 
 
 def check_tokenizer(
-  directory: pathlib.Path, tokenizer: tokenizers.Tokenizer, vocab_size: int
+  directory: pathlib.Path, tokenizer: tokenizers.Tokenizer, vocab_size: int, proc=None
 ) -> None:
-  """Check that a network was trained on the tokens of this tokenizer."""
+  """Check that a network was trained on the tokens of this tokenizer.
+
+  Args:
+    directory: of the network, for messages.
+    tokenizer: of the data.
+    vocab_size: the network's.
+    proc: its process: an absorbing one adds the mask, a uniform one may have a row for padding.
+  """
+  padded = isinstance(proc, process.Uniform) and vocab_size == tokenizer.vocab_size + 1
+  vocab_size -= isinstance(proc, process.Absorbing) or padded
   stored = convert.read_config(directory).get("dlm_jax", {}).get("tokenizer_fingerprint")
   if vocab_size != tokenizer.vocab_size or stored not in (None, tokenizer.fingerprint):
     raise InputError(
@@ -127,7 +136,10 @@ class Samples:
 
     def draw(denoiser, rng, nfe):
       length = built.config.data.length
-      return sample.generate(denoiser, built.process, rng, batch=batch, length=length, steps=nfe)
+      return sample.generate(
+        denoiser, built.process, rng, batch=batch, length=length, steps=nfe,
+        noise_removal=options.noise_removal,
+      )  # fmt: skip
 
     self._draw = jax.jit(draw, static_argnums=2)  # compiled once per NFE, not per evaluation
 

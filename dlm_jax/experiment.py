@@ -25,6 +25,11 @@ from dlm_jax.errors import InputError
 from dlm_jax.train import optim
 from dlm_jax.train.loop import LoopConfig
 
+PROCESSES = {
+  "absorbing": process.Absorbing,
+  "absorbing_score": process.AbsorbingScore,
+  "uniform": process.Uniform,
+}
 _MODELS = {"dit": (models.DiT, models.DiTConfig), "causal": (models.Causal, models.CausalConfig)}
 
 
@@ -154,31 +159,40 @@ def make_model(config: ConfigDict, vocab_size: int) -> models.DiT | models.Causa
   if name not in _MODELS:
     raise InputError(f"model.name={name!r} is unknown{_hint(name, _MODELS)}; found: dit, causal.")
   network, fields = _MODELS[name]
-  needed = vocab_size + (name == "dit")
-  asked = options.pop("vocab_size")
-  if asked and asked != needed:
+  uniform = config.process.name == "uniform"
+  needed = vocab_size + (name == "dit" and not uniform)  # an absorbing process adds the mask
+  asked = options.pop("vocab_size") or needed
+  padded = uniform and name == "dit" and asked == needed + 1  # public networks have a [PAD] row
+  if asked != needed and not padded:
     raise InputError(f"model.vocab_size={asked}, but the data needs {needed}; use {needed} or 0.")
   known = {field.name for field in dataclasses.fields(fields)}
   options = {key: value for key, value in options.items() if key in known}
   try:
-    return network(fields(vocab_size=needed, length=config.data.length, **options))
+    return network(fields(vocab_size=asked, length=config.data.length, **options))
   except ValueError as error:
     raise InputError(str(error)) from None
 
 
-def make_process(config: ConfigDict, model) -> process.Absorbing | None:
+def make_process(config: ConfigDict, model) -> process.Absorbing | process.Uniform | None:
   """Build the forward process; None for an autoregressive network."""
   if isinstance(model, models.Causal):
     return None
-  if config.process.name != "absorbing":
-    raise InputError(f"process.name={config.process.name!r} is unknown; found: absorbing.")
+  name = config.process.name
+  if name not in PROCESSES:
+    raise InputError(
+      f"process.name={name!r} is unknown{_hint(name, PROCESSES)}; found: {', '.join(PROCESSES)}."
+    )
   size = model.config.vocab_size
   try:
     power = {"power": config.process.power} if config.process.schedule == "polynomial" else {}
     schedule = schedules.make(config.process.schedule, eps=config.process.eps, **power)
   except ValueError as error:
     raise InputError(f"process.{error}") from None
-  return process.Absorbing(vocab_size=size, mask_id=size - 1, schedule=schedule)
+  if name == "uniform":
+    if not model.config.time_conditioning:
+      raise InputError("process.name='uniform' needs model.time_conditioning=True.")
+    return process.Uniform(vocab_size=size, schedule=schedule)
+  return PROCESSES[name](vocab_size=size, mask_id=size - 1, schedule=schedule)
 
 
 def list_objectives() -> list[str]:

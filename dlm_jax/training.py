@@ -110,7 +110,7 @@ def load_teacher(config, built: Experiment, tokenizer: tokenizers.Tokenizer) -> 
     return None
   directory = experiment.network_directory(config.teacher.path)
   model, params, theirs = convert.load(directory)
-  evaluators.check_tokenizer(directory, tokenizer, model.config.vocab_size - (theirs is not None))
+  evaluators.check_tokenizer(directory, tokenizer, model.config.vocab_size, theirs)
   if theirs != built.process:
     raise InputError(f"the process is {built.process}, but the teacher {directory} had {theirs}.")
   fields = ("vocab_size", "dim", "layers", "heads", "cond_dim", "mlp_ratio", "time_conditioning")

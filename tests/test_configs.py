@@ -20,7 +20,15 @@ ROOT = pathlib.Path(__file__).parent.parent
 NAMES = sorted(
   path.stem for path in (ROOT / "configs").glob("*.py") if path.stem not in ("common", "__init__")
 )
-TREES = {"ar": {"model"}, "mdlm": {"model"}, "idlm": {"teacher", "fake", "student"}}
+TREES = {
+  "ar": {"model"},
+  "mdlm": {"model"},
+  "duo": {"model"},
+  "sedd": {"model"},
+  "idlm": {"teacher", "fake", "student"},
+  "dcd": {"teacher", "student"},
+  "sdtt": {"teacher", "student"},
+}
 
 
 def _module(name):
@@ -35,6 +43,8 @@ def _tiny(name):
   small |= {"mesh.data": -1, "mesh.fsdp": 1, "mesh.tensor": 1}
   if config.objective.get("chunk"):
     small["objective.chunk"] = 4
+  if config.objective.get("curriculum_end"):
+    small["objective.curriculum_end"] = 1  # one step on soft inputs, one on hard tokens
   return experiment.load_config(name, {field: str(value) for field, value in small.items()})
 
 
@@ -107,12 +117,12 @@ def test_two_tiny_steps(name):
 
 
 def _fields():
-  base = common.distill(common.base(), teacher="")
-  for group in base:
-    if group == "seed":
-      yield "", "seed"
-    else:
-      yield from ((group, field) for field in base[group])
+  yield "", "seed"
+  for name in NAMES:
+    config = experiment.load_config(name)
+    for group in config:
+      if group not in ("seed", "data") or name == "quickstart_teacher":
+        yield from ((group, field) for field in (config[group] if group != "seed" else ()))
 
 
 def _names_in_the_package():

@@ -52,7 +52,7 @@ def _likelihood(flags_) -> dict[str, float]:
   dtype = {} if jax.default_backend() != "cpu" else {"dtype": "float32"}
   model, params, proc = convert.load(directory, **dtype)
   evaluators.check_tokenizer(
-    directory, dataset.tokenizer(), model.config.vocab_size - (proc is not None)
+    directory, dataset.tokenizer(), model.config.vocab_size, proc
   )
   size = min(flags_.batch_size, flags_.sequences)
   if size < 1:

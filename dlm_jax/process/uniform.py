@@ -52,7 +52,11 @@ class Uniform:
     return self.corrupt(rng_corrupt, x0_L, t)
 
   def log_x0(self, logits_LV: Float[Array, "L V"], xt_L: Int[Array, "L"]) -> Float[Array, "L V"]:
-    """Return log p(x₀ | xₜ): a plain log-softmax; the state excludes nothing."""
+    """Return log p(x₀): a plain log-softmax; the state excludes nothing.
+
+    What minimises the loss at a position is the law of its token given the *other* positions'
+    states: `nll` and `posterior` bring in the evidence of its own.
+    """
     del xt_L
     return jax.nn.log_softmax(logits_LV, axis=-1)
 
@@ -82,25 +86,20 @@ class Uniform:
 
       −α'/(V α q(z)) · [ KL(q‖q^θ) + r − 1 − log r ],   r = q(z)/q^θ(z):
 
-    a KL and an Itakura–Saito term, algebraically the published formula. Log-ratios are formed as
-    log1p(c p₀) − log1p(c f), c = Vα/(1 − α), so that float32 keeps six digits at V = 50,258 where
-    the direct formula needs float64. Differentiable in p₀ as well.
+    a KL and an Itakura–Saito term, algebraically the published formula; with c = Vα/(1 − α) the
+    ratios are (1 + c p₀)/(1 + c f), which `_ratios` forms so that float32 keeps six digits at
+    V = 50,258 where the direct formula needs float64. Differentiable in p₀ as well.
 
     Reference: Duo, arXiv 2506.10892, appendix; in this form IDLM, arXiv 2602.19066, appendix C.
     """
     alpha, dalpha = self.schedule.alpha(t), self.schedule.dalpha(t)
     c = self.vocab_size * alpha / (1 - alpha)
-    log_ratio_LV = jnp.log1p(c * p0_LV) - jnp.log1p(c * jnp.exp(log_x0_LV))
+    excess_LV, log_ratio_LV = _ratios(c, p0_LV, log_x0_LV)
     # q = (1 − α)/V · (1 + c p₀)
     kl_L = (1 - alpha) / self.vocab_size * jnp.sum((1 + c * p0_LV) * log_ratio_LV, axis=-1)
     at_z = lambda x_LV: jnp.sum(self._one_hot(xt_L, x_LV.dtype) * x_LV, axis=-1)  # noqa: E731
-    p_L, f_L = at_z(p0_LV), at_z(jnp.exp(log_x0_LV))
-    # r − 1 without the logarithms: exp would multiply their rounding by r
-    excess_L = c * (p_L - f_L) / (1 + c * f_L)
-    near = jnp.abs(excess_L) < 0.5
-    log_r_L = jnp.where(near, jnp.log1p(jnp.where(near, excess_L, 0.0)), at_z(log_ratio_LV))
-    rate_L = -dalpha / (alpha * (1 - alpha) * (1 + c * p_L))
-    return rate_L * (kl_L + excess_L - log_r_L)
+    rate_L = -dalpha / (alpha * (1 - alpha) * (1 + c * at_z(p0_LV)))
+    return rate_L * (kl_L + at_z(excess_LV - log_ratio_LV))
 
   def posterior(
     self, log_x0_LV: Float[Array, "L V"], xt_L: Int[Array, "L"], s: Scalar, t: Scalar
@@ -122,3 +121,18 @@ class Uniform:
 
   def _one_hot(self, ids_L, dtype):
     return jax.nn.one_hot(ids_L, self.vocab_size, dtype=dtype)
+
+
+def _ratios(c, p0_LV, log_x0_LV):
+  """Return ρ − 1 and log ρ of ρ = (1 + c p)/(1 + c f), f = exp(log_x0), without cancellation.
+
+  ρ − 1 = c (p − f)/(1 + c f). A difference of two log1p loses its digits where f is close to p, the
+  logarithm of 1 + (ρ − 1) where ρ is far from 1; and 1 − f is read off log f where f is close to 1.
+  """
+  f_LV = jnp.exp(log_x0_LV)
+  difference_LV = jnp.where(f_LV > 0.5, (p0_LV - 1) - jnp.expm1(log_x0_LV), p0_LV - f_LV)
+  excess_LV = c * difference_LV / (1 + c * f_LV)
+  near_LV = jnp.abs(excess_LV) < 0.5
+  near_log_LV = jnp.log1p(jnp.where(near_LV, excess_LV, 0.0))
+  log_LV = jnp.where(near_LV, near_log_LV, jnp.log1p(c * p0_LV) - jnp.log1p(c * f_LV))
+  return excess_LV, log_LV

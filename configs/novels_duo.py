@@ -1,0 +1,18 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Duo teacher, uniform states, 35 M parameters, on about 90 MB of English novels.
+
+The data of `novels_teacher`. Not run by us to its end yet.
+
+Reference: Duo, arXiv 2506.10892.
+
+  dlm-jax prepare --config=novels_duo
+  dlm-jax train --config=novels_duo --workdir=runs/novels_duo
+"""
+
+from dlm_jax.configs import common, novels_teacher
+
+
+def get_config():
+  c = common.duo(novels_teacher.get_config())
+  c.objective.curriculum_end = 1100  # half on soft inputs, half on hard tokens
+  return c

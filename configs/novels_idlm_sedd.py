@@ -1,0 +1,19 @@
+# SPDX-License-Identifier: Apache-2.0
+"""IDLM student of the novels SEDD teacher. Not run by us yet.
+
+Needs runs/novels_sedd and runs/novels_judge. The paper's learning rate is 0.3 of the one for MDLM.
+
+Reference: IDLM, arXiv 2602.19066, appendix A.
+
+  dlm-jax train --config=novels_idlm_sedd --workdir=runs/novels_idlm_sedd
+"""
+
+from dlm_jax.configs import novels_idlm
+
+
+def get_config():
+  c = novels_idlm.get_config()
+  c.process.name = "absorbing_score"
+  c.teacher.path = "runs/novels_sedd"
+  c.optim.lr = 1e-6
+  return c
