@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Duo teacher, uniform states, 35 M parameters, on about 90 MB of English novels.
 
-The data of `novels_teacher`. Not run by us to its end yet.
+The data of `novels_teacher`. 1,333 steps, 700 of them on soft inputs, took 5.5 minutes on one H100
+beside the judge; the 2,200 below were not run yet.
 
 Reference: Duo, arXiv 2506.10892.
 

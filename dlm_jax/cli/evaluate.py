@@ -51,9 +51,7 @@ def _likelihood(flags_) -> dict[str, float]:
   directory = experiment.network_directory(flags_.checkpoint)
   dtype = {} if jax.default_backend() != "cpu" else {"dtype": "float32"}
   model, params, proc = convert.load(directory, **dtype)
-  evaluators.check_tokenizer(
-    directory, dataset.tokenizer(), model.config.vocab_size, proc
-  )
+  evaluators.check_tokenizer(directory, dataset.tokenizer(), model.config.vocab_size, proc)
   size = min(flags_.batch_size, flags_.sequences)
   if size < 1:
     raise InputError("--sequences and --batch_size must be positive.")

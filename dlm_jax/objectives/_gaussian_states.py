@@ -28,7 +28,7 @@ class Relaxation:
     duality: the Gaussian process behind it.
     tau: temperature of the soft input.
     path_gradient: whether gradients flow from the soft state to the prediction it was made from.
-      False is the "DMD-like" ablation, which diverges.
+      False is the "DMD-like" ablation, reported to diverge.
   """
 
   duality: GaussianDuality

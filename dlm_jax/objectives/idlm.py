@@ -19,7 +19,7 @@ at positions masked in both states and 0 elsewhere.
 
 Uniform (Duo teachers): the state is Gaussian, w = α̃ p + σ̃ ξ, with hard token z = argmax w. Teacher
 and fake read the soft input w/τ, so gradients reach the student by two paths: through p in the
-loss and through w in the networks' inputs. Without the second one training diverges.
+loss and through w in the networks' inputs. Training without the second one is reported to diverge.
 
 Reference: IDLM, arXiv 2602.19066, Algorithm 1 and Theorem 1.
 """
@@ -35,6 +35,7 @@ from jaxtyping import Array, Float, Int, Key
 from dlm_jax import draw
 from dlm_jax.arrays import Metrics, Params
 from dlm_jax.models import DiT
+from dlm_jax.objectives._chunks import positions_per_chunk
 from dlm_jax.objectives._gaussian_states import Relaxation, embed_data, embed_predictions
 from dlm_jax.objectives.state import (
   Batch,
@@ -296,7 +297,8 @@ def make(
       vocab_size=process.vocab_size, gamma_min=gamma_min, gamma_max=gamma_max
     )
     relaxation = Relaxation(duality=duality, tau=tau, path_gradient=path_gradient)
-    process, chunk = relaxation.process, chunk or _largest_chunk(model.config)
+    process = relaxation.process
+    chunk = positions_per_chunk(chunk, model.config.length, process.vocab_size)
   if chunk and model.config.length % chunk:
     raise ValueError(f"chunk={chunk} does not divide the sequence length {model.config.length}.")
   shared = {"model": model, "process": process, "chunk": chunk, "relaxation": relaxation}
@@ -325,12 +327,6 @@ def make(
     return state.replace(step=state.step + 1), {**fake_metrics, **student_metrics}
 
   return Objective(init, step, output="student", batches=2)
-
-
-def _largest_chunk(config):
-  """Return the largest divisor of L whose [chunk, V] logits stay below 2²² entries."""
-  most = max(1, 2**22 // config.vocab_size)
-  return max(k for k in range(1, min(most, config.length) + 1) if config.length % k == 0)
 
 
 def _log_estimate(params, hidden, sigma_B, xt, model, process):

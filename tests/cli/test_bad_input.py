@@ -128,7 +128,11 @@ _CONFIG_ERRORS = [
   ("idlm", {"objective__name": "ar"}, "trains a Causal, but model.name='dit'"),
   ("judge", {"objective__name": "mdlm"}, "trains a DiT, but model.name='causal'"),
   ("idlm", {"model__name": "unet"}, "model.name='unet' is unknown; found: dit, causal"),
-  ("idlm", {"process__name": "absorb"}, "process.name='absorb' is unknown; found: absorbing"),
+  (
+    "idlm",
+    {"process__name": "absorb"},
+    "process.name='absorb' is unknown (did you mean 'absorbing'?); found: ",
+  ),
   ("idlm", {"process__schedule": "linear"}, "process.schedule='linear' is unknown"),
   ("idlm", {"optim__schedule": "step"}, "optim.schedule='step' is unknown; use one of constant"),
   ("idlm", {"objective__time_coupling": "none"}, "time_coupling"),
