@@ -32,7 +32,9 @@ dlm-jax sample --checkpoint=data/idlm-duo --tokenizer=data/gpt2 --steps=8
   parser.add_argument("--seed", type=int, default=0)
   parser.add_argument("--length", type=int, default=0, help="tokens per text; 0: the model's own")
   parser.add_argument("--prompt", default="", help="text that every sample starts with")
-  parser.add_argument("--sampler", default="ancestral", help="ancestral or first_hitting")
+  parser.add_argument(
+    "--sampler", default="ancestral", help="ancestral, first_hitting, psi or analytic"
+  )
   parser.add_argument("--noise_removal", default="ancestral", help="ancestral, greedy or none")
   parser.add_argument("--temperature", type=float, default=1.0)
   parser.add_argument("--nucleus", type=float, default=1.0, help="p of nucleus truncation")
