@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Score entropy (SEDD) of an absorbing process; trains score teachers.
 
-The network's logits are log f, unnormalised, and the score from the mask to a token y is
-s_y = α/(1 − α) f_y. Minimising score entropy makes f the posterior p(x₀ = y | xₜ): the term
+The network's logits are log f + log(V − 1), unnormalised, and the score from the mask to a token y
+is s_y = α/(1 − α) f_y. Minimising score entropy makes f the posterior p(x₀ = y | xₜ): the term
 −α'/(1 − α) (Σf − 1), which masked diffusion does not have, does the normalising.
 """
 

@@ -21,7 +21,7 @@ M = tiny.MASK
 def _score_entropy(logits, xt, x0, schedule, t):
   """Return σ' Σ_{y≠m} [s_y − r x0_y log s_y + K(r x0_y)] per sequence and position, float64.
 
-  The score of the move from the mask to y is s_y = r f_y, r = α/(1 − α); K(a) = a (log a − 1) and
+  The score of the move from the mask to y is s_y = r f_y, r = α/(1 − α), (V − 1) f = e^logits; K(a) = a (log a − 1) and
   K(0) = 0; σ' = −α'/α.
   """
   alpha = np.asarray(schedule.alpha(t), np.float64)
@@ -32,7 +32,7 @@ def _score_entropy(logits, xt, x0, schedule, t):
       continue
     r = alpha[b] / (1 - alpha[b])
     for y in (y for y in range(tiny.V) if y != M):
-      score = r * np.exp(np.float64(logits[b, i, y]))
+      score = r * np.exp(np.float64(logits[b, i, y])) / (tiny.V - 1)
       ratio = r * (x0[b, i] == y)
       loss[b, i] += rate[b] * (score - ratio * np.log(score))
       loss[b, i] += rate[b] * ratio * (np.log(ratio) - 1) if ratio else 0.0
@@ -78,7 +78,7 @@ def test_gradient_in_closed_form():
   def total(logits):
     return forward.nll(forward.log_estimate(logits, xt), xt, x0, t).sum()
 
-  wanted = (np.exp(logits) - np.eye(tiny.V)[x0]) / 0.3
+  wanted = (np.exp(logits) / (tiny.V - 1) - np.eye(tiny.V)[x0]) / 0.3
   wanted[:, M] = 0
   wanted[1] = 0
   np.testing.assert_allclose(jax.grad(total)(logits), wanted, rtol=1e-5, atol=1e-6)
@@ -114,7 +114,8 @@ def test_the_minimiser_is_the_posterior():
       flat = solve(flat)
     for i in (i for i in range(2) if state[i] == mask):
       posterior = [np.sum(joint[data[:, i] == y]) / joint.sum() for y in (0, 1)]
-      np.testing.assert_allclose(jnp.exp(flat.reshape(2, size)[i, :2]), posterior, atol=1e-5)
+      f = jnp.exp(flat.reshape(2, size)[i, :2]) / (size - 1)
+      np.testing.assert_allclose(f, posterior, atol=1e-5)
 
 
 def test_the_loss_exceeds_that_of_masked_diffusion():

@@ -18,6 +18,7 @@ V, MASK = 5, 2
 XT = np.array([MASK, 0, MASK, MASK, 4])
 X0 = np.array([1, 0, 3, 4, 4])
 TOKENS = np.arange(V) != MASK
+SHIFT = np.log(V - 1)  # logits = log f + log(V − 1)
 
 
 def _pair(schedule):
@@ -60,7 +61,7 @@ def test_loss_by_hand(schedule):
     logits, xt, t = _logits(2), jnp.asarray(XT), 0.3
     ours = score.nll(score.log_estimate(logits, xt), xt, jnp.asarray(X0), t)
     weight = -float(schedule.dalpha(t)) / (1 - float(schedule.alpha(t)))
-    values = np.asarray(logits)
+    values = np.asarray(logits) - SHIFT
     total = np.exp(values[:, TOKENS]).sum(axis=1) - 1 - values[np.arange(len(XT)), X0]
     np.testing.assert_allclose(ours, np.where(XT == MASK, weight * total, 0.0), rtol=1e-10)
     # the minimum over f is at the truth, where nothing is left
@@ -84,19 +85,19 @@ def test_soft_loss_is_linear_and_agrees_with_the_hard_one():
 
 @every_schedule
 def test_log_score(schedule):
-  """log s = log(α/(1 − α)) + logits at moves out of the mask; the mask itself is no move."""
+  """log s = log(α/(1 − α)) + log f at moves out of the mask; the mask itself is no move."""
   score, _ = _pair(schedule)
   logits, xt, t = _logits(6).astype(jnp.float32), jnp.asarray(XT), 0.35
   log_s = np.asarray(score.log_score(logits, xt, t))
   alpha = float(schedule.alpha(t))
   masked = XT == MASK
-  wanted = np.asarray(logits) + np.log(alpha / (1 - alpha))
+  wanted = np.asarray(logits) - SHIFT + np.log(alpha / (1 - alpha))
   np.testing.assert_allclose(
     log_s[masked][:, TOKENS], wanted[masked][:, TOKENS], rtol=1e-5, atol=1e-6
   )
   assert np.all(log_s[masked][:, MASK] == -1e6)
   # the true ratio q(y | x₀)/q(mask | x₀) is α/(1 − α) at y = x₀: logits 0 and −∞
-  truth = jnp.where(jax.nn.one_hot(X0, V) > 0, 0.0, -1e6)
+  truth = jnp.where(jax.nn.one_hot(X0, V) > 0, SHIFT, -1e6)
   s = np.exp(score.log_score(truth, xt, t))
   np.testing.assert_allclose(s[masked], alpha / (1 - alpha) * np.eye(V)[X0][masked], rtol=1e-5)
 
@@ -133,9 +134,17 @@ def test_score_entropy_is_smallest_at_the_data_and_its_gradient_is_finite():
     return score.nll_soft(score.log_estimate(logits, xt), xt, p0, 0.5).sum()
 
   gradient = np.asarray(jax.grad(loss)(logits))
-  wanted = 2.0 * (np.exp(logits) - np.asarray(p0)) * TOKENS
+  wanted = 2.0 * (np.exp(logits - SHIFT) - np.asarray(p0)) * TOKENS
   masked = XT == MASK
   np.testing.assert_allclose(gradient[masked], wanted[masked], rtol=1e-4, atol=1e-5)
   assert np.all(gradient[~masked] == 0)
-  best = np.asarray(jax.grad(loss)(jnp.log(jnp.maximum(p0, 1e-30))))
+  best = np.asarray(jax.grad(loss)(jnp.log(jnp.maximum(p0, 1e-30)) + SHIFT))
   np.testing.assert_allclose(best, 0.0, atol=1e-5)
+
+
+def test_a_network_of_zeros_is_the_uniform_distribution():
+  """Σf = 1 at the start of training, whatever the vocabulary."""
+  score = process.AbsorbingScore(vocab_size=50_258, mask_id=50_257)
+  f = np.exp(score.log_estimate(jnp.zeros((1, 50_258)), jnp.array([50_257])))
+  np.testing.assert_allclose(f.sum(), 1.0, rtol=1e-5)
+  assert f[0, -1] == 0

@@ -35,7 +35,7 @@ def _rows_by_hand(denoiser):
   def rows(_, tokens, s, t):
     alpha_s, alpha_t = (float(SCORE.schedule.alpha(time)) for time in (s, t))
     grow = alpha_s / alpha_t  # e^δ, δ = σ(t) − σ(s)
-    score = np.exp(logits) * alpha_t / (1 - alpha_t)
+    score = np.exp(logits) / (V - 1) * alpha_t / (1 - alpha_t)
     score[..., toy.MASK] = 1.0
     staggered = grow * score
     staggered[..., toy.MASK] += (1 - grow) * score.sum(-1)
