@@ -174,6 +174,21 @@ def dcd(c: ConfigDict, teacher: str, judge: str = "") -> ConfigDict:
   return c
 
 
+def brief(c: ConfigDict, steps: int) -> ConfigDict:
+  """Turn a distillation into one of minutes: few steps at a constant learning rate, watched."""
+  c.objective.ema_decay = 0.98
+  c.loader.batch_size = 128
+  c.optim.warmup = 20
+  c.optim.schedule = "constant"
+  c.optim.weight_decay = 0.0
+  c.train.steps = steps
+  c.train.log_every = 10
+  c.train.checkpoint_every = 100
+  c.evaluate.samples = 128
+  c.evaluate.batch_size = 128
+  return c
+
+
 def sdtt(c: ConfigDict, teacher: str, judge: str = "") -> ConfigDict:
   """Turn a config into self-distillation through time with the released hyper-parameters.
 

@@ -17,18 +17,10 @@ def get_config():
   c = novels_duo.get_config()
   c.objective = common.base().objective
   c = common.dcd(c, teacher="runs/novels_duo", judge="runs/novels_judge")
-  c.objective.ema_decay = 0.98
+  c = common.brief(c, steps=500)
   c.objective.update_teacher_every = 100
   c.optim.lr = 2e-4
-  c.optim.warmup = 20
-  c.optim.schedule = "constant"
-  c.optim.weight_decay = 0.0
-  c.train.steps = 500
-  c.train.log_every = 10
-  c.train.checkpoint_every = 100
   c.evaluate.every = 100
   c.evaluate.nfes = (4, 8)
-  c.evaluate.samples = 128
-  c.evaluate.batch_size = 128
   c.evaluate.max_entropy_drop = 0.5
   return c

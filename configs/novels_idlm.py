@@ -15,19 +15,11 @@ from dlm_jax.configs import common, novels_teacher
 def get_config():
   c = novels_teacher.get_config()
   c = common.distill(c, teacher="runs/novels_teacher", judge="runs/novels_judge")
-  c.loader.batch_size = 128
-  c.objective.ema_decay = 0.98
+  c = common.brief(c, steps=120)
   c.optim.lr = 3e-6
-  c.optim.warmup = 20
-  c.optim.schedule = "constant"
   c.optim.b2 = 0.99
-  c.optim.weight_decay = 0.0
-  c.train.steps = 120
-  c.train.log_every = 10
   c.train.checkpoint_every = 60
   c.evaluate.every = 20
   c.evaluate.nfes = (8, 16)
-  c.evaluate.samples = 128
-  c.evaluate.batch_size = 128
   c.evaluate.max_entropy_drop = 0.15
   return c

@@ -15,20 +15,12 @@ def get_config():
   c = novels_duo.get_config()
   c.objective = common.base().objective
   c = common.distill_uniform(c, teacher="runs/novels_duo", judge="runs/novels_judge")
-  c.loader.batch_size = 128
+  c = common.brief(c, steps=300)
   c.objective.accumulate = 4  # gradients pass through three trunks: 38 GiB at 128 sequences at once
-  c.objective.ema_decay = 0.98
   c.optim.lr = 3e-6
-  c.optim.warmup = 20
-  c.optim.schedule = "constant"
   c.optim.b2 = 0.99
-  c.optim.weight_decay = 0.0
-  c.train.steps = 300
-  c.train.log_every = 10
   c.train.checkpoint_every = 50
   c.evaluate.every = 50
   c.evaluate.nfes = (4, 8)
-  c.evaluate.samples = 128
-  c.evaluate.batch_size = 128
   c.evaluate.max_entropy_drop = 0.25
   return c

@@ -14,19 +14,11 @@ from dlm_jax.configs import common, novels_teacher
 def get_config():
   c = novels_teacher.get_config()
   c = common.sdtt(c, teacher="runs/novels_teacher", judge="runs/novels_judge")
-  c.objective.ema_decay = 0.98
+  c = common.brief(c, steps=600)
   c.objective.num_steps_original = 256
   c.objective.update_teacher_every = 100
   c.optim.lr = 2e-4
-  c.optim.warmup = 20
-  c.optim.schedule = "constant"
-  c.optim.weight_decay = 0.0
-  c.train.steps = 600
-  c.train.log_every = 10
-  c.train.checkpoint_every = 100
   c.evaluate.every = 100
   c.evaluate.nfes = (8, 16)
-  c.evaluate.samples = 128
-  c.evaluate.batch_size = 128
   c.evaluate.max_entropy_drop = 0.5
   return c

@@ -2,7 +2,9 @@
 """Flags that several verbs share."""
 
 import argparse
+import ast
 import sys
+from typing import Any
 
 from dlm_jax import experiment
 
@@ -68,3 +70,19 @@ def integers(text: str) -> list[int]:
     return [int(part) for part in text.split(",") if part.strip()]
   except ValueError:
     raise argparse.ArgumentTypeError(f"{text!r} is not a list like 1,2,4") from None
+
+
+def value(text: str) -> Any:
+  """Parse a number or tuple; other text is itself."""
+  try:
+    return ast.literal_eval(text)
+  except (ValueError, SyntaxError):
+    return text
+
+
+def named_path(text: str) -> tuple[str, str, dict[str, Any]]:
+  """Parse "NAME=PATH" or "NAME=PATH,option=value,…" into name, path and options."""
+  (name, _, path), *options = (part.partition("=") for part in text.split(","))
+  if not (name and path) or not all(key and sign for key, sign, _ in options):
+    raise argparse.ArgumentTypeError(f"{text!r}: write NAME=PATH or NAME=PATH,option=value,…")
+  return name, path, {key: value(content) for key, _, content in options}

@@ -19,13 +19,15 @@ def main(argv: list[str]) -> None:
     """
 dlm-jax frontier --model teacher=runs/t --model student=runs/s --judge=runs/j --workdir=runs/f
 dlm-jax frontier --model teacher=shipped:teacher --judge=shipped:judge --nfes=4,8 --workdir=runs/f
-dlm-jax frontier --model s=runs/s --judge=data/gpt2-large --samples=512 --workdir=runs/f
+dlm-jax frontier --model a=runs/s --model b=runs/s,nucleus=0.9 --judge=gpt2 --workdir=runs/f
 """,
   )
   parser.add_argument(
-    "--model", action="append", required=True, metavar="NAME=PATH", help="repeat for several"
-  )
+    "--model", action="append", required=True, type=flags.named_path, metavar="NAME=PATH[,K=V]",
+    help="repeat for several; options K=V are the sampler's: sampler=psi,kappa=cap,nucleus=0.9",
+  )  # fmt: skip
   parser.add_argument("--judge", required=True, help="autoregressive judge, or a GPT-2 directory")
+  parser.add_argument("--tokenizer", default="", help="default: the one beside each network")
   parser.add_argument("--workdir", required=True, help="frontier.csv, .json and .png go there")
   parser.add_argument("--nfes", type=flags.integers, default=[1, 2, 4, 8, 16, 32, 64, 128])
   parser.add_argument("--samples", type=int, default=512)
@@ -35,17 +37,17 @@ dlm-jax frontier --model s=runs/s --judge=data/gpt2-large --samples=512 --workdi
   frontier.checked_nfes(options.nfes)
   check_counts(samples=options.samples, batch_size=options.batch_size)
   samplers, tokenizer, fingerprints = {}, None, {}
-  for item in options.model:
-    name, equals, path = item.partition("=")
-    if not equals:
-      raise InputError(f"--model={item}: write NAME=PATH.")
-    pipe = pipeline.load(path)
+  for name, path, sampling in options.model:
+    if name in samplers:
+      raise InputError(f"--model={name}=… is given twice; every name needs its own.")
+    pipe = pipeline.load(path, options.tokenizer or None)
     if tokenizer is not None and pipe.tokenizer.fingerprint != tokenizer.fingerprint:
-      raise InputError(f"--model={item} has another tokenizer than the first model.")
+      raise InputError(f"--model={name}={path} has another tokenizer than the first model.")
     tokenizer = pipe.tokenizer
     samplers[name] = frontier.Sampler(
-      denoiser=pipe.denoiser, process=pipe.process, length=pipe.length
+      denoiser=pipe.denoiser, process=pipe.process, length=pipe.length, options=sampling
     )
+    samplers[name].check()
     fingerprints[name] = convert.fingerprint(experiment.network_directory(path))
   judge = evaluators.load_judge(options.judge, tokenizer)
   judge_hash = convert.fingerprint(experiment.network_directory(options.judge))

@@ -18,7 +18,7 @@ def main(argv: list[str]) -> None:
     "sample",
     "Print samples of a trained model.",
     """
-dlm-jax sample --checkpoint=runs/quickstart/student --steps=8 --num=4
+dlm-jax sample --checkpoint=runs/quickstart/student --steps=8 --num=4 --sampler=psi --kappa=0.9
 dlm-jax sample --checkpoint=shipped:teacher --steps=32 --prompt='def main(' --show_steps
 dlm-jax sample --checkpoint=data/idlm-duo --tokenizer=data/gpt2 --steps=8
 """,
@@ -35,6 +35,12 @@ dlm-jax sample --checkpoint=data/idlm-duo --tokenizer=data/gpt2 --steps=8
   parser.add_argument(
     "--sampler", default="ancestral", help="ancestral, first_hitting, psi or analytic"
   )
+  parser.add_argument(
+    "--kappa", type=flags.value, help="of psi: 0 … 1 (1: ancestral), or cap, rescale, loop"
+  )
+  parser.add_argument(
+    "--eta", type=float, help="of psi's cap, rescale and loop: share noised again"
+  )
   parser.add_argument("--noise_removal", default="ancestral", help="ancestral, greedy or none")
   parser.add_argument("--temperature", type=float, default=1.0)
   parser.add_argument("--nucleus", type=float, default=1.0, help="p of nucleus truncation")
@@ -47,6 +53,9 @@ dlm-jax sample --checkpoint=data/idlm-duo --tokenizer=data/gpt2 --steps=8
   path, tokenizer = options.pop("checkpoint"), options.pop("tokenizer")
   if not options["length"]:
     options.pop("length")
+  for name in ("kappa", "eta"):
+    if options[name] is None:
+      options.pop(name)
   if options["precision"] == "legacy":
     for name in ("temperature", "nucleus"):
       if options.pop(name) != 1.0:

@@ -3,6 +3,7 @@
 
 import csv
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -60,6 +61,17 @@ class Sampler:
 
     A batch in which a mask outlives all steps (an expected 1e-5 of them) takes one evaluation more.
     """
+    generate = functools.partial(self._generate, batch=batch, nfe=nfe)
+    compiled = jax.jit(generate).lower(self.denoiser, jax.random.key(0)).compile()
+    return lambda rng: compiled(self.denoiser, rng)
+
+  def check(self) -> None:
+    """Trace one step; raises InputError for options that the sampler does not take."""
+    jax.eval_shape(
+      functools.partial(self._generate, batch=1, nfe=1), self.denoiser, jax.random.key(0)
+    )
+
+  def _generate(self, denoiser, rng, batch, nfe):
     from dlm_jax import sample
 
     if self.options.get("sampler") == "first_hitting":
@@ -67,14 +79,9 @@ class Sampler:
         "sampler='first_hitting' takes one evaluation per masked token whatever the NFE, so it has "
         "no frontier; use 'ancestral'."
       )
-
-    def generate(denoiser, rng):
-      return sample.generate(
-        denoiser, self.process, rng, batch=batch, length=self.length, steps=nfe, **self.options
-      )
-
-    compiled = jax.jit(generate).lower(self.denoiser, jax.random.key(0)).compile()
-    return lambda rng: compiled(self.denoiser, rng)
+    return sample.generate(
+      denoiser, self.process, rng, batch=batch, length=self.length, steps=nfe, **self.options
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from dlm_jax.arrays import Params
+from dlm_jax.arrays import Params, Scalar
 from dlm_jax.models import DiT
 from dlm_jax.objectives.state import map_positions
 from dlm_jax.process import GaussianDuality, Uniform
@@ -22,17 +22,17 @@ from dlm_jax.process import GaussianDuality, Uniform
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Relaxation:
-  """How discrete states of a uniform process are made differentiable.
+  """How discrete states of a uniform process are made soft, and differentiable.
 
   Attributes:
     duality: the Gaussian process behind it.
-    tau: temperature of the soft input.
+    tau: temperature of the soft input; Duo's curriculum changes it while running.
     path_gradient: whether gradients flow from the soft state to the prediction it was made from.
       False is the "DMD-like" ablation, reported to diverge.
   """
 
   duality: GaussianDuality
-  tau: float = 1e-3
+  tau: Scalar | float = 1e-3
   path_gradient: bool = True
 
   @property

@@ -24,6 +24,7 @@ from dlm_jax.objectives.state import (
   make_state,
   map_positions,
   split_each,
+  token_mean,
   update,
 )
 from dlm_jax.process import GaussianDuality, Uniform
@@ -116,9 +117,7 @@ def loss(
     params, pair, teacher=teacher, model=model, process=duality.process, divergence=divergence,
     dropout_B=rng_dropout_B, chunk=chunk,
   )  # fmt: skip
-  valid_BL = batch.get("valid", jnp.ones(loss_BL.shape, bool))
-  per_sequence_B = (loss_BL * valid_BL).sum(1) / jnp.maximum(valid_BL.sum(1), 1)
-  return per_sequence_B.mean(), ({"changed": jnp.mean(pair.zt != pair.zs)}, None)
+  return token_mean(loss_BL, batch), ({"changed": jnp.mean(pair.zt != pair.zs)}, None)
 
 
 def make(

@@ -18,13 +18,16 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from dlm_jax.arrays import Metrics, Params
 from dlm_jax.models import DiT
 from dlm_jax.objectives._chunks import positions_per_chunk
+from dlm_jax.objectives._gaussian_states import Relaxation, embed_data
 from dlm_jax.objectives.state import (
   Batch,
   Objective,
   make_state,
   map_positions,
   split_each,
+  token_mean,
   update,
+  valid_tokens,
 )
 from dlm_jax.process import GaussianDuality, Uniform
 from dlm_jax.schedules import Derived, Schedule, Times
@@ -84,7 +87,7 @@ def hard_inputs(
   """Return corrupted tokens, prompts kept, and their embeddings."""
   x0_BL = batch["tokens"]
   z_BL = jax.vmap(process.corrupt)(rng_B, x0_BL, batch["t"])
-  z_BL = jnp.where(_valid(batch), z_BL, x0_BL)
+  z_BL = jnp.where(valid_tokens(batch), z_BL, x0_BL)
   return z_BL, model.apply({"params": params}, z_BL, method="embedded")
 
 
@@ -93,18 +96,10 @@ def soft_inputs(
   tau: Float[Array, ""] | float, chunk: int | None,
 ) -> tuple[Int[Array, "B L"], Float[Array, "B L D"]]:  # fmt: skip
   """Return argmax w of diffused tokens, prompts kept, and the embeddings of softmax(w/τ)."""
-  x0_BL = batch["tokens"]
-  position_BL = jnp.broadcast_to(jnp.arange(x0_BL.shape[1])[None], x0_BL.shape)
-
-  def embed(x0_BK, valid_BK, position_BK):
-    one_hot_BKV = jax.nn.one_hot(x0_BK, duality.vocab_size)
-    noise_BKV = jax.vmap(duality.noise)(rng_B, position_BK)
-    w_BKV = jax.vmap(duality.diffuse)(one_hot_BKV, noise_BKV, batch["t"])
-    w_BKV = jnp.where(valid_BK[..., None], w_BKV, one_hot_BKV)
-    embedded = model.apply({"params": params}, w_BKV / tau, method="embedded")
-    return jnp.argmax(w_BKV, -1).astype(x0_BL.dtype), embedded
-
-  return map_positions(embed, (x0_BL, _valid(batch), position_BL), chunk)
+  return embed_data(
+    params, batch["tokens"], rng_B, batch["t"], valid_tokens(batch), model=model,
+    relaxation=Relaxation(duality=duality, tau=tau), chunk=chunk,
+  )  # fmt: skip
 
 
 def token_nll(
@@ -167,9 +162,8 @@ def loss(
   nll_BL = token_nll(
     params, inputs, batch, rng_dropout_B, model=model, process=process, chunk=chunk
   )
-  valid_BL = _valid(batch)
-  per_sequence_B = (nll_BL * valid_BL).sum(1) / jnp.maximum(valid_BL.sum(1), 1)
-  return per_sequence_B.mean(), ({"changed": jnp.mean(inputs[0] != batch["tokens"])}, None)
+  changed = jnp.mean(inputs[0] != batch["tokens"])
+  return token_mean(nll_BL, batch), ({"changed": changed}, None)
 
 
 def make(
@@ -247,7 +241,3 @@ def make(
     return state.replace(step=state.step + 1), metrics
 
   return Objective(init, step, output="model")
-
-
-def _valid(batch):
-  return batch.get("valid", jnp.ones(batch["tokens"].shape, bool))

@@ -44,7 +44,9 @@ from dlm_jax.objectives.state import (
   map_positions,
   split_each,
   stratified_times,
+  token_mean,
   update,
+  valid_tokens,
 )
 from dlm_jax.process import Absorbing, GaussianDuality, Uniform
 
@@ -110,7 +112,7 @@ def rollout(
   x0_BL, valid_BL = batch["tokens"], batch.get("valid")
   if relaxation is not None:
     x_gen_BL, embedded_BLD = embed_data(
-      params, x0_BL, rng_gen_B, batch["t_gen"], _valid(batch), model=model,
+      params, x0_BL, rng_gen_B, batch["t_gen"], valid_tokens(batch), model=model,
       relaxation=relaxation, chunk=chunk,
     )  # fmt: skip
     sigma_B = process.schedule.sigma(batch["t_gen"])
@@ -174,7 +176,7 @@ def _read(params, sample, batch, trees, dropouts, *, model, process, chunk, rela
 
     z_BL, inputs = embed_predictions(
       predict, (sample.hidden, sample.x_gen, *_clean(batch)), trees, sample.rng_noise, batch["t"],
-      _valid(batch), model=model, relaxation=relaxation, chunk=chunk,
+      valid_tokens(batch), model=model, relaxation=relaxation, chunk=chunk,
     )  # fmt: skip
     method = "body"
   hidden = tuple(
@@ -241,7 +243,7 @@ def gap(
   if relaxation is None:
     counted_BL = (sample.x_gen == process.mask_id) & (z_BL == process.mask_id)
   else:
-    counted_BL = batch.get("valid", jnp.ones(z_BL.shape, bool))
+    counted_BL = valid_tokens(batch)
   mean = lambda x: jnp.sum(x * counted_BL) / jnp.maximum(counted_BL.sum(), 1)  # noqa: E731
   metrics = {"advantage": jnp.sqrt(mean(variance_BL)), "entropy": mean(entropy_BL)}
   return _per_sequence(gap_BL, batch), metrics
@@ -339,10 +341,6 @@ def _probs(params, hidden, sigma_B, x_gen, model, process):
   return jnp.exp(jax.vmap(process.log_x0)(logits, x_gen))
 
 
-def _valid(batch):
-  return batch.get("valid", jnp.ones(batch["tokens"].shape, bool))
-
-
 def _clean(batch):
   """Return what `_keep_prompt` needs: tokens and where they are no prompt; nothing without one."""
   return (batch["tokens"], batch["valid"]) if "valid" in batch and "tokens" in batch else ()
@@ -360,6 +358,4 @@ def _per_sequence(loss_BL, batch):
   """Return L times the mean over valid tokens, averaged over sequences."""
   if "valid" not in batch:
     return loss_BL.sum(1).mean()
-  valid_BL = batch["valid"]
-  share_B = (loss_BL * valid_BL).sum(1) / jnp.maximum(valid_BL.sum(1), 1)
-  return loss_BL.shape[1] * share_B.mean()
+  return loss_BL.shape[1] * token_mean(loss_BL, batch)

@@ -10,7 +10,15 @@ from jaxtyping import Array, Float
 
 from dlm_jax.arrays import Metrics, Params
 from dlm_jax.models import DiT
-from dlm_jax.objectives.state import Batch, Objective, make_state, split_each, update
+from dlm_jax.objectives.state import (
+  Batch,
+  Objective,
+  make_state,
+  split_each,
+  token_mean,
+  update,
+  valid_tokens,
+)
 from dlm_jax.process import Absorbing
 
 TRAINED = ("model",)  # trees with an optimiser
@@ -26,13 +34,12 @@ def loss(
   x0_BL, t_B = batch["tokens"], batch["t"]
   rng_noise_B, rng_dropout_B = split_each(batch["rng"], 2)
   xt_BL = jax.vmap(process.corrupt)(rng_noise_B, x0_BL, t_B)
-  valid_BL = batch.get("valid", jnp.ones(x0_BL.shape, bool))
-  xt_BL = jnp.where(valid_BL, xt_BL, x0_BL)
+  xt_BL = jnp.where(valid_tokens(batch), xt_BL, x0_BL)
   logits_BLV = model.apply({"params": params}, xt_BL, process.schedule.sigma(t_B), rng_dropout_B)
   log_x0_BLV = jax.vmap(process.log_estimate)(logits_BLV, xt_BL)
   nll_BL = jax.vmap(process.nll)(log_x0_BLV, xt_BL, x0_BL, t_B)
-  per_sequence_B = nll_BL.sum(1) / jnp.maximum(valid_BL.sum(1), 1)
-  return per_sequence_B.mean(), ({"masked": jnp.mean(xt_BL == process.mask_id)}, None)
+  masked = jnp.mean(xt_BL == process.mask_id)
+  return token_mean(nll_BL, batch), ({"masked": masked}, None)
 
 
 def make(

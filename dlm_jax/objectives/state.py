@@ -12,7 +12,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from dlm_jax.arrays import Metrics, Params, RngKey
 
@@ -114,6 +114,17 @@ def split_each(rng_B: Key[Array, "B"], count: int) -> tuple[Key[Array, "B"], ...
   """Split every sequence's key; return `count` arrays of keys."""
   keys = jax.vmap(lambda rng: jax.random.split(rng, count))(rng_B)
   return tuple(keys[:, i] for i in range(count))
+
+
+def valid_tokens(batch: Batch) -> Bool[Array, "B L"]:
+  """Return where tokens are scored: everywhere without prompts."""
+  return batch["valid"] if "valid" in batch else jnp.ones(batch["tokens"].shape, bool)
+
+
+def token_mean(loss_BL: Float[Array, "B L"], batch: Batch) -> Float[Array, ""]:
+  """Return the mean over sequences of the mean over their valid tokens; 0 for one without any."""
+  valid_BL = valid_tokens(batch)
+  return ((loss_BL * valid_BL).sum(1) / jnp.maximum(valid_BL.sum(1), 1)).mean()
 
 
 def update(

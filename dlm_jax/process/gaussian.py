@@ -148,7 +148,7 @@ class GaussianDuality:
     signal, spread = jnp.sqrt(jax.nn.sigmoid(-gamma)), jnp.sqrt(jax.nn.sigmoid(gamma))
     return signal * p0_LV + spread * noise_LV
 
-  def temper(self, w: Float[Array, "*batch V"], tau: float) -> Float[Array, "*batch V"]:
+  def temper(self, w: Float[Array, "*batch V"], tau: Scalar | float) -> Float[Array, "*batch V"]:
     """Return the soft tokens (w − max w)/τ, of which a network mixes embeddings by softmax.
 
     The shift changes no softmax, and keeps it finite: a compiler may contract w/τ − max(w/τ) into

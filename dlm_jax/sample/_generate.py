@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`generate`: samples on a fixed grid, in one traceable function."""
 
+import functools
+import inspect
 from collections.abc import Callable
 
 import jax
@@ -67,8 +69,8 @@ def generate(
     [steps + 1, batch, length] (one less with noise_removal="none").
 
   Raises:
-    InputError: steps < 1, a prompt longer than `length`, an option out of range, or a sampler
-      that the process does not have.
+    InputError: steps < 1, a prompt longer than `length`, an option unknown or out of range, or a
+      sampler that the process does not have.
 
   Reference: absorbing: MDLM, arXiv 2406.07524, equation 7; first hitting: arXiv 2409.02908;
   uniform: Duo, arXiv 2506.10892; psi: ReMDM, arXiv 2503.00307; analytic: SEDD, arXiv 2310.16834.
@@ -92,6 +94,7 @@ def generate(
   rng_prior_B, rng_B = _split_each(rng_B)
   x_BL, frozen_BL = _start(proc, rng_prior_B, length, prompt, frozen)
   run = _choose(sampler, precision, proc)
+  _check_options(run, sampler, sampler_options)
   trace_KBL = run(denoiser, proc, rng_B, x_BL, frozen_BL, steps=steps, **sampler_options)
   return (trace_KBL[-1], trace_KBL) if return_trace else trace_KBL[-1]
 
@@ -99,6 +102,17 @@ def generate(
 def _split_each(rng_B):
   keys = jax.vmap(jax.random.split)(rng_B)
   return keys[:, 0], keys[:, 1]
+
+
+def _check_options(run, sampler, options):
+  """Raise InputError for an option that the sampler does not have."""
+  parameters = inspect.signature(run).parameters.values()
+  if any(p.kind is p.VAR_KEYWORD for p in parameters):
+    return
+  known = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY} - {"steps", "first_hitting"}
+  for name in options:
+    if name not in known:
+      raise InputError(f"sampler={sampler!r} has no option {name!r}; it has {sorted(known)}.")
 
 
 def _choose(sampler, precision, proc):
@@ -113,7 +127,7 @@ def _choose(sampler, precision, proc):
   if sampler == "ancestral":
     return _legacy.run if precision == "legacy" else _ancestral.run
   if sampler == "first_hitting":
-    return lambda *args, **options: _ancestral.run(*args, first_hitting=True, **options)
+    return functools.partial(_ancestral.run, first_hitting=True)
   return _psi.run if sampler == "psi" else _analytic.run
 
 

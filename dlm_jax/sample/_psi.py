@@ -61,7 +61,9 @@ def run(
     steps: K grid steps.
     kappa: κ in [0, 1] of every step, or the name of a schedule of σ, with η = `eta`: "cap"
       min(η, largest σ), "rescale" η · largest σ, or "loop": no noising while α rises to `hold`,
-      then "cap" at constant α, then no noising to the end.
+      then "cap" at constant α, then no noising to the end. The defaults are the published ones of
+      "loop" (top-p 0.9 besides); published η: 0.008 for "cap" (0.04 with few steps), 0.015 for
+      "rescale".
     eta: η in [0, 1] of the named schedules.
     window: of "loop": the grid times between which α is held, the larger first.
     hold: α that "loop" holds.

@@ -384,6 +384,10 @@ def test_frontier(fails, tiny, workdir):
   assert "is not a list like 1,2,4" in fails("frontier", *common, "--nfes=4,x")
   assert "samples=0" in fails("frontier", *common, "--samples=0")
   assert "write NAME=PATH" in fails("frontier", "--model=runs/a", *common[1:])
+  assert "write NAME=PATH" in fails("frontier", "--model=a=runs/a,psi", *common[1:])
+  assert "--model=t=… is given twice" in fails("frontier", common[0], *common)
+  wrong = f"--model=t={tiny.teacher},kappa=1"
+  assert "has no option 'kappa'" in fails("frontier", wrong, *common[1:], "--nfes=1")
   line = fails("frontier", *common, "--model=s=shipped:teacher")
   assert "has another tokenizer than the first model" in line
 

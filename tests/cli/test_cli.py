@@ -138,6 +138,8 @@ def test_sample_json_and_prompt(capsys):
     ["--sampler=first_hitting", "--length=8"],
     ["--noise_removal=greedy", "--temperature=0.5", "--nucleus=0.9", "--steps=2"],
     ["--precision=legacy", "--steps=2"],
+    ["--sampler=psi", "--kappa=0.5", "--steps=2"],
+    ["--sampler=psi", "--kappa=rescale", "--eta=0.5", "--steps=2"],
   ],
 )
 def test_sample_options(capsys, options):
@@ -209,6 +211,7 @@ def test_frontier(capsys, tmp_path):
   tiny = tiny_runs.make()
   arguments = [
     "frontier", f"--model=a={tiny.teacher}", f"--model=b={tiny.teacher}", f"--judge={tiny.judge}",
+    f"--model=cold={tiny.teacher},temperature=0.1,noise_removal=greedy",
     f"--workdir={tmp_path}", "--nfes=1,2", "--samples=8", "--batch_size=8",
   ]  # fmt: skip
   assert main(arguments) == 0
@@ -217,7 +220,10 @@ def test_frontier(capsys, tmp_path):
   names = {path.name for path in tmp_path.iterdir()}
   assert names == {"frontier.csv", "frontier.json", "frontier.png", "frontier.jsonl"}
   rows = json.loads((tmp_path / "frontier.json").read_text())["rows"]
-  assert [(row["name"], row["nfe"]) for row in rows] == [("a", 1), ("a", 2), ("b", 1), ("b", 2)]
+  pairs = [(name, nfe) for name in ("a", "b", "cold") for nfe in (1, 2)]
+  assert [(row["name"], row["nfe"]) for row in rows] == pairs
+  assert rows[4]["options"] == {"temperature": 0.1, "noise_removal": "greedy"}
+  assert rows[5]["entropy"] < rows[1]["entropy"], "a low temperature"
   assert rows[0]["genppl"] == rows[2]["genppl"], "one network, the same keys"
   assert main(arguments) == 0
   again = capsys.readouterr().out

@@ -34,17 +34,18 @@ class Schedule(Derived):
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Noise(process.GaussianDuality):
-  """Noise read from an array: a key's data names the sequence, see `keys`."""
+  """Noise read from arrays: a key's data names the array and the sequence, see `keys`."""
 
-  recorded: np.ndarray
+  recorded: tuple[np.ndarray, ...]
 
   def noise(self, rng, positions_L):
-    return jnp.asarray(self.recorded)[jax.random.key_data(rng)[1]][positions_L]
+    which, row = jax.random.key_data(rng)
+    return jnp.asarray(self.recorded)[which, row][positions_L]
 
 
-def keys(batch):
-  """Return one key per sequence whose data is its row."""
-  data = np.stack([np.zeros(batch), np.arange(batch)], 1).astype(np.uint32)
+def keys(batch, which=0):
+  """Return one key per sequence whose data is the number of an array and a row."""
+  data = np.stack([np.full(batch, which), np.arange(batch)], 1).astype(np.uint32)
   return jax.random.wrap_key_data(jnp.asarray(data))
 
 

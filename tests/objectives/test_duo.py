@@ -64,7 +64,7 @@ def test_golden_soft_loss(golden, variant):
   model = recorded.network(config, time_conditioning=True)
   params = recorded.params(model, vectors, "params")
   window = {k: config[k] for k in ("gamma_min", "gamma_max")}
-  duality = recorded.Noise(vocab_size=config["V"], recorded=vectors["gaussian_noise"], **window)
+  duality = recorded.Noise(vocab_size=config["V"], recorded=(vectors["gaussian_noise"],), **window)
   batch = {"tokens": jnp.asarray(vectors["x0"], jnp.int32), "t": jnp.asarray(vectors["t"])}
   tau = 1 / float(vectors["tau_inverse"])
   for chunk in (None, 4):

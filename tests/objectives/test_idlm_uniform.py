@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import recorded as quantities
 
 from dlm_jax import process
 from dlm_jax.convert import hf_dit
@@ -16,41 +17,6 @@ from dlm_jax.models import DiT, DiTConfig
 from dlm_jax.objectives import draw_batch, idlm
 from dlm_jax.objectives._gaussian_states import Relaxation
 from dlm_jax.objectives.state import split_each
-from dlm_jax.schedules import Derived
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class RecordedSchedule(Derived):
-  """α(t) and α'(t) at the recorded times: the reference reads a table and differences it."""
-
-  times: np.ndarray
-  alphas: np.ndarray
-  dalphas: np.ndarray
-
-  def _at(self, values, t):
-    return jnp.asarray(values, jnp.float32)[jnp.argmin(jnp.abs(jnp.asarray(self.times) - t))]
-
-  def alpha(self, t):
-    return jnp.vectorize(lambda t: self._at(self.alphas, t))(t)
-
-  def dalpha(self, t):
-    return jnp.vectorize(lambda t: self._at(self.dalphas, t))(t)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class RecordedNoise(process.GaussianDuality):
-  """Noise read from arrays: a key's data names the array and the sequence."""
-
-  noises: np.ndarray
-
-  def noise(self, rng, positions_L):
-    which, row = jax.random.key_data(rng)
-    return jnp.asarray(self.noises)[which, row][positions_L]
-
-
-def _keys(which, batch):
-  data = np.stack([np.full(batch, which), np.arange(batch)], 1).astype(np.uint32)
-  return jax.random.wrap_key_data(jnp.asarray(data))
 
 
 class Recorded:
@@ -59,25 +25,20 @@ class Recorded:
   def __init__(self, vectors, config):
     v = self.vectors = vectors
     self.size = config["B"]
-    self.model = DiT(
-      DiTConfig(
-        vocab_size=config["V"], dim=config["H"], cond_dim=config["cond"], layers=config["nb"],
-        heads=config["nh"], length=config["L"], dtype="float32", time_conditioning=True,
-      )
-    )  # fmt: skip
+    self.model = quantities.network(config, time_conditioning=True)
     self.params = {
       name: hf_dit.from_tensors(self.model, self.under(name))
       for name in ("student", "teacher", "fake")
     }
-    schedule = RecordedSchedule(
+    schedule = quantities.Schedule(
       np.concatenate([v["t"], v["t_gen"]]),
       np.concatenate([v["alpha_t"], v["alpha_gen"]])[:, 0],
       np.concatenate([v["dalpha_t"], np.full_like(v["alpha_gen"], np.nan)])[:, 0],
     )
     self.process = process.Uniform(vocab_size=config["V"], schedule=schedule)
-    duality = RecordedNoise(
+    duality = quantities.Noise(
       vocab_size=config["V"], gamma_min=config["gamma_min"], gamma_max=config["gamma_max"],
-      noises=np.stack([v["gaussian_noise_gen"], v["gaussian_noise"]]),
+      recorded=(v["gaussian_noise_gen"], v["gaussian_noise"]),
     )  # fmt: skip
     self.relaxation = Relaxation(duality=duality, tau=float(1 / v["tau_inverse"]))
     self.batch = {"tokens": jnp.asarray(v["x0"], jnp.int32)}
@@ -95,7 +56,7 @@ class Recorded:
     }  # fmt: skip
 
   def rollout(self, student, chunk=None):
-    rngs = (_keys(0, self.size), _keys(0, self.size), _keys(1, self.size))
+    rngs = tuple(quantities.keys(self.size, which) for which in (0, 0, 1))
     return idlm.rollout(student, self.batch, rngs=rngs, dropout_B=None, **self.shared(chunk))
 
   def generator(self, student, chunk=None, **changes):

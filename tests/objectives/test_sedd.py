@@ -21,8 +21,8 @@ M = tiny.MASK
 def _score_entropy(logits, xt, x0, schedule, t):
   """Return σ' Σ_{y≠m} [s_y − r x0_y log s_y + K(r x0_y)] per sequence and position, float64.
 
-  The score of the move from the mask to y is s_y = r f_y, r = α/(1 − α), (V − 1) f = e^logits; K(a) = a (log a − 1) and
-  K(0) = 0; σ' = −α'/α.
+  The score of the move from the mask to y is s_y = r f_y, r = α/(1 − α), (V − 1) f = e^logits;
+  K(a) = a (log a − 1) and K(0) = 0; σ' = −α'/α.
   """
   alpha = np.asarray(schedule.alpha(t), np.float64)
   rate = -np.asarray(schedule.dalpha(t), np.float64) / alpha

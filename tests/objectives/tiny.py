@@ -7,6 +7,7 @@ import typing
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from dlm_jax import process
 from dlm_jax.models import Causal, CausalConfig, DiT, DiTConfig
@@ -75,3 +76,17 @@ def setting(make):
   forward = process_for(make)
   changes = {"time_conditioning": True} if forward is UNIFORM else {}
   return *network(network_class(make), **changes), forward
+
+
+def equal(left, right):
+  """Tell whether two trees hold the same numbers."""
+  pairs = zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True)
+  return all(np.array_equal(a, b) for a, b in pairs)
+
+
+def distillation(method, **options):
+  """Return the objective of a method with one student, and its state on a tiny teacher."""
+  model, params, forward = setting(method.make)
+  optimizers = {"student": optax.adam(1e-2, eps=1e-3)}
+  objective = method.make(model=model, process=forward, optimizers=optimizers, **options)
+  return objective, objective.init(jax.random.key(0), params)

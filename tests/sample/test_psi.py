@@ -195,6 +195,20 @@ def test_law_of_the_loop(proc):
   assert toy.p_value(tokens, without) < DIFFERS
 
 
+def test_loop_follows_the_published_survival():
+  """α rises linearly to 0.9 over t from 1 to 0.55, stays, and rises to 1 from t = 0.05 to 0."""
+  proc = process.Absorbing(vocab_size=V, mask_id=toy.MASK, schedule=schedules.LogLinear(eps=1e-9))
+  t = np.linspace(1, 0, 2001)
+  times, held = _psi._loop(proc, jnp.asarray(t, jnp.float32), (0.55, 0.05), 0.9)
+  published = np.select(
+    [t > 0.55, t > 0.05], [(1 - t) * 0.9 / (1 - 0.55), np.full_like(t, 0.9)], 1 - t * 0.1 / 0.05
+  )
+  np.testing.assert_allclose(proc.schedule.alpha(times), published, atol=1e-5)
+  assert np.asarray(held).sum() == pytest.approx(1000, abs=2), "half of all steps remask"
+  edge = _psi.renoising(proc, times, "cap", 0.02)[np.asarray(held)]
+  np.testing.assert_allclose(edge, 0.02)
+
+
 def test_law_of_the_greedy_tail_and_without_a_tail():
   proc = process.Absorbing(vocab_size=V, mask_id=toy.MASK, schedule=schedules.Polynomial(power=0.1))
   for noise_removal in ("greedy", "none"):
