@@ -7,11 +7,16 @@ import pathlib
 from typing import Any
 
 from dlm_jax.arrays import Params
-from dlm_jax.convert import families, files, hf_dit, hf_gpt2
+from dlm_jax.convert import families, files, hf_discriminator, hf_dit, hf_gpt2
+from dlm_jax.convert.hf_discriminator import save as save_discriminator
 from dlm_jax.convert.hf_dit import save
 from dlm_jax.errors import InputError
+from dlm_jax.models import Critic
 
-__all__ = ["fingerprint", "is_denoiser", "load", "read_config", "save"]
+__all__ = [
+  "fingerprint", "is_denoiser", "load", "load_discriminator", "read_config", "save",
+  "save_discriminator",
+]  # fmt: skip
 
 
 def read_config(path: pathlib.Path | str) -> dict[str, Any]:
@@ -92,3 +97,16 @@ def load(
   if weights is not None:
     raise InputError(f"{path}: weights={weights!r} is a choice of Lightning checkpoints only.")
   return (*hf_gpt2.load(path), None)
+
+
+def load_discriminator(path: pathlib.Path | str, **overrides) -> Critic | None:
+  """Load the discriminator that lies beside a student's weights; None if there is none.
+
+  Args:
+    path: as for `load`.
+    **overrides: fields of the model's config that change no shape, e.g. dtype="float32".
+
+  Raises:
+    InputError: unknown model type; missing, extra, misshapen or unreadable tensors.
+  """
+  return hf_discriminator.load(path, read_config(path), **overrides)

@@ -9,6 +9,7 @@ Every tensor of a file is used or explained, and its shape is checked. What no c
 square matrix (attn_out, sigma_map.mlp.2) stored transposed, and tensors of one shape swapped.
 """
 
+import functools
 import json
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ from dlm_jax import models
 from dlm_jax.arrays import Params
 from dlm_jax.convert import families, files
 from dlm_jax.errors import InputError
+from dlm_jax.models import discriminator
 
 # (public name, our path, transposed); {} is the layer number. In the order in which the public
 # modules register their parameters: moving averages are lists in this order.
@@ -55,12 +57,24 @@ _OUTPUT = (
   ("output_layer.adaLN_modulation.weight", "output/modulation/kernel", True),
   ("output_layer.adaLN_modulation.bias", "output/modulation/bias", False),
 )
-_DIT = (_EMBED + _TIME, _BLOCK + _MODULATION, _OUTPUT)
-_CAUSAL = (_EMBED, _BLOCK, (("norm_final.weight", "norm/scale", False),))
+_SPECTRAL = tuple(
+  (f"output_layer.main.{number}.{public}", f"output/{name}/{ours}", ours == "kernel")
+  for number, name in ((0, "expand"), (2, "contract"))
+  for public, ours in (
+    ("bias", "bias"), ("weight_orig", "kernel"), ("weight_u", "u"), ("weight_v", "v")
+  )
+)  # fmt: skip
+Network = models.DiT | models.Causal | models.Discriminator
+_LAYOUTS = {
+  models.DiT: (_EMBED + _TIME, _BLOCK + _MODULATION, _OUTPUT),
+  models.Causal: (_EMBED, _BLOCK, (("norm_final.weight", "norm/scale", False),)),
+  models.Discriminator: (_EMBED + _TIME, _BLOCK + _MODULATION, _SPECTRAL),
+}
 _PREFIX = "backbone."  # twice where a Lightning module wraps a Hugging Face class; or absent
 _BUFFER = "rotary_emb.inv_freq"  # a constant of the network, in some public files
 # Other networks that distillation keeps beside the student. Each must be complete; none is loaded.
-_OTHER_TREES = ("fake_model.", "teacher.", "student_ema.")
+_OTHER_TREES = ("fake_model.", "teacher.", "student_ema.", "discriminator.")
+_UNUSED = {"reward_baseline"}  # a scalar that DiDi-Instruct's trainer registers and never reads
 
 
 def save(
@@ -131,7 +145,7 @@ def load(
   return model, from_tensors(model, tensors, source=source), proc
 
 
-def to_tensors(model: models.DiT | models.Causal, params: Params) -> dict[str, Array]:
+def to_tensors(model: Network, params: Params) -> dict[str, Array]:
   """Return a tree like the parameters (gradients too) under public names and orientation."""
   tensors = {}
   for name, ours, layer, transposed in _entries(model):
@@ -142,7 +156,7 @@ def to_tensors(model: models.DiT | models.Causal, params: Params) -> dict[str, A
 
 
 def from_tensors(
-  model: models.DiT | models.Causal,
+  model: Network,
   tensors: Mapping[str, Any],
   *,
   source: pathlib.Path | str = "checkpoint",
@@ -150,10 +164,11 @@ def from_tensors(
   """Return float32 parameters from arrays under public names, with or without their prefix.
 
   Args:
-    model: the network; says which tensors there must be, and their shapes.
+    model: the network; says which tensors there must be, and their shapes. A discriminator's come
+      in the layout of `discriminator.join`.
     tensors: arrays by name; every one must be used, rotary frequencies are checked and dropped.
-      The trees fake_model.*, teacher.* and student_ema.* of distillation are dropped if each is
-      one complete network of the same sizes.
+      The trees fake_model.*, teacher.*, student_ema.* and discriminator.* of distillation are
+      dropped if each is one complete network of the same sizes.
     source: where they come from, for messages.
 
   Raises:
@@ -171,9 +186,9 @@ def from_tensors(
   return params
 
 
-def _entries(model) -> Iterator[tuple[str, str, int | None, bool]]:
+def _entries(model: Network) -> Iterator[tuple[str, str, int | None, bool]]:
   """Yield (public name, our path, layer, transposed), in the order of the public modules."""
-  before, block, after = _DIT if isinstance(model, models.DiT) else _CAUSAL
+  before, block, after = _LAYOUTS[type(model)]
   for name, ours, transposed in before:
     yield name, ours, None, transposed
   for layer in range(model.config.layers):
@@ -186,8 +201,13 @@ def _entries(model) -> Iterator[tuple[str, str, int | None, bool]]:
 def _shapes(model) -> dict[str, tuple[int, ...]]:
   """Return the shape of every public tensor, in the order of the public modules."""
   tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
-  sigma = (jax.ShapeDtypeStruct((1,), jnp.float32),) if isinstance(model, models.DiT) else ()
-  shapes = jax.eval_shape(model.init, jax.random.key(0), tokens, *sigma)["params"]
+  sigma = () if isinstance(model, models.Causal) else (jax.ShapeDtypeStruct((1,), jnp.float32),)
+  variables = jax.eval_shape(model.init, jax.random.key(0), tokens, *sigma)
+  shapes = variables["params"]
+  if isinstance(model, models.Discriminator):
+    shapes = jax.eval_shape(
+      functools.partial(discriminator.join, model), shapes, variables["spectral"]
+    )
   wanted = {}
   for name, ours, layer, transposed in _entries(model):
     shape = _read(shapes, ours).shape[layer is not None :]
@@ -198,7 +218,7 @@ def _shapes(model) -> dict[str, tuple[int, ...]]:
 def _match(model, tensors: Mapping[str, Any], source) -> dict[str, Any]:
   """Return the student's tensors without prefix, after checking every name and shape of a file."""
   trees: dict[str, dict[str, str]] = {"": {}}  # tree -> bare name -> name in the file
-  for stored in tensors:
+  for stored in sorted(tensors.keys() - _UNUSED):
     tree = next((tree for tree in _OTHER_TREES if stored.startswith(tree)), "")
     name = stored.removeprefix(tree).removeprefix(_PREFIX).removeprefix(_PREFIX)
     names = trees.setdefault(tree, {})
@@ -207,7 +227,10 @@ def _match(model, tensors: Mapping[str, Any], source) -> dict[str, Any]:
     names[name] = stored
   wanted = _shapes(model)
   for tree, names in trees.items():
-    _check_tree(source, tree, names, tensors, wanted)
+    shapes = wanted
+    if tree == "discriminator.":
+      shapes = _shapes(models.Discriminator(model.config, trained_layers=1))
+    _check_tree(source, tree, names, tensors, shapes)
     if _BUFFER in names:
       _check_rotary(source, names[_BUFFER], tensors[names[_BUFFER]], model.config)
   return {name: tensors[trees[""][name]] for name in wanted}

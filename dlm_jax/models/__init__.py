@@ -3,6 +3,7 @@
 
 from dlm_jax.models.causal import Causal, CausalConfig
 from dlm_jax.models.denoiser import Denoiser
+from dlm_jax.models.discriminator import Critic, Discriminator
 from dlm_jax.models.dit import DiT, DiTConfig
 
-__all__ = ["Causal", "CausalConfig", "Denoiser", "DiT", "DiTConfig"]
+__all__ = ["Causal", "CausalConfig", "Critic", "Denoiser", "DiT", "DiTConfig", "Discriminator"]

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A discriminator beside its student: discriminator.safetensors in the public DiDi-Instruct layout.
+
+Names are those of the student's trunk; the head is `output_layer.main.{0,2}` with the leaves of
+torch's spectral norm: weight_orig, weight_u, weight_v. In a Lightning checkpoint the same names
+stand below `discriminator.`.
+"""
+
+import pathlib
+
+from safetensors.flax import save_file
+
+from dlm_jax import models
+from dlm_jax.convert import families, files, hf_dit
+from dlm_jax.errors import InputError
+from dlm_jax.models import Critic, discriminator
+
+FILE = "discriminator.safetensors"
+_TREE = "discriminator."
+
+
+def save(path: pathlib.Path | str, critic: Critic) -> None:
+  """Write discriminator.safetensors into a model directory that exists."""
+  tree = discriminator.join(critic.model, critic.params, critic.spectral)
+  tensors = hf_dit.to_tensors(critic.model, tree)
+  bare = {name.removeprefix("backbone."): value for name, value in tensors.items()}
+  file = pathlib.Path(path) / FILE
+  save_file(bare, str(file), metadata={"format": "pt"})
+  file.chmod(0o644)  # the library writes it readable by its owner only
+
+
+def load(path: pathlib.Path | str, config: dict, **overrides) -> Critic | None:
+  """Read the discriminator of a model directory or Lightning checkpoint; None if it has none.
+
+  Args:
+    path: the directory, or the file of the weights.
+    config: the parsed config.json, which gives the sizes.
+    **overrides: fields of the model's config that change no shape.
+
+  Raises:
+    InputError: a tensor is missing, unknown or of the wrong shape.
+  """
+  source = pathlib.Path(path)
+  directory = source.parent if source.is_file() else source
+  file = directory / FILE
+  if file.is_file() and source.suffix != ".ckpt":
+    tensors, _ = files.read(file)
+    source = file
+  else:
+    if files.find(source)[0].suffix == ".safetensors":
+      return None
+    tensors, _ = files.read(source)
+    tensors = {name.removeprefix(_TREE): x for name, x in tensors.items() if name.startswith(_TREE)}
+    if not tensors:
+      return None
+  sizes = families.make_model(directory, config, overrides)
+  if not isinstance(sizes, models.DiT):
+    raise InputError(f"{source}: a discriminator needs the sizes of a denoiser.")
+  stored = config.get("dlm_jax", {}).get("discriminator", {})
+  trained = stored.get("trained_layers", min(4, sizes.config.layers))
+  model = models.Discriminator(sizes.config, trained_layers=trained)
+  tree = hf_dit.from_tensors(model, tensors, source=source)
+  params, spectral = discriminator.split(model, tree)
+  return Critic(model=model, params=params, spectral=spectral)
