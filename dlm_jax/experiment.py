@@ -229,12 +229,30 @@ def make_objective(config: ConfigDict, model, proc) -> objectives.Objective:
     )
   options = {key: value or None if key in ("chunk", "ema_decay") else value
              for key, value in options.items()}  # fmt: skip
-  rates = optim.OptimConfig(**config.optim.to_dict())
-  optimizers = {tree: optim.make(rates, config.train.steps) for tree in module.TRAINED}
+  optimizers = {
+    tree: optim.make(rates, config.train.steps)
+    for tree, rates in _optim_configs(config, module.TRAINED).items()
+  }
   try:
     return module.make(model=model, process=proc, optimizers=optimizers, **options)
   except (TypeError, ValueError) as error:
     raise InputError(f"objective {name!r}: {error}") from None
+
+
+def _optim_configs(config: ConfigDict, trees: Iterable[str]) -> dict[str, optim.OptimConfig]:
+  """Return options per trained tree: those of config.optim, changed by its group of that name."""
+  fields = config.optim.to_dict()
+  groups = {name: fields.pop(name) for name in list(fields) if isinstance(fields[name], dict)}
+  for name, changes in groups.items():
+    if name not in trees:
+      raise InputError(
+        f"optim.{name} names no trained tree{_hint(name, trees)}; there are {', '.join(trees)}."
+      )
+    if unknown := sorted(set(changes) - set(fields)):
+      raise InputError(
+        f"optim.{name}.{unknown[0]} is no field of optim{_hint(unknown[0], fields)}."
+      )
+  return {tree: optim.OptimConfig(**{**fields, **groups.get(tree, {})}) for tree in trees}
 
 
 def loop_config(config: ConfigDict) -> LoopConfig:
@@ -303,7 +321,7 @@ def build(config: ConfigDict, vocab_size: int, devices=None) -> Experiment:
     objective=objective,
     mesh=device_mesh,
     shapes=shapes,
-    shardings=mesh.state_shardings(device_mesh, placed, shapes),
+    shardings=mesh.state_shardings(device_mesh, placed, shapes, objective.axes),
   )
 
 

@@ -109,28 +109,40 @@ def param_shardings(mesh: Mesh, axes: Any, shapes: Any) -> Any:
   return jax.tree.map(one, axes, shapes, is_leaf=lambda x: isinstance(x, PartitionSpec))
 
 
-def state_shardings(mesh: Mesh, params: Any, state: Any) -> Any:
+def state_shardings(mesh: Mesh, params: Any, state: Any, further: tuple[Any, ...] = ()) -> Any:
   """Shard every subtree shaped like the parameters as they are; replicate the rest.
 
-  Optimiser moments, averages and further networks follow without being named.
+  Optimiser moments, averages and further copies follow without being named.
 
   Args:
     mesh: the mesh.
     params: the tree returned by `param_shardings`.
     state: any pytree of arrays or shape structs.
+    further: trees of logical axis names of other networks, or of parts of them.
   """
-  structure = jax.tree.structure(params)
 
-  def like_params(node):
-    if jax.tree.structure(node) != structure:
-      return False  # and a factored moment has the structure, but other ranks
-    leaves = zip(jax.tree.leaves(node), jax.tree.leaves(params), strict=True)
-    return all(len(sharding.spec) <= leaf.ndim for leaf, sharding in leaves)
+  def match(node):
+    """Return the shardings of a node that is a network, or None."""
+    if (structure := jax.tree.structure(node)) == jax.tree.structure(params):
+      shardings = params
+    else:
+      names = [t for t in further if _structure(t) == structure]
+      if not names:
+        return None
+      shardings = param_shardings(mesh, names[0], node)
+    # a factored moment has the structure, but other ranks
+    leaves = zip(jax.tree.leaves(node), jax.tree.leaves(shardings), strict=True)
+    return shardings if all(len(s.spec) <= leaf.ndim for leaf, s in leaves) else None
 
   def one(node):
-    return params if like_params(node) else replicated(mesh)
+    found = match(node)
+    return replicated(mesh) if found is None else found
 
-  return jax.tree.map(one, state, is_leaf=like_params)
+  return jax.tree.map(one, state, is_leaf=lambda node: match(node) is not None)
+
+
+def _structure(axes):
+  return jax.tree.structure(axes, is_leaf=lambda x: isinstance(x, PartitionSpec))
 
 
 def start_distributed() -> None:

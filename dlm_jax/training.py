@@ -166,7 +166,10 @@ def _start(built, teacher, checkpoints, stream, evaluator) -> TrainState:
       evaluator.from_json(extra.get("evaluator", {}))
     return state
   initialise = jax.jit(built.objective.init, out_shardings=built.shardings)
-  return initialise(loop.init_key(built.config.seed), teacher)
+  state = initialise(loop.init_key(built.config.seed), teacher)
+  if built.objective.check is not None:
+    built.objective.check(state)
+  return state
 
 
 def export(

@@ -48,12 +48,16 @@ class Objective(NamedTuple):
     step: (state, batch) -> (state, metrics), pure. With `batches` > 1 it takes a tuple of batches.
     output: the tree that is sampled from and exported.
     batches: fresh global batches that one step consumes.
+    check: raises InputError if a state at step 0 is not a start; called with real arrays.
+    axes: trees of logical axis names of networks other than the model, see `Network.axes`.
   """
 
   init: Callable[..., TrainState]
   step: Callable[..., tuple[TrainState, Metrics]]
   output: str = "model"
   batches: int = 1
+  check: Callable[[TrainState], None] | None = None
+  axes: tuple[Any, ...] = ()
 
 
 def make_state(
@@ -159,17 +163,41 @@ def update(
     (value, (metrics, extra)), grads = grad(params, batch)
   else:
     (value, (metrics, extra)), grads = _accumulate(grad, params, batch, accumulate)
+  metrics = {"loss": value, **metrics}
+  state, metrics = apply_gradients(state, tree, grads, tx, decay=decay, metrics=metrics)
+  return state, metrics, extra
+
+
+def apply_gradients(
+  state: TrainState, tree: str, grads: Params, tx: optax.GradientTransformation, *,
+  decay: float | None, metrics: Metrics,
+) -> tuple[TrainState, Metrics]:  # fmt: skip
+  """Take the optimiser step of `update` with given gradients; name the metrics, add their norm."""
+  params = state.trees[tree]
   updates, opt = tx.update(grads, state.opt[tree], params)
   params = optax.apply_updates(params, updates)
-
   ema = dict(state.ema)
   if decay is not None:
     n = (state.step + 1).astype(jnp.float32)
     rate = jnp.minimum(decay, (1 + n) / (10 + n))
     ema[tree] = jax.tree.map(lambda a, p: rate * a + (1 - rate) * p, ema[tree], params)
-  metrics = {"loss": value, "grad_norm": optax.tree.norm(grads), **metrics}
+  metrics = {**metrics, "grad_norm": optax.tree.norm(grads)}
   state = state.replace(trees={**state.trees, tree: params}, opt={**state.opt, tree: opt}, ema=ema)
-  return state, {f"{tree}/{name}": value for name, value in metrics.items()}, extra
+  return state, {f"{tree}/{name}": value for name, value in metrics.items()}
+
+
+def over_micro_batches(function: Callable[[Batch], Any], batch: Batch, count: int) -> Any:
+  """Map a function of a batch over its micro-batches, those of `update`; keep the order of rows.
+
+  Args:
+    function: batch -> tree of arrays whose leading axis is the batch.
+    batch: arrays with the batch as leading axis.
+    count: number of micro-batches.
+  """
+  if count == 1:
+    return function(batch)
+  pieces = jax.lax.map(function, jax.tree.map(lambda x: _cut(x, count), batch))
+  return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:]), pieces)
 
 
 def map_positions(function: Callable, arrays: tuple[Array, ...], chunk: int | None) -> Any:
@@ -198,11 +226,7 @@ def map_positions(function: Callable, arrays: tuple[Array, ...], chunk: int | No
 
 def _accumulate(grad, params, batch, count):
   """Average values, metrics and gradients over strided micro-batches under `lax.scan`."""
-
-  def cut(x):
-    return jnp.swapaxes(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 0, 1)
-
-  micro = jax.tree.map(cut, batch)
+  micro = jax.tree.map(lambda x: _cut(x, count), batch)
   first = jax.tree.map(lambda x: x[0], micro)
   shapes = jax.eval_shape(grad, params, first)
   (value, (metrics, extra)), grads = shapes
@@ -215,3 +239,8 @@ def _accumulate(grad, params, batch, count):
 
   (value, metrics, grads), extra = jax.lax.scan(add, zeros, micro)
   return (value, (metrics, jax.tree.map(lambda x: x[-1], extra))), grads
+
+
+def _cut(x, count):
+  """Return [count, B / count, …]: micro-batch j holds the rows j, j + count, …"""
+  return jnp.swapaxes(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 0, 1)

@@ -101,6 +101,7 @@ def jit_step(objective: Objective, mesh: Mesh, shardings: Any, seed: int) -> Cal
     in_shardings=(shardings, meshes.batch_sharding(mesh, leading=1)),
     out_shardings=(shardings, meshes.replicated(mesh)),
     donate_argnums=0,
+    keep_unused=True,  # what a step only overwrites is donated too
   )
 
 

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Times, weights and normalised rewards of integral-KL distillation.
+
+Reference: DiDi-Instruct, arXiv 2509.25035, sections 3.1 and 3.2.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+from scipy import stats
+
+from dlm_jax.schedules import Schedule
+
+OMEGAS = ("elbo", "constant")
+_NODES = 4097  # of the quantile table
+
+
+@functools.lru_cache(maxsize=16)
+def _quantiles(a: float, b: float) -> np.ndarray:
+  return stats.beta.ppf(np.linspace(0, 1, _NODES), a, b).astype(np.float32)
+
+
+def beta_times(
+  u_B: Float[Array, "B"], a: float, b: float
+) -> tuple[Float[Array, "B"], Float[Array, "B"]]:
+  """Return times t ~ Beta(a, b) at uniforms, by the inverse distribution function, and π(t)."""
+  t_B = jnp.interp(u_B, jnp.linspace(0, 1, _NODES), jnp.asarray(_quantiles(a, b)))
+  return t_B, jax.scipy.stats.beta.pdf(jnp.clip(t_B, 1e-6, 1 - 1e-6), a, b)
+
+
+def omega(
+  t_B: Float[Array, "B"], schedule: Schedule, mode: str, clip: tuple[float, float]
+) -> Float[Array, "B"]:
+  """Return ω(t): "constant" 1, or "elbo" −α'/(1 − α), the weight of the NELBO, clipped."""
+  if mode == "constant":
+    return jnp.ones_like(t_B)
+  return jnp.clip(schedule.weight(t_B), *clip)
+
+
+def masked_mean(logits_BL: Float[Array, "B L"], masked_BL: Bool[Array, "B L"], clip: float):
+  """Return the mean over masked positions of clipped log-odds, per sequence; 0 without masks.
+
+  Every position estimates one number, the log-ratio of the whole sequence, hence a mean.
+  """
+  clipped_BL = jnp.clip(logits_BL, -clip, clip)
+  return jnp.sum(jnp.where(masked_BL, clipped_BL, 0.0), 1) / jnp.maximum(masked_BL.sum(1), 1)
+
+
+def normalise_groups(
+  reward_B: Float[Array, "B"], size: int, clip: float = 3.0, eps: float = 1e-8
+) -> Float[Array, "B"]:
+  """Return advantages (r − mean)/(std + ε) within groups of consecutive sequences, clipped.
+
+  The standard deviation has ddof = 1, so that no advantage exceeds (G − 1)/√G.
+
+  Args:
+    reward_B: rewards; B is a multiple of `size`.
+    size: G ≥ 2.
+    clip: largest absolute advantage.
+    eps: added to the deviation.
+  """
+  reward_GS = reward_B.reshape(-1, size)
+  centred_GS = reward_GS - reward_GS.mean(1, keepdims=True)
+  std_G1 = jnp.sqrt(jnp.sum(centred_GS**2, 1, keepdims=True) / (size - 1))
+  return jnp.clip(centred_GS / (std_G1 + eps), -clip, clip).reshape(-1)
