@@ -3,6 +3,6 @@
 
 from dlm_jax import draw
 from dlm_jax.sample import grids
-from dlm_jax.sample._generate import generate
+from dlm_jax.sample._generate import evaluations, generate
 
-__all__ = ["draw", "generate", "grids"]
+__all__ = ["draw", "evaluations", "generate", "grids"]

@@ -12,9 +12,16 @@ from jaxtyping import Array, Bool, Int
 from dlm_jax.arrays import RngKey
 from dlm_jax.errors import InputError
 from dlm_jax.process import Absorbing, Uniform
-from dlm_jax.sample import _analytic, _ancestral, _legacy, _psi, _uniform
+from dlm_jax.sample import _analytic, _ancestral, _legacy, _psi, _rgas, _uniform
 
-SAMPLERS = ("ancestral", "first_hitting", "psi", "analytic")
+_RUNS = {
+  "ancestral": _ancestral.run,
+  "first_hitting": functools.partial(_ancestral.run, first_hitting=True),
+  "psi": _psi.run,
+  "analytic": _analytic.run,
+  "rgas": _rgas.run,
+}
+SAMPLERS = tuple(_RUNS)
 PRECISIONS = ("exact", "legacy")
 
 
@@ -53,6 +60,8 @@ def generate(
       "psi": ancestral steps that also noise tokens again and so correct them; options kappa, eta,
         window, hold: see `_psi.run`.
       "analytic": absorbing only; the sampler of score networks, whose ratios set the pace too.
+      "rgas": absorbing only; ancestral steps that a discriminator guides; options critic (needed),
+        h, candidates, ratio, reward: see `_rgas.run`.
       Or a function with the signature of `_ancestral.run`.
     prompt: int32 [P], [L] or [B, L]: given tokens; a prefix if shorter than `length`. Where it
       holds the mask id, text is generated.
@@ -73,7 +82,8 @@ def generate(
       sampler that the process does not have.
 
   Reference: absorbing: MDLM, arXiv 2406.07524, equation 7; first hitting: arXiv 2409.02908;
-  uniform: Duo, arXiv 2506.10892; psi: ReMDM, arXiv 2503.00307; analytic: SEDD, arXiv 2310.16834.
+  uniform: Duo, arXiv 2506.10892; psi: ReMDM, arXiv 2503.00307; analytic: SEDD, arXiv 2310.16834;
+  rgas: DiDi-Instruct, arXiv 2509.25035.
 
   Example:
     >>> import jax
@@ -124,11 +134,7 @@ def _choose(sampler, precision, proc):
     raise InputError(f"precision='legacy' exists for sampler='ancestral' only, not {sampler!r}.")
   if isinstance(proc, Uniform):
     return _choose_uniform(sampler, precision)
-  if sampler == "ancestral":
-    return _legacy.run if precision == "legacy" else _ancestral.run
-  if sampler == "first_hitting":
-    return functools.partial(_ancestral.run, first_hitting=True)
-  return _psi.run if sampler == "psi" else _analytic.run
+  return _legacy.run if precision == "legacy" else _RUNS[sampler]
 
 
 def _choose_uniform(sampler, precision):
@@ -167,3 +173,20 @@ def _start(proc, rng_B, length, prompt, frozen):
   rest = ((0, 0), (0, length - given))
   x_BL = jnp.concatenate([x_BP, x_BL[:, given:]], axis=1)
   return x_BL, jnp.pad(frozen_BP, rest)
+
+
+def evaluations(sampler: str = "ancestral", *, steps: int, **sampler_options) -> dict[str, int]:
+  """Return true network evaluations per sample on a grid, by kind of network.
+
+  All but "rgas" evaluate the denoiser alone, once a step; "first_hitting" is not on a grid.
+
+  Example:
+    >>> evaluations("rgas", steps=8, candidates=4)
+    {'student': 8, 'discriminator_forward': 20, 'discriminator_backward': 4}
+  """
+  if sampler != "rgas":
+    return {"student": steps, "discriminator_forward": 0, "discriminator_backward": 0}
+  given = {
+    key: sampler_options[key] for key in ("h", "candidates", "ratio") if key in sampler_options
+  }
+  return _rgas.cost(steps, **given)

@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reward-guided sampling: recorded steps, its law by enumeration, cost, prompts and keys."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import toy
+
+from dlm_jax import draw, process, sample
+from dlm_jax.convert import hf_dit
+from dlm_jax.errors import InputError
+from dlm_jax.models import Critic, Discriminator, DiTConfig, discriminator
+from dlm_jax.sample import _rgas
+
+every_variant = pytest.mark.parametrize("variant", "ab")
+
+
+# --- recorded steps -----------------------------------------------------------------------------
+
+
+class Recorded:
+  """One file: networks, state, times."""
+
+  def __init__(self, vectors, config):
+    v = self.vectors = vectors
+    sizes = DiTConfig(
+      vocab_size=config["V"], dim=config["H"], cond_dim=config["cond"], layers=config["nb"],
+      heads=config["nh"], length=config["L"], dtype="float32",
+    )  # fmt: skip
+    model = Discriminator(sizes, trained_layers=1)
+    tensors = {
+      name.removeprefix("discriminator/"): value
+      for name, value in v.items()
+      if name.startswith("discriminator/")
+    }
+    params, spectral = discriminator.split(model, hf_dit.from_tensors(model, tensors))
+    self.critic = Critic(model=model, params=params, spectral=spectral)
+    self.mask, self.x = config["mask_index"], jnp.asarray(v["x"], jnp.int32)
+    self.process = process.Absorbing(vocab_size=config["V"], mask_id=self.mask)
+    self.masked, self.sigma = self.x == self.mask, jnp.asarray(v["sigma"])
+    t = jnp.asarray(v["t"][:, 0])
+    self.alpha_t = self.process.schedule.alpha(t)
+    self.alpha_s = self.process.schedule.alpha(t - jnp.float32(v["dt"]))
+
+  def weights(self, logits):
+    """Return the published weights of a step: no normalisation, the mask's column overwritten."""
+    q = jax.nn.softmax(logits) * (self.alpha_s - self.alpha_t)[:, None, None]
+    return q.at[..., self.mask].set(jnp.broadcast_to(1 - self.alpha_s[:, None], q.shape[:2]))
+
+
+@pytest.fixture(params="ab")
+def recorded(golden, request):
+  return Recorded(*golden(f"didi_rgas__{request.param}"))
+
+
+def _close(ours, wanted, tolerance=2e-5):
+  atol = tolerance * max(np.abs(wanted).max(), 1e-12)
+  np.testing.assert_allclose(ours, wanted, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("h", [0.2, 30.0])
+def test_golden_tilt(recorded, h):
+  """From recorded logits, whose softmax includes the mask, as the released student's does."""
+  r, v = recorded, recorded.vectors
+  logits = jnp.asarray(v["student_raw_logits"])
+  soft = jnp.where(r.masked[..., None], logits, 1e9 * jax.nn.one_hot(r.x, logits.shape[-1]))
+  scores = r.critic(soft, r.sigma)
+  _close(scores, v[f"tilt_h{h}/discriminator_scores_soft"][..., 0])
+  _close(jnp.sum(jnp.where(r.masked, scores, 0)), v[f"tilt_h{h}/reward_sum"], 1e-5)
+  tilted, gradient = _rgas.tilt(r.critic, logits, r.x, r.masked, r.sigma, h)
+  _close(gradient, v[f"tilt_h{h}/grad_clipped"], 1e-4)
+  masked = np.asarray(r.masked)
+  _close(np.asarray(tilted)[masked], v[f"tilt_h{h}/tilted_logits"][masked], 1e-4)
+  weights = np.asarray(r.weights(tilted))[masked]
+  np.testing.assert_allclose(weights, v[f"tilt_h{h}/q_xs"][masked], rtol=2e-3, atol=1e-7)
+  drawn = draw.race(jnp.asarray(v[f"tilt_h{h}/q_xs"]), jnp.asarray(v["tilt/uniform"]))
+  np.testing.assert_array_equal(drawn, v[f"tilt_h{h}/draw"])
+  np.testing.assert_array_equal(np.where(masked, drawn, r.x), v[f"tilt_h{h}/x_next"])
+
+
+def test_golden_ranking(recorded):
+  """Published rewards count all positions; the draw is a race, ours an inverse CDF."""
+  r, v = recorded, recorded.vectors
+  candidates = jnp.asarray(v["rerank/candidates"], jnp.int32)
+  rewards = jnp.stack(
+    [r.critic(candidates[:, m], jnp.asarray(v["rerank/sigma_s"])).sum(1)
+     for m in range(candidates.shape[1])]
+  )  # fmt: skip
+  _close(rewards.T, v["rerank/rewards"])
+  _close(jax.nn.softmax(rewards, axis=0).T, v["rerank/probs"], 2e-4)
+  choice = draw.race(jnp.asarray(v["rerank/probs"]), jnp.asarray(v["rerank/uniform_choice"]))
+  np.testing.assert_array_equal(choice, v["rerank/choice"][:, 0])
+
+
+@every_variant
+@pytest.mark.parametrize("steps", [4, 8, 16])
+def test_golden_schedule(golden, variant, steps):
+  """Times, tilts and numbers of candidates, step by step."""
+  vectors, config = golden(f"didi_rgas__{variant}")
+  t, _, h, candidates = vectors[f"schedule{steps}/t_dt_h_M"].T
+  split = _rgas.tilted_steps(steps, config["rerank_steps_ratio"])
+  start, end = config["guidance_scale_start"], config["guidance_scale_end"]
+  np.testing.assert_allclose(sample.grids.make("uniform", steps)[:-1], t, rtol=1e-6)
+  np.testing.assert_allclose(np.linspace(start, end, split), h[:split])
+  assert np.all(h[split:] == 0) and np.all(candidates[:split] == 1)
+  assert np.all(candidates[split:] == candidates[-1])
+
+
+# --- laws ---------------------------------------------------------------------------------------
+
+L, V, SAMPLES = 2, toy.VOCABULARY, 24_576
+PROC = process.Absorbing(vocab_size=V, mask_id=toy.MASK)
+
+
+class Taste:
+  """A critic by formula: its logit at a position depends on that token and its neighbour."""
+
+  def __init__(self, scale):
+    self.table = scale * jnp.asarray(np.random.default_rng(0).normal(size=(V, V)), jnp.float32)
+
+  def __call__(self, tokens, sigma_B):
+    soft = (
+      jax.nn.one_hot(tokens, V) if tokens.ndim == 2 else jax.nn.softmax(tokens.astype(jnp.float32))
+    )
+    return (
+      jnp.einsum("blv,vw,blw->bl", soft, self.table, jnp.roll(soft, 1, axis=1)) + sigma_B[:, None]
+    )
+
+
+def _draw(critic, **options):
+  run = functools.partial(
+    sample.generate, toy.make(L), PROC, jax.random.key(4), batch=SAMPLES, length=L,
+    sampler="rgas", critic=critic, **options,
+  )  # fmt: skip
+  return np.asarray(jax.jit(run)())
+
+
+def _tilted_rows(critic, scale):
+  """Return rows of one tilted step: softmax(ℓ + h clip(∂R/∂ℓ)), revealed at the usual pace."""
+
+  def rows(probs, tokens, s, t):
+    x = jnp.asarray(tokens)
+    sigma = jnp.full(len(x), PROC.schedule.sigma(t))
+    logits = jnp.log(jnp.maximum(jnp.asarray(probs, jnp.float32), 1e-30))
+    tilted, _ = _rgas.tilt(critic, logits, x, x == toy.MASK, sigma, scale)
+    tilted = np.asarray(jax.nn.softmax(tilted), np.float64)
+    tilted[..., toy.MASK] = 0
+    tilted /= tilted.sum(-1, keepdims=True)
+    return toy.posterior_rows(PROC)(
+      np.where((tokens == toy.MASK)[..., None], tilted, probs), tokens, s, t
+    )
+
+  return rows
+
+
+def test_law_of_tilted_steps():
+  critic = Taste(2.0)
+  tokens = _draw(critic, steps=2, ratio=0.0, h=(3.0, 3.0))
+  law = toy.chain_law(toy.make(L), PROC, L, 2, rows=_tilted_rows(critic, 3.0))
+  assert toy.p_value(tokens, law) > 1e-4
+  assert toy.p_value(tokens, toy.chain_law(toy.make(L), PROC, L, 2)) < 1e-6
+
+
+def test_without_guidance_it_is_ancestral():
+  law = toy.chain_law(toy.make(L), PROC, L, 3)
+  for options in ({"ratio": 0.0, "h": (0.0, 0.0)}, {"ratio": 1.0, "candidates": 1}):
+    assert toy.p_value(_draw(Taste(2.0), steps=3, **options), law) > 1e-4
+
+
+def test_ranking_prefers_rewarded_states():
+  """One re-ranked step of two, by enumeration: candidates are pairs from the ancestral step."""
+  critic, step = Taste(1.5), toy.posterior_rows(PROC)
+  grid = np.asarray(sample.grids.make("uniform", 2), np.float64)
+  states = toy.states(L)
+  sigma = float(PROC.schedule.sigma(grid[0]))
+  probs = toy._predictions(toy.make(L), PROC, L, sigma, 1.0, 1.0)
+  rows = step(probs, states, grid[1], grid[0])
+  start = int(np.flatnonzero(np.all(states == toy.MASK, axis=1))[0])
+  q = np.prod([rows[start, i, states[:, i]] for i in range(L)], axis=0)
+  logits = np.asarray(
+    critic(jnp.asarray(states), jnp.full(len(states), PROC.schedule.sigma(grid[1])))
+  )
+  reward = np.where(states == toy.MASK, logits, 0).sum(1)
+  lean = 1 / (1 + np.exp(reward[None, :] - reward[:, None]))  # P(first of a pair)
+  ranked = 2 * q * (lean @ q)
+  np.testing.assert_allclose(ranked.sum(), 1, rtol=1e-5)
+  run = functools.partial(
+    sample.generate, toy.make(L), PROC, jax.random.key(4), batch=SAMPLES, length=L, steps=2,
+    sampler="rgas", critic=critic, ratio=1.0, candidates=2, return_trace=True,
+  )  # fmt: skip
+  _, trace = jax.jit(run)()
+  assert toy.p_value(np.asarray(trace[0]), ranked) > 1e-4
+  assert toy.p_value(np.asarray(trace[0]), q) < 1e-6
+
+
+# --- surface ------------------------------------------------------------------------------------
+
+
+def test_cost():
+  assert sample.evaluations("rgas", steps=8) == {
+    "student": 8, "discriminator_forward": 4 + 4 * 4, "discriminator_backward": 4,
+  }  # fmt: skip
+  assert sample.evaluations("rgas", steps=5, candidates=1, h=(0.0, 0.0)) == {
+    "student": 5, "discriminator_forward": 0, "discriminator_backward": 0,
+  }  # fmt: skip
+  assert sample.evaluations(steps=7)["student"] == 7
+
+
+def test_prompts_keys_and_batches():
+  given = {
+    "length": 6, "steps": 4, "sampler": "rgas", "critic": Taste(2.0), "h": (1.0, 2.0),
+    "prompt": jnp.array([1, toy.MASK, 0]),
+  }  # fmt: skip
+  denoiser = toy.make(6)
+  with jax.debug_key_reuse(True):
+    eight = sample.generate(denoiser, PROC, jax.random.key(1), batch=8, **given)
+  three = sample.generate(denoiser, PROC, jax.random.key(1), batch=3, **given)
+  np.testing.assert_array_equal(eight[:3], three)
+  assert np.all(eight[:, 0] == 1) and np.all(eight[:, 2] == 0) and np.all(eight != toy.MASK)
+
+
+@pytest.mark.parametrize(
+  ("options", "word"),
+  [
+    ({"critic": None}, "needs a discriminator"),
+    ({"h": (1.0, -1.0)}, "h="),
+    ({"candidates": 0}, "candidates"),
+    ({"ratio": 1.5}, "ratio"),
+    ({"reward": "max"}, "reward"),
+    ({"kappa": 1.0}, "no option 'kappa'"),
+  ],
+)
+def test_bad_input(options, word):
+  options = {"critic": Taste(1.0), **options}
+  with pytest.raises(InputError, match=word):
+    sample.generate(
+      toy.make(L), PROC, jax.random.key(0), batch=1, length=L, steps=2, sampler="rgas", **options
+    )
