@@ -19,12 +19,12 @@ _NODES = 4097  # of the quantile table
 
 
 @functools.lru_cache(maxsize=16)
-def _quantiles(a: float, b: float) -> np.ndarray:
+def _quantiles(a, b) -> np.ndarray:
   return stats.beta.ppf(np.linspace(0, 1, _NODES), a, b).astype(np.float32)
 
 
 def beta_times(
-  u_B: Float[Array, "B"], a: float, b: float
+  u_B: Float[Array, "B"], a: float | int, b: float | int
 ) -> tuple[Float[Array, "B"], Float[Array, "B"]]:
   """Return times t ~ Beta(a, b) at uniforms, by the inverse distribution function, and π(t)."""
   t_B = jnp.interp(u_B, jnp.linspace(0, 1, _NODES), jnp.asarray(_quantiles(a, b)))

@@ -21,6 +21,7 @@ Reference: DiDi-Instruct, arXiv 2509.25035, algorithm 1.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -124,8 +125,10 @@ def discriminator_loss(
   return total, (metrics, changed["spectral"])
 
 
-def reward(critic: Critic, batch: Batch, process: Absorbing, clip: float = 8.0) -> Array:
-  """Return the estimate of log q_θ(z, t) − log q_ν(z, t) of every generated sequence, [B]."""
+def reward(
+  critic: Callable[..., Array], batch: Batch, process: Absorbing, clip: float = 8.0
+) -> Float[Array, "B"]:
+  """Return the estimate of log q_θ(z, t) − log q_ν(z, t) of every generated sequence."""
   logits_BL = critic(batch["fake"], process.schedule.sigma(batch["t"]))
   return _rewards.masked_mean(logits_BL, batch["fake"] == process.mask_id, clip)
 
