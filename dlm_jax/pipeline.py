@@ -8,10 +8,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Int
 
 from dlm_jax import convert, experiment, models, process, sample
-from dlm_jax.data import tokenizers
+from dlm_jax.data import templates, tokenizers
 from dlm_jax.errors import InputError
 
 
@@ -24,23 +25,28 @@ class Pipeline:
     process: forward process.
     tokenizer: text ↔ ids.
     length: default number of tokens per text.
+    buckets: of proteins: the lengths that sequences were padded to in training.
+    critic: the discriminator that guides sampler="rgas", if there is one beside the network.
   """
 
   denoiser: models.Denoiser
   process: process.Absorbing | process.Uniform
   tokenizer: tokenizers.Tokenizer
   length: int
+  buckets: tuple[int, ...] = ()
+  critic: models.Critic | None = None
 
   def __call__(
     self, *, steps: int = 16, num: int = 1, seed: int = 0, prompt: str = "", **options: Any
   ) -> list[str]:
-    """Return `num` texts.
+    """Return `num` texts; from a model of proteins, sequences of `length` residues.
 
     Args:
       steps: network evaluations per text.
       num: number of texts.
       seed: text i of a seed is the same whatever `num`.
-      prompt: text that every sample starts with; it follows the document separator.
+      prompt: text that every sample starts with; it follows the document separator, or the start
+        of a protein.
       **options: of `sample.generate`, e.g. temperature=0.9, length=64.
 
     Example:
@@ -53,25 +59,42 @@ class Pipeline:
   def tokens(
     self, *, steps: int = 16, num: int = 1, seed: int = 0, prompt: str = "", **options: Any
   ) -> Int[Array, "B L"] | tuple[Int[Array, "B L"], Int[Array, "K B L"]]:
-    """Return ids instead of texts; arguments as for a call, and return_trace."""
-    given = None
-    if prompt:
-      given = jnp.asarray([self.tokenizer.eos_id, *self.tokenizer.encode(prompt)], jnp.int32)
-    length = options.pop("length", self.length)
+    """Return ids instead of texts; arguments as for a call, and return_trace.
+
+    A protein's are its start, residues, end, and padding up to the bucket that it was trained in.
+    """
+    given, frozen, length = self._start(prompt, options.pop("length", None))
     run = _generate(self.process, num, length, steps, tuple(sorted(options.items())))
-    return run(self.denoiser, jax.random.key(seed), given)
+    critic = self.critic if options.get("sampler") == "rgas" else None
+    return run(self.denoiser, critic, jax.random.key(seed), given, frozen)
+
+  def _start(self, prompt: str, length: int | None):
+    """Return what is given, where it is, and how many positions there are in all."""
+    words = self.tokenizer
+    if not words.given_ids:
+      if not prompt:
+        return None, None, self.length if length is None else length
+      given = np.array([words.eos_id, *words.encode(prompt)], np.int32)
+      # Said outright what is given: a uniform process has no id that means "to be generated".
+      return given, np.ones(given.shape, bool), self.length if length is None else length
+    residues = self.length - 2 if length is None else length
+    row_L = words.template(residues, templates.bucket_of(residues, self.buckets or (self.length,)))
+    start = words.encode(prompt)
+    if len(start) > residues:
+      raise InputError(f"the prompt has {len(start)} residues and length={residues}; shorten it.")
+    row_L[1 : len(start) + 1] = start
+    return row_L, row_L != words.mask_id, len(row_L)
 
 
 @functools.lru_cache(maxsize=32)
 def _generate(proc, batch, length, steps, options):
   """Return a compiled sampler; the cache makes the second call of a notebook cell fast."""
 
-  def run(denoiser, rng, prompt):
-    # Said outright what is given: a uniform process has no id that means "to be generated".
-    frozen = None if prompt is None else jnp.ones(prompt.shape, bool)
+  def run(denoiser, critic, rng, prompt, frozen):
+    guide = {} if critic is None else {"critic": critic}
     return sample.generate(
       denoiser, proc, rng, batch=batch, length=length, steps=steps, prompt=prompt, frozen=frozen,
-      **dict(options),
+      **guide, **dict(options),
     )  # fmt: skip
 
   return jax.jit(run)
@@ -109,7 +132,12 @@ def load(
   model, params, proc = convert.load(source, dtype=dtype, weights=weights)
   check_vocabulary(source, words, proc)
   denoiser = models.Denoiser(model, params).cast(jnp.dtype(dtype))
-  return Pipeline(denoiser=denoiser, process=proc, tokenizer=words, length=model.config.length)
+  stored = convert.read_config(source).get("dlm_jax")
+  buckets = tuple(stored.get("buckets", ())) if isinstance(stored, dict) else ()
+  return Pipeline(
+    denoiser=denoiser, process=proc, tokenizer=words, length=model.config.length, buckets=buckets,
+    critic=convert.load_discriminator(source, dtype=dtype),
+  )  # fmt: skip
 
 
 def find_network(path: str | pathlib.Path) -> pathlib.Path:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The whole job on one machine: data → teacher and judge → IDLM student → frontier → report."""
+"""The whole job on one machine: data → teacher and judge → students → frontier → report."""
 
 import contextlib
 import dataclasses
@@ -19,6 +19,8 @@ from dlm_jax.train.checkpoint import write_json
 
 # Overrides of these groups also reach teacher and judge.
 _SHARED = ("data", "mesh", "model", "process", "seed")
+METHODS = {"idlm": "inverse distillation (IDLM)", "didi": "DiDi-Instruct"}
+_GUIDED_NFE = 16  # guided samples cost about four times as much: not drawn with more steps
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,17 +30,19 @@ class Options:
   Attributes:
     workdir: everything goes there; finished parts are not repeated.
     from_scratch: train teacher and judge here instead of using the shipped ones.
+    methods: keys of METHODS, a student each.
     nfes: numbers of network evaluations of the frontier.
     samples: samples per row of the frontier.
     shown: samples of each model in the report.
     shown_nfe: at this number of evaluations.
     teacher_steps, judge_steps: of training from scratch.
-    overrides: fields of the student's config as text; data, model, process, mesh and seed reach
+    overrides: fields of the students' configs as text; data, model, process, mesh and seed reach
       teacher and judge too.
   """
 
   workdir: pathlib.Path
   from_scratch: bool = False
+  methods: tuple[str, ...] = ("idlm",)
   nfes: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128)
   samples: int = 64
   shown: int = 8
@@ -57,13 +61,16 @@ def run(options: Options, say: Callable[[str], None] = print) -> bool:
   frontier.checked_nfes(options.nfes)
   if options.samples < 1 or options.shown < 1:
     raise InputError("--samples and --shown must be at least 1.")
+  unknown = [method for method in options.methods if method not in METHODS]
+  if unknown or not options.methods or len(set(options.methods)) < len(options.methods):
+    raise InputError(f"--methods={','.join(options.methods)}: list some of {','.join(METHODS)}.")
   configs = _configs(options)
   training.make_workdir(options.workdir)
   clock = _Clock(options.workdir / "seconds.json")
 
   say("1/4  Data: the source text of the Python standard library on this machine")
   with clock.measure("data"):
-    prepared = experiment.prepare(configs["student"])
+    prepared = experiment.prepare(configs[options.methods[0]])
   say(f"     {prepared.message}")
 
   if options.from_scratch:
@@ -75,23 +82,31 @@ def run(options: Options, say: Callable[[str], None] = print) -> bool:
       if _train(configs[name], options.workdir / name) == "interrupted":
         return False
 
-  say("3/4  Student: inverse distillation (IDLM) of the teacher")
-  with clock.measure("distillation"):
-    if _train(configs["student"], options.workdir / "distillation") == "interrupted":
-      return False
-  student = options.workdir / "student"
-  source = experiment.network_directory(str(options.workdir / "distillation"))
-  shutil.copytree(source, student, dirs_exist_ok=True)
+  for method in options.methods:
+    say(f"3/4  Student: {METHODS[method]} of the teacher")
+    folder = _folder(options, method)
+    with clock.measure("distillation" if method == "idlm" else f"{method} distillation"):
+      if _train(configs[method], folder) == "interrupted":
+        return False
+    source = experiment.network_directory(str(folder))
+    shutil.copytree(source, _student(options, method), dirs_exist_ok=True)
 
-  say("4/4  Frontier: quality of teacher and student against network evaluations")
-  teacher = configs["student"].teacher.path
-  _compare(options, configs["student"], teacher, student, clock)
+  say("4/4  Frontier: quality of teacher and students against network evaluations")
+  _compare(options, configs[options.methods[0]], clock)
   say(f"\n{(options.workdir / 'summary.txt').read_text()}")
   return True
 
 
+def _folder(options: Options, method: str) -> pathlib.Path:
+  return options.workdir / ("distillation" if method == "idlm" else f"distillation_{method}")
+
+
+def _student(options: Options, method: str) -> pathlib.Path:
+  return options.workdir / ("student" if method == "idlm" else f"student_{method}")
+
+
 def _configs(options: Options) -> dict:
-  """Return the configs of student, judge and teacher, overrides applied."""
+  """Return the configs of judge, teacher and of the student of every method, with overrides."""
   workdir = options.workdir
   ours = {"data.directory": str(workdir / "data")}
   if options.from_scratch:
@@ -100,13 +115,17 @@ def _configs(options: Options) -> dict:
       "teacher.path": str(workdir / "teacher"),
       "evaluate.judge": str(workdir / "judge"),
     }
-  configs = {"student": experiment.load_config("quickstart_idlm", ours | options.overrides)}
+  configs = {
+    method: experiment.load_config(f"quickstart_{method}", ours | options.overrides)
+    for method in options.methods
+  }
+  student = configs[options.methods[0]]
   shared = {k: v for k, v in options.overrides.items() if k.split(".")[0] in _SHARED}
   for name, steps in (("judge", options.judge_steps), ("teacher", options.teacher_steps)):
     small = {
       "data.directory": str(workdir / "data"),
       "data.options.tests": "False",
-      "data.tokenizer": configs["student"].data.tokenizer,
+      "data.tokenizer": student.data.tokenizer,
       "model.dtype": "float32",
       "loader.batch_size": "64",
       "train.steps": str(steps),
@@ -136,37 +155,60 @@ def _train(config, workdir: pathlib.Path) -> str:
   return result.reason
 
 
-def _compare(options, config, teacher: str, student: pathlib.Path, clock) -> None:
-  """Sweep both models, write the frontier, the samples and the report."""
-  pipes = {"teacher": pipeline.load(teacher), "student": pipeline.load(student)}
+def _compare(options, config, clock) -> None:
+  """Sweep all models, write the frontier, the samples and the report."""
+  paths = {"teacher": config.teacher.path}
+  alone = len(options.methods) == 1
+  names = {method: "student" if alone else method for method in options.methods}
+  paths |= {names[method]: str(_student(options, method)) for method in options.methods}
+  pipes = {name: pipeline.load(path) for name, path in paths.items()}
   judge = evaluators.load_judge(config.evaluate.judge, pipes["teacher"].tokenizer)
-  samplers = {
-    name: frontier.Sampler(denoiser=pipe.denoiser, process=pipe.process, length=pipe.length)
-    for name, pipe in pipes.items()
-  }
-  step = json.loads((student / "config.json").read_text())["dlm_jax"]["step"]
-  folders = (teacher, str(student), config.evaluate.judge)
   context = {
-    "weights": [convert.fingerprint(experiment.network_directory(path)) for path in folders]
+    "weights": [
+      convert.fingerprint(experiment.network_directory(path))
+      for path in (*paths.values(), config.evaluate.judge)
+    ]
   }
-  total = len(samplers) * sum(set(options.nfes))
+  plain = {name: _sampler(pipe) for name, pipe in pipes.items()}
+  guided = {
+    f"{name}, guided": _sampler(pipe, sampler="rgas")
+    for name, pipe in pipes.items()
+    if pipe.critic is not None
+  }
+  few = [nfe for nfe in options.nfes if nfe <= _GUIDED_NFE] if guided else []
+  settings = {
+    "judge": judge.judge, "samples": options.samples, "batch_size": options.samples,
+    "judge_batch_size": options.samples, "eos_id": judge.eos_id, "retokenise": judge.retokenise,
+    "context": context, "path": options.workdir / "frontier.jsonl",
+  }  # fmt: skip
+  total = len(plain) * sum(set(options.nfes)) + len(guided) * sum(set(few))
   with clock.measure("frontier"), evaluators.sweep_progress(total) as on_row:
-    rows = frontier.sweep(
-      samplers, options.nfes, judge=judge.judge, samples=options.samples,
-      batch_size=options.samples, judge_batch_size=options.samples, eos_id=judge.eos_id,
-      retokenise=judge.retokenise, context=context, path=options.workdir / "frontier.jsonl",
-      on_row=on_row,
-    )  # fmt: skip
+    rows = frontier.sweep(plain, options.nfes, on_row=on_row, **settings)
+    rows += frontier.sweep(guided, few, on_row=on_row, **settings) if few else []
   reference = _reference(config, judge, options.samples)
   frontier.write(rows, options.workdir, reference=reference)
   texts = {
     name: pipe(steps=options.shown_nfe, num=options.shown, seed=1) for name, pipe in pipes.items()
   }
+  step = {name: _step(paths[name]) for name in names.values()}
   report.write(
     options.workdir, rows=rows, reference=reference, texts=texts, shown_nfe=options.shown_nfe,
-    seconds=clock.seconds, student_step=step, from_scratch=options.from_scratch,
-    tokenizer=pipes["teacher"].tokenizer, max_entropy_drop=config.evaluate.max_entropy_drop,
+    seconds=clock.seconds, methods={name: METHODS[m] for m, name in names.items()}, steps=step,
+    from_scratch=options.from_scratch, tokenizer=pipes["teacher"].tokenizer,
+    max_entropy_drop=config.evaluate.max_entropy_drop, student=paths[names[options.methods[0]]],
   )  # fmt: skip
+
+
+def _sampler(pipe, **options) -> frontier.Sampler:
+  return frontier.Sampler(
+    denoiser=pipe.denoiser, process=pipe.process, length=pipe.length, options=options,
+    critic=pipe.critic,
+  )  # fmt: skip
+
+
+def _step(path: str) -> int:
+  """Return how many updates a student had."""
+  return convert.read_config(path)["dlm_jax"]["step"]
 
 
 def _reference(config, judge, samples: int) -> frontier.Reference:

@@ -14,38 +14,43 @@ from dlm_jax.evaluate import frontier
 
 def write(
   workdir: pathlib.Path, *, rows, reference: frontier.Reference, texts: dict[str, list[str]],
-  shown_nfe: int, seconds: dict[str, float], student_step: int, from_scratch: bool, tokenizer,
-  max_entropy_drop: float,
+  shown_nfe: int, seconds: dict[str, float], methods: dict[str, str], steps: dict[str, int],
+  from_scratch: bool, tokenizer, max_entropy_drop: float, student: str,
 ) -> None:  # fmt: skip
   """Write report.md, samples.json and summary.txt.
 
   Args:
     workdir: where frontier.png already is.
-    rows: of `frontier.sweep`, models "teacher" and "student".
+    rows: of `frontier.sweep`: model "teacher", the students, and maybe guided ones.
     reference: what held-out text scores.
-    texts: samples by model.
+    texts: samples by model, "teacher" and the students.
     shown_nfe: their number of network evaluations.
     seconds: wall-clock time per part.
-    student_step: student updates of the network kept.
+    methods: what each student was distilled by.
+    steps: updates of each student that was kept.
     from_scratch: whether teacher and judge were trained here.
     tokenizer: its separator is shown as an end mark.
     max_entropy_drop: rule by which the student was chosen, nats.
+    student: path of the first student, for the line that samples from it.
   """
   table = frontier.table(rows)
-  verdict = _verdict(rows, shown_nfe)
+  verdicts = [_verdict(rows, shown_nfe, name) for name in methods]
   took = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
   source = "trained here from scratch" if from_scratch else "shipped with the package"
   machine = f"{os.cpu_count()} CPU cores, {jax.default_backend()}, Python "
   machine += f"{platform.python_version()}, jax {jax.__version__}, dlm_jax {__version__}"
+  made = " and ".join(
+    f"by {how} ({steps[name]} student updates{f', below: {name}' if len(methods) > 1 else ''})"
+    for name, how in methods.items()
+  )
   lines = [
     "# A few-step student of a masked diffusion language model",
     "",
     "A masked diffusion model writes a whole text in parallel, but needs many network evaluations",
-    "(NFE) to do it well. Here a teacher of Python source text was distilled by IDLM into a",
-    f"student: {student_step} student updates on this machine. Teacher and judge: {source}.",
+    "(NFE) to do it well. Here a teacher of Python source text was distilled on this machine",
+    f"{made}. Teacher and judge: {source}.",
     "",
-    f"**{verdict}**",
-    "",
+    *(f"**{verdict}**\n" for verdict in verdicts),
     "![Quality against network evaluations](frontier.png)",
     "",
     table,
@@ -54,6 +59,7 @@ def write(
     "model can lower it by repeating itself, so read it together with the entropy of the samples.",
     f"The student kept is the best one whose entropy stayed within {max_entropy_drop} nats of the "
     "teacher's.",
+    *_on_guidance(rows),
     f"Held-out text scores {reference.genppl:.1f} at {reference.entropy:.2f} nats "
     f"({reference.label}).",
     "",
@@ -61,43 +67,53 @@ def write(
     "",
     f"## Samples at {shown_nfe} network evaluations",
   ]
-  for i, pair in enumerate(zip(texts["teacher"], texts["student"], strict=True), start=1):
-    lines += ["", f"### {i}", "", *_side_by_side(pair, tokenizer.eos_text)]
+  for i, row in enumerate(zip(*texts.values(), strict=True), start=1):
+    named = dict(zip(texts, row, strict=True))
+    lines += ["", f"### {i}", "", *_side_by_side(named, tokenizer.eos_text)]
   (workdir / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
   (workdir / "samples.json").write_text(json.dumps({"nfe": shown_nfe, **texts}, indent=2) + "\n")
-  summary = [table, "", verdict, "", "samples, first of each:", ""]
-  for name in ("teacher", "student"):
-    summary += [f"── {name}, {shown_nfe} NFE ──", _clean(texts[name][0], tokenizer.eos_text), ""]
+  summary = [table, "", *verdicts, "", "samples, first of each:", ""]
+  for name, drawn in texts.items():
+    summary += [f"── {name}, {shown_nfe} NFE ──", _clean(drawn[0], tokenizer.eos_text), ""]
   summary += [f"report: {workdir / 'report.md'}   figure: {workdir / 'frontier.png'}"]
-  summary += [f"more:   dlm-jax sample --checkpoint={workdir / 'student'} --steps=8 --num=4"]
+  summary += [f"more:   dlm-jax sample --checkpoint={student} --steps=8 --num=4"]
   (workdir / "summary.txt").write_text("\n".join(summary) + "\n", encoding="utf-8")
 
 
-def _verdict(rows, nfe: int) -> str:
-  """Say in one sentence what the table shows at `nfe`, and which teacher it equals."""
+def _on_guidance(rows) -> list[str]:
+  """Say what guided rows are, if there are any."""
+  if all(row["evaluations"] == row["nfe"] for row in rows):
+    return []
+  return [
+    'Guided samples are steered by the student\'s discriminator (sampler rgas); "all nets" counts',
+    "every evaluation of either network, NFE those of the student.",
+  ]
+
+
+def _verdict(rows, nfe: int, name: str) -> str:
+  """Say in one sentence what the table shows of a student, and which teacher it equals."""
   at = {(row["name"], row["nfe"]): row for row in rows}
   if ("teacher", nfe) not in at:
     nfe = min(row["nfe"] for row in rows)
-  teacher, student = at["teacher", nfe], at["student", nfe]
+  teacher, student = at["teacher", nfe], at[name, nfe]
   ratio = student["genppl"] / teacher["genppl"]
   drop = teacher["entropy"] - student["entropy"]
+  who = "the student" if name == "student" else f"the {name} student"
   text = (
-    f"At {nfe} NFE the student's GenPPL is {student['genppl']:.1f} against the teacher's "
+    f"At {nfe} NFE {who}'s GenPPL is {student['genppl']:.1f} against the teacher's "
     f"{teacher['genppl']:.1f} ({ratio:.2f}×), with an entropy {abs(drop):.2f} nats "
     f"{'lower' if drop >= 0 else 'higher'} ({student['samples']} samples each)."
   )
-  return text + _saved(at)
+  return text + _saved(at, name)
 
 
-def _saved(at: dict) -> str:
+def _saved(at: dict, student: str) -> str:
   """Say where the student needs the fewest evaluations for what the teacher reaches."""
   pairs = [
     (t, s)
     for (name, _), t in at.items()
     for (other, _), s in at.items()
-    if (name, other) == ("teacher", "student")
-    and t["nfe"] > s["nfe"]
-    and t["genppl"] >= s["genppl"]
+    if (name, other) == ("teacher", student) and t["nfe"] > s["nfe"] and t["genppl"] >= s["genppl"]
   ]
   if not pairs:
     return ""
@@ -113,16 +129,16 @@ def _clean(text: str, separator: str) -> str:
   return text.removeprefix(separator).removesuffix(separator).replace(separator, "⏹").strip("\n")
 
 
-def _side_by_side(pair: tuple[str, str], separator: str, width: int = 62) -> list[str]:
-  """Return two texts as two columns of one code block; long lines are wrapped, not cut."""
-  columns = []
-  for text in pair:
+def _side_by_side(texts: dict[str, str], separator: str) -> list[str]:
+  """Return texts as columns of one code block; long lines are wrapped, not cut."""
+  width, columns = 124 // len(texts), []
+  for text in texts.values():
     wrapped = []
     for line in _clean(text, separator).expandtabs(4).splitlines() or [""]:
       wrapped += [line[i : i + width] for i in range(0, len(line), width)] or [""]
     columns.append(wrapped)
   height = max(map(len, columns))
-  left, right = (column + [""] * (height - len(column)) for column in columns)
-  head = f"{'teacher':<{width}} │ student"
-  body = [f"{a:<{width}} │ {b}".rstrip() for a, b in zip(left, right, strict=True)]
-  return ["````text", head, "─" * width + "─┼─" + "─" * width, *body, "````"]
+  columns = [column + [""] * (height - len(column)) for column in columns]
+  join = lambda cells: " │ ".join(f"{cell:<{width}}" for cell in cells).rstrip()  # noqa: E731
+  rule = "─┼─".join("─" * width for _ in texts)
+  return ["````text", join(texts), rule, *(join(row) for row in zip(*columns, strict=True)), "````"]

@@ -38,14 +38,15 @@ def train(config, workdir: str | os.PathLike, *, label: str = "", wandb: str = "
   workdir = pathlib.Path(workdir)
   dataset = open_data(config)
   tokenizer = dataset.tokenizer()
-  built = experiment.build(config, tokenizer.vocab_size)
+  given_ids = dataset.info.given_ids
+  built = experiment.build(config, tokenizer.vocab_size, given_ids=given_ids)
   teacher = load_teacher(config, built, tokenizer)
   loop_config = experiment.loop_config(config)
   evaluator = evaluators.make(built, tokenizer, lambda *where: export(*where, tokenizer), workdir)
   host, hosts = mesh.host_rows(built.mesh, config.loader.batch_size)
   stream = loader.make(
     config.data.directory, "train", batch_size=config.loader.batch_size, seed=config.seed,
-    host=host, hosts=hosts,
+    host=host, hosts=hosts, together=built.objective.batches,
   )  # fmt: skip
   make_workdir(workdir)
   resolved = json.loads(config.to_json())
@@ -58,7 +59,7 @@ def train(config, workdir: str | os.PathLike, *, label: str = "", wandb: str = "
         writer.write(0, evaluator(0, state)[0])  # the teacher itself: the reference
       result = loop.run(
         built.objective, state, stream, config=loop_config, mesh=built.mesh,
-        batch_size=config.loader.batch_size,
+        batch_size=config.loader.batch_size, given_ids=given_ids,
         shardings=built.shardings, checkpoints=checkpoints, writer=writer, evaluator=evaluator,
         label=label or config.objective.name,
       )  # fmt: skip
@@ -80,6 +81,14 @@ def open_data(config) -> builder.Dataset:
     raise InputError(
       f"data.length={config.data.length}, but {directory} holds sequences of "
       f"{dataset.info.length} tokens; use that or prepare another directory."
+    )
+  info, asked = dataset.info, config.data.buckets
+  if info.packing == "documents":
+    asked = tuple(asked) or (config.data.length,)
+  if (info.packing, info.buckets) != (config.data.packing, asked):
+    raise InputError(
+      f"data.packing={config.data.packing!r} with data.buckets={asked}, but {directory} was "
+      f"prepared with {info.packing!r} and {info.buckets}; use that or prepare another directory."
     )
   return dataset
 
@@ -146,9 +155,14 @@ def _check_same_run(workdir, resolved):
       )
 
 
+# Fields that runs of earlier versions do not have, with the value that they meant.
+_ADDED = {"data": {"packing": "concatenate", "buckets": []}}
+
+
 def _fixed(group, fields):
   if not isinstance(fields, dict):
     return fields
+  fields = {**_ADDED.get(group, {}), **fields}
   return {key: value for key, value in fields.items() if key not in _FREE.get(group, ())}
 
 
@@ -177,20 +191,28 @@ def export(
   step: int, tokenizer: tokenizers.Tokenizer,
 ) -> None:  # fmt: skip
   """Write the network to sample from, with its tokenizer, in the Hugging Face layout."""
-  params = output_params(state, built.objective)
+  params, critic = output_params(state, built.objective), None
+  if built.objective.critic is not None:
+    critic = built.objective.critic(state)
   if jax.process_count() > 1:
-    params = multihost_utils.process_allgather(params, tiled=True)
+    params, critic = multihost_utils.process_allgather((params, critic), tiled=True)
   if jax.process_index() == 0:
     extra = {
       "tokenizer_fingerprint": tokenizer.fingerprint,
       "objective": built.config.objective.name,
       "step": step,
     }
+    if built.config.data.buckets:
+      extra["buckets"] = list(built.config.data.buckets)
+    if critic is not None:
+      extra["discriminator"] = {"trained_layers": critic.model.trained_layers}
     # All files of a network appear together: a reader never sees new weights with an old config.
     fresh, old = (directory.with_name(f".{directory.name}.{kind}") for kind in ("new", "old"))
     for leftover in (fresh, old):
       shutil.rmtree(leftover, ignore_errors=True)
     convert.save(fresh, built.model, jax.device_get(params), built.process, extra=extra)
+    if critic is not None:
+      convert.save_discriminator(fresh, jax.device_get(critic))
     tokenizer.save(fresh)
     if directory.exists():
       directory.rename(old)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from dlm_jax.configs import common
+from ml_collections import ConfigDict
 from tiny_runs import quick  # noqa: F401
 
 from dlm_jax import experiment, mesh
@@ -28,6 +29,7 @@ TREES = {
   "idlm": {"teacher", "fake", "student"},
   "dcd": {"teacher", "student"},
   "sdtt": {"teacher", "student"},
+  "didi_instruct": {"teacher", "discriminator", "student"},
 }
 
 
@@ -43,6 +45,8 @@ def _tiny(name):
   small |= {"mesh.data": -1, "mesh.fsdp": 1, "mesh.tensor": 1}
   if config.objective.get("chunk"):
     small["objective.chunk"] = 4
+  if config.objective.get("warmup"):
+    small["objective.warmup"] = 1
   if config.objective.get("curriculum_end"):
     small["objective.curriculum_end"] = 1  # one step on soft inputs, one on hard tokens
   return experiment.load_config(name, {field: str(value) for field, value in small.items()})
@@ -69,7 +73,10 @@ def test_values_have_the_types_of_the_base(name):
   for group in base:
     if group in ("data", "objective", "seed"):
       continue
-    assert set(config[group]) == set(base[group]), group
+    fields = {k for k, v in config[group].items() if not isinstance(v, ConfigDict)}
+    assert fields == set(base[group]), group
+    for part in set(config[group]) - fields:  # of one tree's optimiser
+      assert part in TREES[config.objective.name] and set(config[group][part]) <= fields
     for field in base[group]:
       assert type(config[group][field]) is type(base[group][field]), f"{group}.{field}"
   experiment.loop_config(config)
@@ -86,6 +93,8 @@ def test_full_size_network_builds(name):
     assert count == 169_627_218
   elif name.startswith("novels"):
     assert 25e6 < count < 40e6
+  elif name.startswith("proteins"):
+    assert 12e6 < count < 20e6
   else:
     assert 1e6 < count < 5e6
 

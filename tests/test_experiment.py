@@ -4,6 +4,7 @@
 import jax
 import pytest
 import tiny_runs
+from ml_collections import ConfigDict
 from tiny_runs import quick  # noqa: F401
 
 from dlm_jax import experiment, models, objectives, process
@@ -117,3 +118,31 @@ def test_network_directory_prefers_itself_then_best_then_final(tmp_path):
     (tmp_path / name).mkdir(exist_ok=True)
     (tmp_path / name / "config.json").write_text("{}")
     assert experiment.network_directory(str(tmp_path)) == tmp_path / name
+
+
+def _with_group(tree, **fields):
+  config = tiny_runs.make().config("idlm")
+  with config.unlocked():
+    config.optim[tree] = ConfigDict(fields)
+  return config
+
+
+def test_one_tree_has_an_optimiser_of_its_own():
+  """A group of optim changes fields for the tree of its name; the others keep theirs."""
+  configs = experiment._optim_configs(_with_group("fake", lr=0.5, clip=2.0), ("fake", "student"))
+  plain = experiment._optim_configs(tiny_runs.make().config("idlm"), ("fake", "student"))
+  assert configs["student"] == plain["student"] == plain["fake"]
+  assert (configs["fake"].lr, configs["fake"].clip) == (0.5, 2.0)
+  assert configs["fake"].b2 == plain["fake"].b2
+
+
+@pytest.mark.parametrize(
+  ("config", "message"),
+  [
+    (lambda: _with_group("fakes", lr=0.5), r"optim\.fakes names no trained tree .*'fake'"),
+    (lambda: _with_group("fake", rate=0.5), r"optim\.fake\.rate is no field"),
+  ],
+)
+def test_groups_of_optim_are_checked(config, message):
+  with pytest.raises(InputError, match=message):
+    experiment.build(config(), 300)

@@ -136,3 +136,24 @@ def test_again_nothing_is_done_again(done, arguments, capsys, monkeypatch):
   assert "already prepared" in capsys.readouterr().out
   assert (done / "frontier.json").read_text() == rows, "seconds included: nothing was drawn again"
   assert all(path.stat().st_mtime_ns == then for path, then in before.items())
+
+
+def test_a_second_method_is_added(done, arguments):
+  """After the others, since it writes into their workdir: nothing of the first is trained again."""
+  first = (done / "distillation" / "done.json").read_text()
+  assert main([*arguments(done), "--methods=idlm,didi"]) == 0
+  assert (done / "distillation" / "done.json").read_text() == first
+  assert (done / "student_didi" / "discriminator.safetensors").exists()
+  rows = json.loads((done / "frontier.json").read_text())["rows"]
+  names = ["teacher", "idlm", "didi", "didi, guided"]
+  assert [(row["name"], row["nfe"]) for row in rows] == [(n, k) for n in names for k in (1, 2)]
+  assert rows[-1]["evaluations"] > rows[-1]["nfe"]
+  report = (done / "report.md").read_text()
+  assert "DiDi-Instruct (" in report and "the didi student's GenPPL" in report
+  assert set(json.loads((done / "samples.json").read_text())) == {"nfe", "teacher", "idlm", "didi"}
+
+
+def test_unknown_methods(arguments, tmp_path, capsys):
+  for text in ("idml", "", "idlm,idlm"):
+    assert main([*arguments(tmp_path), f"--methods={text}"]) == 2
+    assert "list some of idlm,didi" in capsys.readouterr().err

@@ -3,15 +3,15 @@
 
 import dataclasses
 import json
+from typing import Any
 
 import jax
-import numpy as np
 
-from dlm_jax import convert, evaluators, experiment, models, pipeline
+from dlm_jax import convert, evaluators, experiment, models, pipeline, sample
 from dlm_jax.cli import flags
-from dlm_jax.data import builder, loader
+from dlm_jax.data import builder, loader, templates
 from dlm_jax.errors import InputError
-from dlm_jax.evaluate import frontier, generative, likelihood
+from dlm_jax.evaluate import frontier, generative, likelihood, proteins
 
 
 def main(argv: list[str]) -> None:
@@ -30,24 +30,32 @@ dlm-jax evaluate --checkpoint=runs/novels_idlm --judge=runs/novels_judge --steps
   parser.add_argument("--sequences", type=int, default=256, help="validation sequences")
   parser.add_argument("--judge", default="", help="autoregressive judge: GenPPL and entropy")
   parser.add_argument("--steps", type=int, default=16, help="network evaluations per sample")
-  parser.add_argument("--samples", type=int, default=256)
+  parser.add_argument("--samples", type=int, default=256, help="0 with proteins: likelihood only")
+  parser.add_argument(
+    "--training", type=int, default=20_000,
+    help="of proteins: training sequences that samples are compared with",
+  )  # fmt: skip
   parser.add_argument("--batch_size", type=int, default=32)
   parser.add_argument("--seed", type=int, default=0)
   parser.add_argument("--json", action="store_true")
   flags_ = parser.parse(argv)
   if not flags_.data and not flags_.judge:
     parser.error("say what to measure: --data for likelihood, --judge for samples, or both")
-  scores: dict[str, float | int] = {}
-  if flags_.data:
-    scores |= _likelihood(flags_)
-  if flags_.judge:
+  scores: dict[str, Any] = {}
+  dataset = builder.open_dataset(flags_.data) if flags_.data else None
+  if dataset is not None:
+    scores |= _likelihood(flags_, dataset)
+  if dataset is not None and dataset.info.packing == "documents":
+    source = experiment.network_directory(flags_.checkpoint)
+    if flags_.samples and convert.is_denoiser(source):
+      scores |= _proteins(flags_)
+  elif flags_.judge:
     scores |= _samples(flags_)
   if flags_.json:
     print(json.dumps(scores))
 
 
-def _likelihood(flags_) -> dict[str, float]:
-  dataset = builder.open_dataset(flags_.data)
+def _likelihood(flags_, dataset) -> dict[str, float]:
   directory = experiment.network_directory(flags_.checkpoint)
   dtype = {} if jax.default_backend() != "cpu" else {"dtype": "float32"}
   model, params, proc = convert.load(directory, **dtype)
@@ -55,25 +63,66 @@ def _likelihood(flags_) -> dict[str, float]:
   size = min(flags_.batch_size, flags_.sequences)
   if size < 1:
     raise InputError("--sequences and --batch_size must be positive.")
-  batches = loader.evaluation_batches(flags_.data, "validation", 1, flags_.sequences)
-  tokens_NL = np.concatenate(list(batches))
+  groups = loader.evaluation_groups(flags_.data, "validation", flags_.sequences)
+  tokens = groups if dataset.info.packing == "documents" else groups[0]
   shared = {
     "batch_size": size, "bytes_per_token": dataset.info.splits["validation"].bytes_per_token,
+    "given_ids": dataset.info.given_ids,
   }  # fmt: skip
   if proc is None:
-    scores = likelihood.ar_perplexity(likelihood.Judge(model, params), tokens_NL, **shared)
+    scores = likelihood.ar_perplexity(likelihood.Judge(model, params), tokens, **shared)
     what = "perplexity"
   else:
     denoiser, rng = models.Denoiser(model, params), jax.random.key(flags_.seed)
-    scores = likelihood.elbo(denoiser, proc, tokens_NL, rng, **shared)
+    scores = likelihood.elbo(denoiser, proc, tokens, rng, **shared)
     what = "perplexity bound"
   if not flags_.json:
+    size = scores["tokens"] if dataset.info.given_ids else groups[0].size
     print(
       f"{what} {generative.plus_minus(scores['perplexity'], scores['perplexity_se'], 2)}, "
-      f"{scores['bits_per_byte']:.3f} bits per byte, {len(tokens_NL)} sequences "
-      f"({tokens_NL.size:,} tokens)"
+      f"{scores['bits_per_byte']:.3f} bits per byte, {scores['sequences']} sequences "
+      f"({size:,} tokens)"
     )
   return scores
+
+
+def _proteins(flags_) -> dict[str, Any]:
+  """Draw proteins as long as the first validation records; compare them with the dataset."""
+  likelihood.check_counts(samples=flags_.samples, training=flags_.training)
+  pipe = pipeline.load(flags_.checkpoint)
+  batch = min(flags_.batch_size, flags_.samples)
+  judge = evaluators.load_judge(flags_.judge, pipe.tokenizer) if flags_.judge else None
+
+  @jax.jit
+  def draw(denoiser, rng, prompt_BL):
+    return sample.generate(
+      denoiser, pipe.process, rng, batch=batch, length=prompt_BL.shape[1], steps=flags_.steps,
+      prompt=prompt_BL,
+    )  # fmt: skip
+
+  key = jax.random.key(flags_.seed)
+  tokens_NL = templates.like_validation(flags_.data, flags_.samples, batch).draw(
+    lambda i, prompt_BL: draw(pipe.denoiser, jax.random.fold_in(key, i), prompt_BL)
+  )
+
+  def texts(split):
+    groups = loader.evaluation_groups(flags_.data, split, flags_.training)
+    return [pipe.tokenizer.decode(row_L) for group_NL in groups for row_L in group_NL]
+
+  compared = proteins.measure(
+    [pipe.tokenizer.decode(row_L) for row_L in tokens_NL],
+    reference=texts("validation"), training=texts("train"),
+  )  # fmt: skip
+  spread = generative.entropy(tokens_NL, pipe.tokenizer.given_ids)
+  scores = {"steps": flags_.steps, **dataclasses.asdict(compared), **spread}
+  lines = [f"entropy {generative.plus_minus(spread['entropy'], spread['entropy_se'], 2)} nats"]
+  if judge is not None:
+    quality = judge.quality(tokens_NL, batch_size=flags_.batch_size)
+    scores |= dataclasses.asdict(quality)
+    lines = [str(quality)]
+  if not flags_.json:
+    print("\n".join(f"{flags_.steps} steps: {line}" for line in [*lines, str(compared)]))
+  return {name: value for name, value in scores.items() if value is not None}
 
 
 def _samples(flags_) -> dict[str, float | int]:

@@ -3,10 +3,13 @@
 
 import argparse
 import ast
+import re
 import sys
 from typing import Any
 
 from dlm_jax import experiment
+
+_OUTER_COMMA = re.compile(r",(?![^()]*\))")
 
 
 class Parser(argparse.ArgumentParser):
@@ -72,6 +75,14 @@ def integers(text: str) -> list[int]:
     raise argparse.ArgumentTypeError(f"{text!r} is not a list like 1,2,4") from None
 
 
+def numbers(text: str) -> list[float]:
+  """Parse "0.8,1"."""
+  try:
+    return [float(part) for part in text.split(",") if part.strip()]
+  except ValueError:
+    raise argparse.ArgumentTypeError(f"{text!r} is not a list like 0.8,1,1.2") from None
+
+
 def value(text: str) -> Any:
   """Parse a number or tuple; other text is itself."""
   try:
@@ -80,9 +91,20 @@ def value(text: str) -> Any:
     return text
 
 
+def option(text: str) -> tuple[str, Any]:
+  """Parse "name=value"."""
+  name, equals, content = text.partition("=")
+  if not name or not equals:
+    raise argparse.ArgumentTypeError(f"{text!r}: write NAME=VALUE")
+  return name, value(content)
+
+
 def named_path(text: str) -> tuple[str, str, dict[str, Any]]:
-  """Parse "NAME=PATH" or "NAME=PATH,option=value,…" into name, path and options."""
-  (name, _, path), *options = (part.partition("=") for part in text.split(","))
+  """Parse "NAME=PATH" or "NAME=PATH,option=value,…" into name, path and options.
+
+  Commas inside parentheses belong to a value: h=(30,40).
+  """
+  (name, _, path), *options = (part.partition("=") for part in _OUTER_COMMA.split(text))
   if not (name and path) or not all(key and sign for key, sign, _ in options):
     raise argparse.ArgumentTypeError(f"{text!r}: write NAME=PATH or NAME=PATH,option=value,…")
   return name, path, {key: value(content) for key, _, content in options}

@@ -1,18 +1,79 @@
 # SPDX-License-Identifier: Apache-2.0
 """`dlm-jax frontier`: GenPPL and entropy against network evaluations, for several models."""
 
+import argparse
+import math
 import pathlib
 
 from dlm_jax import convert, evaluators, experiment, pipeline
 from dlm_jax.cli import flags
 from dlm_jax.errors import InputError
-from dlm_jax.evaluate import frontier
+from dlm_jax.evaluate import frontier, matched
 from dlm_jax.evaluate.likelihood import check_counts
 from dlm_jax.training import make_workdir
 
 
 def main(argv: list[str]) -> None:
   """Parse flags, sweep, write CSV, JSON and PNG; run again it continues."""
+  options = _parser().parse(argv)
+  frontier.checked_nfes(options.nfes)
+  if options.temperatures:
+    matched.check_temperatures(options.temperatures)
+  check_counts(samples=options.samples, batch_size=options.batch_size)
+  samplers, tokenizer, fingerprints = _samplers(options)
+  judge = evaluators.load_judge(options.judge, tokenizer)
+  judge_hash = convert.fingerprint(experiment.network_directory(options.judge))
+  make_workdir(pathlib.Path(options.workdir))
+  settings = {
+    "judge": judge.judge, "samples": options.samples, "batch_size": options.batch_size,
+    "eos_id": judge.eos_id, "retokenise": judge.retokenise, "seed": options.seed,
+    "context": {"judge": judge_hash, "weights": fingerprints},
+    "path": f"{options.workdir}/frontier.jsonl",
+  }  # fmt: skip
+  rounds = len(samplers) * (1 + len(set(options.temperatures)))
+  with evaluators.sweep_progress(rounds * sum(set(options.nfes))) as on_row:
+    rows, warm = frontier.sweep(samplers, options.nfes, on_row=on_row, **settings), []
+    if options.temperatures:
+      settings["on_row"] = on_row
+      warm = matched.sweep(samplers, options.nfes, options.temperatures, **settings)
+  paths = list(frontier.write(rows, options.workdir, axes=options.x).values())
+  print(frontier.table(rows))
+  if warm:
+    paths += _match(warm, options)
+  print("\n".join(map(str, paths)))
+
+
+def _match(rows, options) -> list[pathlib.Path]:
+  """Print and write the comparison at matched entropy."""
+  entropy = matched.common_entropy(rows) if math.isnan(options.entropy) else options.entropy
+  if math.isnan(entropy):
+    print("\nno entropy is reached by all models; give --entropy, or more --temperatures.")
+    return []
+  rows = matched.match(rows, entropy)
+  print(f"\nat matched entropy, {entropy:.2f} nats:\n{frontier.table(rows)}")
+  return list(frontier.write(rows, options.workdir, axes=options.x, stem="matched").values())
+
+
+def _samplers(options):
+  """Load every model; return samplers, their common tokenizer and the hashes of their weights."""
+  samplers, tokenizer, fingerprints = {}, None, {}
+  for name, path, sampling in options.model:
+    if name in samplers:
+      raise InputError(f"--model={name}=… is given twice; every name needs its own.")
+    pipe = pipeline.load(path, options.tokenizer or None)
+    if tokenizer is not None and pipe.tokenizer.fingerprint != tokenizer.fingerprint:
+      raise InputError(f"--model={name}={path} has another tokenizer than the first model.")
+    tokenizer = pipe.tokenizer
+    samplers[name] = frontier.Sampler(
+      denoiser=pipe.denoiser, process=pipe.process, length=pipe.length, options=sampling,
+      critic=pipe.critic,
+    )  # fmt: skip
+    samplers[name].check()
+    fingerprints[name] = convert.fingerprint(experiment.network_directory(path))
+  return samplers, tokenizer, fingerprints
+
+
+def _parser() -> flags.Parser:
   parser = flags.Parser(
     "frontier",
     "Compare models over numbers of network evaluations (NFE).",
@@ -33,32 +94,23 @@ dlm-jax frontier --model a=runs/s --model b=runs/s,nucleus=0.9 --judge=gpt2 --wo
   parser.add_argument("--samples", type=int, default=512)
   parser.add_argument("--batch_size", type=int, default=64)
   parser.add_argument("--seed", type=int, default=0)
-  options = parser.parse(argv)
-  frontier.checked_nfes(options.nfes)
-  check_counts(samples=options.samples, batch_size=options.batch_size)
-  samplers, tokenizer, fingerprints = {}, None, {}
-  for name, path, sampling in options.model:
-    if name in samplers:
-      raise InputError(f"--model={name}=… is given twice; every name needs its own.")
-    pipe = pipeline.load(path, options.tokenizer or None)
-    if tokenizer is not None and pipe.tokenizer.fingerprint != tokenizer.fingerprint:
-      raise InputError(f"--model={name}={path} has another tokenizer than the first model.")
-    tokenizer = pipe.tokenizer
-    samplers[name] = frontier.Sampler(
-      denoiser=pipe.denoiser, process=pipe.process, length=pipe.length, options=sampling
-    )
-    samplers[name].check()
-    fingerprints[name] = convert.fingerprint(experiment.network_directory(path))
-  judge = evaluators.load_judge(options.judge, tokenizer)
-  judge_hash = convert.fingerprint(experiment.network_directory(options.judge))
-  make_workdir(pathlib.Path(options.workdir))
-  with evaluators.sweep_progress(len(samplers) * sum(set(options.nfes))) as on_row:
-    rows = frontier.sweep(
-      samplers, options.nfes, judge=judge.judge, samples=options.samples,
-      batch_size=options.batch_size, eos_id=judge.eos_id, retokenise=judge.retokenise,
-      seed=options.seed, context={"judge": judge_hash, "weights": fingerprints},
-      path=f"{options.workdir}/frontier.jsonl", on_row=on_row,
-    )  # fmt: skip
-  paths = frontier.write(rows, options.workdir)
-  print(frontier.table(rows))
-  print("\n".join(str(path) for path in paths.values()))
+  parser.add_argument(
+    "--x", type=_axes, default=["nfe"], metavar="AXES",
+    help="plot against: nfe, evaluations (of all networks), seconds; or several: nfe,seconds",
+  )  # fmt: skip
+  parser.add_argument(
+    "--temperatures", type=flags.numbers, default=[], metavar="T,T,…",
+    help="also compare at matched entropy, interpolated between these temperatures",
+  )  # fmt: skip
+  parser.add_argument(
+    "--entropy", type=float, default=math.nan, help="nats to match; default: what all models reach"
+  )
+  return parser
+
+
+def _axes(text: str) -> list[str]:
+  names = text.split(",")
+  for name in names:
+    if name not in frontier.AXES:
+      raise argparse.ArgumentTypeError(f"{name!r} is not among {', '.join(frontier.AXES)}")
+  return names

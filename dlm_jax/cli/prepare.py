@@ -10,7 +10,7 @@ def main(argv: list[str]) -> None:
   """Parse flags and pack the corpus."""
   parser = flags.Parser(
     "prepare",
-    "Tokenise a corpus and pack it into sequences of equal length.",
+    "Tokenise a corpus and pack it into sequences of equal length, or proteins one by one.",
     """
 dlm-jax prepare --config=quickstart_teacher
 dlm-jax prepare --config=novels_teacher --config.data.source='files:books/*.txt'
@@ -25,8 +25,10 @@ dlm-jax prepare --config=owt_teacher --config.data.tokenizer=data/gpt2 --config.
   print(prepared.message)
   rows = tokenizers.load(prepared.directory)
   for name, split in prepared.info.splits.items():
+    sizes = zip(prepared.info.buckets, split.bucket_records, strict=True)
+    padded = ", ".join(f"{records:,} padded to {length}" for length, records in sizes)
     print(
       f"  {name}: {split.records:,} records, {split.tokens:,} tokens, "
-      f"{split.bytes_per_token:.2f} bytes per token"
+      f"{split.bytes_per_token:.2f} bytes per token" + (f"; {padded}" if padded else "")
     )
   print(f"  tokenizer: {rows.vocab_size:,} tokens, fingerprint {rows.fingerprint[:12]}")

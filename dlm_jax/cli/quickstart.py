@@ -15,7 +15,7 @@ def main(argv: list[str]) -> int:
     "sample from both, measure both, write a report. Run it again to resume.",
     """
 dlm-jax quickstart
-dlm-jax quickstart --workdir=runs/mine --config.train.steps=40
+dlm-jax quickstart --methods=idlm,didi --workdir=runs/both
 dlm-jax quickstart --from_scratch --workdir=runs/scratch
 """,
   )
@@ -26,14 +26,19 @@ dlm-jax quickstart --from_scratch --workdir=runs/scratch
     action="store_true",
     help="also train teacher and judge (two hours on two cores)",
   )
+  parser.add_argument(
+    "--methods", default="idlm", help="idlm, didi or both: a student each, about 5 minutes more"
+  )
   parser.add_argument("--nfes", type=flags.integers, default=list(quickstart.Options.nfes))
   parser.add_argument("--samples", type=int, default=64, help="per row of the table")
   parser.add_argument("--teacher_steps", type=int, default=3000, help="with --from_scratch")
   parser.add_argument("--judge_steps", type=int, default=1200, help="with --from_scratch")
   options = vars(parser.parse(argv))
   workdir = pathlib.Path(options.pop("workdir"))
-  nfes = tuple(options.pop("nfes"))
-  if not quickstart.run(quickstart.Options(workdir=workdir, nfes=nfes, **options)):
+  for name in ("nfes", "methods"):
+    given = options[name]
+    options[name] = tuple(given.split(",") if isinstance(given, str) else given)
+  if not quickstart.run(quickstart.Options(workdir=workdir, **options)):
     print(f"interrupted; run `dlm-jax quickstart --workdir={workdir}` again to resume.")
     return 130
   return 0

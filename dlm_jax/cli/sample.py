@@ -18,7 +18,7 @@ def main(argv: list[str]) -> None:
     "sample",
     "Print samples of a trained model.",
     """
-dlm-jax sample --checkpoint=runs/quickstart/student --steps=8 --num=4 --sampler=psi --kappa=0.9
+dlm-jax sample --checkpoint=runs/quickstart/student --steps=8 --sampler=psi --option kappa=0.9
 dlm-jax sample --checkpoint=shipped:teacher --steps=32 --prompt='def main(' --show_steps
 dlm-jax sample --checkpoint=data/idlm-duo --tokenizer=data/gpt2 --steps=8
 """,
@@ -30,17 +30,16 @@ dlm-jax sample --checkpoint=data/idlm-duo --tokenizer=data/gpt2 --steps=8
   parser.add_argument("--steps", type=int, default=16, help="network evaluations per text")
   parser.add_argument("--num", type=int, default=1, help="number of texts")
   parser.add_argument("--seed", type=int, default=0)
-  parser.add_argument("--length", type=int, default=0, help="tokens per text; 0: the model's own")
+  parser.add_argument("--length", type=int, default=0, help="tokens, or residues; 0: the model's")
   parser.add_argument("--prompt", default="", help="text that every sample starts with")
   parser.add_argument(
-    "--sampler", default="ancestral", help="ancestral, first_hitting, psi or analytic"
+    "--sampler", default="ancestral", help="ancestral, first_hitting, psi, analytic or rgas"
   )
   parser.add_argument(
-    "--kappa", type=flags.value, help="of psi: 0 … 1 (1: ancestral), or cap, rescale, loop"
-  )
-  parser.add_argument(
-    "--eta", type=float, help="of psi's cap, rescale and loop: share noised again"
-  )
+    "--option", action="append", type=flags.option, default=[], metavar="NAME=VALUE",
+    help="of the sampler, repeat for several: kappa=0.9 or kappa=cap, eta=0.02 (psi); "
+    "h=30,40, candidates=4 (rgas)",
+  )  # fmt: skip
   parser.add_argument("--noise_removal", default="ancestral", help="ancestral, greedy or none")
   parser.add_argument("--temperature", type=float, default=1.0)
   parser.add_argument("--nucleus", type=float, default=1.0, help="p of nucleus truncation")
@@ -53,9 +52,7 @@ dlm-jax sample --checkpoint=data/idlm-duo --tokenizer=data/gpt2 --steps=8
   path, tokenizer = options.pop("checkpoint"), options.pop("tokenizer")
   if not options["length"]:
     options.pop("length")
-  for name in ("kappa", "eta"):
-    if options[name] is None:
-      options.pop(name)
+  options |= dict(options.pop("option"))
   if options["precision"] == "legacy":
     for name in ("temperature", "nucleus"):
       if options.pop(name) != 1.0:

@@ -150,11 +150,15 @@ def make_process(source: pathlib.Path | str, config: dict[str, Any], model):
     )
   fields = {field.name for field in dataclasses.fields(_PROCESSES[kind])} - {"vocab_size"}
   given = {key: value for key, value in stored.items() if key != "name"}
-  for problem, names in (("lacks", fields - set(given)), ("has unknown", set(given) - fields)):
+  optional = {"blocked"}  # written where there are any
+  lacking = fields - optional - set(given)
+  for problem, names in (("lacks", lacking), ("has unknown", set(given) - fields)):
     if names:
       raise InputError(f"{where}: the process {kind} {problem} {', '.join(sorted(names))}.")
   try:
     given["schedule"] = schedules.make(**given["schedule"])
+    if "blocked" in given:
+      given["blocked"] = tuple(int(i) for i in given["blocked"])
     return _PROCESSES[kind](vocab_size=size, **given)
   except (TypeError, ValueError) as error:
     raise InputError(f"{where}: process: {error}") from None
@@ -192,5 +196,7 @@ def _describe_process(proc):
   if schedule is None:
     raise InputError("a user-supplied schedule cannot be saved; use a named one.")
   mask = {} if name == "uniform" else {"mask_id": proc.mask_id}
+  if getattr(proc, "blocked", ()):
+    mask["blocked"] = list(proc.blocked)
   options = dataclasses.asdict(proc.schedule)
   return {"name": name, **mask, "schedule": {"name": schedule, **options}}

@@ -56,7 +56,8 @@ def load(path: pathlib.Path | str, config: dict, **overrides) -> Critic | None:
   sizes = families.make_model(directory, config, overrides)
   if not isinstance(sizes, models.DiT):
     raise InputError(f"{source}: a discriminator needs the sizes of a denoiser.")
-  stored = config.get("dlm_jax", {}).get("discriminator", {})
+  ours = config.get("dlm_jax")
+  stored = ours.get("discriminator", {}) if isinstance(ours, dict) else {}
   trained = stored.get("trained_layers", min(4, sizes.config.layers))
   model = models.Discriminator(sizes.config, trained_layers=trained)
   tree = hf_dit.from_tensors(model, tensors, source=source)

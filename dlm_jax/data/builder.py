@@ -1,14 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pack a corpus into fixed-length sequences and keep them as a TFDS dataset (ArrayRecord).
+"""Pack a corpus and keep it as a TFDS dataset (ArrayRecord), see `dataset`.
 
-A prepared directory holds
-
-  packed_tokens/1.0.0/  the TFDS dataset, feature `tokens` int32 [L], splits train and validation;
-                        `tfds.builder_from_directory` opens it without us
-  tokenizer.json        the tokenizer that made the ids, see `tokenizers.load`
-  dataset.json          what it was made from and how much there is, see `Info`
-
-TensorFlow is not needed, neither to write nor to read.
+Text is concatenated and cut into sequences of one length. Proteins are packed as documents: one
+record each, padded by the loader to the smallest bucket that holds it.
 """
 
 import dataclasses
@@ -20,71 +14,18 @@ import pathlib
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
 import tqdm
 
-from dlm_jax.data import tokenizers
+from dlm_jax.data.dataset import FORMAT, PACKINGS, Info, Path, SplitInfo, lengths_file, open_dataset
+from dlm_jax.data.dataset import Dataset as Dataset
 from dlm_jax.data.sources import SPLITS, Source
 from dlm_jax.data.tokenizers import Tokenizer
 from dlm_jax.errors import InputError
 
-_FORMAT = "dlm_jax.packed_tokens/1"
 _DOCUMENTS = 64  # tokenised together: enough for all cores, small enough for a smooth progress bar
-Path = str | os.PathLike
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SplitInfo:
-  """What one split holds.
-
-  Attributes:
-    records: sequences.
-    tokens: records · length, separators and framing included.
-    documents: documents read.
-    text_bytes: UTF-8 bytes of those documents, the dropped tail included.
-    bytes_per_token: text bytes per position of a record. With an average loss in nats over all L
-      positions, bits per byte = loss / ln 2 / bytes_per_token.
-  """
-
-  records: int
-  tokens: int
-  documents: int
-  text_bytes: int
-  bytes_per_token: float
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Info:
-  """The content of dataset.json.
-
-  Attributes:
-    source: `Source.describe()` of the corpus.
-    length: L, tokens per record.
-    wrap: every record begins and ends with the separator.
-    vocab_size: ordinary ids, the diffusion mask excluded.
-    eos_id: the separator.
-    tokenizer_fingerprint: `Tokenizer.fingerprint`.
-    splits: name → SplitInfo.
-    package_version: version of dlm_jax that wrote it.
-  """
-
-  source: dict[str, Any]
-  length: int
-  wrap: bool
-  vocab_size: int
-  eos_id: int
-  tokenizer_fingerprint: str
-  splits: dict[str, SplitInfo]
-  package_version: str
-
-  def settings(self) -> dict[str, Any]:
-    """Return what has to agree for two datasets to be the same, flat."""
-    names = ("length", "wrap", "vocab_size", "eos_id", "tokenizer_fingerprint")
-    source = {f"source.{key}": value for key, value in self.source.items()}
-    return {name: getattr(self, name) for name in names} | source
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,28 +45,12 @@ class Prepared:
   @property
   def message(self) -> str:
     """One line for the user."""
-    counts = ", ".join(f"{n} {s.tokens:,} tokens" for n, s in self.info.splits.items())
+    splits = self.info.splits.items()
+    counts = ", ".join(f"{n} {s.tokens:,} tokens" for n, s in splits)
     done = "prepared" if self.created else "already prepared with these settings, nothing to do"
-    return f"{self.directory}: {done} ({counts}, length {self.info.length})."
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Dataset:
-  """An opened prepared directory.
-
-  Attributes:
-    directory: where it lies.
-    info: the content of dataset.json.
-    splits: name → TFDS data source; `splits["train"][i]["tokens"]` is int32 [L].
-  """
-
-  directory: str
-  info: Info
-  splits: dict[str, Any]
-
-  def tokenizer(self) -> Tokenizer:
-    """Load the tokenizer that made the ids."""
-    return tokenizers.load(pathlib.Path(self.directory) / "tokenizer.json")
+    drops = [f"{n} {c:,} {why}" for n, s in splits for why, c in s.dropped.items()]
+    left_out = f"; dropped: {', '.join(drops)}" if drops else ""
+    return f"{self.directory}: {done} ({counts}, length {self.info.length}{left_out})."
 
 
 def pack(
@@ -169,11 +94,14 @@ def _pack(token_lists, size, eos_id, wrap):
 
 
 class PackedTokens(tfds.core.GeneratorBasedBuilder):
-  """The TFDS builder; `prepare` drives it. Records keep the order in which they were packed."""
+  """The TFDS builder; `prepare` drives it. Records keep the order in which they were packed.
+
+  The length is None where every record has its own.
+  """
 
   VERSION = tfds.core.Version("1.0.0")
 
-  def __init__(self, *, length: int, splits: dict[str, Iterator[np.ndarray]], **options):
+  def __init__(self, *, length: int | None, splits: dict[str, Iterator[np.ndarray]], **options):
     self._length, self._splits = length, splits
     super().__init__(**options)
 
@@ -181,7 +109,9 @@ class PackedTokens(tfds.core.GeneratorBasedBuilder):
     tokens = tfds.features.Tensor(shape=(self._length,), dtype=np.int32)
     return tfds.core.DatasetInfo(
       builder=self,
-      description="Documents of token ids, packed into sequences of equal length.",
+      description="Documents of token ids, packed into sequences of equal length."
+      if self._length
+      else "Documents of token ids, one a record.",
       features=tfds.features.FeaturesDict({"tokens": tokens}),
       disable_shuffling=True,  # the loader shuffles; evaluation wants the order of the text
     )
@@ -205,58 +135,86 @@ class _Count:
   documents: int = 0
   text_bytes: int = 0
   stream: int = 0  # tokens with separators, before cutting
-  records: int = 0
+  lengths: list[int] = dataclasses.field(default_factory=list)  # of the records
+  too_long: int = 0
 
-  def info(self, length: int, size: int) -> SplitInfo:
-    counts = dataclasses.asdict(self)
-    # A record is charged with `size` tokens of the stream: the dropped tail takes its bytes along.
-    density = self.text_bytes / counts.pop("stream")
+  def info(self, wanted: Info, dropped: dict[str, int]) -> SplitInfo:
+    density, buckets = self.text_bytes / self.stream, ()
+    if wanted.packing == "documents":
+      density = self.text_bytes / (self.stream - self.documents)
+      which_N = np.searchsorted(wanted.buckets, self.lengths)
+      buckets = tuple(np.bincount(which_N, minlength=len(wanted.buckets)).tolist())
+      if self.too_long:
+        dropped = dropped | {f"longer than {wanted.length - 2}": self.too_long}
+    elif wanted.wrap:
+      # A record is charged with L − 2 tokens of the stream: the dropped tail takes its bytes along.
+      density = density * (wanted.length - 2) / wanted.length
     return SplitInfo(
-      **counts, tokens=self.records * length, bytes_per_token=density * size / length
-    )
+      records=len(self.lengths), tokens=sum(self.lengths), documents=self.documents,
+      text_bytes=self.text_bytes, bytes_per_token=density, bucket_records=buckets,
+      dropped=dropped,
+    )  # fmt: skip
 
 
-def _rows(source: Source, split: str, tokenizer: Tokenizer, pack_options: dict, count: _Count, bar):
-  """Yield the packed rows of a split, keeping count; an empty split or no full row is an error."""
-
-  def token_lists():
-    stream = iter(source.documents(split))
-    while documents := list(itertools.islice(stream, _DOCUMENTS)):
-      for document, tokens in zip(documents, tokenizer.encode_batch(documents), strict=True):
-        size = len(document.encode())
-        count.documents += 1
-        count.text_bytes += size
-        count.stream += len(tokens) + 1
-        bar.update(size)
-        yield tokens
-
-  bar.set_description(f"packing {split}")
-  for row in pack(token_lists(), **pack_options):
-    count.records += 1
-    yield row
+def _token_lists(source: Source, split: str, tokenizer: Tokenizer, count: _Count, bar):
+  """Yield the token ids of every document of a split, keeping count; none at all is an error."""
+  stream = iter(source.documents(split))
+  while documents := list(itertools.islice(stream, _DOCUMENTS)):
+    for document, tokens in zip(documents, tokenizer.encode_batch(documents), strict=True):
+      size = len(document.encode())
+      count.documents += 1
+      count.text_bytes += size
+      count.stream += len(tokens) + 1
+      bar.update(size)
+      yield tokens
   if not count.documents:
     raise InputError(
       f"the {split} split is empty: {source.describe()['spec']} holds no text for it; give more "
       "documents, cut them with document_separator, or name validation text with validation."
     )
-  if not count.records:
-    frame = 2 if pack_options["wrap"] else 0
+
+
+def _documents(token_lists, split: str, wanted: Info, tokenizer: Tokenizer, count: _Count):
+  """Yield a record for every document that fits into the last bucket; none at all is an error."""
+  for tokens in token_lists:
+    if len(tokens) > wanted.length - 2:
+      count.too_long += 1
+      continue
+    count.lengths.append(len(tokens) + 2)
+    yield np.array([tokenizer.cls_id, *tokens, tokenizer.eos_id], np.int32)
+  if not count.lengths:
     raise InputError(
-      f"length={pack_options['length']} is longer than the {split} split, which has only "
+      f"none of the {count.documents} documents of the {split} split fits into data.length="
+      f"{wanted.length} with its start and end; use a longer last bucket."
+    )
+
+
+def _rows(source: Source, split: str, tokenizer: Tokenizer, wanted: Info, count: _Count, bar):
+  """Yield the packed rows of a split, keeping count; an empty split or no full row is an error."""
+  bar.set_description(f"packing {split}")
+  token_lists = _token_lists(source, split, tokenizer, count, bar)
+  if wanted.packing == "documents":
+    yield from _documents(token_lists, split, wanted, tokenizer, count)
+    return
+  for row in pack(token_lists, wanted.length, tokenizer.eos_id, wanted.wrap):
+    count.lengths.append(wanted.length)
+    yield row
+  if not count.lengths:
+    frame = 2 if wanted.wrap else 0
+    raise InputError(
+      f"length={wanted.length} is longer than the {split} split, which has only "
       f"{count.stream} tokens; use length <= {count.stream + frame} or give more text."
     )
 
 
 def _build(source, tokenizer, wanted: Info, directory: pathlib.Path, progress: bool) -> Info:
   """Write everything into an empty directory; return `wanted` with its splits filled in."""
-  length, wrap = wanted.length, wanted.wrap
   counts = {split: _Count() for split in SPLITS}
-  options = {"length": length, "eos_id": tokenizer.eos_id, "wrap": wrap}
-  size = length - 2 if wrap else length
+  length = wanted.length if wanted.packing == "concatenate" else None
   with tqdm.tqdm(
     unit="B", unit_scale=True, total=wanted.source.get("bytes"), disable=None if progress else True
   ) as bar:
-    rows = {s: _rows(source, s, tokenizer, options, counts[s], bar) for s in SPLITS}
+    rows = {s: _rows(source, s, tokenizer, wanted, counts[s], bar) for s in SPLITS}
     tfds.display_progress_bar(False)
     where = {"data_dir": directory, "file_format": "array_record"}
     try:
@@ -270,11 +228,15 @@ def _build(source, tokenizer, wanted: Info, directory: pathlib.Path, progress: b
       tfds.display_progress_bar(True)
   shutil.rmtree(directory / "downloads", ignore_errors=True)
   tokenizer.save(directory)
-  splits = {split: counts[split].info(length, size) for split in SPLITS}
+  left_out = getattr(source, "dropped", {})
+  splits = {split: counts[split].info(wanted, left_out.get(split, {})) for split in SPLITS}
   info = dataclasses.replace(wanted, splits=splits)
+  for split in SPLITS if wanted.packing == "documents" else ():
+    lengths_file(directory, split).parent.mkdir(exist_ok=True)
+    np.save(lengths_file(directory, split), np.array(counts[split].lengths, np.int32))
   paths = sorted(path for path in directory.rglob("*.*") if path.is_file())
   files = {path.relative_to(directory).as_posix(): path.stat().st_size for path in paths}
-  content = {"format": _FORMAT, **dataclasses.asdict(info), "files": files}
+  content = {"format": FORMAT, **info.content(), "files": files}
   text = json.dumps(content, indent=2, ensure_ascii=False)
   (directory / "dataset.json").write_text(text + "\n", encoding="utf-8")
   return info
@@ -302,6 +264,28 @@ def _existing(directory: pathlib.Path, wanted: Info) -> Info | None:
   return info
 
 
+def _checked_buckets(packing, buckets, length, tokenizer) -> tuple[int, ...]:
+  """Return the buckets of a packing; complain about what does not fit together."""
+  if packing not in PACKINGS:
+    raise InputError(f"data.packing={packing!r} is unknown; use {' or '.join(PACKINGS)}.")
+  framed = tokenizer.pad_id is not None
+  if framed != (packing == "documents"):
+    wanted = "documents" if framed else "concatenate"
+    raise InputError(
+      f"data.packing={packing!r} does not fit this tokenizer, which has "
+      f"{'a' if framed else 'no'} start and padding; use data.packing={wanted!r}."
+    )
+  if packing == "concatenate":
+    if buckets:
+      raise InputError(f"data.buckets={buckets} are of data.packing='documents' only; leave it ().")
+    return ()
+  buckets = tuple(buckets) or (length,)
+  rising = all(low < high for low, high in itertools.pairwise((2, *buckets)))
+  if not rising or buckets[-1] != length:
+    raise InputError(f"data.buckets={buckets} must rise, from 3 or more, to data.length={length}.")
+  return buckets
+
+
 def prepare(
   source: Source,
   tokenizer: Tokenizer,
@@ -309,6 +293,8 @@ def prepare(
   directory: Path,
   *,
   wrap: bool = True,
+  packing: str = "concatenate",
+  buckets: tuple[int, ...] = (),
   progress: bool = True,
 ) -> Prepared:
   """Tokenise, pack and write both splits of a corpus.
@@ -322,26 +308,35 @@ def prepare(
     length: L, tokens per sequence.
     directory: where to write; must not exist, be empty, or hold the same dataset.
     wrap: frame every sequence by separators, see `pack`.
+    packing: "concatenate", or "documents": one record each. Longer ones than `length` with start
+      and end are dropped and counted.
+    buckets: of documents: the lengths that they are padded to, rising to `length`; none: `length`.
     progress: show a progress bar on a terminal.
 
   Raises:
-    InputError: the source cannot be read, a split is empty or shorter than `length`, the directory
+    InputError: packing and tokenizer do not fit together, buckets do not rise to `length`, the
+      source cannot be read, a split is empty or shorter than `length`, the directory
       holds something else (the message tells what differs) or cannot be written.
 
   Example:
     >>> prepared = prepare(open_source("stdlib"), tokenizers.Bytes(), 256, "runs/data")
   """
   directory = pathlib.Path(os.path.abspath(directory))
+  buckets = _checked_buckets(packing, buckets, length, tokenizer)
   pack((), length, tokenizer.eos_id, wrap)  # complain about the length before touching the disk
   wanted = Info(
     source=source.describe(),
     length=length,
-    wrap=wrap,
+    wrap=wrap and packing == "concatenate",
     vocab_size=tokenizer.vocab_size,
     eos_id=tokenizer.eos_id,
     tokenizer_fingerprint=tokenizer.fingerprint,
     splits={},
     package_version=_version(),
+    packing=packing,
+    buckets=buckets,
+    given_ids=tokenizer.given_ids,
+    pad_id=tokenizer.pad_id if packing == "documents" else None,
   )
   temporary = None
   try:
@@ -361,40 +356,3 @@ def prepare(
     if temporary is not None:
       shutil.rmtree(temporary, ignore_errors=True)
   return Prepared(directory=str(directory), info=info, created=True)
-
-
-def open_dataset(directory: Path) -> Dataset:
-  """Open a directory made by `prepare`.
-
-  Raises:
-    InputError: it is not one, or files are missing or have another size than when written.
-  """
-  directory = pathlib.Path(directory)
-  advice = "prepare it again into a new directory."
-  try:
-    content = json.loads((directory / "dataset.json").read_text(encoding="utf-8"))
-    if content.pop("format") != _FORMAT:
-      raise ValueError("its format is not " + _FORMAT)
-    files = content.pop("files")
-    splits = {name: SplitInfo(**split) for name, split in content.pop("splits").items()}
-    info = Info(**content, splits=splits)
-  except OSError as error:
-    raise InputError(
-      f"{directory} is not a prepared dataset: dataset.json: {error.strerror}; {advice}"
-    ) from error
-  except (ValueError, KeyError, TypeError, AttributeError) as error:
-    raise InputError(
-      f"{directory} is not a prepared dataset: dataset.json is not ours ({error}); {advice}"
-    ) from error
-  for name, size in files.items():
-    path = directory / name
-    found = path.stat().st_size if path.is_file() else None
-    if found != size:
-      state = "is missing" if found is None else f"has {found} bytes instead of {size}"
-      raise InputError(f"{directory} is truncated or changed: {name} {state}; {advice}")
-  try:
-    tfds_builder = tfds.builder_from_directory(directory / "packed_tokens" / "1.0.0")
-    sources = {name: tfds_builder.as_data_source(split=name) for name in info.splits}
-  except Exception as error:  # sizes agree: only a foreign or edited dataset comes here
-    raise InputError(f"{directory} cannot be opened by TFDS: {error}; {advice}") from error
-  return Dataset(directory=str(directory), info=info, splits=sources)

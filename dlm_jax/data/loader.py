@@ -6,6 +6,9 @@ order of its own that is computed, not stored. The global batch of step n is rec
 of that stream, and host h of H reads rows [h·B/H, (h+1)·B/H) of it. Hence batch n depends on the
 dataset, the seed and B alone: not on the number of hosts, threads or restarts, and any step can be
 reached at once.
+
+A dataset of documents is one such stream per bucket. `buckets` says whose turn it is; a batch is
+padded to its bucket's length and no further.
 """
 
 import itertools
@@ -16,7 +19,8 @@ import grain
 import numpy as np
 from jaxtyping import Int
 
-from dlm_jax.data import builder
+from dlm_jax.data import buckets
+from dlm_jax.data.dataset import Dataset, Path, open_dataset
 from dlm_jax.errors import InputError
 
 # Decoding is Python under the interpreter lock: a second thread only hides the wait for the disk.
@@ -24,32 +28,71 @@ _READ = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
 
 
 _CACHE_BYTES = 2**31  # splits up to this size are kept in memory once they were read
+_ENDLESS = 2**60  # batches
 
 
 class _Tokens:
-  """The records of a TFDS data source as bare int32 [L], for grain.
+  """Records of a TFDS data source as bare int32 [L], for grain.
 
   Decoding a record costs 65 µs of Python, so a small split is remembered: from the second epoch on
   the loader is ten times faster.
+
+  Args:
+    source: of the records.
+    length: L.
+    chosen_N: indices of the records; None: all.
+    pad_id: what shorter ones are filled with.
   """
 
-  def __init__(self, source, length: int):
-    self._source = source
-    small = 4 * length * len(source) <= _CACHE_BYTES
-    self._cache_NL = np.empty((len(source), length), np.int32) if small else None
-    self._known_N = np.zeros(len(source), bool)
+  def __init__(self, source, length: int, chosen_N=None, pad_id: int | None = None):
+    self._source, self._length, self._pad_id = source, length, pad_id
+    self._chosen_N = range(len(source)) if chosen_N is None else chosen_N
+    size = len(self._chosen_N)
+    small = 4 * length * size <= _CACHE_BYTES
+    self._cache_NL = np.empty((size, length), np.int32) if small else None
+    self._known_N = np.zeros(size, bool)
 
   def __len__(self) -> int:
-    return len(self._source)
+    return len(self._chosen_N)
+
+  def stored(self, index: int) -> int:
+    """Return the place of a record in the whole split."""
+    return int(self._chosen_N[index])
 
   def __getitem__(self, index: int) -> np.ndarray:
     if self._known_N[index]:
       return self._cache_NL[index]
-    tokens_L = self._source[index]["tokens"]
+    tokens_L = self._source[self.stored(index)]["tokens"]
+    if self._pad_id is not None:
+      missing = self._length - len(tokens_L)
+      tokens_L = np.pad(tokens_L, (0, missing), constant_values=self._pad_id)
     if self._cache_NL is not None:  # the flag last: another thread may be reading
       self._cache_NL[index] = tokens_L
       self._known_N[index] = True
     return tokens_L
+
+
+class _Mixed:
+  """The batches of several buckets as one sequence, for grain.
+
+  Args:
+    parts: batches by bucket, endless; None for a bucket without records.
+    schedule: of groups of batches.
+    together: batches per group.
+    groups: number of groups.
+  """
+
+  def __init__(self, parts, schedule: buckets.Schedule, together: int, groups: int):
+    self._parts, self._schedule = parts, schedule
+    self._together, self._groups = together, groups
+
+  def __len__(self) -> int:
+    return self._groups * self._together
+
+  def __getitem__(self, number: int) -> np.ndarray:
+    group, within = divmod(int(number), self._together)
+    bucket, place = self._schedule(group)
+    return self._parts[bucket][place * self._together + within]
 
 
 class Loader:
@@ -108,12 +151,20 @@ class Loader:
     self._iterator.close()
 
 
-def _split(dataset: builder.Dataset, split: str):
+def _split(dataset: Dataset, split: str) -> list[_Tokens]:
+  """Return the records of a split by bucket; one bucket unless it is packed as documents."""
   if split not in dataset.splits:
     raise InputError(
       f"split={split!r} is not in {dataset.directory}; it has {', '.join(dataset.splits)}."
     )
-  return _Tokens(dataset.splits[split], dataset.info.length)
+  info, source = dataset.info, dataset.splits[split]
+  if info.packing == "concatenate":
+    return [_Tokens(source, info.length)]
+  which_N = np.searchsorted(info.buckets, dataset.lengths(split))
+  return [
+    _Tokens(source, length, np.flatnonzero(which_N == bucket), info.pad_id)
+    for bucket, length in enumerate(info.buckets)
+  ]
 
 
 def _check_batch_size(batch_size: int) -> None:
@@ -122,7 +173,7 @@ def _check_batch_size(batch_size: int) -> None:
 
 
 def make(
-  directory: builder.Path,
+  directory: Path,
   split: str,
   *,
   batch_size: int,
@@ -131,8 +182,12 @@ def make(
   repeat: bool = True,
   host: int = 0,
   hosts: int = 1,
+  together: int = 1,
 ) -> Loader:
   """Open the training stream of one host.
+
+  Of a dataset packed as documents every batch holds records of one bucket, padded to its length;
+  buckets are drawn in proportion to their records, see `buckets`.
 
   Args:
     directory: made by `builder.prepare`.
@@ -144,6 +199,7 @@ def make(
       the last whole global batch of one epoch; the rest of the records is not read.
     host: index of this host.
     hosts: number of hosts; each yields B / hosts rows of every global batch.
+    together: so many batches in a row come from one bucket: what one training step takes.
 
   Raises:
     InputError: not a prepared directory, no such split, batch_size not divisible by hosts, host
@@ -164,36 +220,74 @@ def make(
     )
   if not 0 <= seed < 2**32:
     raise InputError(f"loader.seed={seed} is outside 0..2**32-1.")
-  dataset = builder.open_dataset(directory)
-  records = _split(dataset, split)
-  if not repeat and len(records) < batch_size:
+  dataset = open_dataset(directory)
+  info, parts = dataset.info, _split(dataset, split)
+  count, most = sum(map(len, parts)), max(map(len, parts))
+  if not repeat and most < batch_size:
     raise InputError(
-      f"loader.batch_size={batch_size} is larger than split {split!r} with {len(records)} records; "
-      f"use {len(records)} or less, or repeat=True."
+      f"loader.batch_size={batch_size} is larger than split {split!r} with {most} records; "
+      f"use {most} or less, or repeat=True."
     )
-  stream = grain.MapDataset.source(records).seed(seed)
-  stream = stream.shuffle() if shuffle else stream
-  stream = stream.repeat() if repeat else stream[: len(records) // batch_size * batch_size]
-  # Local batch k is rows k·B/H... of the stream, so host h's are k = h, h + H, h + 2H, ...
-  batches = stream.batch(batch_size // hosts, drop_remainder=True)[host::hosts]
-  info = dataset.info
-  return Loader(
-    batches,
-    {
-      "split": split,
-      "batch_size": batch_size,
-      "seed": seed,
-      "shuffle": shuffle,
-      "repeat": repeat,
-      "records": len(records),
-      "length": info.length,
-      "tokenizer_fingerprint": info.tokenizer_fingerprint,
-    },
-  )
+
+  def batches(records, repeat):
+    stream = grain.MapDataset.source(records).seed(seed)
+    stream = stream.shuffle() if shuffle else stream
+    stream = stream.repeat() if repeat else stream[: len(records) // batch_size * batch_size]
+    # Local batch k is rows k·B/H... of the stream, so host h's are k = h, h + H, h + 2H, ...
+    return stream.batch(batch_size // hosts, drop_remainder=True)[host::hosts]
+
+  identity = {
+    "split": split,
+    "batch_size": batch_size,
+    "seed": seed,
+    "shuffle": shuffle,
+    "repeat": repeat,
+    "records": count,
+    "length": info.length,
+    "tokenizer_fingerprint": info.tokenizer_fingerprint,
+  }
+  if info.packing == "concatenate":
+    return Loader(batches(parts[0], repeat), identity)
+  records = [len(part) for part in parts]
+  schedule = buckets.Schedule(tuple(records), batch_size * together, seed, shuffle)
+  streams = [batches(part, True) if len(part) else None for part in parts]
+  groups = _ENDLESS // together if repeat else schedule.batches_before(1)
+  identity |= {"buckets": list(info.buckets), "bucket_records": records, "together": together}
+  mixed = grain.MapDataset.source(_Mixed(streams, schedule, together, groups))
+  return Loader(mixed, identity)
+
+
+def evaluation_groups(
+  directory: Path, split: str, limit: int | None = None
+) -> list[Int[np.ndarray, "N L"]]:
+  """Return the first records of a split by length: of text one array, of documents one per bucket.
+
+  Buckets without a record among the first `limit` are left out; within a bucket the order is the
+  stored one. No record is dropped and none is padded beyond its bucket.
+
+  Args:
+    directory: made by `builder.prepare`.
+    split: "train" or "validation".
+    limit: at most so many records; None for all.
+
+  Raises:
+    InputError: not a prepared directory, or no such split.
+  """
+  if limit is not None and limit < 1:
+    raise InputError(f"limit={limit} records is not positive; use 1 or more, or None for all.")
+  dataset = open_dataset(directory)
+  groups = []
+  for records in _split(dataset, split):
+    asked = itertools.takewhile(
+      lambda i, records=records: limit is None or records.stored(i) < limit, range(len(records))
+    )
+    if chosen := [records[i] for i in asked]:
+      groups.append(np.stack(chosen))
+  return groups
 
 
 def evaluation_batches(
-  directory: builder.Path, split: str, batch_size: int, limit: int | None = None
+  directory: Path, split: str, batch_size: int, limit: int | None = None
 ) -> Iterator[Int[np.ndarray, "B L"]]:
   """Return the whole batches of a split in stored order, int32 [batch_size, L].
 
@@ -207,12 +301,16 @@ def evaluation_batches(
     limit: at most so many batches; None for all.
 
   Raises:
-    InputError: not a prepared directory, no such split, or not one whole batch in it.
+    InputError: not a prepared directory, no such split, not one whole batch in it, or a dataset of
+      documents: see `evaluation_groups`.
   """
   _check_batch_size(batch_size)
   if limit is not None and limit < 1:
     raise InputError(f"limit={limit} batches is not positive; use 1 or more, or None for all.")
-  records = _split(builder.open_dataset(directory), split)
+  dataset = open_dataset(directory)
+  if dataset.info.packing != "concatenate":
+    raise InputError(f"{directory} holds documents of several lengths, not batches of one length.")
+  (records,) = _split(dataset, split)
   batches = len(records) // batch_size
   if not batches:
     raise InputError(

@@ -3,33 +3,36 @@
 
   stdlib                      the Python standard library's own source text on this machine
   files:GLOB                  text files, or .jsonl, each possibly .gz, .xz or .bz2
+  fasta:GLOB                  protein sequences, one a document, see `fasta`
   tfds:NAME/SPLIT:FEATURE     a prepared TFDS dataset, e.g. tfds:lm1b/train:text
 
 What decides a split is a SHA-256 of a name or an index, so it is the same on every machine and in
 every run, and adding text at the end moves no earlier document to the other side.
 """
 
-import bz2
 import dataclasses
-import glob
-import gzip
-import hashlib
 import json
-import lzma
 import os
 import pathlib
 import platform
 import sysconfig
-import zlib
 from collections.abc import Iterator
 from typing import Protocol, runtime_checkable
 
+from dlm_jax.data._files import (
+  COMPRESSED,
+  check_split,
+  describe_files,
+  digest,
+  fraction_of,
+  reading,
+  select_files,
+)
+from dlm_jax.data._files import SPLITS as SPLITS
+from dlm_jax.data.fasta import Fasta
 from dlm_jax.errors import InputError
 
-SPLITS = ("train", "validation")
-_OPEN = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
-_CORRUPT = (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error)
-_FORMS = "stdlib, files:GLOB, or tfds:NAME/SPLIT:FEATURE"
+_FORMS = "stdlib, files:GLOB, fasta:GLOB or tfds:NAME/SPLIT:FEATURE"
 
 
 @runtime_checkable
@@ -43,18 +46,6 @@ class Source(Protocol):
   def describe(self) -> dict:
     """Return what identifies the corpus, JSON-able: datasets built from it carry it along."""
     ...
-
-
-def fraction_of(name: str) -> float:
-  """Return a number in [0, 1) that depends on nothing but the name."""
-  # The prefix only chooses one of the equally lawful assignments; changing it changes every split.
-  digest = hashlib.sha256(f"v1:{name}".encode()).digest()
-  return int.from_bytes(digest[:8], "big") / 2**64
-
-
-def _check_split(split: str) -> None:
-  if split not in SPLITS:
-    raise InputError(f"split={split!r} is unknown; use train or validation.")
 
 
 def _decode(data: bytes, path: str | os.PathLike, offset: int = 0) -> str:
@@ -113,7 +104,7 @@ class Stdlib:
     return sorted(found, key=str)
 
   def documents(self, split: str) -> Iterator[str]:
-    _check_split(split)
+    check_split(split)
     for file in self.files():
       parts = file.parts[1:] if file.parts[0] == "test" else file.parts
       module = parts[0].removesuffix(".py").removeprefix("test_")
@@ -135,12 +126,8 @@ class Stdlib:
       "tests": self.tests,
       "files": len(sizes),
       "bytes": sum(size for _, size in sizes),
-      "listing": _digest(sizes),
+      "listing": digest(sizes),
     }
-
-
-def _digest(listing: list[tuple[str, int]]) -> str:
-  return hashlib.sha256(json.dumps(listing).encode()).hexdigest()[:16]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -172,18 +159,7 @@ class Files:
     Raises:
       InputError: the glob matches no file.
     """
-    _check_split(split)
-    if self.validation is None or split == "train":
-      held_out = set() if self.validation is None else set(_expand(self.validation))
-      held_out = {os.path.realpath(path) for path in held_out}  # "./a.txt" is "a.txt"
-      found = [path for path in _expand(self.pattern) if os.path.realpath(path) not in held_out]
-      if not found:
-        raise InputError(
-          f"files:{self.pattern} leaves no training file: validation={self.validation} "
-          "matches all of them; narrow one of the two."
-        )
-      return found
-    return _expand(self.validation)
+    return select_files("files", self.pattern, self.validation, split)
 
   def documents(self, split: str) -> Iterator[str]:
     index = 0
@@ -198,20 +174,12 @@ class Files:
 
   def _read(self, path: str) -> Iterator[str]:
     inner, extension = os.path.splitext(path)
-    open_file = _OPEN.get(extension, open)
-    name = inner if extension in _OPEN else path
-    try:
-      with open_file(path, "rb") as file:
-        if name.endswith((".jsonl", ".ndjson")):
-          yield from self._json_lines(file, path)
-          return
-        text = _decode(file.read(), path)
-    except _CORRUPT as error:
-      raise InputError(
-        f"{path} is not a whole {extension} file: {error}; fetch it again."
-      ) from error
-    except OSError as error:
-      raise InputError(f"{path} cannot be read: {error.strerror or error}.") from error
+    name = inner if extension in COMPRESSED else path
+    with reading(path) as file:
+      if name.endswith((".jsonl", ".ndjson")):
+        yield from self._json_lines(file, path)
+        return
+      text = _decode(file.read(), path)
     yield from text.split(self.document_separator) if self.document_separator else [text]
 
   def _json_lines(self, file, path: str) -> Iterator[str]:
@@ -242,25 +210,8 @@ class Files:
       yield document
 
   def describe(self) -> dict:
-    paths = {split: self.files(split) for split in SPLITS}
-    sizes = [(os.path.basename(p), os.path.getsize(p)) for s in SPLITS for p in paths[s]]
     options = dataclasses.asdict(self)
-    description = {"spec": f"files:{options.pop('pattern')}", **options, "listing": _digest(sizes)}
-    every = set(paths["train"] + paths["validation"])
-    if not any(path.endswith((*_OPEN, ".jsonl", ".ndjson")) for path in every):
-      description["bytes"] = sum(map(os.path.getsize, every))  # for the progress bar
-    return description
-
-
-def _expand(pattern: str) -> list[str]:
-  paths = glob.iglob(os.path.expanduser(pattern), recursive=True)
-  found = sorted(path for path in paths if os.path.isfile(path))
-  if not found:
-    raise InputError(
-      f"files:{pattern} matches no file (looked from {os.getcwd()}); check the path, and quote "
-      "the glob against the shell."
-    )
-  return found
+    return describe_files(f"files:{options.pop('pattern')}", self.files, options)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -296,7 +247,7 @@ class Tfds:
       ) from error
 
   def documents(self, split: str) -> Iterator[str]:
-    _check_split(split)
+    check_split(split)
     own = split == "validation" and self.validation is not None
     for index, record in enumerate(self._open(self.validation if own else self.split)):
       held_out = fraction_of(str(index)) < self.validation_fraction
@@ -326,12 +277,13 @@ def open_source(spec: str, **options) -> Source:
   """Open a corpus; reads nothing yet.
 
   Args:
-    spec: "stdlib", "files:GLOB" or "tfds:NAME/SPLIT:FEATURE".
-    **options: fields of `Stdlib`, `Files` or `Tfds`; an option that is None keeps its default.
+    spec: "stdlib", "files:GLOB", "fasta:GLOB" or "tfds:NAME/SPLIT:FEATURE".
+    **options: fields of `Stdlib`, `Files`, `Fasta` or `Tfds`; an option that is None keeps its
+      default.
 
   Raises:
-    InputError: the spec or an option is not understood. Reading raises it for text that is
-      missing, empty or not UTF-8.
+    InputError: the spec or an option is not understood or out of range. Reading raises it for text
+      that is missing, empty or not UTF-8.
 
   Example:
     >>> source = open_source("stdlib")
@@ -340,8 +292,8 @@ def open_source(spec: str, **options) -> Source:
   kind, _, rest = spec.partition(":")
   if kind == "stdlib" and not rest:
     make, required = Stdlib, {}
-  elif kind == "files" and rest:
-    make, required = Files, {"pattern": rest}
+  elif kind in ("files", "fasta") and rest:
+    make, required = {"files": Files, "fasta": Fasta}[kind], {"pattern": rest}
   elif kind == "tfds":
     path, _, feature = rest.rpartition(":")
     name, _, split = path.rpartition("/")
@@ -353,7 +305,7 @@ def open_source(spec: str, **options) -> Source:
   else:
     raise InputError(f"source={spec!r} is unknown; use {_FORMS}.")
   options = {key: value for key, value in options.items() if value is not None}
-  allowed = {field.name for field in dataclasses.fields(make)} - set(required)
+  allowed = {field.name for field in dataclasses.fields(make) if field.init} - set(required)
   if unknown := sorted(set(options) - allowed):
     raise InputError(
       f"source={spec!r} has no option {', '.join(unknown)}; it has {', '.join(sorted(allowed))}."

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text ↔ token ids: plain bytes, or byte-level BPE (trained here, GPT-2's, any tokenizer.json).
+"""Text ↔ token ids: plain bytes, byte-level BPE (trained here, GPT-2's, any tokenizer.json), or
+the residues of proteins.
 
 Conventions that the rest of the library relies on:
 
@@ -12,6 +13,7 @@ Conventions that the rest of the library relies on:
               literal as id 50256; `encode(text, specials=True)` does the same.
   decode      keeps the separator visible as its text and shows the mask as MASK_SYMBOL.
   fingerprint identifies what determines the ids: it tells whether a checkpoint fits a dataset.
+  given_ids   are never noised, scored or drawn: they frame a sequence. Text has none.
 """
 
 import dataclasses
@@ -23,12 +25,17 @@ import pathlib
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
+from jaxtyping import Int
 
 from dlm_jax.errors import InputError
 
 EOS = "<|endoftext|>"
 MASK_SYMBOL = "▯"
 _BYTES = {"eos_id": 256, "format": "dlm_jax.bytes", "vocab_size": 257}
+_ESM = {
+  "format": "dlm_jax.esm",
+  "tokens": ["<cls>", "<pad>", "<eos>", "<unk>", *"LAGVSERTIDPKQNFYMHWCXBUZO.-", "<null_1>"],
+}
 _KNOWN_EOS = (EOS, "</s>", "<eos>", "<|end_of_text|>", "[EOS]", "[SEP]")
 _LAYOUTS = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
 
@@ -39,6 +46,9 @@ def _canonical(value) -> str:
 
 class _Derived:
   """What follows from `vocab_size`, `eos_id`, `eos_text`, `serialised`, `_ids` and `_text`."""
+
+  given_ids = ()
+  cls_id = pad_id = None  # no record of one document each
 
   @property
   def mask_id(self) -> int:
@@ -102,7 +112,8 @@ class _Derived:
     try:
       directory.mkdir(parents=True, exist_ok=True)
       (directory / "tokenizer.json").write_text(self.serialised, encoding="utf-8")
-      config = {"bos_token": self.eos_text, "eos_token": self.eos_text}
+      start = getattr(self, "cls_text", self.eos_text)
+      config = {"bos_token": start, "eos_token": self.eos_text}
       (directory / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
     except OSError as error:
       raise InputError(f"tokenizer: cannot write {directory}: {error.strerror}.") from error
@@ -167,7 +178,55 @@ class BPE(_Derived):
     return self._backend.decode(ids, skip_special_tokens=False)
 
 
-Tokenizer = Bytes | BPE
+@dataclasses.dataclass(frozen=True)
+class Esm(_Derived):
+  """One id per residue, in the order of the public ESM-2 models, whose mask is 32 too.
+
+  A record is `<cls>` + residues + `<eos>` + `<pad>` …; see `template`. `decode` leaves these three
+  out, so a row of a model is a plain string of residues; `<unk>` and `<null_1>` stay visible.
+
+  Reference: ESM-2, doi 10.1126/science.ade2574.
+  """
+
+  vocab_size: int = dataclasses.field(default=32, init=False)
+  cls_id: int = dataclasses.field(default=0, init=False)
+  pad_id: int = dataclasses.field(default=1, init=False)
+  eos_id: int = dataclasses.field(default=2, init=False)
+  given_ids: tuple[int, ...] = dataclasses.field(default=(0, 1, 2, 3, 29, 30, 31), init=False)
+  cls_text: str = dataclasses.field(default="<cls>", init=False)
+  eos_text: str = dataclasses.field(default="<eos>", init=False)
+  serialised: str = dataclasses.field(default=_canonical(_ESM), init=False, repr=False)
+
+  def template(self, residues: int, length: int) -> Int[np.ndarray, "L"]:
+    """Return `<cls>`, as many masks as residues, `<eos>` and padding: what a sampler fills in.
+
+    Raises:
+      InputError: fewer than one residue, or it does not fit into `length`.
+    """
+    if not 1 <= residues <= length - 2:
+      raise InputError(
+        f"length={residues}: with its start and end a protein of {length} positions has 1 to "
+        f"{length - 2} residues."
+      )
+    row_L = np.full(length, self.pad_id, np.int32)
+    row_L[: residues + 2] = [self.cls_id, *[self.mask_id] * residues, self.eos_id]
+    return row_L
+
+  def _ids(self, texts: list[str]) -> list[list[int]]:
+    try:
+      return [[_RESIDUES[letter] for letter in text] for text in texts]
+    except KeyError as error:
+      letters = "".join(letter for letter in _RESIDUES if not letter.islower())
+      raise InputError(f"{error.args[0]!r} is no residue; use the letters {letters}.") from None
+
+  def _text(self, ids: list[int]) -> str:
+    silent = (self.cls_id, self.pad_id, self.eos_id)
+    return "".join(_ESM["tokens"][i] for i in ids if i not in silent)
+
+
+_RESIDUES = {token: i for i, token in enumerate(_ESM["tokens"]) if len(token) == 1}
+_RESIDUES |= {letter.lower(): i for letter, i in _RESIDUES.items()}
+Tokenizer = Bytes | BPE | Esm
 
 
 def _byte_level(vocab: dict[str, int], merges: list, eos: str) -> BPE:
@@ -266,8 +325,8 @@ def _find_eos(directory: pathlib.Path, content: dict) -> str:
 
 def _load_file(path: pathlib.Path) -> Tokenizer:
   content = _read_json(path)
-  if content == _BYTES:
-    return Bytes()
+  if content in (_BYTES, _ESM):
+    return Bytes() if content == _BYTES else Esm()
   try:
     tokenizer = BPE(_canonical(content), _find_eos(path.parent, content))
     tokenizer.encode("a")
@@ -299,16 +358,16 @@ def load(path: str | os.PathLike) -> Tokenizer:
   """Load a tokenizer.
 
   Args:
-    path: "bytes"; a tokenizer.json file; or a directory that holds tokenizer.json, or GPT-2's
-      vocab.json + merges.txt, or encoder.json + vocab.bpe (byte-level BPE with GPT-2's word
-      splitting). The same vocabulary read from tokenizer.json and from merges gives the same ids
-      but not always the same fingerprint.
+    path: "bytes"; "esm", for proteins; a tokenizer.json file; or a directory that holds
+      tokenizer.json, or GPT-2's vocab.json + merges.txt, or encoder.json + vocab.bpe (byte-level
+      BPE with GPT-2's word splitting). The same vocabulary read from tokenizer.json and from
+      merges gives the same ids but not always the same fingerprint.
 
   Raises:
     InputError: nothing usable is there; the message names what was looked for.
   """
-  if path == "bytes":
-    return Bytes()
+  if path in ("bytes", "esm"):
+    return Bytes() if path == "bytes" else Esm()
   path = pathlib.Path(path).expanduser()
   if path.is_file():
     return _load_file(path)
@@ -320,5 +379,5 @@ def load(path: str | os.PathLike) -> Tokenizer:
   state = "holds none of" if path.is_dir() else "does not exist; a directory may hold"
   raise InputError(
     f"tokenizer={str(path)!r} {state} tokenizer.json, vocab.json + merges.txt, or encoder.json + "
-    'vocab.bpe; give such a directory, a tokenizer.json file, or "bytes".'
+    'vocab.bpe; give such a directory, a tokenizer.json file, "bytes" or "esm".'
   )

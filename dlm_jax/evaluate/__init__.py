@@ -7,7 +7,7 @@ print(evaluate.quality(judge, tokens_BL, eos_id=0))  # GenPPL 41.3 ± 1.2, entro
 ```
 """
 
-from dlm_jax.evaluate import frontier
+from dlm_jax.evaluate import frontier, proteins
 from dlm_jax.evaluate.generative import (
   Quality,
   entropies,
@@ -31,6 +31,7 @@ __all__ = [
   "frontier",
   "genppl",
   "mauve",
+  "proteins",
   "quality",
   "retokenise",
 ]

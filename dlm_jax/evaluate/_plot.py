@@ -34,8 +34,9 @@ _STYLE = {
 _HALO = (patheffects.withStroke(linewidth=3, foreground="white"),)
 
 
-def save(rows, path: pathlib.Path, reference=None):
-  """Draw GenPPL and entropy against NFE, one colour per model, and save a PNG."""
+def save(rows, path: pathlib.Path, reference=None, *, x: str = "nfe", title: str = "NFE"):
+  """Draw GenPPL and entropy against NFE or another measure, one colour per model; save a PNG."""
+  rows = [{**row, "x": _place(row, x)} for row in rows]
   with rc_context(_STYLE):
     figure = Figure(figsize=(11, 4.4), dpi=200, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08, wspace=0.05)
@@ -45,6 +46,8 @@ def save(rows, path: pathlib.Path, reference=None):
     _widen(left, math.log(2))
     _widen(right, 0.4)
     _log_ticks(left)
+    for axes in (left, right):
+      axes.set_xlabel(title, labelpad=6)
     figure.supxlabel(_footnote(rows), fontsize=8, color=_FAINT)
     figure.draw_without_rendering()  # fixes the scales, by which labels are kept apart
     for axes, key in ((left, "genppl"), (right, "entropy")):
@@ -52,11 +55,15 @@ def save(rows, path: pathlib.Path, reference=None):
     figure.savefig(path)
 
 
+def _place(row, x):
+  return row["seconds"] / row["samples"] if x == "seconds" else row[x]
+
+
 def _models(rows) -> dict:
-  """Return rows by model, in order of appearance, sorted by NFE."""
+  """Return rows by model, in order of appearance, sorted along x."""
   names = dict.fromkeys(row["name"] for row in rows)
-  by_nfe = sorted(rows, key=lambda row: row["nfe"])
-  return {name: [row for row in by_nfe if row["name"] == name] for name in names}
+  ordered = sorted(rows, key=lambda row: row["x"])
+  return {name: [row for row in ordered if row["name"] == name] for name in names}
 
 
 def _styles():
@@ -66,7 +73,7 @@ def _styles():
 
 def _panel(axes, rows, key, title, subtitle, reference):
   for (_, points), (colour, marker) in zip(_models(rows).items(), _styles(), strict=False):
-    x, y = [row["nfe"] for row in points], np.array([row[key] for row in points], float)
+    x, y = [row["x"] for row in points], np.array([row[key] for row in points], float)
     error = np.nan_to_num(np.array([row[f"{key}_se"] for row in points], float))
     axes.errorbar(
       x, y, yerr=error, color=colour, marker=marker, markersize=5.5, linewidth=1.8,
@@ -79,8 +86,8 @@ def _panel(axes, rows, key, title, subtitle, reference):
   axes.annotate(
     subtitle, (0, 1), (0, 9), xycoords="axes fraction", textcoords="offset points", color=_FAINT
   )
-  axes.set_xlabel("network evaluations per sample (NFE)", labelpad=6)
-  _nfe_ticks(axes, sorted({row["nfe"] for row in rows}))
+  if all(isinstance(row["x"], int) for row in rows):
+    _nfe_ticks(axes, sorted({row["x"] for row in rows}))
   axes.tick_params(length=3)
   axes.margins(x=0.04, y=0.1)
   value = _reference_value(reference, key)
@@ -132,8 +139,8 @@ def _label_lines(axes, rows, key, reference):
   for (name, points), (colour, _) in zip(_models(rows).items(), _styles(), strict=False):
     finite = [row for row in points if math.isfinite(row[key])]
     if finite:
-      ends.append((name, colour, "bold", finite[-1]["nfe"], finite[-1][key]))
-  value, right = _reference_value(reference, key), max(row["nfe"] for row in rows)
+      ends.append((name, colour, "bold", finite[-1]["x"], finite[-1][key]))
+  value, right = _reference_value(reference, key), max(row["x"] for row in rows)
   if value is not None:
     text = f"{reference.label} {value:.{1 if key == 'genppl' else 2}f}"
     ends.append((text, _FAINT, "normal", right, value))

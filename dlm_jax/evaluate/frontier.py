@@ -23,9 +23,14 @@ from dlm_jax.evaluate.likelihood import check_counts
 
 Row = dict[str, Any]
 COLUMNS = (
-  "name", "nfe", "genppl", "genppl_se", "entropy", "entropy_se", "samples", "tokens", "seconds",
-  "seed", "options", "context",
+  "name", "nfe", "evaluations", "genppl", "genppl_se", "entropy", "entropy_se", "samples", "tokens",
+  "seconds", "seed", "options", "context",
 )  # fmt: skip
+AXES = {  # what quality may be plotted against: the axis' title
+  "nfe": "network evaluations per sample (NFE)",
+  "evaluations": "true network evaluations per sample, of all networks",
+  "seconds": "seconds per sample, drawn in batches",
+}
 _IDENTITY = ("name", "nfe", "samples", "seed", "options", "context")
 
 
@@ -34,7 +39,8 @@ class SamplerFactory(Protocol):
   """What `sweep` compares: `factory(batch, nfe)` prepares a function from a key to tokens [B, L].
 
   Whatever may take long and is not sampling (compilation) belongs in the factory; only the calls
-  of the returned function are timed. An attribute `options`, if present, is recorded.
+  of the returned function are timed. An attribute `options`, if present, is recorded, and a method
+  `evaluations(nfe)`, if present, gives the true evaluations, which guides make more than `nfe`.
   """
 
   def __call__(self, batch: int, nfe: int) -> Callable[[jax.Array], Any]: ...
@@ -49,12 +55,14 @@ class Sampler:
     process: forward process.
     length: tokens per sample.
     options: further options of `sample.generate`, e.g. {"temperature": 0.9}.
+    critic: discriminator of sampler="rgas".
   """
 
   denoiser: Any
   process: Any
   length: int
   options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  critic: Any = None
 
   def __call__(self, batch: int, nfe: int) -> Callable[[jax.Array], jax.Array]:
     """Compile sampling of `batch` sequences in `nfe` steps.
@@ -62,26 +70,44 @@ class Sampler:
     A batch in which a mask outlives all steps (an expected 1e-5 of them) takes one evaluation more.
     """
     generate = functools.partial(self._generate, batch=batch, nfe=nfe)
-    compiled = jax.jit(generate).lower(self.denoiser, jax.random.key(0)).compile()
-    return lambda rng: compiled(self.denoiser, rng)
+    networks = (self.denoiser, self._guide())
+    compiled = jax.jit(generate).lower(*networks, jax.random.key(0)).compile()
+    return lambda rng: compiled(*networks, rng)
+
+  def evaluations(self, nfe: int) -> int:
+    """Return true evaluations of all networks per sample."""
+    from dlm_jax import sample
+
+    options = dict(self.options)
+    counts = sample.evaluations(options.pop("sampler", "ancestral"), steps=nfe, **options)
+    return sum(counts.values())
 
   def check(self) -> None:
     """Trace one step; raises InputError for options that the sampler does not take."""
-    jax.eval_shape(
-      functools.partial(self._generate, batch=1, nfe=1), self.denoiser, jax.random.key(0)
-    )
+    generate = functools.partial(self._generate, batch=1, nfe=1)
+    jax.eval_shape(generate, self.denoiser, self._guide(), jax.random.key(0))
 
-  def _generate(self, denoiser, rng, batch, nfe):
+  def _guide(self):
+    return self.critic if self.options.get("sampler") == "rgas" else None
+
+  def _generate(self, denoiser, critic, rng, batch, nfe):
     from dlm_jax import sample
 
+    if getattr(self.process, "blocked", ()):
+      raise InputError(
+        "proteins are drawn with a start, an end and given lengths; use `dlm-jax evaluate` with "
+        "--data=DIR, a prepared dataset of them."
+      )
     if self.options.get("sampler") == "first_hitting":
       raise InputError(
         "sampler='first_hitting' takes one evaluation per masked token whatever the NFE, so it has "
         "no frontier; use 'ancestral'."
       )
+    guide = {} if critic is None else {"critic": critic}
     return sample.generate(
-      denoiser, self.process, rng, batch=batch, length=self.length, steps=nfe, **self.options
-    )
+      denoiser, self.process, rng, batch=batch, length=self.length, steps=nfe, **guide,
+      **self.options,
+    )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -147,7 +173,9 @@ def sweep(
     judged = {"retokenised": retokenise(tokens_BL)} if retokenise else {}
     judged |= {"eos_id": eos_id, "batch_size": judge_batch_size}
     result = generative.quality(judge, tokens_BL, **judged)
-    return _row(key | dataclasses.asdict(result) | {"seconds": seconds})
+    count = factory.evaluations(key["nfe"]) if hasattr(factory, "evaluations") else key["nfe"]
+    measured = dataclasses.asdict(result) | {"seconds": seconds, "evaluations": count}
+    return _row(key | measured)
 
   fixed = {"samples": samples, "seed": seed, "context": dict(context or {})}
   finished, rows = _Finished(path), []
@@ -162,9 +190,21 @@ def sweep(
 
 
 def write(
-  rows: Sequence[Row], directory: str | os.PathLike, *, reference: Reference | None = None
+  rows: Sequence[Row],
+  directory: str | os.PathLike,
+  *,
+  reference: Reference | None = None,
+  axes: Sequence[str] = ("nfe",),
+  stem: str = "frontier",
 ) -> dict[str, pathlib.Path]:
   """Write `frontier.csv`, `frontier.json` and `frontier.png`; return their paths by suffix.
+
+  Args:
+    rows: of `sweep`.
+    directory: created if needed.
+    reference: horizontal lines of the plot.
+    axes: keys of `AXES` to plot against; all but "nfe" go to frontier_KEY.png.
+    stem: of the file names.
 
   Raises:
     InputError: there are no rows, or the directory cannot be written.
@@ -174,24 +214,33 @@ def write(
   if not rows:
     raise InputError("there are no frontier rows to write; sweep at least one model and NFE.")
   directory = pathlib.Path(directory)
-  paths = {suffix: directory / f"frontier.{suffix}" for suffix in ("csv", "json", "png")}
+  paths = {suffix: directory / f"{stem}.{suffix}" for suffix in ("csv", "json")}
+  pictures = {x: f"{stem}.png" if x == "nfe" else f"{stem}_{x}.png" for x in axes}
+  paths |= {name.removeprefix(f"{stem}."): directory / name for name in pictures.values()}
   try:
     directory.mkdir(parents=True, exist_ok=True)
     _write_csv(rows, paths["csv"])
     _write_json(rows, paths["json"], reference)
-    _plot.save(rows, paths["png"], reference)
+    for x, name in pictures.items():
+      _plot.save(rows, directory / name, reference, x=x, title=AXES[x])
   except OSError as error:
     raise InputError(f"{directory} cannot be written ({error.strerror}).") from error
   return paths
 
 
 def table(rows: Sequence[Row]) -> str:
-  """Return the rows as a Markdown table whose columns are also aligned as plain text."""
-  header = ("model", "NFE", "GenPPL", "entropy (nats)", "samples", "seconds")
+  """Return the rows as a Markdown table whose columns are also aligned as plain text.
+
+  "all nets" counts true evaluations where a guide makes them more than the NFE.
+  """
+  guided = any(row["evaluations"] != row["nfe"] for row in rows)
+  header = ("model", "NFE", *(("all nets",) if guided else ()), "GenPPL", "entropy (nats)",
+            "samples", "seconds")  # fmt: skip
   cells = [header] + [
     (
       row["name"],
       str(row["nfe"]),
+      *((str(row["evaluations"]),) if guided else ()),
       generative.plus_minus(row["genppl"], row["genppl_se"]),
       generative.plus_minus(row["entropy"], row["entropy_se"], 2),
       f"{row['samples']:,}",
@@ -285,6 +334,8 @@ class _Finished:
 
 
 def _row(values: Mapping[str, Any]) -> Row:
+  # Rows of earlier versions do not have it; they had no guided samplers either.
+  values = {"evaluations": values["nfe"], **values}
   return {column: values[column] for column in COLUMNS}
 
 

@@ -59,6 +59,7 @@ def quality(
   eos_id: int | None = None,
   batch_size: int = 8,
   retokenised: tuple[np.ndarray, np.ndarray] | None = None,
+  given_ids: tuple[int, ...] = (),
 ) -> Quality:
   """Measure GenPPL and entropy of samples.
 
@@ -68,11 +69,15 @@ def quality(
     eos_id: end-of-text id of the judge's tokenizer.
     batch_size: samples per evaluation of the judge.
     retokenised: what `retokenise` returned, if the judge has another tokenizer.
+    given_ids: ids of the generator that frame a sample; neither judged nor in the entropy.
   """
   judged_BL, mask_BL = retokenised or (tokens_BL, None)
-  judged = genppl(judge, judged_BL, eos_id=eos_id, batch_size=batch_size, mask_BL=mask_BL)
+  judged = genppl(
+    judge, judged_BL, eos_id=eos_id, batch_size=batch_size, mask_BL=mask_BL,
+    given_ids=() if retokenised else given_ids,
+  )  # fmt: skip
   judged = {key: judged[key] for key in ("genppl", "genppl_se", "samples", "tokens")}
-  spread = entropy(tokens_BL)
+  spread = entropy(tokens_BL, given_ids)
   return Quality(entropy=spread["entropy"], entropy_se=spread["entropy_se"], **judged)
 
 
@@ -83,6 +88,7 @@ def genppl(
   eos_id: int | None = None,
   batch_size: int = 8,
   mask_BL: Mask | None = None,
+  given_ids: tuple[int, ...] = (),
 ) -> dict[str, float]:
   """Measure the perplexity of samples under an autoregressive judge.
 
@@ -96,6 +102,7 @@ def genppl(
     eos_id: end-of-text id; None counts every target.
     batch_size: samples per evaluation of the judge.
     mask_BL: nonzero where the judge may attend; passed on if given.
+    given_ids: ids that never count: start, end and padding of proteins.
 
   Returns:
     `genppl`, `genppl_se` (over samples, by the delta method), `nll` in nats per judged token,
@@ -108,7 +115,7 @@ def genppl(
   """
   tokens_BL = np.asarray(tokens_BL)
   nats_BM = token_nll(judge, tokens_BL, batch_size=batch_size, mask_NL=mask_BL)
-  counts_BM = counted(tokens_BL, eos_id)
+  counts_BM = counted(tokens_BL, eos_id) & ~np.isin(tokens_BL, given_ids)[:, 1:]
   total_B, count_B = (nats_BM * counts_BM).sum(axis=1), counts_BM.sum(axis=1).astype(np.float64)
   tokens = int(count_B.sum())
   nll = float(total_B.sum() / tokens) if tokens else float("nan")
@@ -130,19 +137,22 @@ def counted(tokens_BL: Tokens, eos_id: int | None) -> Bool[np.ndarray, "B M"]:
   return (~eos_BL | (np.cumsum(eos_BL, axis=1) == 1))[:, 1:]
 
 
-def entropies(tokens_BL: Tokens) -> Float[np.ndarray, "B"]:
-  """Return each sample's entropy: that of its histogram of ids, in nats, at most log L."""
+def entropies(tokens_BL: Tokens, given_ids: tuple[int, ...] = ()) -> Float[np.ndarray, "B"]:
+  """Return each sample's entropy: that of its histogram of ids, in nats, at most log L.
+
+  Given ids are left out; a sample of nothing else has entropy 0.
+  """
   tokens_BL = np.asarray(tokens_BL)
 
   def one(tokens_L):
-    _, counts = np.unique(tokens_L, return_counts=True)
+    _, counts = np.unique(tokens_L[~np.isin(tokens_L, given_ids)], return_counts=True)
     p = counts / counts.sum()
     return -np.sum(p * np.log(p)) + 0.0  # + 0.0: a constant sample has entropy 0, not −0
 
   return np.array([one(tokens_L) for tokens_L in tokens_BL], np.float64)
 
 
-def entropy(tokens_BL: Tokens) -> dict[str, float]:
+def entropy(tokens_BL: Tokens, given_ids: tuple[int, ...] = ()) -> dict[str, float]:
   """Return the mean `entropy` of samples in nats, its `entropy_se`, and the number of `samples`.
 
   Raises:
@@ -150,7 +160,7 @@ def entropy(tokens_BL: Tokens) -> dict[str, float]:
   """
   if not np.size(tokens_BL):
     raise InputError(f"tokens of shape {np.shape(tokens_BL)} have no entropy; give samples.")
-  values_B = entropies(tokens_BL)
+  values_B = entropies(tokens_BL, given_ids)
   n = len(values_B)
   error = float(values_B.std(ddof=1) / math.sqrt(n)) if n > 1 else float("nan")
   return {"entropy": float(values_B.mean()), "entropy_se": error, "samples": n}

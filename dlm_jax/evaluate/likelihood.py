@@ -14,6 +14,7 @@ from dlm_jax.arrays import Params, RngKey
 from dlm_jax.errors import InputError
 
 Tokens = Int[Array, "N L"] | Int[np.ndarray, "N L"]
+Groups = list[Int[Array, "_N _L"]] | list[Int[np.ndarray, "_N _L"]]  # one array per length
 Mask = Int[Array, "N L"] | Int[np.ndarray, "N L"] | Bool[Array, "N L"] | Bool[np.ndarray, "N L"]
 
 
@@ -38,13 +39,14 @@ class Judge:
 def elbo(
   denoiser,
   process,
-  tokens_NL: Tokens,
+  tokens_NL: Tokens | Groups,
   rng: RngKey,
   *,
   batch_size: int = 32,
   samples_per_sequence: int = 1,
   bytes_per_token: float | None = None,
   eps: float = 1e-3,
+  given_ids: tuple[int, ...] = (),
 ) -> dict[str, float]:
   """Estimate the negative evidence lower bound of held-out sequences.
 
@@ -61,12 +63,14 @@ def elbo(
   Args:
     denoiser: pytree, `denoiser(tokens_BL, sigma_B) -> logits_BLV`.
     process: forward process, e.g. `process.Absorbing`.
-    tokens_NL: clean held-out ids.
+    tokens_NL: clean held-out ids; a list holds one array per length, whose times are stratified
+      for themselves.
     rng: key.
     batch_size: sequences per network evaluation.
     samples_per_sequence: times per sequence.
     bytes_per_token: mean bytes of text per token; adds `bits_per_byte`.
     eps: smallest time.
+    given_ids: ids that are never corrupted and do not count: averages are over all other tokens.
 
   Returns:
     `nelbo` and `nelbo_se` in nats per token, `perplexity` = exp(nelbo), an upper bound, with
@@ -76,26 +80,56 @@ def elbo(
   Raises:
     InputError: no tokens, ids that are no clean data, or a count below 1.
   """
-  tokens_NL = np.asarray(tokens_NL, np.int32)
   check_counts(batch_size=batch_size, samples_per_sequence=samples_per_sequence)
-  _check_clean(tokens_NL, process)
-  n, length = tokens_NL.shape
-  rng_times, rng_corrupt = jax.random.split(rng)
-  t_NK = _times(rng_times, n, samples_per_sequence, eps)
-  rngs_NK = jax.vmap(lambda i: jax.random.fold_in(rng_corrupt, i))(jnp.arange(t_NK.size))
-  nats_NK = np.empty(t_NK.size, np.float64)
-  for rows in batches(t_NK.size, batch_size):
-    tokens_BL = tokens_NL[rows // samples_per_sequence]
-    nats_NK[rows] = _nelbo(denoiser, process, tokens_BL, rngs_NK[rows], t_NK[rows])
-  nats_N = nats_NK.reshape(n, samples_per_sequence).mean(axis=1) / length
+  nats, counts = [], []
+  for i, (ids_NL, valid_NL) in enumerate(_by_length(tokens_NL, given_ids)):
+    _check_clean(ids_NL, process)
+    rng_group = jax.random.fold_in(rng, i) if isinstance(tokens_NL, list) else rng
+    nats.append(
+      _sequence_nelbo(
+        denoiser, process, ids_NL, valid_NL, rng_group,
+        batch_size=batch_size, samples=samples_per_sequence, eps=eps,
+      )
+    )  # fmt: skip
+    counts.append(valid_NL.sum(axis=1))
+  nats_N, count_N = np.concatenate(nats), np.concatenate(counts)
   return _summary(
-    "nelbo", nats_N, np.ones(n), bytes_per_token, tokens=n * length, sequences=n,
-    evaluations=t_NK.size,
+    "nelbo", nats_N, count_N, bytes_per_token, tokens=int(count_N.sum()), sequences=len(nats_N),
+    evaluations=len(nats_N) * samples_per_sequence,
   )  # fmt: skip
 
 
+def _by_length(tokens, given_ids):
+  """Yield (ids, whether they count) of every length; complain if nothing counts."""
+  for ids in tokens if isinstance(tokens, list) else [tokens]:
+    ids_NL = np.asarray(ids, np.int32)
+    valid_NL = ~np.isin(ids_NL, given_ids)
+    if ids_NL.size and not valid_NL.any():
+      raise InputError(f"tokens of shape {ids_NL.shape} are all given: nothing is to be scored.")
+    yield ids_NL, valid_NL
+
+
+def _sequence_nelbo(denoiser, process, tokens_NL, valid_NL, rng, *, batch_size, samples, eps):
+  """Return the bound of every sequence in nats, a mean over so many times."""
+  n = len(tokens_NL)
+  rng_times, rng_corrupt = jax.random.split(rng)
+  t_NK = _times(rng_times, n, samples, eps)
+  rngs_NK = jax.vmap(lambda i: jax.random.fold_in(rng_corrupt, i))(jnp.arange(t_NK.size))
+  nats_NK = np.empty(t_NK.size, np.float64)
+  for rows in batches(t_NK.size, batch_size):
+    which = rows // samples
+    valid_BL = None if valid_NL.all() else valid_NL[which]
+    nats_NK[rows] = _nelbo(denoiser, process, tokens_NL[which], rngs_NK[rows], t_NK[rows], valid_BL)
+  return nats_NK.reshape(n, samples).mean(axis=1)
+
+
 def ar_perplexity(
-  judge, tokens_NL: Tokens, *, batch_size: int = 32, bytes_per_token: float | None = None
+  judge,
+  tokens_NL: Tokens | Groups,
+  *,
+  batch_size: int = 32,
+  bytes_per_token: float | None = None,
+  given_ids: tuple[int, ...] = (),
 ) -> dict[str, float]:
   """Measure the perplexity of held-out sequences under a next-token model.
 
@@ -103,9 +137,10 @@ def ar_perplexity(
 
   Args:
     judge: a `Judge`, or any `judge(tokens_BL) -> logits_BLV`.
-    tokens_NL: held-out ids.
+    tokens_NL: held-out ids; a list holds one array per length.
     batch_size: sequences per network evaluation.
     bytes_per_token: mean bytes of text per token; adds `bits_per_byte`.
+    given_ids: ids that are not scored, wherever they stand.
 
   Returns:
     `nll` and `nll_se` in nats per token, `perplexity`, `perplexity_se`, `tokens` scored,
@@ -114,14 +149,17 @@ def ar_perplexity(
   Raises:
     InputError: no token to score, or ids outside the judge's vocabulary.
   """
-  nats_NM = token_nll(judge, tokens_NL, batch_size=batch_size)
-  n, scored = nats_NM.shape
-  nats_N = nats_NM.sum(axis=1)
-  if bytes_per_token is not None:  # it counts all L tokens; the first one is not scored
-    bytes_per_token *= (scored + 1) / scored
-  return _summary(
-    "nll", nats_N, np.full(n, scored), bytes_per_token, tokens=nats_NM.size, sequences=n
-  )
+  nats, counts = [], []
+  for ids_NL, valid_NL in _by_length(tokens_NL, given_ids):
+    nats_NM = token_nll(judge, ids_NL, batch_size=batch_size)
+    nats.append((nats_NM * valid_NL[:, 1:]).sum(axis=1))
+    counts.append(valid_NL[:, 1:].sum(axis=1))
+    unscored = int(valid_NL[:, 0].sum())
+  nats_N, count_N = np.concatenate(nats), np.concatenate(counts)
+  scored = int(count_N.sum())
+  if bytes_per_token is not None and not given_ids:  # it counts all L tokens, the first one too
+    bytes_per_token *= (scored + unscored) / scored
+  return _summary("nll", nats_N, count_N, bytes_per_token, tokens=scored, sequences=len(nats_N))
 
 
 def token_nll(
@@ -240,14 +278,17 @@ def _check_clean(tokens_NL, process):
 
 
 @functools.partial(jax.jit, static_argnames="process")
-def _nelbo(denoiser, process, tokens_BL, rngs_B, t_B) -> Float[Array, "B"]:
+def _nelbo(denoiser, process, tokens_BL, rngs_B, t_B, valid_BL) -> Float[Array, "B"]:
   xt_BL = jax.vmap(process.corrupt)(rngs_B, tokens_BL, t_B)
+  if valid_BL is not None:
+    xt_BL = jnp.where(valid_BL, xt_BL, tokens_BL)
   logits_BLV = denoiser(xt_BL, process.schedule.sigma(t_B))
 
   def nats(logits_LV, xt_L, x0_L, t):
-    return process.nll(process.log_x0(logits_LV, xt_L), xt_L, x0_L, t).sum()
+    return process.nll(process.log_x0(logits_LV, xt_L), xt_L, x0_L, t)
 
-  return jax.vmap(nats)(logits_BLV, xt_BL, tokens_BL, t_B)
+  nats_BL = jax.vmap(nats)(logits_BLV, xt_BL, tokens_BL, t_B)
+  return (nats_BL if valid_BL is None else nats_BL * valid_BL).sum(axis=1)
 
 
 @jax.jit

@@ -53,7 +53,7 @@ def start(batch: Batch, process: Absorbing) -> Int[Array, "B L"]:
 
 
 def rollout(
-  params: Params, batch: Batch, *, model: DiT, process: Absorbing, teacher: Params,
+  params: Params, batch: Batch, *, model: DiT, process: Absorbing, teacher: Params | None,
   two_steps: bool = True, t0: float = 1e-3, remask: float = 0.0, jeffreys: float = 0.0,
   train: bool = True, path: Path | None = None, chunk: int | None = None,
 ) -> tuple[Terms, Path]:  # fmt: skip
@@ -64,7 +64,7 @@ def rollout(
     batch: with "tokens", "rng" and "t_mid".
     model: network of student and teacher.
     process: absorbing.
-    teacher: its parameters, constant.
+    teacher: its parameters, constant; None leaves out the divergences, which are then 0.
     two_steps: False goes from masks to text in one step.
     t0: time of the last state; at 0 no mask is left.
     remask: probability with which tokens of the intermediate state are masked again.

@@ -140,8 +140,10 @@ def policy_loss(terms: Terms, batch: Batch, options: DiDiOptions) -> tuple[Array
   divergence = sum(c * jnp.mean(x) for c, x in zip(scales, terms.divergences, strict=True))
   entropy = jnp.mean(terms.entropy)
   value = policy + options.kl_beta * divergence - options.entropy_beta * entropy
-  return value, {"policy": policy, "teacher_kl": sum(map(jnp.mean, terms.divergences)),
-                 "entropy": entropy}  # fmt: skip
+  metrics = {"policy": policy, "entropy": entropy}
+  if options.kl_beta:
+    metrics["teacher_kl"] = sum(map(jnp.mean, terms.divergences))
+  return value, metrics
 
 
 def student_loss(
@@ -202,7 +204,7 @@ def make(
   axes = judge.axes(jnp.zeros((1, model.config.length), jnp.int32), jnp.zeros((1,)))
   return Objective(
     method.init, method.step, output="student", check=method.check,
-    axes=(axes, axes["upper"], axes["head"]),
+    axes=(axes, axes["upper"], axes["head"]), critic=method.critic,
   )  # fmt: skip
 
 
@@ -243,7 +245,7 @@ class _Method:
 
   def step(self, state, batch):
     batch = draw_times(batch, self.settings, self.process)
-    roll = functools.partial(rollout, teacher=state.trees["teacher"], **self._rollout())
+    roll = functools.partial(rollout, **self._rollout(state))
     student = state.trees["student"]
     if self.accumulate == 1:
       run = functools.partial(roll, batch=batch)
@@ -253,9 +255,7 @@ class _Method:
     batch = noised(batch, path.x0, self._real(state, batch), self.process)
     state, metrics = self._update_discriminator(state, batch)
 
-    critic = Critic(
-      model=self.judge, params=state.trees["discriminator"], spectral=state.aux["discriminator"]
-    )
+    critic = self.critic(state)
     clip, size = self.settings.reward_clip, self.settings.group_size
     reward_B = self._in_parts(lambda b: reward(critic, b, self.process, clip), batch)
     advantage_B = _rewards.normalise_groups(reward_B, size, self.settings.advantage_clip)
@@ -268,9 +268,7 @@ class _Method:
         metrics={"loss": value, **student_metrics},
       )  # fmt: skip
     else:
-      loss = functools.partial(
-        student_loss, options=self.settings, teacher=state.trees["teacher"], **self._rollout()
-      )
+      loss = functools.partial(student_loss, options=self.settings, **self._rollout(state))
       after, student_metrics, _ = update(
         state, "student", loss, batch, self.optimizers["student"], accumulate=self.accumulate,
         decay=self.decay,
@@ -281,6 +279,12 @@ class _Method:
     rewards = {"student/reward": reward_B.mean(), "student/reward_std": reward_B.std()}
     return after.replace(step=state.step + 1), {**metrics, **student_metrics, **rewards}
 
+  def critic(self, state: TrainState) -> Critic:
+    """Return the discriminator."""
+    return Critic(
+      model=self.judge, params=state.trees["discriminator"], spectral=state.aux["discriminator"]
+    )
+
   def check(self, state: TrainState) -> None:
     """Raise InputError unless student and discriminator start from the teacher."""
     trunk = discriminator.to_trunk(self.judge, state.trees["discriminator"])
@@ -289,9 +293,10 @@ class _Method:
     if not all(bool(jax.tree.all(jax.tree.map(jnp.array_equal, *pair))) for pair in pairs):
       raise InputError("DiDi-Instruct: student or discriminator does not start from the teacher.")
 
-  def _rollout(self):
+  def _rollout(self, state):
     chosen = self.settings
     return {
+      "teacher": state.trees["teacher"] if chosen.kl_beta else None,
       "model": self.model, "process": self.process, "two_steps": chosen.score_decomposition,
       "t0": chosen.t0, "remask": chosen.remask, "jeffreys": chosen.jeffreys,
       "train": chosen.dropout, "chunk": self.chunk,

@@ -15,6 +15,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from dlm_jax.arrays import Metrics, Params, RngKey
+from dlm_jax.models import Critic
 
 Batch = dict[str, Any]
 Loss = Callable[[Params, Batch], tuple[Array, tuple[Metrics, Any]]]
@@ -50,6 +51,7 @@ class Objective(NamedTuple):
     batches: fresh global batches that one step consumes.
     check: raises InputError if a state at step 0 is not a start; called with real arrays.
     axes: trees of logical axis names of networks other than the model, see `Network.axes`.
+    critic: returns the discriminator of a state, which is kept beside the network.
   """
 
   init: Callable[..., TrainState]
@@ -58,6 +60,7 @@ class Objective(NamedTuple):
   batches: int = 1
   check: Callable[[TrainState], None] | None = None
   axes: tuple[Any, ...] = ()
+  critic: Callable[[TrainState], Critic] | None = None
 
 
 def make_state(

@@ -2,10 +2,12 @@
 """The absorbing ("masked") forward process: a token survives or becomes the mask."""
 
 import dataclasses
+import functools
+import operator
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from dlm_jax import draw
 from dlm_jax.arrays import NEG_INF, RngKey, Scalar
@@ -22,6 +24,8 @@ class Absorbing:
     vocab_size: V, the mask included.
     mask_id: the mask's row in the vocabulary; data never contains it.
     schedule: α(t).
+    blocked: further ids that data may hold where it is given, but that are never predicted nor
+      drawn: the start, end and padding of proteins.
 
   Reference: MDLM, arXiv 2406.07524, equations 2–10.
   """
@@ -29,10 +33,21 @@ class Absorbing:
   vocab_size: int
   mask_id: int
   schedule: Schedule = LogLinear()  # noqa: RUF009 (frozen)
+  blocked: tuple[int, ...] = ()
 
   def __post_init__(self):
     if not 0 <= self.mask_id < self.vocab_size:
       raise ValueError(f"mask_id={self.mask_id} is outside the vocabulary of {self.vocab_size}.")
+    if wrong := [i for i in self.blocked if not 0 <= i < self.vocab_size or i == self.mask_id]:
+      raise ValueError(
+        f"blocked={wrong} must be ids of the vocabulary of {self.vocab_size} other than the mask."
+      )
+    if len(set(self.blocked)) > self.vocab_size - 2:
+      raise ValueError(f"blocked={list(self.blocked)} leaves no token to predict.")
+
+  def impossible(self, ids: Int[Array, "*shape"]) -> Bool[Array, "*shape"]:
+    """Return which ids no prediction may hold: the mask and the blocked ones."""
+    return functools.reduce(operator.or_, (ids == i for i in (self.mask_id, *self.blocked)))
 
   def prior(self, rng: RngKey, length: int) -> Int[Array, "L"]:
     """Return the state at t = 1: all masks. The key is unused; other processes need it."""
@@ -54,12 +69,12 @@ class Absorbing:
     return self.corrupt(rng_mask, x0_L, t)
 
   def log_x0(self, logits_LV: Float[Array, "L V"], xt_L: Int[Array, "L"]) -> Float[Array, "L V"]:
-    """Return log p(x₀ | xₜ) under SUBS: the mask is impossible and revealed tokens are copied.
+    """Return log p(x₀ | xₜ) under SUBS: mask and blocked are impossible, revealed tokens copied.
 
     Impossible entries hold −1e6, which keeps 0 · log 0 finite.
     """
     ids_1V = jnp.arange(self.vocab_size)[None]
-    logits_LV = jnp.where(ids_1V == self.mask_id, logits_LV + NEG_INF, logits_LV)
+    logits_LV = jnp.where(self.impossible(ids_1V), logits_LV + NEG_INF, logits_LV)
     log_x0_LV = jax.nn.log_softmax(logits_LV, axis=-1)
     copied_LV = jnp.where(ids_1V == xt_L[:, None], 0.0, NEG_INF)
     return jnp.where(xt_L[:, None] == self.mask_id, log_x0_LV, copied_LV)
@@ -86,10 +101,10 @@ class Absorbing:
   ) -> Float[Array, "L"]:
     """Return the same integrand for clean data on the simplex, linear in p₀.
 
-    The mask's entry is left out: p₀ is 0 there and log p is −1e6.
+    The entries of mask and blocked are left out: p₀ is 0 there and log p is −1e6.
     """
     ids_1V = jnp.arange(self.vocab_size)[None]
-    log_x0_LV = jnp.where(ids_1V == self.mask_id, 0.0, log_x0_LV)
+    log_x0_LV = jnp.where(self.impossible(ids_1V), 0.0, log_x0_LV)
     expected_L = jnp.sum(p0_LV * log_x0_LV, axis=-1)
     return jnp.where(xt_L == self.mask_id, -self.schedule.weight(t) * expected_L, 0.0)
 

@@ -4,7 +4,8 @@
 A score network estimates ratios of marginals. From the mask to a token y the true ratio is
 α/(1 − α) · p(x₀ = y | xₜ), so we write s_y = α/(1 − α) · f_y with f = exp(logits) / (V − 1) and no
 normalisation: the constant makes a network of zeros, as ours and the public ones start, the
-uniform distribution. Without it Σf would start at V − 1. Score entropy then reads
+uniform distribution. Without it Σf would start at V − 1. (With blocked ids, V − 1 stands for the
+number of ids that may be predicted.) Score entropy then reads
 
   −α'/(1 − α) · [ Σ_y f_y − 1 − log f_{x₀} ]   at masked positions,
 
@@ -36,8 +37,8 @@ class AbsorbingScore(Absorbing):
   ) -> Float[Array, "L V"]:
     """Return log f = log s − log(α/(1 − α)) where masked; where revealed, one-hot as `log_x0`."""
     ids_1V = jnp.arange(self.vocab_size)[None]
-    shifted_LV = logits_LV - math.log(self.vocab_size - 1)
-    log_f_LV = jnp.where(ids_1V == self.mask_id, NEG_INF, shifted_LV)
+    shifted_LV = logits_LV - math.log(self.vocab_size - 1 - len(set(self.blocked)))
+    log_f_LV = jnp.where(self.impossible(ids_1V), NEG_INF, shifted_LV)
     copied_LV = jnp.where(ids_1V == xt_L[:, None], 0.0, NEG_INF)
     return jnp.where(xt_L[:, None] == self.mask_id, log_f_LV, copied_LV)
 

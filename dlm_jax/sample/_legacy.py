@@ -90,8 +90,8 @@ def race_all(
   def log_x0(x_BL, t):
     sigma_B = jnp.broadcast_to(process.schedule.sigma(t), x_BL.shape[:1])
     logits_BLV = _round(denoiser(x_BL, sigma_B), logits_dtype)
-    is_mask_V = jnp.arange(process.vocab_size) == process.mask_id
-    logits_BLV = jnp.where(is_mask_V[None, None], NEG_INF, logits_BLV)
+    impossible_V = process.impossible(jnp.arange(process.vocab_size))
+    logits_BLV = jnp.where(impossible_V[None, None], NEG_INF, logits_BLV)
     # the public code normalises in bfloat16 too: Σ p is off by up to 3 %, and reveals with it
     total_BL1 = _round(jax.nn.logsumexp(logits_BLV, axis=-1, keepdims=True), logits_dtype)
     return _round(logits_BLV - total_BL1, logits_dtype)

@@ -83,17 +83,24 @@ def step_key(seed: int) -> jax.Array:
   return jax.random.split(jax.random.key(seed))[1]
 
 
-def jit_step(objective: Objective, mesh: Mesh, shardings: Any, seed: int) -> Callable:
+def jit_step(
+  objective: Objective, mesh: Mesh, shardings: Any, seed: int, given_ids: tuple[int, ...] = ()
+) -> Callable:
   """Compile (state, tokens [batches, B, L]) -> (state, metrics) over a mesh, the state donated.
 
-  Keys are folded from the seed and the step, so any step can be replayed and none is stored.
+  Keys are folded from the seed and the step, so any step can be replayed and none is stored. It is
+  compiled once per length L. Given ids are marked as not valid: never noised, never scored.
   """
+
+  def draw(tokens_BL, rng):
+    if not given_ids:
+      return draw_batch(tokens_BL, rng)
+    given_BL = jnp.isin(tokens_BL, jnp.asarray(given_ids))
+    return draw_batch(tokens_BL, rng, valid_BL=~given_BL)
 
   def train_step(state, tokens_UBL):
     rng = jax.random.fold_in(step_key(seed), state.step)
-    draws = [
-      draw_batch(tokens_BL, jax.random.fold_in(rng, i)) for i, tokens_BL in enumerate(tokens_UBL)
-    ]
+    draws = [draw(tokens_BL, jax.random.fold_in(rng, i)) for i, tokens_BL in enumerate(tokens_UBL)]
     return objective.step(state, draws[0] if objective.batches == 1 else tuple(draws))
 
   return jax.jit(
@@ -118,6 +125,7 @@ def run(
   writer: Writer,
   evaluator: Evaluator | None = None,
   label: str = "train",
+  given_ids: tuple[int, ...] = (),
 ) -> Result:
   """Train from the state's step to `config.steps`.
 
@@ -137,11 +145,12 @@ def run(
     writer: where metrics go.
     evaluator: see `Evaluator`.
     label: shown in the progress line.
+    given_ids: see `jit_step`.
 
   Raises:
     InputError: training diverged; names the last good checkpoint.
   """
-  step_function = jit_step(objective, mesh, shardings, config.seed)
+  step_function = jit_step(objective, mesh, shardings, config.seed, given_ids)
   step, reason, pending = int(state.step), "finished", None
   if evaluator is not None and evaluator.stop:
     return Result(state=state, step=step, reason="collapsed")  # restored after it had stopped

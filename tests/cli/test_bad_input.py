@@ -386,6 +386,12 @@ def test_frontier(fails, tiny, workdir):
   assert "write NAME=PATH" in fails("frontier", "--model=runs/a", *common[1:])
   assert "write NAME=PATH" in fails("frontier", "--model=a=runs/a,psi", *common[1:])
   assert "--model=t=… is given twice" in fails("frontier", common[0], *common)
+  assert "'wall' is not among nfe" in fails("frontier", *common, "--x=wall")
+  assert "at least two positive" in fails("frontier", *common, "--temperatures=0.9")
+  assert "is not a list like" in fails("frontier", *common, "--temperatures=a,b")
+  assert "needs a discriminator" in fails(
+    "frontier", f"--model=t={tiny.teacher},sampler=rgas", *common[1:]
+  )
   wrong = f"--model=t={tiny.teacher},kappa=1"
   assert "has no option 'kappa'" in fails("frontier", wrong, *common[1:], "--nfes=1")
   line = fails("frontier", *common, "--model=s=shipped:teacher")

@@ -138,8 +138,8 @@ def test_sample_json_and_prompt(capsys):
     ["--sampler=first_hitting", "--length=8"],
     ["--noise_removal=greedy", "--temperature=0.5", "--nucleus=0.9", "--steps=2"],
     ["--precision=legacy", "--steps=2"],
-    ["--sampler=psi", "--kappa=0.5", "--steps=2"],
-    ["--sampler=psi", "--kappa=rescale", "--eta=0.5", "--steps=2"],
+    ["--sampler=psi", "--option=kappa=0.5", "--steps=2"],
+    ["--sampler=psi", "--option", "kappa=rescale", "--option", "eta=0.5", "--steps=2"],
   ],
 )
 def test_sample_options(capsys, options):
@@ -228,6 +228,21 @@ def test_frontier(capsys, tmp_path):
   assert main(arguments) == 0
   again = capsys.readouterr().out
   assert again == text, "nothing is measured twice: the seconds are the same too"
+
+
+def test_frontier_at_matched_entropy(capsys, tmp_path):
+  tiny = tiny_runs.make()
+  arguments = [
+    "frontier", f"--model=a={tiny.teacher}", f"--model=b={tiny.teacher},nucleus=0.9",
+    f"--judge={tiny.judge}", f"--workdir={tmp_path}", "--nfes=2", "--samples=16",
+    "--temperatures=0.3,1.5", "--x=nfe,evaluations,seconds",
+  ]  # fmt: skip
+  assert main(arguments) == 0
+  assert "at matched entropy" in capsys.readouterr().out
+  names = {path.name for path in tmp_path.iterdir()}
+  assert names >= {"frontier_evaluations.png", "frontier_seconds.png", "matched.png", "matched.csv"}
+  rows = json.loads((tmp_path / "matched.json").read_text())["rows"]
+  assert [row["name"] for row in rows] == ["a", "b"] and rows[0]["entropy"] == rows[1]["entropy"]
 
 
 def test_module_is_the_command():

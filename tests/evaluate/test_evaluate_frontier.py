@@ -40,7 +40,7 @@ class Uniform:
 def row(name, nfe, genppl=100.0, entropy=5.0, **changes):
   values = {"genppl": genppl, "genppl_se": genppl / 20, "entropy": entropy, "entropy_se": 0.02}
   fixed = {"samples": 512, "tokens": 9, "seconds": 1.5, "seed": 0, "options": {}, "context": {}}
-  return {"name": name, "nfe": nfe, **values, **fixed, **changes}
+  return {"name": name, "nfe": nfe, "evaluations": nfe, **values, **fixed, **changes}
 
 
 ROWS = [
@@ -232,3 +232,19 @@ def test_table():
     "teacher", "1", "1080.0 ± 54.0", "5.20 ± 0.02", "512", "1.5",
   ]  # fmt: skip
   assert "| 7.0 |" in " ".join(lines[-1].split()) and "1,000" in lines[-1]
+  guided = frontier.table([ROWS[0], row("x", 8, evaluations=32)]).splitlines()
+  assert "all nets" in guided[0] and [c.strip() for c in guided[-1].split("|")][2:4] == ["8", "32"]
+
+
+def test_a_file_of_an_earlier_version_has_true_evaluations(tmp_path):
+  old = {key: value for key, value in row("a", 4).items() if key != "evaluations"}
+  (tmp_path / "f.jsonl").write_text(json.dumps(old) + "\n")
+  assert frontier._Finished(tmp_path / "f.jsonl")._rows == [row("a", 4)]
+
+
+@pytest.mark.parametrize("x", list(frontier.AXES))
+def test_every_axis(tmp_path, x):
+  rows = [*ROWS, row("guided", 8, evaluations=28, seconds=9.0)]
+  paths = frontier.write(rows, tmp_path, axes=(x,))
+  name = "frontier.png" if x == "nfe" else f"frontier_{x}.png"
+  assert (tmp_path / name) in paths.values() and (tmp_path / name).stat().st_size > 10_000

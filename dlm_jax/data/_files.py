@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What sources of files share: which files a split reads, how they are opened and identified."""
+
+import bz2
+import contextlib
+import glob
+import gzip
+import hashlib
+import json
+import lzma
+import os
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO
+
+from dlm_jax.errors import InputError
+
+SPLITS = ("train", "validation")
+COMPRESSED = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
+_CORRUPT = (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error)
+
+
+def fraction_of(name: str) -> float:
+  """Return a number in [0, 1) that depends on nothing but the name."""
+  # The prefix only chooses one of the equally lawful assignments; changing it changes every split.
+  digest = hashlib.sha256(f"v1:{name}".encode()).digest()
+  return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def check_split(split: str) -> None:
+  """Raise InputError for a split that is neither train nor validation."""
+  if split not in SPLITS:
+    raise InputError(f"split={split!r} is unknown; use train or validation.")
+
+
+def digest(listing: list[tuple[str, int]]) -> str:
+  """Return a short hash of files' names and sizes."""
+  return hashlib.sha256(json.dumps(listing).encode()).hexdigest()[:16]
+
+
+def describe_files(
+  spec: str, files: Callable[[str], list[str]], options: dict[str, Any]
+) -> dict[str, Any]:
+  """Return what identifies a corpus of files: its options, and the files' names and sizes."""
+  paths = {split: files(split) for split in SPLITS}
+  sizes = [(os.path.basename(p), os.path.getsize(p)) for s in SPLITS for p in paths[s]]
+  description = {"spec": spec, **options, "listing": digest(sizes)}
+  every = set(paths["train"] + paths["validation"])
+  if not any(path.endswith((*COMPRESSED, ".jsonl", ".ndjson")) for path in every):
+    description["bytes"] = sum(map(os.path.getsize, every))  # for the progress bar
+  return description
+
+
+@contextlib.contextmanager
+def reading(path: str) -> Iterator[BinaryIO]:
+  """Open a plain or compressed file; what goes wrong in the block, too, is told in one line.
+
+  Raises:
+    InputError: the file is absent, closed to us, or not a whole archive.
+  """
+  extension = os.path.splitext(path)[1]
+  try:
+    with COMPRESSED.get(extension, open)(path, "rb") as file:
+      yield file
+  except _CORRUPT as error:
+    raise InputError(f"{path} is not a whole {extension} file: {error}; fetch it again.") from error
+  except OSError as error:
+    raise InputError(f"{path} cannot be read: {error.strerror or error}.") from error
+
+
+def select_files(kind: str, pattern: str, validation: str | None, split: str) -> list[str]:
+  """Return the sorted paths that a split reads; validation files are taken out of training.
+
+  Args:
+    kind: of the source, for messages.
+    pattern: glob of the training files, or of all files if `validation` is None.
+    validation: glob of the validation files.
+    split: "train" or "validation".
+
+  Raises:
+    InputError: a glob matches no file.
+  """
+  check_split(split)
+  if validation is not None and split == "validation":
+    return _expand(kind, validation)
+  held_out = set() if validation is None else set(_expand(kind, validation))
+  held_out = {os.path.realpath(path) for path in held_out}  # "./a.txt" is "a.txt"
+  found = [path for path in _expand(kind, pattern) if os.path.realpath(path) not in held_out]
+  if not found:
+    raise InputError(
+      f"{kind}:{pattern} leaves no training file: validation={validation} "
+      "matches all of them; narrow one of the two."
+    )
+  return found
+
+
+def _expand(kind: str, pattern: str) -> list[str]:
+  paths = glob.iglob(os.path.expanduser(pattern), recursive=True)
+  found = sorted(path for path in paths if os.path.isfile(path))
+  if not found:
+    raise InputError(
+      f"{kind}:{pattern} matches no file (looked from {os.getcwd()}); check the path, and quote "
+      "the glob against the shell."
+    )
+  return found

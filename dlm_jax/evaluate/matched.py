@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""GenPPL at one entropy: what is left of a gain that a lower temperature would bring as well.
+
+A model can lower its GenPPL by narrowing its samples. Here every model is sampled at several
+temperatures and log GenPPL is interpolated at a common entropy, per number of evaluations.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from dlm_jax.errors import InputError
+from dlm_jax.evaluate import frontier
+
+
+def sweep(
+  samplers: Mapping[str, frontier.Sampler], nfes: Sequence[int], temperatures: Sequence[float],
+  **options,
+) -> list[frontier.Row]:  # fmt: skip
+  """Measure every sampler at every temperature; rows of `frontier.sweep`, temperature in options.
+
+  Args:
+    samplers: by name; their own temperature is replaced.
+    nfes: numbers of network evaluations.
+    temperatures: > 0, at least two.
+    **options: of `frontier.sweep`.
+
+  Raises:
+    InputError: fewer than two temperatures, or one that is not positive.
+  """
+  check_temperatures(temperatures)
+  rows = []
+  for temperature in dict.fromkeys(temperatures):
+    at = {
+      name: dataclasses.replace(s, options={**s.options, "temperature": temperature})
+      for name, s in samplers.items()
+    }
+    rows += frontier.sweep(at, nfes, **options)
+  return rows
+
+
+def check_temperatures(temperatures: Sequence[float]) -> None:
+  """Raise InputError unless there are two temperatures, and all are positive."""
+  if len(set(temperatures)) < 2 or min(temperatures) <= 0:
+    raise InputError(
+      f"temperatures={list(temperatures)}: give at least two positive ones, e.g. 0.8,0.9,1.0,1.1."
+    )
+
+
+def match(rows: Sequence[frontier.Row], entropy: float) -> list[frontier.Row]:
+  """Interpolate rows of several temperatures at one entropy, in log GenPPL, linearly.
+
+  Args:
+    rows: of `sweep`.
+    entropy: nats.
+
+  Returns:
+    A row per model and NFE with the keys of `frontier.COLUMNS`; its options hold the interpolated
+    temperature. GenPPL is NaN where no two temperatures enclose the entropy: nothing is
+    extrapolated.
+  """
+  key = lambda row: (row["name"], row["nfe"])  # noqa: E731
+  found, order = [], dict.fromkeys(map(key, rows))
+  for name, nfe in order:
+    group = [row for row in rows if key(row) == (name, nfe)]
+    group.sort(key=lambda row: row["options"]["temperature"])
+    found.append(_between(group, entropy))
+  return found
+
+
+def common_entropy(rows: Sequence[frontier.Row]) -> float:
+  """Return the middle of the entropies that every model and NFE reaches; NaN if there are none."""
+  groups: dict = {}
+  for row in rows:
+    groups.setdefault((row["name"], row["nfe"]), []).append(row["entropy"])
+  low, high = max(map(min, groups.values())), min(map(max, groups.values()))
+  return (low + high) / 2 if low <= high else math.nan
+
+
+def _between(group, entropy):
+  temperatures = [row["options"]["temperature"] for row in group]
+  result = {**group[0], "entropy": entropy, "entropy_se": 0.0, "genppl": math.nan}
+  result |= {"genppl_se": math.nan, "options": {**group[0]["options"], "temperature": math.nan}}
+  result["seconds"] = float(np.mean([row["seconds"] for row in group]))
+  for (a, b), (cold, warm) in zip(
+    itertools.pairwise(group), itertools.pairwise(temperatures), strict=True
+  ):
+    low, high = sorted((a["entropy"], b["entropy"]))
+    if low <= entropy <= high and low < high:
+      share = (entropy - a["entropy"]) / (b["entropy"] - a["entropy"])
+      mix = lambda x, y, w=share: (1 - w) * x + w * y  # noqa: E731
+      result["genppl"] = math.exp(mix(math.log(a["genppl"]), math.log(b["genppl"])))
+      relative = math.hypot(
+        (1 - share) * a["genppl_se"] / a["genppl"], share * b["genppl_se"] / b["genppl"]
+      )
+      result["genppl_se"] = result["genppl"] * relative
+      result["options"]["temperature"] = mix(cold, warm)
+      break
+  return result

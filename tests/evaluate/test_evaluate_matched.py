@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Comparison at matched entropy: interpolation by hand, no extrapolation, bad input."""
+
+import math
+
+import numpy as np
+import pytest
+
+from dlm_jax.errors import InputError
+from dlm_jax.evaluate import frontier, matched
+
+
+def _row(name, nfe, temperature, genppl, entropy, genppl_se=0.0):
+  return {
+    "name": name, "nfe": nfe, "evaluations": nfe, "genppl": genppl, "genppl_se": genppl_se,
+    "entropy": entropy, "entropy_se": 0.02, "samples": 8, "tokens": 64, "seconds": 2.0, "seed": 0,
+    "options": {"temperature": temperature}, "context": {},
+  }  # fmt: skip
+
+
+ROWS = [
+  _row("a", 4, 0.8, 50.0, 4.0, 5.0), _row("a", 4, 1.0, 200.0, 5.0, 20.0),
+  _row("b", 4, 1.0, 90.0, 4.8), _row("b", 4, 0.8, 60.0, 4.2), _row("b", 4, 0.6, 30.0, 3.0),
+]  # fmt: skip
+
+
+def test_interpolation_by_hand():
+  """Half-way in entropy: the geometric mean, and half-way in temperature."""
+  a, b = matched.match(ROWS, 4.5)
+  np.testing.assert_allclose([a["genppl"], a["options"]["temperature"]], [100.0, 0.9])
+  np.testing.assert_allclose(a["genppl_se"], 100 * math.hypot(0.05, 0.05))
+  np.testing.assert_allclose(b["genppl"], math.sqrt(60 * 90))
+  assert tuple(a) == frontier.COLUMNS and a["entropy"] == 4.5
+
+
+def test_nothing_is_extrapolated():
+  a, b = matched.match(ROWS, 3.5)
+  assert math.isnan(a["genppl"]) and 30 < b["genppl"] < 60
+
+
+def test_the_entropy_that_all_reach():
+  assert matched.common_entropy(ROWS) == pytest.approx((4.0 + 4.8) / 2)
+  assert math.isnan(matched.common_entropy([*ROWS, _row("c", 4, 1.0, 9.0, 6.0)]))
+
+
+@pytest.mark.parametrize("temperatures", [[], [1.0], [1.0, 1.0], [0.0, 1.0]])
+def test_temperatures_are_checked(temperatures):
+  with pytest.raises(InputError, match="at least two positive"):
+    matched.sweep({}, [4], temperatures or [1.0])
