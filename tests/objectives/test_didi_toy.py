@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DiDi-Instruct on a law small enough to enumerate: the integral KL falls, coupled times are faster.
+"""DiDi-Instruct on a law small enough to enumerate: the integral KL falls; coupled times help.
 
 Three tokens that nearly always agree, from two kinds and a mask. The teacher is exact; student and
 discriminator are small Transformers, the student's trained to the teacher's predictions first.
