@@ -235,6 +235,12 @@ def make_objective(config: ConfigDict, model, proc) -> objectives.Objective:
     raise InputError(
       f"objective.name={name!r} trains a {wanted.__name__}, but model.name={config.model.name!r}."
     )
+  group, batch = options.get("group_size", 1), config.loader.batch_size
+  if group > 1 and batch % group:
+    raise InputError(
+      f"loader.batch_size={batch} is not divisible by objective.group_size={group}; use "
+      f"{max(batch // group, 1) * group} or {(batch // group + 1) * group}."
+    )
   if not 0 <= options.get("ema_decay", 0) < 1:
     raise InputError(
       f"objective.ema_decay={options['ema_decay']} must be in [0, 1); 0: no average."

@@ -146,3 +146,10 @@ def test_one_tree_has_an_optimiser_of_its_own():
 def test_groups_of_optim_are_checked(config, message):
   with pytest.raises(InputError, match=message):
     experiment.build(config(), 300)
+
+
+def test_groups_divide_the_batch():
+  config = experiment.load_config("quickstart_didi", {"loader.batch_size": "12"})
+  message = r"batch_size=12 is not divisible by objective\.group_size=8; use 8 or 16"
+  with pytest.raises(InputError, match=message):
+    experiment.build(config, 2048, devices=jax.devices()[:1])
