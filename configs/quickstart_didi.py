@@ -21,10 +21,10 @@ def get_config():
   c.objective.shared_time = True  # rewards of one noise level are compared, see `DiDiOptions`
   c.objective.group_size = 8
   c.objective.warmup = 30
-  c.optim.lr = 2e-5
+  c.optim.lr = 4e-5
   c.optim.schedule = "constant"
   c.optim.discriminator.lr = 2e-4
-  c.train.steps = 120
+  c.train.steps = 100
   c.train.log_every = 1
   c.train.checkpoint_every = 20
   c.evaluate.every = 20

@@ -116,7 +116,7 @@ def _configs(options: Options) -> dict:
       "evaluate.judge": str(workdir / "judge"),
     }
   configs = {
-    method: experiment.load_config(f"quickstart_{method}", ours | options.overrides)
+    method: experiment.load_config(f"quickstart_{method}", ours | _meant(options, method))
     for method in options.methods
   }
   student = configs[options.methods[0]]
@@ -139,6 +139,13 @@ def _configs(options: Options) -> dict:
   for config in configs.values():
     experiment.loop_config(config)
   return configs
+
+
+def _meant(options: Options, method: str) -> dict[str, str]:
+  """Return the overrides that a student's config has; a field of another method is not meant."""
+  fields = {m: set(experiment.load_config(f"quickstart_{m}").objective) for m in options.methods}
+  others = set().union(*fields.values()) - fields[method]
+  return {k: v for k, v in options.overrides.items() if k.removeprefix("objective.") not in others}
 
 
 def _train(config, workdir: pathlib.Path) -> str:

@@ -47,6 +47,8 @@ def _tiny(name):
     small["objective.chunk"] = 4
   if config.objective.get("warmup"):
     small["objective.warmup"] = 1
+  if config.objective.get("trained_layers"):
+    small["objective.trained_layers"] = 1
   if config.objective.get("curriculum_end"):
     small["objective.curriculum_end"] = 1  # one step on soft inputs, one on hard tokens
   return experiment.load_config(name, {field: str(value) for field, value in small.items()})

@@ -17,8 +17,8 @@ def main(argv: list[str]) -> None:
   """Parse flags, sweep, write CSV, JSON and PNG; run again it continues."""
   options = _parser().parse(argv)
   frontier.checked_nfes(options.nfes)
-  if options.temperatures:
-    matched.check_temperatures(options.temperatures)
+  if options.temperatures or options.entropy is not None:
+    matched.check_temperatures(options.temperatures or [1.0])
   check_counts(samples=options.samples, batch_size=options.batch_size)
   samplers, tokenizer, fingerprints = _samplers(options)
   judge = evaluators.load_judge(options.judge, tokenizer)
@@ -45,12 +45,12 @@ def main(argv: list[str]) -> None:
 
 def _match(rows, options) -> list[pathlib.Path]:
   """Print and write the comparison at matched entropy."""
-  entropy = matched.common_entropy(rows) if math.isnan(options.entropy) else options.entropy
-  if math.isnan(entropy):
-    print("\nno entropy is reached by all models; give --entropy, or more --temperatures.")
+  rows = matched.match(rows, options.entropy)
+  if not all(math.isfinite(row["genppl"]) for row in rows):
+    print("\nnot every model reaches the entropy between these --temperatures: nan below.")
+  print(f"\nat matched entropy:\n{frontier.table(rows)}")
+  if not any(math.isfinite(row["genppl"]) for row in rows):
     return []
-  rows = matched.match(rows, entropy)
-  print(f"\nat matched entropy, {entropy:.2f} nats:\n{frontier.table(rows)}")
   return list(frontier.write(rows, options.workdir, axes=options.x, stem="matched").values())
 
 
@@ -103,7 +103,7 @@ dlm-jax frontier --model a=runs/s --model b=runs/s,nucleus=0.9 --judge=gpt2 --wo
     help="also compare at matched entropy, interpolated between these temperatures",
   )  # fmt: skip
   parser.add_argument(
-    "--entropy", type=float, default=math.nan, help="nats to match; default: what all models reach"
+    "--entropy", type=float, help="nats to match; default: at every NFE what all models reach"
   )
   return parser
 

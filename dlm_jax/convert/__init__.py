@@ -57,11 +57,14 @@ def is_denoiser(path: pathlib.Path | str) -> bool:
 def fingerprint(path: pathlib.Path | str) -> str:
   """Return a hash of a model directory's weights, for recording what a number belongs to.
 
+  A discriminator beside them counts: it guides samples.
+
   Raises:
     InputError: there are none.
   """
   digest = hashlib.sha256()
-  for file in files.find(path):
+  found, critic = files.find(path), pathlib.Path(path) / hf_discriminator.FILE
+  for file in (*found, *((critic,) if critic.is_file() else ())):
     with file.open("rb") as stream:
       while block := stream.read(2**22):
         digest.update(block)

@@ -6,7 +6,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.flax import load_file
 
 from dlm_jax.convert import torch_file
@@ -43,6 +43,25 @@ def find(path: pathlib.Path | str) -> list[pathlib.Path]:
       "pytorch_model.bin or *.ckpt instead."
     )
   return checkpoints
+
+
+def holds(path: pathlib.Path | str, prefix: str) -> bool:
+  """Return whether a name may begin so; of safetensors only the headers are read.
+
+  Raises:
+    InputError: a file is missing or damaged.
+  """
+  found = find(path)
+  if found[0].suffix != ".safetensors":
+    return True
+  try:
+    return any(
+      name.startswith(prefix)
+      for file in found
+      for name in safe_open(str(file), "numpy").keys()  # noqa: SIM118 (no mapping)
+    )
+  except (OSError, SafetensorError) as error:
+    raise InputError(f"{found[0]} cannot be read: {error}") from None
 
 
 def read(path: pathlib.Path | str) -> tuple[dict[str, Any], list[Any] | None]:

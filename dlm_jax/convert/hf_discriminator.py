@@ -44,11 +44,10 @@ def load(path: pathlib.Path | str, config: dict, **overrides) -> Critic | None:
   directory = source.parent if source.is_file() else source
   file = directory / FILE
   if file.is_file() and source.suffix != ".ckpt":
-    tensors, _ = files.read(file)
-    source = file
+    (tensors, _), source = files.read(file), file
+  elif not files.holds(source, _TREE):
+    return None
   else:
-    if files.find(source)[0].suffix == ".safetensors":
-      return None
     tensors, _ = files.read(source)
     tensors = {name.removeprefix(_TREE): x for name, x in tensors.items() if name.startswith(_TREE)}
     if not tensors:
@@ -59,6 +58,10 @@ def load(path: pathlib.Path | str, config: dict, **overrides) -> Critic | None:
   ours = config.get("dlm_jax")
   stored = ours.get("discriminator", {}) if isinstance(ours, dict) else {}
   trained = stored.get("trained_layers", min(4, sizes.config.layers))
+  if not isinstance(trained, int) or not 1 <= trained <= sizes.config.layers:
+    raise InputError(
+      f"{directory}/config.json: trained_layers={trained!r} must be in 1 … {sizes.config.layers}."
+    )
   model = models.Discriminator(sizes.config, trained_layers=trained)
   tree = hf_dit.from_tensors(model, tensors, source=source)
   params, spectral = discriminator.split(model, tree)

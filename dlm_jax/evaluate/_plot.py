@@ -48,6 +48,7 @@ def save(rows, path: pathlib.Path, reference=None, *, x: str = "nfe", title: str
     _log_ticks(left)
     for axes in (left, right):
       axes.set_xlabel(title, labelpad=6)
+      _ticks(axes, x, sorted({row["x"] for row in rows}))
     figure.supxlabel(_footnote(rows), fontsize=8, color=_FAINT)
     figure.draw_without_rendering()  # fixes the scales, by which labels are kept apart
     for axes, key in ((left, "genppl"), (right, "entropy")):
@@ -56,7 +57,7 @@ def save(rows, path: pathlib.Path, reference=None, *, x: str = "nfe", title: str
 
 
 def _place(row, x):
-  return row["seconds"] / row["samples"] if x == "seconds" else row[x]
+  return 1000 * row["seconds"] / row["samples"] if x == "seconds" else row[x]
 
 
 def _models(rows) -> dict:
@@ -86,8 +87,6 @@ def _panel(axes, rows, key, title, subtitle, reference):
   axes.annotate(
     subtitle, (0, 1), (0, 9), xycoords="axes fraction", textcoords="offset points", color=_FAINT
   )
-  if all(isinstance(row["x"], int) for row in rows):
-    _nfe_ticks(axes, sorted({row["x"] for row in rows}))
   axes.tick_params(length=3)
   axes.margins(x=0.04, y=0.1)
   value = _reference_value(reference, key)
@@ -100,12 +99,18 @@ def _reference_value(reference, key) -> float | None:
   return value if value is not None and math.isfinite(value) else None
 
 
-def _nfe_ticks(axes, nfes):
-  shown = nfes[:: math.ceil(len(nfes) / 11)]
+def _ticks(axes, x, values):
+  """Label the NFEs that were measured; powers of two of evaluations; round milliseconds."""
+  shown = values[:: math.ceil(len(values) / 11)]
+  if x == "evaluations":
+    powers = [2**k for k in range(math.floor(math.log2(values[-1])) + 1) if 2**k >= values[0]]
+    shown = powers if len(powers) > 1 else shown
   axes.xaxis.set_major_locator(ticker.FixedLocator(shown))
+  if x == "seconds":
+    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5), numticks=20))
   axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda x, _: f"{x:g}"))
-  if len(nfes) == 1:
-    axes.set_xlim(nfes[0] / 2, nfes[0] * 2)
+  if len(values) == 1:
+    axes.set_xlim(values[0] / 2, values[0] * 2)
 
 
 def _log_ticks(axes):
@@ -144,8 +149,20 @@ def _label_lines(axes, rows, key, reference):
   if value is not None:
     text = f"{reference.label} {value:.{1 if key == 'genppl' else 2}f}"
     ends.append((text, _FAINT, "normal", right, value))
-  for column in {x for *_, x, _ in ends}:  # names keep apart from those at the same x
-    _label_column(axes, [end for end in ends if end[3] == column], halo=column < right)
+  for column in _columns(axes, ends):  # names keep apart from those at about the same x
+    _label_column(axes, column, halo=column[-1][3] < right)
+
+
+def _columns(axes, ends, width=75.0):
+  """Return ends in groups, of which each begins less than `width` points right of the last."""
+  place = lambda end: axes.transData.transform(end[3:])[0] * 72 / axes.figure.dpi  # noqa: E731
+  columns = []
+  for end in sorted(ends, key=place):
+    if columns and place(end) - place(columns[-1][-1]) < width:
+      columns[-1].append(end)
+    else:
+      columns.append([end])
+  return columns
 
 
 def _label_column(axes, ends, halo, gap=13.0):

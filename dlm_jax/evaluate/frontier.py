@@ -29,7 +29,7 @@ COLUMNS = (
 AXES = {  # what quality may be plotted against: the axis' title
   "nfe": "network evaluations per sample (NFE)",
   "evaluations": "true network evaluations per sample, of all networks",
-  "seconds": "seconds per sample, drawn in batches",
+  "seconds": "milliseconds per sample, drawn in batches",
 }
 _IDENTITY = ("name", "nfe", "samples", "seed", "options", "context")
 
@@ -279,14 +279,14 @@ def checked_nfes(nfes: Sequence) -> list[int]:
 def draw_samples(factory, nfe, samples, batch, seed) -> tuple[np.ndarray, float]:
   """Return int32 [samples, L] and the seconds they took.
 
-  Batches have one size; what the last one has too many is dropped.
+  Batches have one size; what the last one has too many is dropped, and its time is not counted.
   """
   run = factory(batch, nfe)
   rng = jax.random.fold_in(jax.random.key(seed), nfe)
   rngs = [jax.random.fold_in(rng, i) for i in range(-(-samples // batch))]
   start = time.perf_counter()
   drawn = [np.asarray(run(rng)) for rng in rngs]
-  seconds = time.perf_counter() - start
+  seconds = (time.perf_counter() - start) * samples / (batch * len(drawn))
   return np.concatenate(drawn)[:samples], seconds
 
 
@@ -349,8 +349,10 @@ def _plain(key: Row) -> Row:
 
 
 def _write_json(rows, path, reference):
-  def finite(row):  # JSON knows no NaN
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+  def finite(value):  # JSON knows no NaN
+    if isinstance(value, Mapping):
+      return {key: finite(inner) for key, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
   content = {
     "rows": [finite(row) for row in rows],

@@ -50,29 +50,30 @@ def check_temperatures(temperatures: Sequence[float]) -> None:
     )
 
 
-def match(rows: Sequence[frontier.Row], entropy: float) -> list[frontier.Row]:
+def match(rows: Sequence[frontier.Row], entropy: float | None = None) -> list[frontier.Row]:
   """Interpolate rows of several temperatures at one entropy, in log GenPPL, linearly.
 
   Args:
     rows: of `sweep`.
-    entropy: nats.
+    entropy: nats; None: at every NFE the `common_entropy` of its models.
 
   Returns:
     A row per model and NFE with the keys of `frontier.COLUMNS`; its options hold the interpolated
     temperature. GenPPL is NaN where no two temperatures enclose the entropy: nothing is
-    extrapolated.
+    extrapolated. Its standard error counts those of both GenPPLs and of both entropies.
   """
   key = lambda row: (row["name"], row["nfe"])  # noqa: E731
-  found, order = [], dict.fromkeys(map(key, rows))
-  for name, nfe in order:
+  found = []
+  for name, nfe in dict.fromkeys(map(key, rows)):
     group = [row for row in rows if key(row) == (name, nfe)]
     group.sort(key=lambda row: row["options"]["temperature"])
-    found.append(_between(group, entropy))
+    same = [row for row in rows if row["nfe"] == nfe]
+    found.append(_between(group, common_entropy(same) if entropy is None else entropy))
   return found
 
 
 def common_entropy(rows: Sequence[frontier.Row]) -> float:
-  """Return the middle of the entropies that every model and NFE reaches; NaN if there are none."""
+  """Return the middle of the entropies that every model reaches; NaN if there are none."""
   groups: dict = {}
   for row in rows:
     groups.setdefault((row["name"], row["nfe"]), []).append(row["entropy"])
@@ -92,11 +93,13 @@ def _between(group, entropy):
     if low <= entropy <= high and low < high:
       share = (entropy - a["entropy"]) / (b["entropy"] - a["entropy"])
       mix = lambda x, y, w=share: (1 - w) * x + w * y  # noqa: E731
+      slope = math.log(b["genppl"] / a["genppl"]) / (b["entropy"] - a["entropy"])
+      # of log GenPPL at either end, had its entropy been this one
+      errors = [math.hypot(r["genppl_se"] / r["genppl"], slope * r["entropy_se"]) for r in (a, b)]
       result["genppl"] = math.exp(mix(math.log(a["genppl"]), math.log(b["genppl"])))
-      relative = math.hypot(
-        (1 - share) * a["genppl_se"] / a["genppl"], share * b["genppl_se"] / b["genppl"]
+      result["genppl_se"] = result["genppl"] * math.hypot(
+        (1 - share) * errors[0], share * errors[1]
       )
-      result["genppl_se"] = result["genppl"] * relative
       result["options"]["temperature"] = mix(cold, warm)
       break
   return result

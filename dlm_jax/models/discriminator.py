@@ -7,6 +7,7 @@ training stops there.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -45,9 +46,11 @@ class SpectralLinear(nn.Module):
     kernel = self.param("kernel", init, (x.shape[-1], self.features))
     bias = self.param("bias", nn.initializers.zeros, (self.features,))
 
+    exact = functools.partial(jnp.dot, precision=jax.lax.Precision.HIGHEST)
+
     def iterate(u_F):
-      v_D = _unit(kernel @ u_F)
-      return _unit(v_D @ kernel), v_D
+      v_D = _unit(exact(kernel, u_F))
+      return _unit(exact(v_D, kernel)), v_D
 
     def start(which):
       u_F = _unit(jnp.arange(1.0, self.features + 1) ** 0.5)
@@ -63,8 +66,7 @@ class SpectralLinear(nn.Module):
       u_F, v_D = jax.lax.stop_gradient((u_F, v_D))
       if not self.is_initializing():
         u.value, v.value = u_F, v_D
-    sigma = v_D @ kernel @ u_F
-    y = jnp.dot(x, kernel / sigma, precision=jax.lax.Precision.HIGHEST)
+    y = exact(x, kernel / exact(exact(v_D, kernel), u_F))
     return y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
 
 

@@ -32,7 +32,7 @@ def beta_times(
 
 
 def omega(
-  t_B: Float[Array, "B"], schedule: Schedule, mode: str, clip: tuple[float, float]
+  t_B: Float[Array, "B"], schedule: Schedule, mode: str, clip: tuple[float, ...]
 ) -> Float[Array, "B"]:
   """Return ω(t): "constant" 1, or "elbo" −α'/(1 − α), the weight of the NELBO, clipped."""
   if mode == "constant":
@@ -50,8 +50,9 @@ def masked_mean(logits_BL: Float[Array, "B L"], masked_BL: Bool[Array, "B L"], c
 
 
 def normalise_groups(
-  reward_B: Float[Array, "B"], size: int, clip: float = 3.0, eps: float = 1e-8
-) -> Float[Array, "B"]:
+  reward_B: Float[Array, "B"], size: int, clip: float = 3.0, eps: float = 1e-8, *,
+  counted_B: Bool[Array, "B"] | None = None,
+) -> Float[Array, "B"]:  # fmt: skip
   """Return advantages (r − mean)/(std + ε) within groups of consecutive sequences, clipped.
 
   The standard deviation has ddof = 1, so that no advantage exceeds (G − 1)/√G.
@@ -61,8 +62,14 @@ def normalise_groups(
     size: G ≥ 2.
     clip: largest absolute advantage.
     eps: added to the deviation.
+    counted_B: False leaves a sequence out of its group, with advantage 0: nothing of it was masked,
+      so it has no reward. A group of fewer than two has advantages 0.
   """
-  reward_GS = reward_B.reshape(-1, size)
-  centred_GS = reward_GS - reward_GS.mean(1, keepdims=True)
-  std_G1 = jnp.sqrt(jnp.sum(centred_GS**2, 1, keepdims=True) / (size - 1))
-  return jnp.clip(centred_GS / (std_G1 + eps), -clip, clip).reshape(-1)
+  if counted_B is None:
+    counted_B = jnp.ones(reward_B.shape, bool)
+  reward_GS, counted_GS = reward_B.reshape(-1, size), counted_B.reshape(-1, size)
+  count_G1 = counted_GS.sum(1, keepdims=True)
+  mean_G1 = jnp.sum(reward_GS * counted_GS, 1, keepdims=True) / jnp.maximum(count_G1, 1)
+  centred_GS = (reward_GS - mean_G1) * counted_GS
+  variance_G1 = jnp.sum(centred_GS**2, 1, keepdims=True) / jnp.maximum(count_G1 - 1, 1)
+  return jnp.clip(centred_GS / (jnp.sqrt(variance_G1) + eps), -clip, clip).reshape(-1)

@@ -13,8 +13,9 @@ state at a time t; coupled, the same t is the noise level of z.
 One step: a rollout; an update of the discriminator on it; rewards from the updated discriminator,
 normalised in groups; an update of the student, the gradient of whose rollout was kept.
 
-What of the released code is left out: dropout in the discriminator while it rewards, a second run
-of the student for the gradient (with another dropout mask), its replacement of infinite gradients.
+What of the released code is left out: dropout in the student, and in the discriminator while it
+rewards; a second run of the student for the gradient; its replacement of infinite gradients; and a
+batch of one data row repeated G times, unless rows have prompts. The moving average is ramped up.
 
 Reference: DiDi-Instruct, arXiv 2509.25035, algorithm 1.
 """
@@ -33,6 +34,7 @@ from dlm_jax.arrays import Metrics, Params
 from dlm_jax.errors import InputError
 from dlm_jax.models import Critic, Discriminator, DiT, discriminator
 from dlm_jax.objectives import _rewards
+from dlm_jax.objectives._chunks import positions_per_chunk
 from dlm_jax.objectives._options import DiDiOptions
 from dlm_jax.objectives._rollout import Path, Terms, rollout, sample
 from dlm_jax.objectives.state import (
@@ -52,6 +54,17 @@ from dlm_jax.process import Absorbing
 TRAINED = ("discriminator", "student")  # trees with an optimiser
 
 
+def share_prompts(batch: Batch, options: DiDiOptions) -> Batch:
+  """Give all members of a group the row of the first, where rows have prompts or lengths.
+
+  Rewards of different prompts would compare the prompts.
+  """
+  if "valid" not in batch:
+    return batch
+  first = lambda x: jnp.repeat(x[:: options.group_size], options.group_size, axis=0)  # noqa: E731
+  return {**batch, "tokens": first(batch["tokens"]), "valid": first(batch["valid"])}
+
+
 def draw_times(batch: Batch, options: DiDiOptions, process: Absorbing) -> Batch:
   """Add to a global batch the noise level "t", the intermediate time "t_mid" and "weight" ω(t).
 
@@ -59,11 +72,12 @@ def draw_times(batch: Batch, options: DiDiOptions, process: Absorbing) -> Batch:
   """
   rng_B, rng_one_B, rng_two_B = split_each(batch["rng"], 3)
 
+  repeats = options.group_size if options.shared_time else 1
+
   def times(rng_B):
     rng_u_B, rng_order_B = split_each(rng_B, 2)
-    u_B = jax.random.permutation(rng_order_B[0], stratified_times(rng_u_B, 0.0))
-    if options.shared_time:
-      u_B = jnp.repeat(u_B[:: options.group_size], options.group_size)
+    u_B = stratified_times(rng_u_B[::repeats], 0.0)
+    u_B = jnp.repeat(jax.random.permutation(rng_order_B[0], u_B), repeats)
     t_B, density_B = _rewards.beta_times(u_B, *options.time_beta)
     return jnp.clip(t_B, *options.time_clip), density_B
 
@@ -175,7 +189,7 @@ def make(
       drawn first and run again for its gradient, from the same keys: the same numbers.
     ema_decay: of the student; None keeps no average.
     chunk: positions whose [B, chunk, V] arrays are alive at a time, recomputed in the backward
-      pass; must divide L. None keeps all.
+      pass; must divide L. None takes the most that stay below 2²² entries per sequence.
     **options: fields of `DiDiOptions`.
 
   Returns:
@@ -191,11 +205,13 @@ def make(
     raise ValueError("model.name must be dit: a denoiser is distilled.")
   if model.config.time_conditioning:
     raise ValueError("DiDi-Instruct distils masked teachers that are not told the time.")
-  if chunk and model.config.length % chunk:
-    raise ValueError(f"chunk={chunk} does not divide the sequence length {model.config.length}.")
+  chunk = positions_per_chunk(chunk, model.config.length, process.vocab_size)
   settings = DiDiOptions(**options)
-  trained_layers = min(settings.trained_layers, model.config.layers)
-  judge = Discriminator(model.config, trained_layers=trained_layers)
+  layers = model.config.layers
+  trained = settings.trained_layers if settings.trained_layers is not None else min(4, layers)
+  if not 1 <= trained <= layers:
+    raise ValueError(f"objective.trained_layers={trained} must be in [1, {layers}], model.layers.")
+  judge = Discriminator(model.config, trained_layers=trained)
   frozen = _freeze(optimizers["discriminator"])
   method = _Method(
     model=model, judge=judge, process=process, settings=settings, accumulate=accumulate,
@@ -244,7 +260,7 @@ class _Method:
     return state.replace(aux={"discriminator": fresh["spectral"]})
 
   def step(self, state, batch):
-    batch = draw_times(batch, self.settings, self.process)
+    batch = draw_times(share_prompts(batch, self.settings), self.settings, self.process)
     roll = functools.partial(rollout, **self._rollout(state))
     student = state.trees["student"]
     if self.accumulate == 1:
@@ -258,7 +274,10 @@ class _Method:
     critic = self.critic(state)
     clip, size = self.settings.reward_clip, self.settings.group_size
     reward_B = self._in_parts(lambda b: reward(critic, b, self.process, clip), batch)
-    advantage_B = _rewards.normalise_groups(reward_B, size, self.settings.advantage_clip)
+    seen_B = jnp.any(batch["fake"] == self.process.mask_id, axis=1)
+    advantage_B = _rewards.normalise_groups(
+      reward_B, size, self.settings.advantage_clip, counted_B=seen_B
+    )
     batch = {**batch, "z": path.z, "x0": path.x0, "advantage": advantage_B}
     if self.accumulate == 1:
       value = functools.partial(policy_loss, batch=batch, options=self.settings)

@@ -182,11 +182,13 @@ def evaluations(sampler: str = "ancestral", *, steps: int, **sampler_options) ->
 
   Example:
     >>> evaluations("rgas", steps=8, candidates=4)
-    {'student': 8, 'discriminator_forward': 20, 'discriminator_backward': 4}
+    {'student': 8, 'discriminator_forward': 16, 'discriminator_backward': 4}
   """
   if sampler != "rgas":
     return {"student": steps, "discriminator_forward": 0, "discriminator_backward": 0}
   given = {
-    key: sampler_options[key] for key in ("h", "candidates", "ratio") if key in sampler_options
+    key: sampler_options[key]
+    for key in ("h", "candidates", "ratio", "reward")
+    if key in sampler_options
   }
   return _rgas.cost(steps, **given)

@@ -9,8 +9,10 @@ expected embeddings under the student's prediction, logits move to
 Late steps re-rank: of M candidates for the next state one is drawn with probability softmax(R). A
 logit is the log-odds of real text, so both lean towards what the discriminator takes for real.
 
-Rewards count masked positions only, the ones the discriminator was trained on; the released code
-ranks by the logits of all. Its student predictions include the mask; ours do not.
+Rewards count masked positions, the ones the discriminator was trained on. Candidates then reveal
+the same positions and differ in tokens: with reveals of their own a sum over masks would rank them
+by how many masks are left. The last step leaves none, so it draws one candidate. The released code
+ranks by all positions (reward="all"). Its student predictions include the mask; ours do not.
 
 Reference: DiDi-Instruct, arXiv 2509.25035, section 3.4 and algorithm 2.
 """
@@ -21,6 +23,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from dlm_jax import draw
@@ -28,7 +31,7 @@ from dlm_jax.errors import InputError
 from dlm_jax.process import Absorbing
 from dlm_jax.sample import _ancestral, grids
 
-REWARDS = ("sum", "mean")
+REWARDS = ("sum", "mean", "all")
 
 
 def run(
@@ -62,8 +65,9 @@ def run(
     h: tilt at the first and the last tilted step, linear between; zeros do not tilt.
     candidates: M of the re-ranked steps; 1 does not re-rank.
     ratio: share of the steps, the last ones, that re-rank.
-    reward: "sum" of logits over masked positions, as published and nearly an argmax, or "mean":
-      every logit estimates the log-ratio of the whole sequence, so their mean does.
+    reward: "sum" of logits over masked positions, nearly an argmax; their "mean": every logit
+      estimates the log-ratio of the whole sequence, so their mean does; or "all": as published,
+      the sum over all positions, of candidates that reveal positions of their own.
     grid: name in `grids`.
     noise_removal: as in ancestral sampling: "ancestral", "greedy" or "none".
     temperature: divides the logits of the clean-token prediction, tilted before.
@@ -79,12 +83,15 @@ def run(
   )  # fmt: skip
   split = tilted_steps(steps, ratio)
   inputs = (jnp.arange(steps), t_K[:-1], t_K[1:])
-  scale_K = jnp.linspace(*h, split) if split > 1 else jnp.full(split, float(h[0]))
+  scale_K = jnp.asarray(tilts(split, h))
   tilting = lambda x_BL, step: guide.tilt(x_BL, *step, guided=any(h))  # noqa: E731
   ranking = lambda x_BL, step: guide.rank(x_BL, *step, candidates)  # noqa: E731
+  alone = lambda x_BL, step: guide.rank(x_BL, *step, 1)  # noqa: E731
+  ranked = split + ranked_steps(steps, candidates, ratio, reward)
   x_BL, first_KBL = jax.lax.scan(tilting, x_BL, (*(x[:split] for x in inputs), scale_K))
-  x_BL, second_KBL = jax.lax.scan(ranking, x_BL, tuple(x[split:] for x in inputs))
-  trace_KBL = jnp.concatenate([first_KBL, second_KBL])
+  x_BL, second_KBL = jax.lax.scan(ranking, x_BL, tuple(x[split:ranked] for x in inputs))
+  x_BL, third_KBL = jax.lax.scan(alone, x_BL, tuple(x[ranked:] for x in inputs))
+  trace_KBL = jnp.concatenate([first_KBL, second_KBL, third_KBL])
   if noise_removal == "none":
     return trace_KBL
   finish = lambda x_BL: guide.finish(x_BL, steps, t_K[-1], noise_removal == "greedy")  # noqa: E731
@@ -133,17 +140,19 @@ class _Guide:
     return x_BL, x_BL
 
   def rank(self, x_BL, k, t, s, candidates):
-    masked_BL = self.masked(x_BL)
+    masked_BL, length = self.masked(x_BL), x_BL.shape[1]
     # The last number chooses; the others make the candidates.
-    draws_BN = self.uniforms(k, candidates * x_BL.shape[1] * 3 + 1)
-    draws_BML3 = draws_BN[:, :-1].reshape(-1, candidates, x_BL.shape[1], 3)
+    draws_BN = self.uniforms(k, candidates * length * 3 + 1)
+    draws_MBL3 = jnp.swapaxes(draws_BN[:, :-1].reshape(-1, candidates, length, 3), 0, 1)
+    shared_BL = draws_MBL3[0, ..., 0]
     hidden_BLD = self.denoiser.trunk(x_BL, self.sigma(t))
 
     def candidate(draws_BL3):
-      due_BL = masked_BL & (draws_BL3[..., 0] < self.process.reveal_probability(s, t))
+      chance_BL = draws_BL3[..., 0] if self.reward == "all" else shared_BL
+      due_BL = masked_BL & (chance_BL < self.process.reveal_probability(s, t))
       return self.fill(x_BL, hidden_BLD, due_BL, draws_BL3[..., 1:], t)
 
-    x_MBL = jax.lax.map(candidate, jnp.swapaxes(draws_BML3, 0, 1))
+    x_MBL = jax.lax.map(candidate, draws_MBL3)
     if candidates == 1:
       return x_MBL[0], x_MBL[0]
     chosen_B = pick(jax.lax.map(lambda x_BL: self.score(x_BL, s), x_MBL), draws_BN[:, -1])
@@ -151,8 +160,10 @@ class _Guide:
     return x_BL, x_BL
 
   def score(self, x_BL, s):
-    masked_BL = self.masked(x_BL)
     logits_BL = self.critic(x_BL, self.sigma(s))
+    if self.reward == "all":
+      return logits_BL.sum(1)
+    masked_BL = self.masked(x_BL)
     total_B = jnp.sum(jnp.where(masked_BL, logits_BL, 0.0), axis=1)
     return total_B if self.reward == "sum" else total_B / jnp.maximum(masked_BL.sum(1), 1)
 
@@ -202,20 +213,32 @@ def pick(reward_MB: Float[Array, "M B"], uniform_B: Float[Array, "B"]) -> Int[Ar
 
 
 def tilted_steps(steps: int, ratio: float) -> int:
-  """Return ⌊N (1 − ratio)⌋: how many steps tilt; the others re-rank."""
+  """Return ⌊N (1 − ratio)⌋: how many steps tilt, the first ones."""
   return math.floor(steps * (1 - ratio) + 1e-9)
 
 
+def tilts(count: int, h: tuple[float, float]) -> np.ndarray:
+  """Return h of every tilted step: linear from the first to the last."""
+  return np.linspace(*h, count, dtype=np.float32) if count > 1 else np.full(count, h[0], np.float32)
+
+
+def ranked_steps(steps: int, candidates: int, ratio: float, reward: str) -> int:
+  """Return how many steps rank candidates: those behind the tilted ones, less the last."""
+  if candidates == 1:
+    return 0
+  return max(steps - tilted_steps(steps, ratio) - (reward != "all"), 0)
+
+
 def cost(
-  steps: int, *, h: tuple[float, float] = (30.0, 40.0), candidates: int = 4, ratio: float = 0.5
-) -> dict[str, int]:
+  steps: int, *, h: tuple[float, float] = (30.0, 40.0), candidates: int = 4, ratio: float = 0.5,
+  reward: str = "sum",
+) -> dict[str, int]:  # fmt: skip
   """Return true network evaluations per sample, by kind; nominal NFE counts the student's only."""
-  tilted = tilted_steps(steps, ratio)
-  guided = tilted if any(h) else 0
-  ranked = (steps - tilted) * candidates if candidates > 1 else 0
+  guided = tilted_steps(steps, ratio) if any(h) else 0
+  ranked = ranked_steps(steps, candidates, ratio, reward)
   return {
     "student": steps,
-    "discriminator_forward": guided + ranked,
+    "discriminator_forward": guided + ranked * candidates,
     "discriminator_backward": guided,
   }
 
@@ -226,9 +249,12 @@ def _check(critic, h, candidates, ratio, reward):
       "sampler='rgas' needs a discriminator: give critic=…; `dlm-jax sample` finds the one that a "
       "DiDi-Instruct run leaves beside its student."
     )
-  if len(h) != 2 or min(h) < 0:
+  number = lambda x: isinstance(x, int | float) and not isinstance(x, bool)  # noqa: E731
+  if not isinstance(h, tuple | list) or len(h) != 2 or not all(number(x) and x >= 0 for x in h):
     raise InputError(f"h={h} must be two numbers ≥ 0, of the first and the last tilted step.")
-  if candidates < 1 or not 0 <= ratio <= 1:
-    raise InputError(f"candidates={candidates} must be at least 1 and ratio={ratio} in [0, 1].")
+  if not isinstance(candidates, int) or candidates < 1:
+    raise InputError(f"candidates={candidates} must be a whole number of at least 1.")
+  if not number(ratio) or not 0 <= ratio <= 1:
+    raise InputError(f"ratio={ratio} must be in [0, 1].")
   if reward not in REWARDS:
     raise InputError(f"reward={reward!r} is unknown; use one of {', '.join(REWARDS)}.")

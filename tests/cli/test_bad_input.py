@@ -388,6 +388,7 @@ def test_frontier(fails, tiny, workdir):
   assert "--model=t=… is given twice" in fails("frontier", common[0], *common)
   assert "'wall' is not among nfe" in fails("frontier", *common, "--x=wall")
   assert "at least two positive" in fails("frontier", *common, "--temperatures=0.9")
+  assert "at least two positive" in fails("frontier", *common, "--entropy=4")
   assert "is not a list like" in fails("frontier", *common, "--temperatures=a,b")
   assert "needs a discriminator" in fails(
     "frontier", f"--model=t={tiny.teacher},sampler=rgas", *common[1:]

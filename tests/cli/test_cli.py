@@ -243,6 +243,9 @@ def test_frontier_at_matched_entropy(capsys, tmp_path):
   assert names >= {"frontier_evaluations.png", "frontier_seconds.png", "matched.png", "matched.csv"}
   rows = json.loads((tmp_path / "matched.json").read_text())["rows"]
   assert [row["name"] for row in rows] == ["a", "b"] and rows[0]["entropy"] == rows[1]["entropy"]
+  capsys.readouterr()
+  assert main([*arguments, "--entropy=99"]) == 0
+  assert "not every model reaches the entropy" in capsys.readouterr().out
 
 
 def test_module_is_the_command():

@@ -145,7 +145,7 @@ def _transpose(name):
     (lambda t: t.pop(QKV), QKV),
     (lambda t: t.pop(EMBEDDING), EMBEDDING),
     (lambda t: t.update({"backbone.blocks.2.norm1.weight": np.ones(32, np.float32)}), "blocks.2"),
-    (lambda t: t.update({"discriminator.weight": np.ones(3, np.float32)}), "discriminator.weight"),
+    (lambda t: t.update({"critic.weight": np.ones(3, np.float32)}), "critic.weight"),
     (_transpose(QKV), QKV),
     (_transpose(EMBEDDING), EMBEDDING),
     (_transpose("backbone.output_layer.linear.weight"), "output_layer.linear.weight"),

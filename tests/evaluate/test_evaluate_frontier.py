@@ -245,6 +245,9 @@ def test_a_file_of_an_earlier_version_has_true_evaluations(tmp_path):
 @pytest.mark.parametrize("x", list(frontier.AXES))
 def test_every_axis(tmp_path, x):
   rows = [*ROWS, row("guided", 8, evaluations=28, seconds=9.0)]
+  from dlm_jax.evaluate import _plot
+
+  _plot.save(rows[-1:], tmp_path / "one.png", x=x)  # 28 alone: no power of two is near
   paths = frontier.write(rows, tmp_path, axes=(x,))
   name = "frontier.png" if x == "nfe" else f"frontier_{x}.png"
   assert (tmp_path / name) in paths.values() and (tmp_path / name).stat().st_size > 10_000

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Comparison at matched entropy: interpolation by hand, no extrapolation, bad input."""
 
+import json
 import math
 
 import numpy as np
@@ -28,7 +29,9 @@ def test_interpolation_by_hand():
   """Half-way in entropy: the geometric mean, and half-way in temperature."""
   a, b = matched.match(ROWS, 4.5)
   np.testing.assert_allclose([a["genppl"], a["options"]["temperature"]], [100.0, 0.9])
-  np.testing.assert_allclose(a["genppl_se"], 100 * math.hypot(0.05, 0.05))
+  slope = math.log(200 / 50) / (5 - 4)
+  error = math.hypot(0.1, slope * 0.02)  # of either end: its GenPPL's, and its entropy's
+  np.testing.assert_allclose(a["genppl_se"], 100 * math.hypot(error / 2, error / 2))
   np.testing.assert_allclose(b["genppl"], math.sqrt(60 * 90))
   assert tuple(a) == frontier.COLUMNS and a["entropy"] == 4.5
 
@@ -36,6 +39,17 @@ def test_interpolation_by_hand():
 def test_nothing_is_extrapolated():
   a, b = matched.match(ROWS, 3.5)
   assert math.isnan(a["genppl"]) and 30 < b["genppl"] < 60
+
+
+def test_every_nfe_has_an_entropy_of_its_own():
+  rows = [*ROWS, _row("a", 8, 0.8, 20.0, 6.0), _row("a", 8, 1.0, 40.0, 7.0)]
+  assert [row["entropy"] for row in matched.match(rows)] == [4.4, 4.4, 6.5]
+
+
+def test_rows_without_a_match_are_written(tmp_path):
+  paths = frontier.write(matched.match(ROWS, 3.5), tmp_path, stem="matched")
+  content = json.loads(paths["json"].read_text())["rows"]
+  assert content[0]["genppl"] is None and content[0]["options"]["temperature"] is None
 
 
 def test_the_entropy_that_all_reach():

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import toy
 
-from dlm_jax import draw, process, sample
+from dlm_jax import draw, process, sample, schedules
 from dlm_jax.convert import hf_dit
 from dlm_jax.errors import InputError
 from dlm_jax.models import Critic, Discriminator, DiTConfig, discriminator
@@ -82,17 +82,33 @@ def test_golden_tilt(recorded, h):
 
 
 def test_golden_ranking(recorded):
-  """Published rewards count all positions; the draw is a race, ours an inverse CDF."""
+  """reward="all" is the published one; its draw is a race, ours an inverse CDF."""
   r, v = recorded, recorded.vectors
   candidates = jnp.asarray(v["rerank/candidates"], jnp.int32)
-  rewards = jnp.stack(
-    [r.critic(candidates[:, m], jnp.asarray(v["rerank/sigma_s"])).sum(1)
-     for m in range(candidates.shape[1])]
-  )  # fmt: skip
-  _close(rewards.T, v["rerank/rewards"])
-  _close(jax.nn.softmax(rewards, axis=0).T, v["rerank/probs"], 2e-4)
+  t_s = r.process.schedule.inverse(jnp.exp(-jnp.asarray(v["rerank/sigma_s"][0])))
+  score = jax.jit(lambda x: _guide(r.critic, r.process, x, reward="all").score(x, t_s))
+  one = np.stack([score(candidates[:1, m]) for m in range(candidates.shape[1])])
+  _close(one[:, 0], v["rerank/rewards"][0], 1e-4)
+  probs = jax.nn.softmax(jnp.asarray(v["rerank/rewards"]).T, axis=0)
+  _close(probs.T, v["rerank/probs"], 2e-4)
   choice = draw.race(jnp.asarray(v["rerank/probs"]), jnp.asarray(v["rerank/uniform_choice"]))
   np.testing.assert_array_equal(choice, v["rerank/choice"][:, 0])
+
+
+def _guide(critic, proc, x, **options):
+  batch = x.shape[0]
+  settings = {"temperature": 1.0, "nucleus": 1.0, "reward": "sum", "capacity": 8, **options}
+  return _rgas._Guide(
+    denoiser=None, process=proc, critic=critic, rng_B=jax.random.split(jax.random.key(0), batch),
+    frozen_BL=jnp.zeros(x.shape, bool), **settings,
+  )  # fmt: skip
+
+
+def test_picks_follow_their_probabilities():
+  reward = jnp.log(jnp.array([1.0, 2.0, 5.0]))[:, None] + 3.0
+  u = (jnp.arange(800) + 0.5) / 800
+  chosen = _rgas.pick(jnp.broadcast_to(reward, (3, 800)), u)
+  np.testing.assert_array_equal(np.bincount(chosen), [100, 200, 500])
 
 
 @every_variant
@@ -101,12 +117,14 @@ def test_golden_schedule(golden, variant, steps):
   """Times, tilts and numbers of candidates, step by step."""
   vectors, config = golden(f"didi_rgas__{variant}")
   t, _, h, candidates = vectors[f"schedule{steps}/t_dt_h_M"].T
-  split = _rgas.tilted_steps(steps, config["rerank_steps_ratio"])
-  start, end = config["guidance_scale_start"], config["guidance_scale_end"]
+  ratio, count = config["rerank_steps_ratio"], int(candidates[-1])
+  split = _rgas.tilted_steps(steps, ratio)
+  ends = (config["guidance_scale_start"], config["guidance_scale_end"])
   np.testing.assert_allclose(sample.grids.make("uniform", steps)[:-1], t, rtol=1e-6)
-  np.testing.assert_allclose(np.linspace(start, end, split), h[:split])
+  np.testing.assert_allclose(_rgas.tilts(split, ends), h[:split], rtol=1e-6)
   assert np.all(h[split:] == 0) and np.all(candidates[:split] == 1)
-  assert np.all(candidates[split:] == candidates[-1])
+  assert np.all(candidates[split:] == count)
+  assert split + _rgas.ranked_steps(steps, count, ratio, "all") == steps
 
 
 # --- laws ---------------------------------------------------------------------------------------
@@ -170,30 +188,73 @@ def test_without_guidance_it_is_ancestral():
     assert toy.p_value(_draw(Taste(2.0), steps=3, **options), law) > 1e-4
 
 
-def test_ranking_prefers_rewarded_states():
-  """One re-ranked step of two, by enumeration: candidates are pairs from the ancestral step."""
-  critic, step = Taste(1.5), toy.posterior_rows(PROC)
+def test_a_ramp_of_tilts_is_applied_in_order():
+  critic = Taste(2.0)
+  tokens = _draw(critic, steps=2, ratio=0.0, h=(0.0, 6.0))
+  rows = [_tilted_rows(critic, h) for h in (0.0, 6.0)]
   grid = np.asarray(sample.grids.make("uniform", 2), np.float64)
-  states = toy.states(L)
-  sigma = float(PROC.schedule.sigma(grid[0]))
+  ramp = lambda probs, x, s, t: rows[int(t < grid[0])](probs, x, s, t)  # noqa: E731
+  assert toy.p_value(tokens, toy.chain_law(toy.make(L), PROC, L, 2, rows=ramp)) > 1e-4
+  turned = lambda probs, x, s, t: rows[int(t >= grid[0])](probs, x, s, t)  # noqa: E731
+  assert toy.p_value(tokens, toy.chain_law(toy.make(L), PROC, L, 2, rows=turned)) < 1e-6
+
+
+def _first_step():
+  """Return states and, per set of revealed positions, the law of the first of two steps."""
+  grid = np.asarray(sample.grids.make("uniform", 2), np.float64)
+  states, sigma = toy.states(L), float(PROC.schedule.sigma(grid[0]))
   probs = toy._predictions(toy.make(L), PROC, L, sigma, 1.0, 1.0)
-  rows = step(probs, states, grid[1], grid[0])
+  rows = toy.posterior_rows(PROC)(probs, states, grid[1], grid[0])
   start = int(np.flatnonzero(np.all(states == toy.MASK, axis=1))[0])
   q = np.prod([rows[start, i, states[:, i]] for i in range(L)], axis=0)
-  logits = np.asarray(
-    critic(jnp.asarray(states), jnp.full(len(states), PROC.schedule.sigma(grid[1])))
-  )
-  reward = np.where(states == toy.MASK, logits, 0).sum(1)
-  lean = 1 / (1 + np.exp(reward[None, :] - reward[:, None]))  # P(first of a pair)
-  ranked = 2 * q * (lean @ q)
+  return states, q / q.sum(), PROC.schedule.sigma(grid[1])
+
+
+@pytest.mark.parametrize("reward", ["sum", "mean", "all"])
+def test_law_of_ranking(reward):
+  """The better of two candidates more often; "sum" and "mean" compare equal sets of masks."""
+  critic, (states, q, sigma) = Taste(1.5), _first_step()
+  masks = states == toy.MASK
+  logits = np.asarray(critic(jnp.asarray(states), jnp.full(len(states), sigma)), np.float64)
+  score = logits.sum(1) if reward == "all" else np.where(masks, logits, 0).sum(1)
+  score = score / np.maximum(masks.sum(1), 1) if reward == "mean" else score
+  lean = 1 / (1 + np.exp(score[None, :] - score[:, None]))  # P(first of a pair)
+  if reward == "all":
+    ranked = 2 * q * (lean @ q)
+  else:  # the second candidate reveals what the first does
+    same = np.all(masks[:, None] == masks[None], axis=-1)
+    others = same * q[None] / (same @ q)[:, None]
+    ranked = 2 * q * np.sum(lean * others, axis=1)
   np.testing.assert_allclose(ranked.sum(), 1, rtol=1e-5)
   run = functools.partial(
     sample.generate, toy.make(L), PROC, jax.random.key(4), batch=SAMPLES, length=L, steps=2,
-    sampler="rgas", critic=critic, ratio=1.0, candidates=2, return_trace=True,
+    sampler="rgas", critic=critic, ratio=1.0, candidates=2, reward=reward, return_trace=True,
   )  # fmt: skip
   _, trace = jax.jit(run)()
   assert toy.p_value(np.asarray(trace[0]), ranked) > 1e-4
   assert toy.p_value(np.asarray(trace[0]), q) < 1e-6
+
+
+def test_a_constant_reward_changes_nothing():
+  """However large: the number of masks that are left is not rewarded."""
+  constant = lambda tokens, sigma_B: jnp.full(tokens.shape[:2], 3.0)  # noqa: E731
+  tokens = _draw(constant, steps=3, ratio=1.0)
+  assert toy.p_value(tokens, toy.chain_law(toy.make(L), PROC, L, 3)) > 1e-4
+
+
+def test_tails():
+  """A schedule that leaves many masks: greedy fills them with the best tokens, none keeps them."""
+  proc = process.Absorbing(vocab_size=V, mask_id=toy.MASK, schedule=schedules.Polynomial(power=0.1))
+  draw_with = functools.partial(
+    sample.generate, toy.make(L), proc, jax.random.key(4), batch=512, length=L, steps=2,
+    sampler="rgas", critic=Taste(1.0), h=(0.0, 0.0), candidates=1,
+  )  # fmt: skip
+  left = np.asarray(draw_with(noise_removal="none"))
+  assert np.any(left == toy.MASK)
+  filled = np.asarray(draw_with(noise_removal="greedy"))
+  logits = toy.make(L)(jnp.asarray(left), jnp.zeros(len(left)))
+  best = np.argmax(np.asarray(logits)[..., : toy.MASK], -1)
+  np.testing.assert_array_equal(filled, np.where(left == toy.MASK, best, left))
 
 
 # --- surface ------------------------------------------------------------------------------------
@@ -201,8 +262,9 @@ def test_ranking_prefers_rewarded_states():
 
 def test_cost():
   assert sample.evaluations("rgas", steps=8) == {
-    "student": 8, "discriminator_forward": 4 + 4 * 4, "discriminator_backward": 4,
+    "student": 8, "discriminator_forward": 4 + 3 * 4, "discriminator_backward": 4,
   }  # fmt: skip
+  assert sample.evaluations("rgas", steps=8, reward="all")["discriminator_forward"] == 4 + 4 * 4
   assert sample.evaluations("rgas", steps=5, candidates=1, h=(0.0, 0.0)) == {
     "student": 5, "discriminator_forward": 0, "discriminator_backward": 0,
   }  # fmt: skip
@@ -239,3 +301,19 @@ def test_bad_input(options, word):
     sample.generate(
       toy.make(L), PROC, jax.random.key(0), batch=1, length=L, steps=2, sampler="rgas", **options
     )
+
+
+@pytest.mark.parametrize(
+  ("options", "word"),
+  [
+    ({"ratio": "a"}, "ratio=a"),
+    ({"h": 30}, "h=30"),
+    ({"h": (1.0, "x")}, "h="),
+    ({"candidates": 2.5}, "whole number"),
+  ],
+)
+def test_wrong_types_from_the_command_line(options, word):
+  """Past the tests' own type checks."""
+  given = {"h": (1.0, 2.0), "candidates": 4, "ratio": 0.5, "reward": "sum", **options}
+  with pytest.raises(InputError, match=word):
+    _rgas._check(Taste(1.0), **given)

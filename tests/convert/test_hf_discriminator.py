@@ -98,7 +98,31 @@ def test_a_student_with_its_discriminator_in_one_file(directory):
   save_file(trees, directory / "model.safetensors")
   want = convert.load(PUBLIC)[1]
   jax.tree.map(np.testing.assert_array_equal, convert.load(directory)[1], want)
+  (directory / FILE).unlink()
+  jax.tree.map(
+    np.testing.assert_array_equal, convert.load_discriminator(directory),
+    convert.load_discriminator(PUBLIC),
+  )  # fmt: skip
   trees.pop("discriminator.output_layer.main.0.weight_v")
   save_file(trees, directory / "model.safetensors")
   with pytest.raises(InputError, match=r"discriminator\.output_layer\.main\.0\.weight_v is miss"):
     convert.load(directory)
+
+
+def test_the_fingerprint_counts_the_discriminator(directory):
+  before = convert.fingerprint(directory)
+  tensors = load_file(directory / FILE)
+  tensors["output_layer.main.2.bias"] += 1
+  save_file(tensors, directory / FILE)
+  assert convert.fingerprint(directory) != before
+  (directory / FILE).unlink()
+  assert convert.fingerprint(directory) != before
+
+
+@pytest.mark.parametrize("layers", [0, 3, "x"])
+def test_a_stored_number_of_layers_is_checked(directory, layers):
+  config = convert.read_config(directory) | {
+    "dlm_jax": {"discriminator": {"trained_layers": layers}}
+  }
+  with pytest.raises(InputError, match="must be in 1 … 2"):
+    convert.hf_discriminator.load(directory, config)
