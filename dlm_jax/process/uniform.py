@@ -126,13 +126,14 @@ class Uniform:
 def _ratios(c, p0_LV, log_x0_LV):
   """Return ρ − 1 and log ρ of ρ = (1 + c p)/(1 + c f), f = exp(log_x0), without cancellation.
 
-  ρ − 1 = c (p − f)/(1 + c f). A difference of two log1p loses its digits where f is close to p, the
-  logarithm of 1 + (ρ − 1) where ρ is far from 1; and 1 − f is read off log f where f is close to 1.
+  ρ − 1 = c (p − f)/(1 + c f), of which log1p is accurate where ρ is near 1; elsewhere log ρ is. A
+  difference of two log1p would keep the rounding of numbers near 18, and 1 − f is read off log f
+  where f is close to 1.
   """
   f_LV = jnp.exp(log_x0_LV)
   difference_LV = jnp.where(f_LV > 0.5, (p0_LV - 1) - jnp.expm1(log_x0_LV), p0_LV - f_LV)
   excess_LV = c * difference_LV / (1 + c * f_LV)
   near_LV = jnp.abs(excess_LV) < 0.5
   near_log_LV = jnp.log1p(jnp.where(near_LV, excess_LV, 0.0))
-  log_LV = jnp.where(near_LV, near_log_LV, jnp.log1p(c * p0_LV) - jnp.log1p(c * f_LV))
-  return excess_LV, log_LV
+  ratio_LV = (1 + c * p0_LV) / (1 + c * f_LV)
+  return excess_LV, jnp.where(near_LV, near_log_LV, jnp.log(ratio_LV))
