@@ -153,8 +153,11 @@ def test_what_moves():
   [
     {"score_decomposition": False, "coupled_time": False, "omega": "constant", "group_size": 2,
      "real": "teacher", "teacher_steps": 3, "t0": 0.0, "dropout": True},
-    {"time_beta": (2.0, 2.0), "importance_weight": True, "shared_time": True, "kl_beta": 1.0,
-     "jeffreys": 0.5, "entropy_beta": 0.02, "remask": 0.2},
+    pytest.param(
+      {"time_beta": (2.0, 2.0), "importance_weight": True, "shared_time": True, "kl_beta": 1.0,
+       "jeffreys": 0.5, "entropy_beta": 0.02, "remask": 0.2},
+      marks=pytest.mark.slow,
+    ),
   ],
   ids=["one step, teacher samples", "regularised"],
 )  # fmt: skip

@@ -19,7 +19,7 @@ from dlm_jax.objectives import didi_instruct, draw_batch, mdlm
 from dlm_jax.objectives.state import output_params
 from dlm_jax.process import Absorbing
 
-L, V, MASK, BATCH, STEPS = 3, 3, 2, 128, 150
+L, V, MASK, BATCH, STEPS = 3, 3, 2, 128, 120
 STATES = np.array(list(itertools.product(range(V), repeat=L)), np.int32)
 CLEAN = np.all(STATES != MASK, axis=1)
 PROCESS = Absorbing(vocab_size=V, mask_id=MASK)
@@ -50,10 +50,10 @@ def teacher():
   objective = mdlm.make(
     model=MODEL,
     process=PROCESS,
-    optimizers={"model": optax.adam(optax.cosine_decay_schedule(3e-3, 2000))},
+    optimizers={"model": optax.adam(optax.cosine_decay_schedule(3e-3, 1000))},
   )
   state = objective.init(jax.random.key(0))
-  run = jax.jit(functools.partial(_train, objective, steps=2000))
+  run = jax.jit(functools.partial(_train, objective, steps=1000))
   return output_params(run(state, rng=jax.random.key(1))[0], objective)
 
 
