@@ -191,6 +191,28 @@ def brief(c: ConfigDict, steps: int) -> ConfigDict:
   return c
 
 
+def brief_idlm(c: ConfigDict, steps: int) -> ConfigDict:
+  """Turn an IDLM distillation of a small teacher into one of minutes."""
+  c = brief(c, steps)
+  c.optim.lr = 3e-6
+  c.optim.b2 = 0.99
+  return c
+
+
+def brief_didi(c: ConfigDict) -> ConfigDict:
+  """Turn a DiDi-Instruct distillation of a small teacher into one of minutes."""
+  c = brief(c, steps=600)
+  c.objective.shared_time = True  # rewards of one noise level are compared, see `DiDiOptions`
+  c.objective.group_size = 8
+  c.objective.warmup = 50
+  c.optim.lr = 1e-5
+  c.optim.discriminator.lr = 5e-5
+  c.evaluate.every = 50
+  c.evaluate.nfes = (8, 16)
+  c.evaluate.max_entropy_drop = 0.25
+  return c
+
+
 def sdtt(c: ConfigDict, teacher: str, judge: str = "") -> ConfigDict:
   """Turn a config into self-distillation through time with the released hyper-parameters.
 

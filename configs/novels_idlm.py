@@ -16,9 +16,7 @@ from dlm_jax.configs import common, novels_teacher
 def get_config():
   c = novels_teacher.get_config()
   c = common.distill(c, teacher="runs/novels_teacher", judge="runs/novels_judge")
-  c = common.brief(c, steps=120)
-  c.optim.lr = 3e-6
-  c.optim.b2 = 0.99
+  c = common.brief_idlm(c, steps=120)
   c.train.checkpoint_every = 60
   c.evaluate.every = 20
   c.evaluate.nfes = (8, 16)

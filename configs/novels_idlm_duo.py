@@ -20,10 +20,8 @@ def get_config():
   c = novels_duo.get_config()
   c.objective = common.base().objective
   c = common.distill_uniform(c, teacher="runs/novels_duo", judge="runs/novels_judge")
-  c = common.brief(c, steps=300)
+  c = common.brief_idlm(c, steps=300)
   c.objective.accumulate = 4  # gradients pass through three trunks: 38 GiB at 128 sequences at once
-  c.optim.lr = 3e-6
-  c.optim.b2 = 0.99
   c.train.checkpoint_every = 50
   c.evaluate.every = 50
   c.evaluate.nfes = (4, 8)

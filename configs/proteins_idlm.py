@@ -14,9 +14,7 @@ from dlm_jax.configs import common, proteins_teacher
 def get_config():
   c = proteins_teacher.get_config()
   c = common.distill(c, teacher="runs/proteins_teacher", judge="runs/proteins_judge")
-  c = common.brief(c, steps=120)
-  c.optim.lr = 3e-6
-  c.optim.b2 = 0.99
+  c = common.brief_idlm(c, steps=120)
   c.train.checkpoint_every = 60
   c.evaluate.every = 20
   c.evaluate.nfes = (8, 16)

@@ -25,11 +25,6 @@ def get_config():
   c.optim.schedule = "constant"
   c.optim.discriminator.lr = 2e-4
   c.train.steps = 100
-  c.train.log_every = 1
   c.train.checkpoint_every = 20
   c.evaluate.every = 20
-  c.evaluate.nfes = (8,)
-  c.evaluate.samples = 64
-  c.evaluate.batch_size = 64
-  c.evaluate.max_entropy_drop = 0.2
   return c

@@ -82,12 +82,12 @@ def _override(config, field, text):
     raise InputError(f"--config.{field}: there is no field {leaf!r}{_hint(leaf, node)}.")
   if free and leaf not in node:
     with node.unlocked():
-      node[leaf] = _literal(text)
+      node[leaf] = parse_literal(text)
     return
   old = node[leaf]
   if isinstance(old, ConfigDict):
     raise InputError(f"--config.{field} is a group with the fields {', '.join(old)}.")
-  value = _literal(text) if not isinstance(old, str) else text
+  value = parse_literal(text) if not isinstance(old, str) else text
   if isinstance(old, float) and type(value) is int:
     value = float(value)
   if isinstance(old, tuple) and type(value) in (int, float):
@@ -102,7 +102,8 @@ def _override(config, field, text):
   node[leaf] = value
 
 
-def _literal(text: str) -> Any:
+def parse_literal(text: str) -> Any:
+  """Parse a value from the command line: a Python literal, true, false or none; else text."""
   special = {"true": True, "false": False, "none": None, "": ""}
   if text.lower() in special:
     return special[text.lower()]

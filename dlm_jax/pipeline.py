@@ -14,6 +14,7 @@ from jaxtyping import Array, Int
 from dlm_jax import convert, experiment, models, process, sample
 from dlm_jax.data import templates, tokenizers
 from dlm_jax.errors import InputError
+from dlm_jax.evaluate import frontier
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,7 +27,7 @@ class Pipeline:
     tokenizer: text ↔ ids.
     length: default number of tokens per text.
     buckets: of proteins: the lengths that sequences were padded to in training.
-    critic: the discriminator that guides sampler="rgas", if there is one beside the network.
+    source: directory or file of the weights; the discriminator of sampler="rgas" lies there too.
   """
 
   denoiser: models.Denoiser
@@ -34,7 +35,21 @@ class Pipeline:
   tokenizer: tokenizers.Tokenizer
   length: int
   buckets: tuple[int, ...] = ()
-  critic: models.Critic | None = None
+  source: pathlib.Path | None = None
+
+  @functools.cached_property
+  def critic(self) -> models.Critic | None:
+    """The discriminator beside the network, read when it is first asked for; None without one."""
+    if self.source is None:
+      return None
+    return convert.load_discriminator(self.source, dtype=self.denoiser.model.config.dtype)
+
+  def sampler(self, **options: Any) -> frontier.Sampler:
+    """Return this model with options of `sample.generate`, for `frontier.sweep`."""
+    return frontier.Sampler(
+      denoiser=self.denoiser, process=self.process, length=self.length, options=options,
+      critic=self.critic if options.get("sampler") == "rgas" else None,
+    )  # fmt: skip
 
   def __call__(
     self, *, steps: int = 16, num: int = 1, seed: int = 0, prompt: str = "", **options: Any
@@ -136,7 +151,7 @@ def load(
   buckets = tuple(stored.get("buckets", ())) if isinstance(stored, dict) else ()
   return Pipeline(
     denoiser=denoiser, process=proc, tokenizer=words, length=model.config.length, buckets=buckets,
-    critic=convert.load_discriminator(source, dtype=dtype),
+    source=source,
   )  # fmt: skip
 
 

@@ -176,9 +176,9 @@ def _compare(options, config, clock) -> None:
       for path in (*paths.values(), config.evaluate.judge)
     ]
   }
-  plain = {name: _sampler(pipe) for name, pipe in pipes.items()}
+  plain = {name: pipe.sampler() for name, pipe in pipes.items()}
   guided = {
-    f"{name}, guided": _sampler(pipe, sampler="rgas")
+    f"{name}, guided": pipe.sampler(sampler="rgas")
     for name, pipe in pipes.items()
     if pipe.critic is not None
   }
@@ -203,13 +203,6 @@ def _compare(options, config, clock) -> None:
     seconds=clock.seconds, methods={name: METHODS[m] for m, name in names.items()}, steps=step,
     from_scratch=options.from_scratch, tokenizer=pipes["teacher"].tokenizer,
     max_entropy_drop=config.evaluate.max_entropy_drop, student=paths[names[options.methods[0]]],
-  )  # fmt: skip
-
-
-def _sampler(pipe, **options) -> frontier.Sampler:
-  return frontier.Sampler(
-    denoiser=pipe.denoiser, process=pipe.process, length=pipe.length, options=options,
-    critic=pipe.critic,
   )  # fmt: skip
 
 

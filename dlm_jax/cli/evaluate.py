@@ -129,9 +129,12 @@ def _samples(flags_) -> dict[str, float | int]:
   likelihood.check_counts(samples=flags_.samples, batch_size=flags_.batch_size)
   pipe = pipeline.load(flags_.checkpoint)
   judge = evaluators.load_judge(flags_.judge, pipe.tokenizer)
-  sampler = frontier.Sampler(denoiser=pipe.denoiser, process=pipe.process, length=pipe.length)
   tokens_BL, _ = frontier.draw_samples(
-    sampler, flags_.steps, flags_.samples, min(flags_.batch_size, flags_.samples), flags_.seed
+    pipe.sampler(),
+    flags_.steps,
+    flags_.samples,
+    min(flags_.batch_size, flags_.samples),
+    flags_.seed,
   )
   quality = judge.quality(tokens_BL, batch_size=flags_.batch_size)
   if not flags_.json:

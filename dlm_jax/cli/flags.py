@@ -2,7 +2,6 @@
 """Flags that several verbs share."""
 
 import argparse
-import ast
 import re
 import sys
 from typing import Any
@@ -69,26 +68,19 @@ def load_config(namespace: argparse.Namespace):
 
 def integers(text: str) -> list[int]:
   """Parse "1,2,4"."""
-  try:
-    return [int(part) for part in text.split(",") if part.strip()]
-  except ValueError:
-    raise argparse.ArgumentTypeError(f"{text!r} is not a list like 1,2,4") from None
+  return _list(text, int, "1,2,4")
 
 
 def numbers(text: str) -> list[float]:
   """Parse "0.8,1"."""
+  return _list(text, float, "0.8,1,1.2")
+
+
+def _list(text, kind, example):
   try:
-    return [float(part) for part in text.split(",") if part.strip()]
+    return [kind(part) for part in text.split(",") if part.strip()]
   except ValueError:
-    raise argparse.ArgumentTypeError(f"{text!r} is not a list like 0.8,1,1.2") from None
-
-
-def value(text: str) -> Any:
-  """Parse a number or tuple; other text is itself."""
-  try:
-    return ast.literal_eval(text)
-  except (ValueError, SyntaxError):
-    return text
+    raise argparse.ArgumentTypeError(f"{text!r} is not a list like {example}") from None
 
 
 def option(text: str) -> tuple[str, Any]:
@@ -96,7 +88,7 @@ def option(text: str) -> tuple[str, Any]:
   name, equals, content = text.partition("=")
   if not name or not equals:
     raise argparse.ArgumentTypeError(f"{text!r}: write NAME=VALUE")
-  return name, value(content)
+  return name, experiment.parse_literal(content)
 
 
 def named_path(text: str) -> tuple[str, str, dict[str, Any]]:
@@ -107,4 +99,4 @@ def named_path(text: str) -> tuple[str, str, dict[str, Any]]:
   (name, _, path), *options = (part.partition("=") for part in _OUTER_COMMA.split(text))
   if not (name and path) or not all(key and sign for key, sign, _ in options):
     raise argparse.ArgumentTypeError(f"{text!r}: write NAME=PATH or NAME=PATH,option=value,…")
-  return name, path, {key: value(content) for key, _, content in options}
+  return name, path, {key: experiment.parse_literal(content) for key, _, content in options}

@@ -64,10 +64,7 @@ def _samplers(options):
     if tokenizer is not None and pipe.tokenizer.fingerprint != tokenizer.fingerprint:
       raise InputError(f"--model={name}={path} has another tokenizer than the first model.")
     tokenizer = pipe.tokenizer
-    samplers[name] = frontier.Sampler(
-      denoiser=pipe.denoiser, process=pipe.process, length=pipe.length, options=sampling,
-      critic=pipe.critic,
-    )  # fmt: skip
+    samplers[name] = pipe.sampler(**sampling)
     samplers[name].check()
     fingerprints[name] = convert.fingerprint(experiment.network_directory(path))
   return samplers, tokenizer, fingerprints

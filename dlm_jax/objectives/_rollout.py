@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int, Key
 from dlm_jax import draw
 from dlm_jax.arrays import Params
 from dlm_jax.models import DiT
-from dlm_jax.objectives.state import Batch, map_positions, split_each, valid_tokens
+from dlm_jax.objectives.state import Batch, fold_each, map_positions, split_each, valid_tokens
 from dlm_jax.process import Absorbing
 
 
@@ -79,7 +79,7 @@ def rollout(
   states = [x_BL]
   log_prob_B, divergences, entropies = 0.0, [], []
   for k, (t_B, s_B) in enumerate(itertools.pairwise(times)):
-    rngs = tuple(jax.vmap(jax.random.fold_in, (0, None))(batch["rng"], 2 * k + i) for i in (0, 1))
+    rngs = tuple(fold_each(batch["rng"], 2 * k + i) for i in (0, 1))
     last = k == len(times) - 2
     known = None if path is None else (path.x0 if last else path.z)
     x_BL, score_B, divergence_B, entropy_B = step(
@@ -156,7 +156,7 @@ def sample(
   def body(x_BL, inputs):
     k, t, s = inputs
     ones_B = jnp.ones(x_BL.shape[:1])
-    rng_k = jax.vmap(jax.random.fold_in, (0, None))(rng_B, k)
+    rng_k = fold_each(rng_B, k)
     x_BL, *_ = step(
       params, x_BL, s * ones_B, t * ones_B, rng_k, model=model, process=process, teacher=None,
       chunk=chunk,

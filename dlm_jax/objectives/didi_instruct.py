@@ -42,6 +42,7 @@ from dlm_jax.objectives.state import (
   Objective,
   TrainState,
   apply_gradients,
+  fold_each,
   make_state,
   over_micro_batches,
   split_each,
@@ -95,10 +96,9 @@ def noised(batch: Batch, generated: Array, real: Array, process: Absorbing) -> B
   The weights make means over sequences of sums over masked positions into means over all masked
   positions of the global batch, however it is cut.
   """
-  keys = jax.vmap(jax.random.fold_in, (0, None))
   masks = []
   for tag, clean_BL in ((100, generated), (101, real)):
-    noisy_BL = jax.vmap(process.corrupt)(keys(batch["rng"], tag), clean_BL, batch["t"])
+    noisy_BL = jax.vmap(process.corrupt)(fold_each(batch["rng"], tag), clean_BL, batch["t"])
     masks.append(jnp.where(valid_tokens(batch), noisy_BL, batch["tokens"]))
   size = batch["t"].shape[0]
   counts = [jnp.maximum(jnp.sum(x == process.mask_id), 1) for x in masks]
@@ -120,7 +120,7 @@ def discriminator_loss(
   """
   tokens = jnp.concatenate([batch["real"], batch["fake"]])
   sigma_B = process.schedule.sigma(batch["t"])
-  keys = [jax.vmap(jax.random.fold_in, (0, None))(batch["rng"], tag) for tag in (200, 201)]
+  keys = [fold_each(batch["rng"], tag) for tag in (200, 201)]
   logits, changed = model.apply(
     {"params": params, "spectral": spectral}, tokens, jnp.concatenate([sigma_B, sigma_B]),
     jnp.concatenate(keys), advance=True, frozen=True, mutable=["spectral"],
@@ -328,7 +328,7 @@ class _Method:
     """Return the discriminator's other side, clean."""
     if self.settings.real == "data":
       return batch["tokens"]
-    rng_B = jax.vmap(jax.random.fold_in, (0, None))(batch["rng"], 300)
+    rng_B = fold_each(batch["rng"], 300)
     draw = functools.partial(
       sample, state.trees["teacher"], steps=self.settings.teacher_steps, model=self.model,
       process=self.process, chunk=self.chunk,

@@ -123,6 +123,11 @@ def split_each(rng_B: Key[Array, "B"], count: int) -> tuple[Key[Array, "B"], ...
   return tuple(keys[:, i] for i in range(count))
 
 
+def fold_each(rng_B: Key[Array, "B"], tag: Int[Array, ""] | int) -> Key[Array, "B"]:
+  """Fold a number into every sequence's key."""
+  return jax.vmap(jax.random.fold_in, (0, None))(rng_B, tag)
+
+
 def valid_tokens(batch: Batch) -> Bool[Array, "B L"]:
   """Return where tokens are scored: everywhere without prompts."""
   return batch["valid"] if "valid" in batch else jnp.ones(batch["tokens"].shape, bool)

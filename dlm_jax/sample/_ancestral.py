@@ -15,16 +15,14 @@ sampling: the limit of infinitely many steps, in at most L evaluations.
 Mask-or-token and which-token are two separate draws, so nothing races: see `dlm_jax.draw`.
 """
 
-import math
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, Key
 
-from dlm_jax import draw
 from dlm_jax.errors import InputError
 from dlm_jax.process import Absorbing
 from dlm_jax.sample import grids
+from dlm_jax.sample._reveal import Revealer, capacity_for
 
 NOISE_REMOVALS = ("ancestral", "greedy", "none")
 
@@ -70,29 +68,17 @@ def run(
     reveal_BL, t_KB = _grid_times(process, u_BL, grids.make(grid, steps))
     capacity = capacity_for(length / steps, length)
 
-  def reveal(x_BL, k, t_B, greedy):
-    due_BL = reveal_BL == k
+  revealer = Revealer(
+    denoiser=denoiser, process=process, capacity=capacity, temperature=temperature, nucleus=nucleus
+  )
+
+  def reveal(x_BL, k, t_B, greedy=False):
     sigma_B = process.schedule.sigma(t_B)
-
-    def predict(hidden_BKD, position_BK):
-      logits_BKV = denoiser.head(hidden_BKD, sigma_B)
-      masks_BK = jnp.full(position_BK.shape, process.mask_id)
-      log_x0_BKV = jax.vmap(process.log_x0)(logits_BKV, masks_BK)
-      if greedy:
-        return jnp.argmax(log_x0_BKV, -1).astype(x_BL.dtype)
-      uniform_BK2 = jnp.take_along_axis(draws_BL3[..., 1:], position_BK[..., None], axis=1)
-      weights_BKV = draw.sharpen(log_x0_BKV, temperature, nucleus)
-      return draw.categorical(weights_BKV, uniform_BK2).astype(x_BL.dtype)
-
-    def fill(x_BL):
-      hidden_BLD = denoiser.trunk(x_BL, sigma_B)
-      return fill_due(x_BL, hidden_BLD, due_BL, predict, capacity)
-
-    return jax.lax.cond(due_BL.any(), fill, lambda x_BL: x_BL, x_BL)
+    return revealer.reveal(x_BL, reveal_BL == k, draws_BL3[..., 1:], sigma_B, greedy)
 
   def step(x_BL, inputs):
     k, t_B = inputs
-    x_BL = reveal(x_BL, k, t_B, greedy=False)
+    x_BL = reveal(x_BL, k, t_B)
     return x_BL, x_BL
 
   count = t_KB.shape[0] - 1
@@ -137,31 +123,3 @@ def _hitting_times(process, u_BL):
   masked_BL = masked_BL * (1 - process.schedule.alpha(1.0))
   t_BL = jnp.clip(process.schedule.inverse(1 - masked_BL), grids.END, 1.0)
   return reveal_BL, jnp.concatenate([t_BL.T, jnp.full((1, batch), grids.END)])
-
-
-def capacity_for(mean: float, length: int) -> int:
-  """Return how many positions per row to gather: four deviations above the mean, in eights."""
-  return min(length, 8 * math.ceil((mean + 4 * math.sqrt(mean)) / 8))
-
-
-def fill_due(x_BL, hidden_BLD, due_BL, predict, capacity: int) -> Int[Array, "B L"]:
-  """Set the due positions, `capacity` per row at a time; almost always one turn."""
-  length = x_BL.shape[1]
-
-  def some_left(carry):
-    return carry[1].any()
-
-  def turn(carry):
-    x_BL, due_BL = carry
-    # stable order: due positions first, in place order
-    position_BK = jnp.argsort(~due_BL, axis=1)[:, :capacity]
-    taken_BK = jnp.take_along_axis(due_BL, position_BK, axis=1)
-    hidden_BKD = jnp.take_along_axis(hidden_BLD, position_BK[..., None], axis=1)
-    tokens_BK = predict(hidden_BKD, position_BK)
-    target_BK = jnp.where(taken_BK, position_BK, length)  # out of range: dropped
-    put = jax.vmap(lambda row, at, value: row.at[at].set(value, mode="drop"))
-    x_BL = put(x_BL, target_BK, tokens_BK)
-    done = jax.vmap(lambda row, at: row.at[at].set(False, mode="drop"))
-    return x_BL, done(due_BL, target_BK)
-
-  return jax.lax.while_loop(some_left, turn, (x_BL, due_BL))[0]

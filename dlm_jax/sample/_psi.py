@@ -25,10 +25,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from dlm_jax import draw
 from dlm_jax.errors import InputError
 from dlm_jax.process import Absorbing, Uniform
 from dlm_jax.sample import _ancestral, _uniform, grids
+from dlm_jax.sample._reveal import Revealer, capacity_for
 
 SCHEDULES = ("cap", "rescale", "loop")
 
@@ -88,7 +88,7 @@ def run(
   # α(1 − α) ≤ 1/4: what (1 − κ) reveals anew at most, on average
   share = eta if isinstance(kappa, str) else (1 - kappa) / 4
   length = x_BL.shape[1]
-  capacity = _ancestral.capacity_for(length * min(1 / steps + share, 1.0), length)
+  capacity = capacity_for(length * min(1 / steps + share, 1.0), length)
   return _remask(*start, t_K=t_K, sigma_K=sigma_K, capacity=capacity, **given)
 
 
@@ -144,24 +144,13 @@ def _remask(
   alpha_K = process.schedule.alpha(t_K)
   reveal_K = reveal_probability(alpha_K[1:], alpha_K[:-1], sigma_K)
 
+  revealer = Revealer(
+    denoiser=denoiser, process=process, capacity=capacity, temperature=temperature, nucleus=nucleus
+  )
+
   def reveal(x_BL, due_BL, draws_BL2, t, greedy=False):
     sigma_B = jnp.broadcast_to(process.schedule.sigma(t), (batch,))
-
-    def predict(hidden_BKD, position_BK):
-      masks_BK = jnp.full(position_BK.shape, process.mask_id)
-      logits_BKV = denoiser.head(hidden_BKD, sigma_B)
-      log_x0_BKV = jax.vmap(process.log_x0)(logits_BKV, masks_BK)
-      if greedy:
-        return jnp.argmax(log_x0_BKV, -1).astype(x_BL.dtype)
-      uniform_BK2 = jnp.take_along_axis(draws_BL2, position_BK[..., None], axis=1)
-      weights_BKV = draw.sharpen(log_x0_BKV, temperature, nucleus)
-      return draw.categorical(weights_BKV, uniform_BK2).astype(x_BL.dtype)
-
-    def fill(x_BL):
-      hidden_BLD = denoiser.trunk(x_BL, sigma_B)
-      return _ancestral.fill_due(x_BL, hidden_BLD, due_BL, predict, capacity)
-
-    return jax.lax.cond(due_BL.any(), fill, lambda x_BL: x_BL, x_BL)
+    return revealer.reveal(x_BL, due_BL, draws_BL2, sigma_B, greedy)
 
   def uniforms(k):
     one = lambda rng: jax.random.uniform(jax.random.fold_in(rng, k), (length, 3))  # noqa: E731

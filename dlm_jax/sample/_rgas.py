@@ -26,10 +26,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from dlm_jax import draw
 from dlm_jax.errors import InputError
 from dlm_jax.process import Absorbing
 from dlm_jax.sample import _ancestral, grids
+from dlm_jax.sample._reveal import Revealer, capacity_for
 
 REWARDS = ("sum", "mean", "all")
 
@@ -76,10 +76,13 @@ def run(
   _ancestral.check_options(noise_removal, temperature, nucleus)
   _check(critic, h, candidates, ratio, reward)
   length, t_K = x_BL.shape[1], grids.make(grid, steps)
+  revealer = Revealer(
+    denoiser=denoiser, process=process, capacity=capacity_for(length / steps, length),
+    temperature=temperature, nucleus=nucleus,
+  )  # fmt: skip
   guide = _Guide(
-    denoiser=denoiser, process=process, critic=critic, rng_B=rng_B, frozen_BL=frozen_BL,
-    temperature=temperature, nucleus=nucleus, reward=reward,
-    capacity=_ancestral.capacity_for(length / steps, length),
+    revealer=revealer, process=process, critic=critic, rng_B=rng_B, frozen_BL=frozen_BL,
+    reward=reward,
   )  # fmt: skip
   split = tilted_steps(steps, ratio)
   inputs = (jnp.arange(steps), t_K[:-1], t_K[1:])
@@ -94,8 +97,10 @@ def run(
   trace_KBL = jnp.concatenate([first_KBL, second_KBL, third_KBL])
   if noise_removal == "none":
     return trace_KBL
-  finish = lambda x_BL: guide.finish(x_BL, steps, t_K[-1], noise_removal == "greedy")  # noqa: E731
-  x_BL = jax.lax.cond(guide.masked(x_BL).any(), finish, lambda x_BL: x_BL, x_BL)
+  x_BL = revealer.reveal(
+    x_BL, guide.masked(x_BL), guide.uniforms(steps, length, 2), guide.sigma(t_K[-1]),
+    noise_removal == "greedy",
+  )  # fmt: skip
   return jnp.concatenate([trace_KBL, x_BL[None]])
 
 
@@ -103,15 +108,12 @@ def run(
 class _Guide:
   """One step of each kind, with what they share; a step returns the state twice, for `scan`."""
 
-  denoiser: Any
+  revealer: Revealer
   process: Absorbing
   critic: Any
   rng_B: Key[Array, "B"]
   frozen_BL: Bool[Array, "B L"]
-  temperature: float
-  nucleus: float
   reward: str
-  capacity: int
 
   def masked(self, x_BL):
     return (x_BL == self.process.mask_id) & ~self.frozen_BL
@@ -124,19 +126,16 @@ class _Guide:
     one = lambda rng: jax.random.uniform(jax.random.fold_in(rng, k), shape)  # noqa: E731
     return jax.vmap(one)(self.rng_B)
 
-  def tokens(self, log_x0, uniform):
-    weights = draw.sharpen(log_x0, self.temperature, self.nucleus)
-    return draw.categorical(weights, uniform).astype(jnp.int32)
-
   def tilt(self, x_BL, k, t, s, scale, *, guided):
     masked_BL, sigma_B = self.masked(x_BL), self.sigma(t)
     draws_BL3 = self.uniforms(k, x_BL.shape[1], 3)
-    log_x0_BLV = jax.vmap(self.process.log_x0)(self.denoiser(x_BL, sigma_B), x_BL)
+    log_x0_BLV = jax.vmap(self.process.log_x0)(self.revealer.denoiser(x_BL, sigma_B), x_BL)
     if guided:
       log_x0_BLV, _ = tilt(self.critic, log_x0_BLV, x_BL, masked_BL, sigma_B, scale)
       log_x0_BLV = jax.nn.log_softmax(log_x0_BLV)
     due_BL = masked_BL & (draws_BL3[..., 0] < self.process.reveal_probability(s, t))
-    x_BL = jnp.where(due_BL, self.tokens(log_x0_BLV, draws_BL3[..., 1:]), x_BL)
+    tokens_BL = self.revealer.tokens(log_x0_BLV, draws_BL3[..., 1:])
+    x_BL = jnp.where(due_BL, tokens_BL.astype(x_BL.dtype), x_BL)
     return x_BL, x_BL
 
   def rank(self, x_BL, k, t, s, candidates):
@@ -145,12 +144,13 @@ class _Guide:
     draws_BN = self.uniforms(k, candidates * length * 3 + 1)
     draws_MBL3 = jnp.swapaxes(draws_BN[:, :-1].reshape(-1, candidates, length, 3), 0, 1)
     shared_BL = draws_MBL3[0, ..., 0]
-    hidden_BLD = self.denoiser.trunk(x_BL, self.sigma(t))
+    sigma_B = self.sigma(t)
+    hidden_BLD = self.revealer.denoiser.trunk(x_BL, sigma_B)
 
     def candidate(draws_BL3):
       chance_BL = draws_BL3[..., 0] if self.reward == "all" else shared_BL
       due_BL = masked_BL & (chance_BL < self.process.reveal_probability(s, t))
-      return self.fill(x_BL, hidden_BLD, due_BL, draws_BL3[..., 1:], t)
+      return self.revealer.fill(x_BL, hidden_BLD, due_BL, draws_BL3[..., 1:], sigma_B)
 
     x_MBL = jax.lax.map(candidate, draws_MBL3)
     if candidates == 1:
@@ -166,23 +166,6 @@ class _Guide:
     masked_BL = self.masked(x_BL)
     total_B = jnp.sum(jnp.where(masked_BL, logits_BL, 0.0), axis=1)
     return total_B if self.reward == "sum" else total_B / jnp.maximum(masked_BL.sum(1), 1)
-
-  def fill(self, x_BL, hidden_BLD, due_BL, draws_BL2, t, greedy=False):
-    def predict(hidden_BKD, position_BK):
-      masks_BK = jnp.full(position_BK.shape, self.process.mask_id)
-      logits_BKV = self.denoiser.head(hidden_BKD, self.sigma(t))
-      log_x0_BKV = jax.vmap(self.process.log_x0)(logits_BKV, masks_BK)
-      if greedy:
-        return jnp.argmax(log_x0_BKV, -1).astype(x_BL.dtype)
-      uniform_BK2 = jnp.take_along_axis(draws_BL2, position_BK[..., None], axis=1)
-      return self.tokens(log_x0_BKV, uniform_BK2)
-
-    return _ancestral.fill_due(x_BL, hidden_BLD, due_BL, predict, self.capacity)
-
-  def finish(self, x_BL, k, t, greedy):
-    hidden_BLD = self.denoiser.trunk(x_BL, self.sigma(t))
-    draws_BL2 = self.uniforms(k, x_BL.shape[1], 2)
-    return self.fill(x_BL, hidden_BLD, self.masked(x_BL), draws_BL2, t, greedy)
 
 
 def tilt(

@@ -96,11 +96,11 @@ def test_golden_ranking(recorded):
 
 
 def _guide(critic, proc, x, **options):
-  batch = x.shape[0]
-  settings = {"temperature": 1.0, "nucleus": 1.0, "reward": "sum", "capacity": 8, **options}
+  rng_B = jax.random.split(jax.random.key(0), x.shape[0])
+  revealer = _rgas.Revealer(denoiser=None, process=proc, capacity=8, temperature=1.0, nucleus=1.0)
   return _rgas._Guide(
-    denoiser=None, process=proc, critic=critic, rng_B=jax.random.split(jax.random.key(0), batch),
-    frozen_BL=jnp.zeros(x.shape, bool), **settings,
+    revealer=revealer, process=proc, critic=critic, rng_B=rng_B,
+    frozen_BL=jnp.zeros(x.shape, bool), **{"reward": "sum", **options},
   )  # fmt: skip
 
 

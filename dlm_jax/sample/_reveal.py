@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reveal masks: what every sampler of an absorbing process does once it knows which are due.
+
+The moves of those samplers do not depend on the network, so the vocabulary head runs only on the
+positions that are due, gathered, and a step in which none is due evaluates nothing.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from dlm_jax import draw
+from dlm_jax.process import Absorbing
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Revealer:
+  """Put clean tokens in place of masks.
+
+  Attributes:
+    denoiser: has `trunk` and `head`.
+    process: absorbing.
+    capacity: positions per row that are gathered at a time, see `capacity_for`.
+    temperature, nucleus: of the draw of a token.
+  """
+
+  denoiser: Any
+  process: Absorbing
+  capacity: int
+  temperature: float
+  nucleus: float
+
+  def reveal(
+    self, x_BL: Int[Array, "B L"], due_BL: Bool[Array, "B L"], draws_BL2: Float[Array, "B L 2"],
+    sigma_B: Float[Array, "B"], greedy: bool = False,
+  ) -> Int[Array, "B L"]:  # fmt: skip
+    """Return the state with the due masks revealed.
+
+    Args:
+      x_BL: state.
+      due_BL: masks to reveal.
+      draws_BL2: uniforms of the tokens, see `draw.categorical`.
+      sigma_B: what the denoiser is told.
+      greedy: take the most probable token.
+    """
+
+    def fill(x_BL):
+      hidden_BLD = self.denoiser.trunk(x_BL, sigma_B)
+      return self.fill(x_BL, hidden_BLD, due_BL, draws_BL2, sigma_B, greedy)
+
+    return jax.lax.cond(due_BL.any(), fill, lambda x_BL: x_BL, x_BL)
+
+  def fill(
+    self, x_BL: Int[Array, "B L"], hidden_BLD: Float[Array, "B L D"], due_BL: Bool[Array, "B L"],
+    draws_BL2: Float[Array, "B L 2"], sigma_B: Float[Array, "B"], greedy: bool = False,
+  ) -> Int[Array, "B L"]:  # fmt: skip
+    """Return what `reveal` returns, from hidden states of the trunk."""
+
+    def predict(hidden_BKD, position_BK):
+      logits_BKV = self.denoiser.head(hidden_BKD, sigma_B)
+      masks_BK = jnp.full(position_BK.shape, self.process.mask_id)
+      log_x0_BKV = jax.vmap(self.process.log_x0)(logits_BKV, masks_BK)
+      if greedy:
+        return jnp.argmax(log_x0_BKV, -1).astype(x_BL.dtype)
+      uniform_BK2 = jnp.take_along_axis(draws_BL2, position_BK[..., None], axis=1)
+      return self.tokens(log_x0_BKV, uniform_BK2).astype(x_BL.dtype)
+
+    return _fill_due(x_BL, hidden_BLD, due_BL, predict, self.capacity)
+
+  def tokens(
+    self, log_x0_BKV: Float[Array, "B K V"], uniform_BK2: Float[Array, "B K 2"]
+  ) -> Int[Array, "B K"]:
+    """Draw clean tokens from a tempered, truncated prediction."""
+    weights_BKV = draw.sharpen(log_x0_BKV, self.temperature, self.nucleus)
+    return draw.categorical(weights_BKV, uniform_BK2)
+
+
+def capacity_for(mean: float, length: int) -> int:
+  """Return how many positions per row to gather: four deviations above the mean, in eights."""
+  return min(length, 8 * math.ceil((mean + 4 * math.sqrt(mean)) / 8))
+
+
+def _fill_due(x_BL, hidden_BLD, due_BL, predict, capacity: int) -> Int[Array, "B L"]:
+  """Set the due positions, `capacity` per row at a time; almost always one turn."""
+  length = x_BL.shape[1]
+
+  def some_left(carry):
+    return carry[1].any()
+
+  def turn(carry):
+    x_BL, due_BL = carry
+    # stable order: due positions first, in place order
+    position_BK = jnp.argsort(~due_BL, axis=1)[:, :capacity]
+    taken_BK = jnp.take_along_axis(due_BL, position_BK, axis=1)
+    hidden_BKD = jnp.take_along_axis(hidden_BLD, position_BK[..., None], axis=1)
+    tokens_BK = predict(hidden_BKD, position_BK)
+    target_BK = jnp.where(taken_BK, position_BK, length)  # out of range: dropped
+    put = jax.vmap(lambda row, at, value: row.at[at].set(value, mode="drop"))
+    x_BL = put(x_BL, target_BK, tokens_BK)
+    done = jax.vmap(lambda row, at: row.at[at].set(False, mode="drop"))
+    return x_BL, done(due_BL, target_BK)
+
+  return jax.lax.while_loop(some_left, turn, (x_BL, due_BL))[0]
