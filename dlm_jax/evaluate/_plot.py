@@ -125,7 +125,8 @@ def _log_ticks(axes):
   )
   subs = next(subs for limit, subs in choices if decades <= limit)
   axes.yaxis.set_major_locator(ticker.LogLocator(subs=subs, numticks=20))
-  axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda y, _: f"{y:,.4g}"))
+  number = lambda y, _: f"{y:,.0f}" if y >= 1000 else f"{y:.4g}"  # noqa: E731  (not 1e+04)
+  axes.yaxis.set_major_formatter(ticker.FuncFormatter(number))
   axes.yaxis.set_minor_locator(ticker.NullLocator())
 
 
