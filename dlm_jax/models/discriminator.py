@@ -130,8 +130,18 @@ class Discriminator(Network):
       advance: take a power step of the spectral norms.
       frozen: stop gradients where training does not go: below the trained blocks.
     """
-    cfg = self.config
-    x_BLD, c_BC = self.embed(tokens), self.time(sigma_B)
+    return self.body(self.embedded(tokens), sigma_B, rng_B, advance=advance, frozen=frozen)
+
+  def embedded(self, tokens) -> Float[Array, "B K D"]:
+    """Return embeddings of ids or soft tokens, at any positions: lets callers chunk over L."""
+    return self.embed(tokens)
+
+  def body(
+    self, x_BLD: Float[Array, "B L D"], sigma_B: Float[Array, "B"],
+    rng_B: Key[Array, "B"] | None = None, *, advance: bool = False, frozen: bool = False,
+  ) -> Float[Array, "B L"]:  # fmt: skip
+    """Return the logits of embeddings; other arguments as for a call."""
+    cfg, c_BC = self.config, self.time(sigma_B)
     rope = rotary_tables(x_BLD.shape[1], cfg.dim // cfg.heads)
     if self._kept:
       x_BLD, _ = self.lower(x_BLD, jnp.arange(self._kept), c_BC, rope, rng_B)
@@ -198,5 +208,16 @@ class Critic:
 
   def __call__(self, tokens, sigma_B: Float[Array, "B"]) -> Float[Array, "B L"]:
     """Return a logit per position for ids [B, L] or soft tokens [B, L, V]."""
-    variables = {"params": self.params, "spectral": self.spectral}
-    return self.model.apply(variables, tokens, sigma_B)
+    return self.model.apply(self._variables, tokens, sigma_B)
+
+  def embedded(self, tokens) -> Float[Array, "B K D"]:
+    """Return embeddings of ids or soft tokens, at any positions."""
+    return self.model.apply(self._variables, tokens, method="embedded")
+
+  def body(self, x_BLD: Float[Array, "B L D"], sigma_B: Float[Array, "B"]) -> Float[Array, "B L"]:
+    """Return the logits of embeddings."""
+    return self.model.apply(self._variables, x_BLD, sigma_B, method="body")
+
+  @property
+  def _variables(self):
+    return {"params": self.params, "spectral": self.spectral}

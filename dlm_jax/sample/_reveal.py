@@ -7,6 +7,7 @@ positions that are due, gathered, and a step in which none is due evaluates noth
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -57,19 +58,31 @@ class Revealer:
   def fill(
     self, x_BL: Int[Array, "B L"], hidden_BLD: Float[Array, "B L D"], due_BL: Bool[Array, "B L"],
     draws_BL2: Float[Array, "B L 2"], sigma_B: Float[Array, "B"], greedy: bool = False,
+    change: Callable | None = None,
   ) -> Int[Array, "B L"]:  # fmt: skip
-    """Return what `reveal` returns, from hidden states of the trunk."""
+    """Return what `reveal` returns, from hidden states of the trunk.
+
+    `change(log_x0_BKV, position_BK)` may replace the predictions of the gathered positions.
+    """
 
     def predict(hidden_BKD, position_BK):
-      logits_BKV = self.denoiser.head(hidden_BKD, sigma_B)
-      masks_BK = jnp.full(position_BK.shape, self.process.mask_id)
-      log_x0_BKV = jax.vmap(self.process.log_x0)(logits_BKV, masks_BK)
+      log_x0_BKV = self.predict(hidden_BKD, sigma_B)
+      if change is not None:
+        log_x0_BKV = change(log_x0_BKV, position_BK)
       if greedy:
         return jnp.argmax(log_x0_BKV, -1).astype(x_BL.dtype)
       uniform_BK2 = jnp.take_along_axis(draws_BL2, position_BK[..., None], axis=1)
       return self.tokens(log_x0_BKV, uniform_BK2).astype(x_BL.dtype)
 
     return _fill_due(x_BL, hidden_BLD, due_BL, predict, self.capacity)
+
+  def predict(
+    self, hidden_BKD: Float[Array, "B K D"], sigma_B: Float[Array, "B"]
+  ) -> Float[Array, "B K V"]:
+    """Return log p(x0) of masks with these hidden states."""
+    logits_BKV = self.denoiser.head(hidden_BKD, sigma_B)
+    masks_BK = jnp.full(hidden_BKD.shape[:2], self.process.mask_id)
+    return jax.vmap(self.process.log_x0)(logits_BKV, masks_BK)
 
   def tokens(
     self, log_x0_BKV: Float[Array, "B K V"], uniform_BK2: Float[Array, "B K 2"]

@@ -61,7 +61,7 @@ def run(
     x_BL: initial state: masks, and given tokens where frozen.
     frozen_BL: positions that never change.
     steps: K grid steps, one evaluation of the denoiser each; see `cost` for the discriminator's.
-    critic: `models.Critic`: logits of real text for tokens or soft tokens and σ.
+    critic: `models.Critic`: logits of real text, in two parts, `embedded` and `body`.
     h: tilt at the first and the last tilted step, linear between; zeros do not tilt.
     candidates: M of the re-ranked steps; 1 does not re-rank.
     ratio: share of the steps, the last ones, that re-rank.
@@ -129,14 +129,35 @@ class _Guide:
   def tilt(self, x_BL, k, t, s, scale, *, guided):
     masked_BL, sigma_B = self.masked(x_BL), self.sigma(t)
     draws_BL3 = self.uniforms(k, x_BL.shape[1], 3)
-    log_x0_BLV = jax.vmap(self.process.log_x0)(self.revealer.denoiser(x_BL, sigma_B), x_BL)
+    hidden_BLD = self.revealer.denoiser.trunk(x_BL, sigma_B)
+    change = None
     if guided:
-      log_x0_BLV, _ = tilt(self.critic, log_x0_BLV, x_BL, masked_BL, sigma_B, scale)
-      log_x0_BLV = jax.nn.log_softmax(log_x0_BLV)
+      slope_BLD = self.slope(x_BL, masked_BL, hidden_BLD, sigma_B)
+
+      def change(log_x0_BKV, position_BK):
+        slope_BKD = jnp.take_along_axis(slope_BLD, position_BK[..., None], axis=1)
+        tilted_BKV, _ = tilt(self.critic, log_x0_BKV, slope_BKD, scale)
+        return jax.nn.log_softmax(tilted_BKV)
+
     due_BL = masked_BL & (draws_BL3[..., 0] < self.process.reveal_probability(s, t))
-    tokens_BL = self.revealer.tokens(log_x0_BLV, draws_BL3[..., 1:])
-    x_BL = jnp.where(due_BL, tokens_BL.astype(x_BL.dtype), x_BL)
+    x_BL = self.revealer.fill(
+      x_BL, hidden_BLD, due_BL, draws_BL3[..., 1:], sigma_B, change=change
+    )  # fmt: skip
     return x_BL, x_BL
+
+  def slope(self, x_BL, masked_BL, hidden_BLD, sigma_B):
+    """Return ∂R/∂e of the embeddings expected under the student's prediction.
+
+    Predictions live for a few positions at a time: no [B, L, V] array is made.
+    """
+
+    def expected(hidden_BD):
+      log_x0_B1V = self.revealer.predict(hidden_BD[:, None], sigma_B)
+      return self.critic.embedded(log_x0_B1V)[:, 0]
+
+    hidden_LBD = jnp.swapaxes(hidden_BLD, 0, 1)
+    expected_LBD = jax.lax.map(expected, hidden_LBD, batch_size=self.revealer.capacity)
+    return slope(self.critic, jnp.swapaxes(expected_LBD, 0, 1), x_BL, masked_BL, sigma_B)
 
   def rank(self, x_BL, k, t, s, candidates):
     masked_BL, length = self.masked(x_BL), x_BL.shape[1]
@@ -168,24 +189,34 @@ class _Guide:
     return total_B if self.reward == "sum" else total_B / jnp.maximum(masked_BL.sum(1), 1)
 
 
-def tilt(
-  critic, logits_BLV: Float[Array, "B L V"], x_BL: Int[Array, "B L"],
-  masked_BL: Bool[Array, "B L"], sigma_B: Float[Array, "B"], scale: Float[Array, ""] | float,
-) -> tuple[Float[Array, "B L V"], Float[Array, "B L V"]]:  # fmt: skip
-  """Return tilted logits and the clipped gradient, which is 0 where not masked.
+def slope(
+  critic, expected_BLD: Float[Array, "B L D"], x_BL: Int[Array, "B L"],
+  masked_BL: Bool[Array, "B L"], sigma_B: Float[Array, "B"],
+) -> Float[Array, "B L D"]:  # fmt: skip
+  """Return ∂R/∂e, R the sum of the critic's logits over masks, whose embeddings are e.
 
-  The discriminator reads expected embeddings at masked positions, tokens elsewhere. No gradient
-  passes through the student.
+  The critic reads expected embeddings at masked positions, those of the tokens elsewhere.
   """
-  given_BLV = 1e9 * jax.nn.one_hot(x_BL, logits_BLV.shape[-1])
 
-  def total(logits_BLV):
-    soft_BLV = jnp.where(masked_BL[..., None], logits_BLV, given_BLV)
-    return jnp.sum(jnp.where(masked_BL, critic(soft_BLV, sigma_B), 0.0))
+  def total(expected_BLD):
+    embedded_BLD = jnp.where(masked_BL[..., None], expected_BLD, critic.embedded(x_BL))
+    return jnp.sum(jnp.where(masked_BL, critic.body(embedded_BLD, sigma_B), 0.0))
 
-  gradient_BLV = jnp.clip(jax.grad(total)(jax.lax.stop_gradient(logits_BLV)), -1.0, 1.0)
-  gradient_BLV = jnp.where(masked_BL[..., None], gradient_BLV, 0.0)
-  return logits_BLV + scale * gradient_BLV, gradient_BLV
+  return jax.grad(total)(expected_BLD)
+
+
+def tilt(
+  critic, logits_BKV: Float[Array, "B K V"], slope_BKD: Float[Array, "B K D"],
+  scale: Float[Array, ""] | float,
+) -> tuple[Float[Array, "B K V"], Float[Array, "B K V"]]:  # fmt: skip
+  """Return tilted logits and the clipped ∂R/∂ℓ, by the chain rule from `slope` at any positions.
+
+  R depends on a position's logits through its expected embedding only, so its gradient needs
+  nothing of the other positions. No gradient passes through the student.
+  """
+  _, pull_back = jax.vjp(critic.embedded, logits_BKV)
+  gradient_BKV = jnp.clip(pull_back(slope_BKD)[0], -1.0, 1.0)
+  return logits_BKV + scale * gradient_BKV, gradient_BKV
 
 
 def pick(reward_MB: Float[Array, "M B"], uniform_B: Float[Array, "B"]) -> Int[Array, "B"]:

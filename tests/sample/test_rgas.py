@@ -12,7 +12,7 @@ import toy
 from dlm_jax import draw, process, sample, schedules
 from dlm_jax.convert import hf_dit
 from dlm_jax.errors import InputError
-from dlm_jax.models import Critic, Discriminator, DiTConfig, discriminator
+from dlm_jax.models import Critic, Denoiser, Discriminator, DiT, DiTConfig, discriminator
 from dlm_jax.sample import _rgas
 
 every_variant = pytest.mark.parametrize("variant", "ab")
@@ -61,6 +61,13 @@ def _close(ours, wanted, tolerance=2e-5):
   np.testing.assert_allclose(ours, wanted, rtol=0, atol=atol)
 
 
+def _tilted(critic, logits, x, masked, sigma, h):
+  """Return tilted logits and gradients at all positions; the sampler tilts those that are due."""
+  slope = _rgas.slope(critic, critic.embedded(logits), x, masked, sigma)
+  slope = jnp.where(masked[..., None], slope, 0)
+  return _rgas.tilt(critic, logits, slope, h)
+
+
 @pytest.mark.parametrize("h", [0.2, 30.0])
 def test_golden_tilt(recorded, h):
   """From recorded logits, whose softmax includes the mask, as the released student's does."""
@@ -70,7 +77,7 @@ def test_golden_tilt(recorded, h):
   scores = r.critic(soft, r.sigma)
   _close(scores, v[f"tilt_h{h}/discriminator_scores_soft"][..., 0])
   _close(jnp.sum(jnp.where(r.masked, scores, 0)), v[f"tilt_h{h}/reward_sum"], 1e-5)
-  tilted, gradient = _rgas.tilt(r.critic, logits, r.x, r.masked, r.sigma, h)
+  tilted, gradient = _tilted(r.critic, logits, r.x, r.masked, r.sigma, h)
   _close(gradient, v[f"tilt_h{h}/grad_clipped"], 1e-4)
   masked = np.asarray(r.masked)
   _close(np.asarray(tilted)[masked], v[f"tilt_h{h}/tilted_logits"][masked], 1e-4)
@@ -133,6 +140,19 @@ L, V, SAMPLES = 2, toy.VOCABULARY, 24_576
 PROC = process.Absorbing(vocab_size=V, mask_id=toy.MASK)
 
 
+class Bored:
+  """A critic to which all sequences are worth the same."""
+
+  def __call__(self, tokens, sigma_B):
+    return self.body(tokens, sigma_B)
+
+  def embedded(self, tokens):
+    return jnp.zeros((*tokens.shape[:2], 1))
+
+  def body(self, x, sigma_B):
+    return jnp.full(x.shape[:2], 3.0)
+
+
 class Taste:
   """A critic by formula: its logit at a position depends on that token and its neighbour."""
 
@@ -140,9 +160,13 @@ class Taste:
     self.table = scale * jnp.asarray(np.random.default_rng(0).normal(size=(V, V)), jnp.float32)
 
   def __call__(self, tokens, sigma_B):
-    soft = (
-      jax.nn.one_hot(tokens, V) if tokens.ndim == 2 else jax.nn.softmax(tokens.astype(jnp.float32))
-    )
+    return self.body(self.embedded(tokens), sigma_B)
+
+  def embedded(self, tokens):
+    ids = tokens.ndim == 2
+    return jax.nn.one_hot(tokens, V) if ids else jax.nn.softmax(tokens.astype(jnp.float32))
+
+  def body(self, soft, sigma_B):
     return (
       jnp.einsum("blv,vw,blw->bl", soft, self.table, jnp.roll(soft, 1, axis=1)) + sigma_B[:, None]
     )
@@ -163,7 +187,7 @@ def _tilted_rows(critic, scale):
     x = jnp.asarray(tokens)
     sigma = jnp.full(len(x), PROC.schedule.sigma(t))
     logits = jnp.log(jnp.maximum(jnp.asarray(probs, jnp.float32), 1e-30))
-    tilted, _ = _rgas.tilt(critic, logits, x, x == toy.MASK, sigma, scale)
+    tilted, _ = _tilted(critic, logits, x, x == toy.MASK, sigma, scale)
     tilted = np.asarray(jax.nn.softmax(tilted), np.float64)
     tilted[..., toy.MASK] = 0
     tilted /= tilted.sum(-1, keepdims=True)
@@ -237,7 +261,7 @@ def test_law_of_ranking(reward):
 
 def test_a_constant_reward_changes_nothing():
   """However large: the number of masks that are left is not rewarded."""
-  constant = lambda tokens, sigma_B: jnp.full(tokens.shape[:2], 3.0)  # noqa: E731
+  constant = Bored()
   tokens = _draw(constant, steps=3, ratio=1.0)
   assert toy.p_value(tokens, toy.chain_law(toy.make(L), PROC, L, 3)) > 1e-4
 
@@ -282,6 +306,30 @@ def test_prompts_keys_and_batches():
   three = sample.generate(denoiser, PROC, jax.random.key(1), batch=3, **given)
   np.testing.assert_array_equal(eight[:3], three)
   assert np.all(eight[:, 0] == 1) and np.all(eight[:, 2] == 0) and np.all(eight != toy.MASK)
+
+
+def test_tilting_makes_no_dense_array():
+  """Peak memory of a tilted step stays below one float32 [B, L, V]."""
+  batch, length, vocabulary = 4, 256, 4096
+  cfg = DiTConfig(
+    vocab_size=vocabulary, dim=8, cond_dim=8, layers=1, heads=1, length=length, dtype="float32"
+  )
+  tokens, sigma = jnp.zeros((1, length), jnp.int32), jnp.zeros(1)
+  model, judge = DiT(cfg), Discriminator(cfg, trained_layers=1)
+  denoiser = Denoiser(model, model.init(jax.random.key(0), tokens, sigma)["params"])
+  variables = judge.init(jax.random.key(1), tokens, sigma)
+  critic = Critic(model=judge, params=variables["params"], spectral=variables["spectral"])
+  proc = process.Absorbing(vocab_size=vocabulary, mask_id=vocabulary - 1)
+
+  @jax.jit
+  def run(denoiser, critic, rng):
+    return sample.generate(
+      denoiser, proc, rng, batch=batch, length=length, steps=32, sampler="rgas", critic=critic,
+      ratio=0.0,
+    )  # fmt: skip
+
+  compiled = run.lower(denoiser, critic, jax.random.key(2)).compile()
+  assert compiled.memory_analysis().temp_size_in_bytes < 4 * batch * length * vocabulary
 
 
 @pytest.mark.parametrize(
