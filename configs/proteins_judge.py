@@ -19,5 +19,5 @@ def get_config():
   c.model.heads = 6
   c.model.dropout = 0.1
   c.objective.name = "ar"
-  c.train.steps = 5000
+  c.train.steps = 1000
   return c

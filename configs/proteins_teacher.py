@@ -17,7 +17,7 @@ from dlm_jax.configs import common
 def get_config():
   c = common.base()
   c.data.directory = "data/proteins_packed"
-  c.data.source = "fasta:data/proteins/*.fasta*"
+  c.data.source = "fasta:data/proteins/*.fa*"
   c.data.options.min_length = 30  # residues
   c.data.options.validation_fraction = 0.05
   c.data.tokenizer = "esm"
@@ -35,8 +35,8 @@ def get_config():
   c.optim.schedule = "cosine"
   c.optim.b2 = 0.98
   c.optim.weight_decay = 0.03
-  c.train.steps = 10_000
+  c.train.steps = 2000
   c.train.checkpoint_every = 1000
-  c.evaluate.every = 500
+  c.evaluate.every = 250
   c.evaluate.samples = 512
   return c

@@ -77,6 +77,10 @@ class JudgeWithTokens:
   retokenise: Any = None
   given_ids: tuple[int, ...] = ()
 
+  def settings(self) -> dict[str, Any]:
+    """Return the arguments of `frontier.sweep` that a judge decides."""
+    return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
   def quality(self, tokens_BL: np.ndarray, batch_size: int) -> generative.Quality:
     """Return GenPPL and entropy of samples in the generator's ids."""
     translated = self.retokenise(tokens_BL) if self.retokenise else None

@@ -44,12 +44,21 @@ class Pipeline:
       return None
     return convert.load_discriminator(self.source, dtype=self.denoiser.model.config.dtype)
 
-  def sampler(self, **options: Any) -> frontier.Sampler:
-    """Return this model with options of `sample.generate`, for `frontier.sweep`."""
-    return frontier.Sampler(
-      denoiser=self.denoiser, process=self.process, length=self.length, options=options,
-      critic=self.critic if options.get("sampler") == "rgas" else None,
-    )  # fmt: skip
+  def sampler(self, data: str | pathlib.Path = "", **options: Any) -> frontier.Sampler:
+    """Return this model with options of `sample.generate`, for `frontier.sweep`.
+
+    Args:
+      data: of proteins: the prepared dataset whose validation records give the lengths.
+      **options: of the sampler.
+    """
+    given = {
+      "denoiser": self.denoiser, "process": self.process, "length": self.length,
+      "options": options, "critic": self.critic if options.get("sampler") == "rgas" else None,
+    }  # fmt: skip
+    if self.tokenizer.given_ids and data:
+      like = functools.partial(templates.like_validation, data)
+      return frontier.ProteinSampler(templates=like, **given)
+    return frontier.Sampler(**given)
 
   def __call__(
     self, *, steps: int = 16, num: int = 1, seed: int = 0, prompt: str = "", **options: Any

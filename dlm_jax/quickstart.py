@@ -184,9 +184,9 @@ def _compare(options, config, clock) -> None:
   }
   few = [nfe for nfe in options.nfes if nfe <= _GUIDED_NFE] if guided else []
   settings = {
-    "judge": judge.judge, "samples": options.samples, "batch_size": options.samples,
-    "judge_batch_size": options.samples, "eos_id": judge.eos_id, "retokenise": judge.retokenise,
-    "context": context, "path": options.workdir / "frontier.jsonl",
+    **judge.settings(), "samples": options.samples, "batch_size": options.samples,
+    "judge_batch_size": options.samples, "context": context,
+    "path": options.workdir / "frontier.jsonl",
   }  # fmt: skip
   total = len(plain) * sum(set(options.nfes)) + len(guided) * sum(set(few))
   with clock.measure("frontier"), evaluators.sweep_progress(total) as on_row:

@@ -7,9 +7,9 @@ from typing import Any
 
 import jax
 
-from dlm_jax import convert, evaluators, experiment, models, pipeline, sample
+from dlm_jax import convert, evaluators, experiment, models, pipeline
 from dlm_jax.cli import flags
-from dlm_jax.data import builder, loader, templates
+from dlm_jax.data import builder, loader
 from dlm_jax.errors import InputError
 from dlm_jax.evaluate import frontier, generative, likelihood, proteins
 
@@ -34,6 +34,10 @@ dlm-jax evaluate --checkpoint=runs/novels_idlm --judge=runs/novels_judge --steps
   parser.add_argument(
     "--training", type=int, default=20_000,
     help="of proteins: training sequences that samples are compared with",
+  )  # fmt: skip
+  parser.add_argument(
+    "--option", action="append", type=flags.option, default=[], metavar="NAME=VALUE",
+    help="of the sampler, repeat for several: sampler=rgas, temperature=0.9",
   )  # fmt: skip
   parser.add_argument("--batch_size", type=int, default=32)
   parser.add_argument("--seed", type=int, default=0)
@@ -93,17 +97,10 @@ def _proteins(flags_) -> dict[str, Any]:
   batch = min(flags_.batch_size, flags_.samples)
   judge = evaluators.load_judge(flags_.judge, pipe.tokenizer) if flags_.judge else None
 
-  @jax.jit
-  def draw(denoiser, rng, prompt_BL):
-    return sample.generate(
-      denoiser, pipe.process, rng, batch=batch, length=prompt_BL.shape[1], steps=flags_.steps,
-      prompt=prompt_BL,
-    )  # fmt: skip
-
-  key = jax.random.key(flags_.seed)
-  tokens_NL = templates.like_validation(flags_.data, flags_.samples, batch).draw(
-    lambda i, prompt_BL: draw(pipe.denoiser, jax.random.fold_in(key, i), prompt_BL)
-  )
+  tokens_NL, _ = frontier.draw_samples(
+    pipe.sampler(flags_.data, **dict(flags_.option)), flags_.steps, flags_.samples, batch,
+    flags_.seed,
+  )  # fmt: skip
 
   def texts(split):
     groups = loader.evaluation_groups(flags_.data, split, flags_.training)
@@ -130,7 +127,7 @@ def _samples(flags_) -> dict[str, float | int]:
   pipe = pipeline.load(flags_.checkpoint)
   judge = evaluators.load_judge(flags_.judge, pipe.tokenizer)
   tokens_BL, _ = frontier.draw_samples(
-    pipe.sampler(),
+    pipe.sampler(**dict(flags_.option)),
     flags_.steps,
     flags_.samples,
     min(flags_.batch_size, flags_.samples),

@@ -24,11 +24,11 @@ def main(argv: list[str]) -> None:
   judge = evaluators.load_judge(options.judge, tokenizer)
   judge_hash = convert.fingerprint(experiment.network_directory(options.judge))
   make_workdir(pathlib.Path(options.workdir))
+  context = {"judge": judge_hash, "weights": fingerprints}
+  context |= {"lengths": options.data} if options.data else {}
   settings = {
-    "judge": judge.judge, "samples": options.samples, "batch_size": options.batch_size,
-    "eos_id": judge.eos_id, "retokenise": judge.retokenise, "seed": options.seed,
-    "context": {"judge": judge_hash, "weights": fingerprints},
-    "path": f"{options.workdir}/frontier.jsonl",
+    **judge.settings(), "samples": options.samples, "batch_size": options.batch_size,
+    "seed": options.seed, "context": context, "path": f"{options.workdir}/frontier.jsonl",
   }  # fmt: skip
   rounds = len(samplers) * (1 + len(set(options.temperatures)))
   with evaluators.sweep_progress(rounds * sum(set(options.nfes))) as on_row:
@@ -64,7 +64,7 @@ def _samplers(options):
     if tokenizer is not None and pipe.tokenizer.fingerprint != tokenizer.fingerprint:
       raise InputError(f"--model={name}={path} has another tokenizer than the first model.")
     tokenizer = pipe.tokenizer
-    samplers[name] = pipe.sampler(**sampling)
+    samplers[name] = pipe.sampler(options.data, **sampling)
     samplers[name].check()
     fingerprints[name] = convert.fingerprint(experiment.network_directory(path))
   return samplers, tokenizer, fingerprints
@@ -86,6 +86,9 @@ dlm-jax frontier --model a=runs/s --model b=runs/s,nucleus=0.9 --judge=gpt2 --wo
   )  # fmt: skip
   parser.add_argument("--judge", required=True, help="autoregressive judge, or a GPT-2 directory")
   parser.add_argument("--tokenizer", default="", help="default: the one beside each network")
+  parser.add_argument(
+    "--data", default="", help="of proteins: prepared dataset whose validation lengths samples get"
+  )
   parser.add_argument("--workdir", required=True, help="frontier.csv, .json and .png go there")
   parser.add_argument("--nfes", type=flags.integers, default=[1, 2, 4, 8, 16, 32, 64, 128])
   parser.add_argument("--samples", type=int, default=512)

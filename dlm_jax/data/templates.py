@@ -43,6 +43,11 @@ class Templates:
   buckets: tuple[int, ...]
   batch_size: int
 
+  @property
+  def lengths(self) -> tuple[int, ...]:
+    """The buckets that are needed, rising."""
+    return tuple(sorted({bucket_of(n, self.buckets) for n in self.residues}))
+
   def draw(
     self, run: Callable[[int, Int[np.ndarray, "B L"]], Int[np.ndarray, "B L"]]
   ) -> Int[np.ndarray, "N L"]:
@@ -55,12 +60,12 @@ class Templates:
     lengths_N = np.array([bucket_of(n, self.buckets) for n in self.residues])
     tokens_NL = np.full((len(lengths_N), self.buckets[-1]), self.tokenizer.pad_id, np.int32)
     number = 0
-    for length in np.unique(lengths_N):
+    for length in self.lengths:
       rows_N = np.flatnonzero(lengths_N == length)
       for start in range(0, len(rows_N), self.batch_size):
         rows_B = rows_N[start : start + self.batch_size]
         filled_B = np.resize(rows_B, self.batch_size)
-        templates = [self.tokenizer.template(self.residues[i], int(length)) for i in filled_B]
+        templates = [self.tokenizer.template(self.residues[i], length) for i in filled_B]
         drawn_BL = np.asarray(run(number, np.stack(templates)))
         tokens_NL[rows_B, :length] = drawn_BL[: len(rows_B)]
         number += 1
@@ -71,9 +76,11 @@ def like_validation(directory: dataset.Path, samples: int, batch_size: int) -> T
   """Return templates with the lengths of a dataset's first validation records, again if too few.
 
   Raises:
-    InputError: not a prepared directory.
+    InputError: not a prepared directory, or not one of proteins.
   """
   opened = dataset.open_dataset(directory)
+  if opened.info.packing != "documents":
+    raise InputError(f"{directory} holds text, not sequences with lengths of their own.")
   residues_N = np.resize(opened.lengths("validation")[:samples] - 2, samples)
   return Templates(
     tokenizer=opened.tokenizer(),

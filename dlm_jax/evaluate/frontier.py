@@ -3,7 +3,6 @@
 
 import csv
 import dataclasses
-import functools
 import itertools
 import json
 import math
@@ -19,8 +18,13 @@ import numpy as np
 
 from dlm_jax.errors import InputError
 from dlm_jax.evaluate import generative
+from dlm_jax.evaluate._samplers import ProteinSampler, Sampler
 from dlm_jax.evaluate.likelihood import check_counts
 
+__all__ = [
+  "ProteinSampler", "Reference", "Sampler", "SamplerFactory", "checked_nfes", "draw_samples",
+  "sweep", "table", "write",
+]  # fmt: skip
 Row = dict[str, Any]
 COLUMNS = (
   "name", "nfe", "evaluations", "genppl", "genppl_se", "entropy", "entropy_se", "samples", "tokens",
@@ -44,70 +48,6 @@ class SamplerFactory(Protocol):
   """
 
   def __call__(self, batch: int, nfe: int) -> Callable[[jax.Array], Any]: ...
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Sampler:
-  """Bind `sample.generate` to a denoiser, a process and its options, for `sweep`.
-
-  Attributes:
-    denoiser: a `models.Denoiser`.
-    process: forward process.
-    length: tokens per sample.
-    options: further options of `sample.generate`, e.g. {"temperature": 0.9}.
-    critic: discriminator of sampler="rgas".
-  """
-
-  denoiser: Any
-  process: Any
-  length: int
-  options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-  critic: Any = None
-
-  def __call__(self, batch: int, nfe: int) -> Callable[[jax.Array], jax.Array]:
-    """Compile sampling of `batch` sequences in `nfe` steps.
-
-    A batch in which a mask outlives all steps (an expected 1e-5 of them) takes one evaluation more.
-    """
-    generate = functools.partial(self._generate, batch=batch, nfe=nfe)
-    networks = (self.denoiser, self._guide())
-    compiled = jax.jit(generate).lower(*networks, jax.random.key(0)).compile()
-    return lambda rng: compiled(*networks, rng)
-
-  def evaluations(self, nfe: int) -> int:
-    """Return true evaluations of all networks per sample."""
-    from dlm_jax import sample
-
-    options = dict(self.options)
-    counts = sample.evaluations(options.pop("sampler", "ancestral"), steps=nfe, **options)
-    return sum(counts.values())
-
-  def check(self) -> None:
-    """Trace one step; raises InputError for options that the sampler does not take."""
-    generate = functools.partial(self._generate, batch=1, nfe=1)
-    jax.eval_shape(generate, self.denoiser, self._guide(), jax.random.key(0))
-
-  def _guide(self):
-    return self.critic if self.options.get("sampler") == "rgas" else None
-
-  def _generate(self, denoiser, critic, rng, batch, nfe):
-    from dlm_jax import sample
-
-    if getattr(self.process, "blocked", ()):
-      raise InputError(
-        "proteins are drawn with a start, an end and given lengths; use `dlm-jax evaluate` with "
-        "--data=DIR, a prepared dataset of them."
-      )
-    if self.options.get("sampler") == "first_hitting":
-      raise InputError(
-        "sampler='first_hitting' takes one evaluation per masked token whatever the NFE, so it has "
-        "no frontier; use 'ancestral'."
-      )
-    guide = {} if critic is None else {"critic": critic}
-    return sample.generate(
-      denoiser, self.process, rng, batch=batch, length=self.length, steps=nfe, **guide,
-      **self.options,
-    )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -135,6 +75,7 @@ def sweep(
   judge_batch_size: int = 8,
   eos_id: int | None = None,
   retokenise: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]] | None = None,
+  given_ids: Sequence[int] = (),
   seed: int = 0,
   context: Mapping[str, Any] | None = None,
   path: str | os.PathLike | None = None,
@@ -154,6 +95,7 @@ def sweep(
     judge_batch_size: samples judged at a time.
     eos_id: end-of-text id of the judge.
     retokenise: tokens [B, L] to the judge's tokens and mask; None if they share a tokenizer.
+    given_ids: ids that are not judged: the ends and padding of proteins.
     seed: every sampler sees the same keys.
     context: recorded in every row, e.g. {"student_step": 400, "judge": "gpt2-large"}.
     path: JSON-lines file of finished rows, created with its folder.
@@ -171,7 +113,7 @@ def sweep(
   def measure(factory, key):
     tokens_BL, seconds = draw_samples(factory, key["nfe"], samples, min(batch_size, samples), seed)
     judged = {"retokenised": retokenise(tokens_BL)} if retokenise else {}
-    judged |= {"eos_id": eos_id, "batch_size": judge_batch_size}
+    judged |= {"eos_id": eos_id, "batch_size": judge_batch_size, "given_ids": tuple(given_ids)}
     result = generative.quality(judge, tokens_BL, **judged)
     count = factory.evaluations(key["nfe"]) if hasattr(factory, "evaluations") else key["nfe"]
     measured = dataclasses.asdict(result) | {"seconds": seconds, "evaluations": count}
@@ -281,6 +223,8 @@ def draw_samples(factory, nfe, samples, batch, seed) -> tuple[np.ndarray, float]
 
   Batches have one size; what the last one has too many is dropped, and its time is not counted.
   """
+  if hasattr(factory, "draw"):
+    return factory.draw(nfe, samples, batch, seed)
   run = factory(batch, nfe)
   rng = jax.random.fold_in(jax.random.key(seed), nfe)
   rngs = [jax.random.fold_in(rng, i) for i in range(-(-samples // batch))]

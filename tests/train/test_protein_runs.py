@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 from tiny_runs import quick  # noqa: F401
 
 import dlm_jax
-from dlm_jax import convert, experiment, mesh, objectives, training
+from dlm_jax import convert, experiment, mesh, models, objectives, training
 from dlm_jax.cli.main import main
 from dlm_jax.data import builder, loader, tokenizers
 from dlm_jax.errors import InputError
@@ -168,6 +168,36 @@ def test_evaluate_prints_what_proteins_are_like(folder, teacher, capsys):
   assert len(capsys.readouterr().out.splitlines()) == 1
   assert main(["evaluate", f"--checkpoint={folder / 'judge'}", arguments[1]]) == 0
   assert capsys.readouterr().out.startswith("perplexity ")
+
+
+def test_frontier_of_proteins(folder, teacher, tmp_path, capsys):
+  """Samples are as long as validation records; only residues are judged, guided or not."""
+  convert.save_discriminator(teacher / "best", _critic(teacher))
+  data = folder / "data"
+  arguments = ["frontier", f"--judge={folder / 'judge'}", "--samples=5", "--batch_size=4"]
+  arguments += ["--nfes=2", f"--workdir={tmp_path}", f"--model=plain={teacher}"]
+  arguments += [f"--model=guided={teacher},sampler=rgas,candidates=2"]
+  assert main(arguments) == 2 and "--data=DIR" in capsys.readouterr().err
+  assert main([*arguments, f"--data={data}"]) == 0
+  rows = {row["name"]: row for row in json.loads((tmp_path / "frontier.json").read_text())["rows"]}
+  residues = builder.open_dataset(data).lengths("validation")[:5] - 2
+  for row in rows.values():
+    assert row["tokens"] == residues.sum() and 10 < row["genppl"] < 60
+  assert rows["plain"]["evaluations"] == 2 and rows["guided"]["evaluations"] > 2
+  evaluated = ["evaluate", f"--checkpoint={teacher}", f"--data={data}", "--samples=5", "--steps=2"]
+  options = ["--option", "sampler=rgas", "--option", "candidates=2", "--json"]
+  assert main([*evaluated, f"--judge={folder / 'judge'}", "--batch_size=4", *options]) == 0
+  scores = json.loads(capsys.readouterr().out.splitlines()[-1])
+  assert scores["genppl"] == pytest.approx(rows["guided"]["genppl"], rel=1e-5)
+
+
+def _critic(teacher):
+  """Return a discriminator of the teacher's own trunk, with a fresh head."""
+  model, params, _ = convert.load(teacher / "best", dtype="float32")
+  judge = models.Discriminator(model.config, trained_layers=1)
+  fresh = judge.init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32), jnp.zeros(1))
+  params = models.discriminator.from_trunk(judge, params, fresh["params"]["head"])
+  return models.Critic(model=judge, params=params, spectral=fresh["spectral"])
 
 
 def test_what_does_not_fit_is_told(folder, teacher, tmp_path):

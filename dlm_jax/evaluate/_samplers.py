@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A denoiser, a process and sampling options as one thing that is called for samples."""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from dlm_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampler:
+  """Bind `sample.generate` to a denoiser, a process and its options, for `sweep`.
+
+  Attributes:
+    denoiser: a `models.Denoiser`.
+    process: forward process.
+    length: tokens per sample.
+    options: further options of `sample.generate`, e.g. {"temperature": 0.9}.
+    critic: discriminator of sampler="rgas".
+  """
+
+  denoiser: Any
+  process: Any
+  length: int
+  options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  critic: Any = None
+
+  def __call__(self, batch: int, nfe: int) -> Callable[[jax.Array], jax.Array]:
+    """Compile sampling of `batch` sequences in `nfe` steps.
+
+    A batch in which a mask outlives all steps (an expected 1e-5 of them) takes one evaluation more.
+    """
+    networks = self._networks()
+    compiled = self._compile(networks, batch=batch, nfe=nfe)
+    return lambda rng: compiled(*networks, rng)
+
+  def evaluations(self, nfe: int) -> int:
+    """Return true evaluations of all networks per sample."""
+    from dlm_jax import sample
+
+    options = dict(self.options)
+    counts = sample.evaluations(options.pop("sampler", "ancestral"), steps=nfe, **options)
+    return sum(counts.values())
+
+  def check(self) -> None:
+    """Trace one step; raises InputError for options that the sampler does not take."""
+    generate = functools.partial(self._generate, batch=1, nfe=1)
+    jax.eval_shape(generate, *self._networks(), jax.random.key(0))
+
+  def _guide(self):
+    return self.critic if self.options.get("sampler") == "rgas" else None
+
+  def _networks(self):
+    return self.denoiser, self._guide()
+
+  def _compile(self, networks, *given, **sizes):
+    run = jax.jit(functools.partial(self._generate, **sizes))
+    return run.lower(*networks, jax.random.key(0), *given).compile()
+
+  def _generate(self, denoiser, critic, rng, prompt=None, *, batch, nfe):
+    from dlm_jax import sample
+
+    if prompt is None and getattr(self.process, "blocked", ()):
+      raise InputError(
+        "proteins are drawn with a start, an end and given lengths: those of --data=DIR, a "
+        "prepared dataset of them."
+      )
+    if self.options.get("sampler") == "first_hitting":
+      raise InputError(
+        "sampler='first_hitting' takes one evaluation per masked token whatever the NFE, so it has "
+        "no frontier; use 'ancestral'."
+      )
+    guide = {} if critic is None else {"critic": critic}
+    length = self.length if prompt is None else prompt.shape[1]
+    return sample.generate(
+      denoiser, self.process, rng, batch=batch, length=length, steps=nfe, prompt=prompt, **guide,
+      **self.options,
+    )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProteinSampler(Sampler):
+  """Draw proteins of given lengths, their start and end given too.
+
+  Attributes:
+    templates: (samples, batch) -> `data.templates.Templates`, what is given.
+  """
+
+  templates: Callable[[int, int], Any]
+
+  def check(self) -> None:
+    """Trace one step; raises InputError for options that the sampler does not take."""
+    given = self.templates(1, 1)
+    generate = functools.partial(self._generate, batch=1, nfe=1)
+    shape = jax.ShapeDtypeStruct((1, given.lengths[0]), np.int32)
+    jax.eval_shape(generate, *self._networks(), jax.random.key(0), shape)
+
+  def draw(self, nfe: int, samples: int, batch: int, seed: int) -> tuple[np.ndarray, float]:
+    """Return int32 [samples, longest bucket], and the seconds that they took without compilation.
+
+    A batch holds one bucket; rows that fill up a bucket's last batch cost time, too.
+    """
+    given, networks = self.templates(samples, batch), self._networks()
+    compiled = {
+      length: self._compile(
+        networks, jax.ShapeDtypeStruct((batch, length), np.int32), batch=batch, nfe=nfe
+      )
+      for length in given.lengths
+    }
+    rng = jax.random.fold_in(jax.random.key(seed), nfe)
+    start = time.perf_counter()
+
+    def run(number, prompt_BL):
+      key = jax.random.fold_in(rng, number)
+      return compiled[prompt_BL.shape[1]](*networks, key, prompt_BL)
+
+    tokens_NL = given.draw(run)
+    return tokens_NL, time.perf_counter() - start
