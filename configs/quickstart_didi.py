@@ -24,7 +24,7 @@ def get_config():
   c.optim.lr = 4e-5
   c.optim.schedule = "constant"
   c.optim.discriminator.lr = 2e-4
-  c.train.steps = 100
+  c.train.steps = 60
   c.train.checkpoint_every = 20
   c.evaluate.every = 20
   return c

@@ -154,6 +154,17 @@ def shipped(path: str) -> str:
   return str(assets.path(path.removeprefix("shipped:")))
 
 
+def vocabulary(config: ConfigDict) -> int:
+  """Return the tokens of a config's data without the mask: as prepared, else as the config says."""
+  if config.data.directory and pathlib.Path(config.data.directory).exists():
+    return builder.open_dataset(config.data.directory).info.vocab_size
+  if config.model.vocab_size:
+    return config.model.vocab_size - (config.model.name == "dit")
+  if config.data.tokenizer.startswith("bpe:"):
+    return int(config.data.tokenizer[4:])
+  return tokenizers.load(shipped(config.data.tokenizer)).vocab_size
+
+
 def make_model(config: ConfigDict, vocab_size: int) -> models.DiT | models.Causal:
   """Build the network; `vocab_size` is what the data needs, the mask not included."""
   options = config.model.to_dict()

@@ -47,6 +47,8 @@ def _tiny(name):
     small["objective.chunk"] = 4
   if config.objective.get("warmup"):
     small["objective.warmup"] = 1
+  if config.objective.get("group_size"):
+    small["objective.group_size"] = 2  # a micro-batch holds whole groups
   if config.objective.get("trained_layers"):
     small["objective.trained_layers"] = 1
   if config.objective.get("curriculum_end"):

@@ -38,7 +38,7 @@ FLOORS = {
   "pipeline": 6,
   "dry_run": 6,
   "report": 6,
-  "bench": 7,
+  "bench": 8,
   "training": 7,
   "quickstart": 8,
   "cli": 9,

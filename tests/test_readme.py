@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the README tells people to type works: Python blocks run, commands parse, links exist."""
+"""What README and docs tell people to type works: Python runs, commands parse, links exist."""
 
 import pathlib
 import re
@@ -19,8 +19,10 @@ def blocks(language):
 
 
 def commands():
-  """Return every dlm-jax command line, continuation lines joined."""
-  lines = "\n".join(blocks("sh")).replace("\\\n", " ").splitlines()
+  """Return every dlm-jax command line of README and docs, continuation lines joined."""
+  pages = [page.read_text(encoding="utf-8") for page in sorted((ROOT / "docs").glob("*.md"))]
+  found = re.findall(r"```(?:sh|bash)\n(.*?)```", "\n".join([README, *pages]), flags=re.DOTALL)
+  lines = "\n".join(found).replace("\\\n", " ").splitlines()
   lines = [line.split(" && ")[-1].split("#")[0].strip() for line in lines]
   return [line for line in lines if line.startswith("dlm-jax ")]
 

@@ -15,6 +15,7 @@ VERBS = {
   "sample": "print samples of a trained model",
   "evaluate": "likelihood, GenPPL and entropy of a model",
   "frontier": "quality against network evaluations, for several models",
+  "bench": "speed beside the limits of this machine",
   "convert": "between training runs and the Hugging Face layout",
 }
 

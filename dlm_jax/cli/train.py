@@ -5,7 +5,6 @@ import pathlib
 
 from dlm_jax import experiment, mesh, training
 from dlm_jax.cli import flags
-from dlm_jax.data import builder, tokenizers
 
 
 def main(argv: list[str]) -> None:
@@ -35,7 +34,7 @@ dlm-jax train --config=owt_teacher --dry_run
   if namespace.dry_run:
     from dlm_jax import dry_run
 
-    print(dry_run.describe(config, vocab_size=_vocab_size(config)))
+    print(dry_run.describe(config, vocab_size=experiment.vocabulary(config)))
     return
   if not namespace.workdir:
     parser.error("--workdir is required")
@@ -46,14 +45,3 @@ dlm-jax train --config=owt_teacher --dry_run
   else:
     kept = where / "best" if (where / "best").exists() else where / "final"
     print(f"{result.reason} at step {result.step}; the network is in {kept}")
-
-
-def _vocab_size(config) -> int:
-  """Return the data's vocabulary if it is prepared, else what the config says."""
-  if config.data.directory and pathlib.Path(config.data.directory).exists():
-    return builder.open_dataset(config.data.directory).info.vocab_size
-  if config.model.vocab_size:
-    return config.model.vocab_size - (config.model.name == "dit")
-  if config.data.tokenizer.startswith("bpe:"):
-    return int(config.data.tokenizer[4:])
-  return tokenizers.load(experiment.shipped(config.data.tokenizer)).vocab_size

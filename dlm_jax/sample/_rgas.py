@@ -62,7 +62,11 @@ def run(
     frozen_BL: positions that never change.
     steps: K grid steps, one evaluation of the denoiser each; see `cost` for the discriminator's.
     critic: `models.Critic`: logits of real text, in two parts, `embedded` and `body`.
-    h: tilt at the first and the last tilted step, linear between; zeros do not tilt.
+    h: tilt at the first and the last tilted step, linear between; zeros do not tilt. The default
+      is the published one. How strong it is depends on how sure the discriminator is: look at the
+      entropy. On the 3 M student of `dlm-jax quickstart`, 8 steps gave GenPPL / entropy 259 / 4.33
+      without, 167 / 4.04 with h = 5 in all steps, and 19 / 2.32, a few repeated tokens, with the
+      default (64 samples; held-out text 14.5 / 4.08).
     candidates: M of the re-ranked steps; 1 does not re-rank.
     ratio: share of the steps, the last ones, that re-rank.
     reward: "sum" of logits over masked positions, nearly an argmax; their "mean": every logit

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
+from tiny_runs import quick  # noqa: F401
 
 from dlm_jax.models import Denoiser, DiT, DiTConfig
 from dlm_jax.models.dit import TimeEmbedding
@@ -249,9 +250,9 @@ _plain = functools.cache(lambda: _value_and_grad(*_tiny()))
 @pytest.mark.parametrize(
   "policy",
   [
-    {"unroll": 3, "embedding_gradient": "scatter"},
+    pytest.param({"unroll": 3, "embedding_gradient": "scatter"}, marks=pytest.mark.slow),
     {"remat": "full", "embedding_gradient": "segment"},
-    {"remat": "dots", "unroll": 2},
+    pytest.param({"remat": "dots", "unroll": 2}, marks=pytest.mark.slow),
   ],
   ids=str,
 )

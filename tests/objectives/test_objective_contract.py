@@ -13,6 +13,7 @@ import numpy as np
 import optax
 import pytest
 import tiny
+from tiny_runs import quick  # noqa: F401
 
 from dlm_jax import mesh as meshes
 from dlm_jax import objectives
@@ -185,7 +186,9 @@ def test_jit_changes_nothing(name):
   _close(jax.device_get(state), _run(name)[0][1])
 
 
-@every_method
+@pytest.mark.parametrize(
+  "name", [n if n in ("didi_instruct", "idlm") else pytest.param(n, marks=SLOW) for n in NAMES]
+)
 def test_a_scan_is_the_loop(name):
   batches = [_batches(name, step) for step in range(3)]
   stacked = jax.tree.map(lambda *x: jnp.stack(x), *batches)

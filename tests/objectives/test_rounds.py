@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from tiny_runs import quick  # noqa: F401
 
 from dlm_jax.objectives import dcd, sdtt
 
@@ -33,6 +34,7 @@ def test_the_raw_student_becomes_the_teacher(method):
   assert not tiny.equal(teachers[3], states[2].ema["student"])
 
 
+@pytest.mark.slow  # shorter in the contract tests
 @every_method
 def test_micro_batches_change_nothing(method):
   """Even though, with masks, they hold different numbers of scored positions."""

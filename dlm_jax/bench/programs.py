@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is timed: trunk, attention, sampling, training and the loader; each a list of rows."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dlm_jax import experiment, mesh, models, sample, training
+from dlm_jax.bench import limits, measure
+from dlm_jax.bench.limits import Limits
+from dlm_jax.data import loader
+from dlm_jax.errors import InputError
+from dlm_jax.models import attention
+from dlm_jax.train import loop
+
+# What one step of a method must at least do with the network: forward and backward passes.
+PASSES = {
+  "ar": (1, 1),
+  "mdlm": (1, 1),
+  "sedd": (1, 1),
+  "duo": (1, 1),
+  "idlm": (5, 2),  # student 2 + 1, teacher 1, fake 2 + 1; Algorithm 1 of arXiv 2602.19066
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+  """One timed program.
+
+  Attributes:
+    name: what ran.
+    batch: sequences.
+    timing: of one call.
+    rate: tokens per second; of attention and trunk: operations per second.
+    unit: of the rate.
+    limit: what `ratio` compares with.
+    ratio: measured over limit: of rates (at most 1) or of times (at least 1), see `limit`.
+  """
+
+  name: str
+  batch: int
+  timing: measure.Timing
+  rate: float
+  unit: str
+  limit: str = ""
+  ratio: float | None = None
+
+
+def bench_trunk(
+  config: Any, vocab_size: int, batches: Sequence[int], ceiling: Limits, repeats: int
+) -> list[Row]:
+  """Time the trunk's forward pass; its rate against the machine's matrix products."""
+  denoiser, _ = _denoiser(config, vocab_size)
+  rows = []
+  for batch in batches:
+    timing = _trunk(denoiser, batch, repeats)
+    count = limits.trunk_operations(denoiser.model.config, batch)
+    rows.append(_products("trunk forward", batch, timing, count, ceiling))
+  return rows
+
+
+def bench_attention(
+  config: Any, vocab_size: int, batches: Sequence[int], ceiling: Limits, repeats: int
+) -> list[Row]:
+  """Time attention, forward and with its gradient, on every back end of this platform."""
+  cfg = experiment.make_model(config, vocab_size).config
+  backends = {"xla", attention.choose("auto", jnp.dtype(cfg.dtype), cfg.length)}
+  rows = []
+  for batch in batches:
+    shape = (3, batch, cfg.length, cfg.heads, cfg.dim // cfg.heads)
+    q, k, v = jax.random.normal(jax.random.key(0), shape, jnp.dtype(cfg.dtype))
+    count = limits.attention_operations(*shape[1:])
+    for backend in sorted(backends):
+      run = functools.partial(attention.attend, implementation=backend)
+      total = lambda q, k, v, run=run: run(q, k, v).astype(jnp.float32).sum()  # noqa: E731
+      whole = jax.grad(total, argnums=(0, 1, 2))
+      for name, program, factor in (("forward", run, 1.0), ("with gradient", whole, 3.5)):
+        timing = measure.timed(program, q, k, v, repeats=repeats)
+        title = f"attention {name}, {backend}"
+        rows.append(_products(title, batch, timing, factor * count, ceiling))
+  return rows
+
+
+def bench_sample(
+  config: Any, vocab_size: int, batches: Sequence[int], ceiling: Limits, repeats: int, *,
+  steps: int = 16, options: dict[str, Any] | None = None,
+) -> list[Row]:  # fmt: skip
+  """Time whole samples in one compiled call, over all devices, against so many trunk forwards."""
+  del ceiling
+  options = dict(options or {})
+  denoiser, proc = _denoiser(config, vocab_size)
+  if proc is None:
+    raise InputError("model.name='causal' is not sampled; choose the config of a denoiser.")
+  devices = mesh.make(**config.mesh.to_dict())
+  name = f"{options.get('sampler', 'ancestral')} sampling, {steps} steps"
+  rows = []
+  for batch in batches:
+    mesh.check_batch(devices, batch)
+    length = denoiser.model.config.length
+
+    def run(denoiser, rng, batch=batch, length=length):
+      return sample.generate(
+        denoiser, proc, rng, batch=batch, length=length, steps=steps, **options
+      )
+
+    arguments = jax.device_put((denoiser, jax.random.key(1)), mesh.replicated(devices))
+    timing = measure.timed(
+      run, *arguments, repeats=repeats, out_shardings=mesh.batch_sharding(devices)
+    )
+    trunk = _trunk(arguments[0], batch, repeats, devices)
+    limit, ratio = f"{steps} trunk forwards", timing.seconds / (steps * trunk.seconds)
+    rate = batch * length / timing.seconds
+    row = Row(
+      name=name, batch=batch, timing=timing, rate=rate, unit="token/s", limit=limit, ratio=ratio
+    )
+    rows.append(row)
+  return rows
+
+
+def bench_train(
+  config: Any, vocab_size: int, batches: Sequence[int], ceiling: Limits, repeats: int
+) -> list[Row]:
+  """Time a config's training step: whole, and against the passes that the method must do.
+
+  Model FLOPs utilisation counts forward and backward passes of `PASSES`, a backward as two
+  forwards, nothing recomputed. For methods of several networks there is a second row: the time over
+  that of their passes alone, each measured here.
+  """
+  rows = []
+  for batch in batches:
+    config = config.copy_and_resolve_references()
+    config.unlock()
+    config.loader.batch_size = batch
+    built = experiment.build(config.lock(), vocab_size)
+    timing = _step(built, batch, repeats)
+    cfg, name = built.model.config, config.objective.name
+    tokens = batch * cfg.length * built.objective.batches
+    row = functools.partial(
+      Row, batch=batch, timing=timing, rate=tokens / timing.seconds, unit="token/s"
+    )
+    if name not in PASSES or not isinstance(built.model, models.DiT):
+      rows.append(row(name=f"{name} step"))
+      continue
+    forwards, backwards = PASSES[name]
+    count = (forwards + 2 * backwards) * limits.forward_operations(cfg, batch)
+    used = count / timing.seconds / ceiling.matmul / built.mesh.size
+    rows.append(row(name=f"{name} step", limit="matmul rate (MFU)", ratio=used))
+    if (forwards, backwards) != (1, 1):
+      forward, both = _passes(built.model, batch, repeats)
+      needed = forwards * forward.seconds + backwards * (both.seconds - forward.seconds)
+      limit = f"{forwards} forwards + {backwards} backwards"
+      rows.append(row(name=f"{name} step", limit=limit, ratio=timing.seconds / needed))
+  return rows
+
+
+def bench_loader(
+  config: Any, vocab_size: int, batches: Sequence[int], ceiling: Limits, repeats: int
+) -> list[Row]:
+  """Time batches of a prepared dataset, read for the first time, on the host."""
+  del vocab_size, ceiling
+  training.open_data(config)
+  rows = []
+  for batch in batches:
+    stream = loader.make(config.data.directory, "train", batch_size=batch, seed=config.seed)
+    timing = measure.repeat(lambda stream=stream: next(stream), repeats, None, 0.0)
+    rate = batch * config.data.length / timing.seconds
+    rows.append(Row(name="loader", batch=batch, timing=timing, rate=rate, unit="token/s"))
+  return rows
+
+
+BENCHES: dict[str, Callable[..., list[Row]]] = {
+  "trunk": bench_trunk,
+  "attention": bench_attention,
+  "sample": bench_sample,
+  "train": bench_train,
+  "loader": bench_loader,
+}
+
+
+def _products(name, batch, timing, count, ceiling):
+  """Return a row that compares operations per second with the machine's matrix products."""
+  rate = count / timing.seconds
+  return Row(
+    name=name, batch=batch, timing=timing, rate=rate, unit="FLOP/s", limit="matmul rate",
+    ratio=rate / ceiling.matmul,
+  )  # fmt: skip
+
+
+def _denoiser(config, vocab_size):
+  """Return a network with random parameters, cast as for sampling, and its process."""
+  model = experiment.make_model(config, vocab_size)
+  proc = experiment.make_process(config, model)
+  inputs = experiment.model_inputs(model)
+  params = jax.jit(lambda rng: model.init(rng, *inputs)["params"])(jax.random.key(0))
+  # A head of zeros makes every prediction uniform: draws and truncation would be timed on ties.
+  params = jax.tree.map(
+    lambda x: x if x.any() else 0.02 * jax.random.normal(jax.random.key(2), x.shape), params
+  )
+  return models.Denoiser(model, params).cast(jnp.dtype(model.config.dtype)), proc
+
+
+def _tokens(cfg, batch, *leading):
+  return jax.random.randint(jax.random.key(3), (*leading, batch, cfg.length), 0, cfg.vocab_size - 1)
+
+
+def _trunk(denoiser, batch, repeats, devices=None):
+  if not isinstance(denoiser.model, models.DiT):
+    raise InputError("model.name='causal' has no denoiser's trunk; choose another config.")
+  tokens_BL, sigma_B = _tokens(denoiser.model.config, batch), jnp.ones(batch)
+  if devices is not None:
+    rows = mesh.batch_sharding(devices)
+    tokens_BL, sigma_B = jax.device_put(tokens_BL, rows), jax.device_put(sigma_B, rows)
+  run = lambda denoiser, tokens_BL, sigma_B: denoiser.trunk(tokens_BL, sigma_B)  # noqa: E731
+  return measure.timed(run, denoiser, tokens_BL, sigma_B, repeats=repeats)
+
+
+def _step(built, batch, repeats):
+  """Time a training step; the state is donated and carried on."""
+  model, objective = built.model, built.objective
+  params = jax.jit(lambda rng: model.init(rng, *experiment.model_inputs(model))["params"])
+  teacher = params(jax.random.key(0)) if "teacher" in built.shapes.trees else None
+  initialise = jax.jit(objective.init, out_shardings=built.shardings)
+  state = initialise(jax.random.key(0), teacher)
+  del teacher
+  # The mask, if there is one, is the last id: data has none.
+  tokens_UBL = _tokens(model.config, batch, objective.batches)
+  tokens_UBL = jax.device_put(tokens_UBL, mesh.batch_sharding(built.mesh, leading=1))
+  step = loop.jit_step(objective, built.mesh, built.shardings, 0)
+  program, seconds = measure.compiled(step, state, tokens_UBL)
+  held = [state]
+  del state
+
+  def call():
+    held[0], metrics = program(held[0], tokens_UBL)
+    return metrics
+
+  return measure.repeat(call, repeats, measure.memory(program), seconds)
+
+
+def _passes(model, batch, repeats):
+  """Time a forward pass, and a forward and backward pass, of the plainest loss on one device."""
+  params = jax.jit(lambda rng: model.init(rng, *experiment.model_inputs(model))["params"])
+  tokens_BL, sigma_B = _tokens(model.config, batch), jnp.ones(batch)
+
+  def loss(params, tokens_BL, sigma_B):
+    logits_BLV = model.apply({"params": params}, tokens_BL, sigma_B)
+    one_hot_BLV = jax.nn.one_hot(tokens_BL, logits_BLV.shape[-1])
+    top_BL = jax.nn.logsumexp(logits_BLV, -1)
+    return jnp.mean(top_BL - jnp.sum(one_hot_BLV * logits_BLV, -1))
+
+  arguments = (params(jax.random.key(0)), tokens_BL, sigma_B)
+  forward = measure.timed(loss, *arguments, repeats=repeats)
+  return forward, measure.timed(jax.value_and_grad(loss), *arguments, repeats=repeats)
