@@ -74,7 +74,7 @@ class Revealer:
       uniform_BK2 = jnp.take_along_axis(draws_BL2, position_BK[..., None], axis=1)
       return self.tokens(log_x0_BKV, uniform_BK2).astype(x_BL.dtype)
 
-    return _fill_due(x_BL, hidden_BLD, due_BL, predict, self.capacity)
+    return fill_due(x_BL, hidden_BLD, due_BL, predict, self.capacity)
 
   def predict(
     self, hidden_BKD: Float[Array, "B K D"], sigma_B: Float[Array, "B"]
@@ -97,8 +97,20 @@ def capacity_for(mean: float, length: int) -> int:
   return min(length, 8 * math.ceil((mean + 4 * math.sqrt(mean)) / 8))
 
 
-def _fill_due(x_BL, hidden_BLD, due_BL, predict, capacity: int) -> Int[Array, "B L"]:
-  """Set the due positions, `capacity` per row at a time; almost always one turn."""
+def fill_due(
+  x_BL: Int[Array, "B L"], hidden_BLD: Float[Array, "B L D"], due_BL: Bool[Array, "B L"],
+  predict: Callable, capacity: int,
+) -> Int[Array, "B L"]:  # fmt: skip
+  """Set the due positions, `capacity` per row at a time, in as many turns as the fullest row needs.
+
+  Args:
+    x_BL: state.
+    hidden_BLD: of the trunk.
+    due_BL: positions to set.
+    predict: (hidden_BKD, position_BK) -> tokens [B, K]; whatever it gives where nothing is due is
+      dropped.
+    capacity: K.
+  """
   length = x_BL.shape[1]
 
   def some_left(carry):

@@ -8,9 +8,13 @@ p of the clean token, and the uniform law. With pₓ = p(x) and D = V αₜ pₓ
   p        [αₛ − αₜ] / D
   uniform  [(αₛ − αₜ)(1 − αₛ)/αₛ] / D
 
-So a step draws which law, by one uniform, and then the token, exactly. It reads the logits once
-and never forms a posterior over the vocabulary.
+So a step draws which law, by one uniform u, and then the token, exactly, and never forms a
+posterior over the vocabulary. The first share grows with pₓ: where u is below its value at pₓ = 0,
+the token stays whatever the network says. The vocabulary head runs on the other positions only,
+gathered: on a grid of 16 uniform steps 42 % of them on average, less with more steps.
 """
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +24,7 @@ from dlm_jax import draw
 from dlm_jax.arrays import RngKey, Scalar
 from dlm_jax.process import Uniform
 from dlm_jax.sample import _ancestral, grids
+from dlm_jax.sample._reveal import fill_due
 
 _TINY = 1e-30  # in place of 1 − α where float32 rounds it to 0
 
@@ -51,25 +56,39 @@ def mixture(
   return keep_L, predict_L
 
 
+class Draws(NamedTuple):
+  """Random numbers of one step of one sequence.
+
+  Attributes:
+    which: uniform that chooses the law.
+    token: uniforms of a draw from the prediction.
+    noise: uniform tokens.
+  """
+
+  which: Float[Array, "L"]
+  token: Float[Array, "L 2"]
+  noise: Int[Array, "L"]
+
+
+def draws(process: Uniform, rng: RngKey, length: int) -> Draws:
+  """Return the numbers that a step needs, for all positions."""
+  rng_which, rng_token, rng_noise = jax.random.split(rng, 3)
+  which_L = jax.random.uniform(rng_which, (length,))
+  token_L2 = draw.uniforms(rng_token, (length,))
+  return Draws(which_L, token_L2, process.prior(rng_noise, length))
+
+
 def redraw(
-  process: Uniform,
-  rng: RngKey,
-  weights_LV: Float[Array, "L V"],
-  x_L: Int[Array, "L"],
-  alpha_s: Scalar,
-  alpha_t: Scalar,
-  kappa: Scalar,
-) -> Int[Array, "L"]:
-  """Draw xₛ; the weights are those of the clean token and need not be normalised."""
-  rng_which, rng_token, rng_uniform = jax.random.split(rng, 3)
-  at_x_L1 = jnp.take_along_axis(weights_LV, x_L[:, None], axis=-1)
-  p_at_x_L = at_x_L1[:, 0] / jnp.sum(weights_LV, axis=-1)
-  keep_L, predict_L = mixture(process.vocab_size, p_at_x_L, alpha_s, alpha_t, kappa)
-  which_L = jax.random.uniform(rng_which, x_L.shape)
-  predicted_L = draw.categorical(weights_LV, draw.uniforms(rng_token, x_L.shape))
-  noise_L = process.prior(rng_uniform, x_L.shape[0])
-  moved_L = jnp.where(which_L < keep_L + predict_L, predicted_L, noise_L)
-  return jnp.where(which_L < keep_L, x_L, moved_L).astype(x_L.dtype)
+  process: Uniform, given: Draws, weights_KV: Float[Array, "K V"], x_K: Int[Array, "K"],
+  alpha_s: Scalar, alpha_t: Scalar, kappa: Scalar,
+) -> Int[Array, "K"]:  # fmt: skip
+  """Draw xₛ at any positions; the weights are the clean token's and need not be normalised."""
+  at_x_K1 = jnp.take_along_axis(weights_KV, x_K[:, None], axis=-1)
+  p_at_x_K = at_x_K1[:, 0] / jnp.sum(weights_KV, axis=-1)
+  keep_K, predict_K = mixture(process.vocab_size, p_at_x_K, alpha_s, alpha_t, kappa)
+  predicted_K = draw.categorical(weights_KV, given.token)
+  moved_K = jnp.where(given.which < keep_K + predict_K, predicted_K, given.noise)
+  return jnp.where(given.which < keep_K, x_K, moved_K).astype(x_K.dtype)
 
 
 def walk(
@@ -91,25 +110,42 @@ def walk(
   alpha_K = jnp.append(process.schedule.alpha(t_K), 1.0)
   kappa_K = jnp.append(kappa_K, 1.0)
 
-  def log_x0(x_BL, t):
+  length = x_BL.shape[1]
+  capacity = min(length, 8 * -(-length // 64))  # an eighth of the positions per turn
+
+  def settle(x_BL, due_BL, t, tokens):
+    """Set due positions to tokens(log_x0_BKV, gather), `gather` taking what belongs to them."""
     sigma_B = jnp.broadcast_to(process.schedule.sigma(t), x_BL.shape[:1])
-    return jax.vmap(process.log_x0)(denoiser(x_BL, sigma_B), x_BL)
+
+    def predict(hidden_BKD, position_BK):
+      def gather(array):
+        index = position_BK.reshape(*position_BK.shape, *[1] * (array.ndim - 2))
+        return jnp.take_along_axis(array, index, axis=1)
+
+      logits_BKV = denoiser.head(hidden_BKD, sigma_B)
+      return tokens(jax.vmap(process.log_x0)(logits_BKV, gather(x_BL)), gather)
+
+    return fill_due(x_BL, denoiser.trunk(x_BL, sigma_B), due_BL, predict, capacity)
 
   def step(x_BL, inputs):
     k, t, alpha_t, alpha_s, kappa = inputs
-    weights_BLV = draw.sharpen(log_x0(x_BL, t), temperature, nucleus)
-    one = lambda rng, weights_LV, x_L: redraw(  # noqa: E731
-      process, jax.random.fold_in(rng, k), weights_LV, x_L, alpha_s, alpha_t, kappa
-    )
-    x_BL = jnp.where(frozen_BL, x_BL, jax.vmap(one)(rng_B, weights_BLV, x_BL))
+    given = jax.vmap(lambda rng: draws(process, jax.random.fold_in(rng, k), length))(rng_B)
+    (least,), _ = mixture(process.vocab_size, jnp.zeros(1), alpha_s, alpha_t, kappa)
+
+    def tokens(log_x0_BKV, gather):
+      weights_BKV = draw.sharpen(log_x0_BKV, temperature, nucleus)
+      one = lambda *row: redraw(process, *row, alpha_s, alpha_t, kappa)  # noqa: E731
+      return jax.vmap(one)(jax.tree.map(gather, given), weights_BKV, gather(x_BL))
+
+    x_BL = settle(x_BL, ~frozen_BL & (given.which >= least), t, tokens)
     return x_BL, x_BL
 
   of_step = (t_K[:count], alpha_K[:count], alpha_K[1 : count + 1], kappa_K[:count])
   x_BL, trace_KBL = jax.lax.scan(step, x_BL, (jnp.arange(count), *of_step))
   if noise_removal != "greedy":
     return trace_KBL
-  best_BL = jnp.argmax(log_x0(x_BL, t_K[-1]), axis=-1).astype(x_BL.dtype)
-  return jnp.concatenate([trace_KBL, jnp.where(frozen_BL, x_BL, best_BL)[None]])
+  best = lambda log_x0_BKV, _: jnp.argmax(log_x0_BKV, axis=-1).astype(x_BL.dtype)  # noqa: E731
+  return jnp.concatenate([trace_KBL, settle(x_BL, ~frozen_BL, t_K[-1], best)[None]])
 
 
 def run(
@@ -128,7 +164,7 @@ def run(
   """Return the states after every step; the last one is the sample.
 
   Args:
-    denoiser: called with (tokens, sigma_B).
+    denoiser: has `trunk` and `head`.
     process: uniform.
     rng_B: one key per sequence.
     x_BL: initial state: uniform tokens, and given tokens where frozen.

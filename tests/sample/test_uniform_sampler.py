@@ -89,7 +89,7 @@ def test_redraw_at_a_large_vocabulary():
   @jax.jit
   def some(key):
     one = lambda key: _uniform.redraw(  # noqa: E731
-      proc, key, weights_V[None], jnp.array([x]), alpha_s, alpha_t, kappa
+      proc, _uniform.draws(proc, key, 1), weights_V[None], jnp.array([x]), alpha_s, alpha_t, kappa
     )[0]
     return jax.vmap(one)(jax.random.split(key, chunk))
 
