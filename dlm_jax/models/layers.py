@@ -35,20 +35,24 @@ class Network(nn.Module):
     return nn.get_partition_spec(boxed)["params"]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def matmul(
-  x: Float[Array, "*batch D"], kernel: Float[Array, "D F"], dtype: DTypeLike
-) -> Float[Array, "*batch F"]:
-  """Multiply in `dtype`, accumulate and return float32.
+  x: Float[Array, "*batch D"], kernel: Float[Array, "D F"], dtype: DTypeLike,
+  out_dtype: DTypeLike = jnp.float32,
+) -> Float[Array, "*batch F"]:  # fmt: skip
+  """Multiply in `dtype`, accumulate in float32, return `out_dtype`.
+
+  On a GPU a product that returns bfloat16 writes half the bytes: of the trunk of 170 M parameters,
+  64 × 1024 tokens on one H200, products took 13.9 ms in place of 15.6.
 
   The custom backward pass computes the kernel's gradient as xᵀ g. JAX's own rule computes gᵀ x and
   transposes; XLA's CPU backend then materialises g transposed in a fused strided loop, which made
   an MLP's backward pass 6 times its forward (68 against 27 ms for 16 × 128 tokens, 192 → 768 → 192,
-  two cores). It also keeps the weight gradient in float32 when `dtype` is bfloat16.
+  two cores). The kernel's gradient is float32 whatever `dtype`; that of x has passed through it.
   """
   return jnp.dot(
     x.astype(dtype), kernel.astype(dtype), precision=_precision(dtype),
-    preferred_element_type=jnp.float32,
+    preferred_element_type=jnp.dtype(out_dtype),
   )  # fmt: skip
 
 
@@ -57,27 +61,50 @@ def _precision(dtype):
   return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
 
-def _matmul_forward(x, kernel, dtype):
-  return matmul(x, kernel, dtype), (x.astype(dtype), kernel, jnp.zeros((), x.dtype))
+def _matmul_forward(x, kernel, dtype, out_dtype):
+  return matmul(x, kernel, dtype, out_dtype), (x.astype(dtype), kernel, jnp.zeros((), x.dtype))
 
 
-def _matmul_backward(dtype, residual, g):
+def _matmul_backward(dtype, out_dtype, residual, g):
+  del out_dtype
   x, kernel, like_x = residual
   g = g.astype(dtype)
   batch = tuple(range(x.ndim - 1))
-  dot = functools.partial(
-    jax.lax.dot_general, precision=_precision(dtype), preferred_element_type=jnp.float32
+  dot = functools.partial(jax.lax.dot_general, precision=_precision(dtype))
+  grad_x = dot(
+    g, kernel.astype(dtype), (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=dtype
   )
-  grad_x = dot(g, kernel.astype(dtype), (((x.ndim - 1,), (1,)), ((), ())))
-  grad_kernel = dot(x, g, ((batch, batch), ((), ())))
+  grad_kernel = dot(x, g, ((batch, batch), ((), ())), preferred_element_type=jnp.float32)
   return grad_x.astype(like_x.dtype), grad_kernel.astype(kernel.dtype)
 
 
 matmul.defvjp(_matmul_forward, _matmul_backward)
 
+_WIDE = 1024  # from here on a width that is no multiple of _TILE is padded on a GPU
+_TILE = 128
+
+
+def padded(width: int, dtype: DTypeLike) -> int:
+  """Return the width that a product with so many columns, or terms, should have.
+
+  Tensor cores want rows of 16-byte multiples. A vocabulary of 50,258 has none, and XLA then falls
+  back to kernels two to three times slower (the head of 32 × 1024 tokens on one H200: 9.5 ms, 3.6
+  by arithmetic). In other types, and on other platforms, nothing is padded.
+  """
+  aligned = width % 8 == 0 or width < _WIDE
+  if aligned or jnp.dtype(dtype).itemsize != 2 or jax.default_backend() != "gpu":
+    return width
+  return -(-width // _TILE) * _TILE
+
+
+def _pad(x, axis, width):
+  widths = [(0, 0)] * x.ndim
+  widths[axis] = (0, width - x.shape[axis])
+  return jnp.pad(x, widths) if widths[axis][1] else x
+
 
 class Linear(nn.Module):
-  """Multiply by a matrix in `dtype`, accumulate in float32, return `out_dtype`."""
+  """Multiply by a matrix in `dtype`, accumulate in float32, add a bias, return `out_dtype`."""
 
   features: int
   axes: tuple[str | None, str | None]
@@ -91,13 +118,15 @@ class Linear(nn.Module):
     init = nn.initializers.zeros if self.zeros else fan_in_uniform
     shape = (x.shape[-1], self.features)
     kernel = self.param("kernel", nn.with_logical_partitioning(init, self.axes), shape)
-    out_dtype = self.out_dtype or self.dtype
-    y = matmul(x, kernel, jnp.dtype(self.dtype))
+    dtype, out_dtype = jnp.dtype(self.dtype), jnp.dtype(self.out_dtype or self.dtype)
+    width = padded(self.features, dtype)
+    y = matmul(x, _pad(kernel, 1, width), dtype, out_dtype)
     if self.use_bias:
       zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[1:])
-      bias = self.param("bias", zeros, (self.features,))
-      y += bias.reshape((1,) * (y.ndim - 1) + (-1,))
-    return y.astype(out_dtype)
+      bias = self.param("bias", zeros, (self.features,)).astype(out_dtype)
+      # In the product's type: a GPU can then add it, and apply a GELU, before writing the product.
+      y += _pad(bias, 0, width).reshape((1,) * (y.ndim - 1) + (-1,))
+    return y[..., : self.features]
 
 
 class LayerNorm(nn.Module):
@@ -187,7 +216,8 @@ class Embedding(nn.Module):
     if jnp.issubdtype(tokens.dtype, jnp.integer):
       return lookup(self.embedding, tokens, self.gradient)
     mix = jax.nn.softmax(tokens.astype(jnp.float32), axis=-1)
-    return matmul(mix, self.embedding, jnp.dtype(self.dtype))
+    width = padded(self.vocab_size, self.dtype)
+    return matmul(_pad(mix, -1, width), _pad(self.embedding, 0, width), jnp.dtype(self.dtype))
 
   def attend(self, hidden: Float[Array, "B L D"], dtype) -> Float[Array, "B L V"]:
     """Return float32 logits of a head that shares the table."""

@@ -3,13 +3,15 @@
 
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from dlm_jax.models.layers import LayerNorm, Linear, dropout, lookup, matmul
+from dlm_jax.models import layers
+from dlm_jax.models.layers import Embedding, LayerNorm, Linear, dropout, lookup, matmul
 
 MODES = ("scatter", "matmul", "segment")
 IDS = jnp.asarray([[4, 0, 4, 4], [1, 4, 6, 0]], jnp.int32)  # 4 is the crowded row, 2 is empty
@@ -94,6 +96,64 @@ def test_matmul_dtypes(x_dtype):
   wanted = round_(x).T @ round_(cotangent)
   np.testing.assert_allclose(grad_kernel, wanted, rtol=1e-5, atol=1e-5)
   assert np.any(np.asarray(grad_kernel) != round_(grad_kernel))  # not rounded on the way out
+
+
+def test_narrow_products_are_rounded_once():
+  """A product that returns bfloat16 accumulates in float32 all the same."""
+  x, kernel, _ = _operands(64)
+  narrow = matmul(100 * x, kernel, jnp.bfloat16, jnp.bfloat16)
+  wide = matmul(100 * x, kernel, jnp.bfloat16)
+  assert narrow.dtype == jnp.bfloat16
+  np.testing.assert_array_equal(narrow, wide.astype(jnp.bfloat16))
+
+
+def _padded_network():
+  """Return value and gradients of soft tokens through a table, and of a wide layer's columns."""
+  rng = np.random.default_rng(4)
+  tokens, hidden = (jnp.asarray(rng.normal(size=(2, 3, n)), jnp.float32) for n in (11, 5))
+  table, head = Embedding(11, 5, dtype=jnp.float32), Linear(11, (None, None), use_bias=True)
+  rngs = jax.random.split(jax.random.key(0))
+  start = lambda module, rng, x: nn.meta.unbox(module.init(rng, x)["params"])  # noqa: E731
+  params = start(table, rngs[0], tokens), start(head, rngs[1], hidden)
+
+  def loss(params, tokens):
+    hidden = table.apply({"params": params[0]}, tokens)
+    logits = head.apply({"params": params[1]}, hidden)
+    assert logits.shape == (2, 3, 11)
+    return jnp.sum(jnp.sin(jax.nn.log_softmax(logits)))
+
+  return jax.value_and_grad(loss, (0, 1))(params, tokens)
+
+
+def test_padding_changes_nothing(monkeypatch):
+  plain = _padded_network()
+  seen = []
+
+  def padded(width, dtype):
+    seen.append(width)
+    return -(-width // 8) * 8
+
+  monkeypatch.setattr(layers, "padded", padded)
+  jax.tree.map(
+    functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6), _padded_network(), plain
+  )
+  assert 11 in seen
+
+
+@pytest.mark.parametrize(
+  ("platform", "width", "dtype", "wanted"),
+  [
+    ("gpu", 50_258, "bfloat16", 50_304),
+    ("gpu", 4097, "bfloat16", 4224),
+    ("gpu", 4096, "bfloat16", 4096),
+    ("gpu", 33, "bfloat16", 33),
+    ("gpu", 50_258, "float32", 50_258),
+    ("cpu", 50_258, "bfloat16", 50_258),
+  ],
+)
+def test_what_is_padded(monkeypatch, platform, width, dtype, wanted):
+  monkeypatch.setattr(jax, "default_backend", lambda: platform)
+  assert layers.padded(width, dtype) == wanted
 
 
 def test_linear_by_hand():
