@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """DiDi-Instruct student of the proteins teacher; needs runs/proteins_teacher and proteins_judge.
 
-Not run by us yet.
+Not run to its end by us: on one H100 whose half was taken it stopped for want of memory, in one
+micro-batch; now there are four.
 
 Reference: DiDi-Instruct, arXiv 2509.25035, section 4.4.
 

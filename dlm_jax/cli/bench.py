@@ -20,8 +20,6 @@ def main(argv: list[str]) -> None:
   check_counts(steps=options.steps, repeats=options.repeats)
   if not options.batch_size or min(options.batch_size) < 1:
     raise InputError("--batch_size must be positive: one number, or several as in 8,32.")
-  cpu = jax.default_backend() == "cpu"
-  options.config = options.config or ("quickstart_teacher" if cpu else "owt_teacher")
   config = flags.load_config(options)
   if config is None:
     return
@@ -88,11 +86,8 @@ dlm-jax bench train --config=owt_idlm --batch_size=8 --json=idlm.json
 """,
   )
   parser.add_argument("what", choices=sorted(programs.BENCHES), help="which programs")
-  parser.add_argument(
-    "--config", metavar="NAME_OR_FILE",
-    help="packaged experiment or a Python file; default: owt_teacher, on CPU quickstart_teacher",
-  )  # fmt: skip
-  parser.add_argument("--print_config", action="store_true", help="show all fields and stop")
+  small = jax.default_backend() == "cpu"
+  flags.add_config(parser, default="quickstart_teacher" if small else "owt_teacher")
   parser.add_argument("--batch_size", type=flags.integers, default=[32], metavar="B,B,…")
   parser.add_argument("--steps", type=int, default=16, help="of a sample")
   parser.add_argument(

@@ -89,7 +89,9 @@ class Absorbing:
     self, log_x0_LV: Float[Array, "L V"], xt_L: Int[Array, "L"], x0_L: Int[Array, "L"], t: Scalar
   ) -> Float[Array, "L"]:
     """Return the NELBO integrand −α'/(1 − α) · (−log p(x₀ | xₜ)) in nats, 0 where revealed."""
-    log_prob_L = jnp.take_along_axis(log_x0_LV, x0_L[:, None], axis=-1)[:, 0]
+    # A sum over V, not a gather: that one's gradient is a scatter into a dense array of zeros.
+    at_x0_LV = jnp.arange(self.vocab_size)[None] == x0_L[:, None]
+    log_prob_L = jnp.sum(jnp.where(at_x0_LV, log_x0_LV, 0.0), axis=-1)
     return jnp.where(xt_L == self.mask_id, -self.schedule.weight(t) * log_prob_L, 0.0)
 
   def nll_soft(
