@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DiDi-Instruct on a law small enough to enumerate: the integral KL falls; coupled times help.
+"""DiDi-Instruct on a law small enough to enumerate: the integral KL falls, coupled times or not.
 
 Three tokens that nearly always agree, from two kinds and a mask. The teacher is exact; student and
 discriminator are small Transformers, the student's trained to the teacher's predictions first.
@@ -112,10 +112,14 @@ def _distil(teacher, **options):
   return output_params(run(state, rng=jax.random.key(3))[0], objective)
 
 
-def test_the_integral_kl_falls_and_faster_with_coupled_times(teacher):
+def test_the_integral_kl_falls(teacher):
+  """With either times; which falls faster, one run cannot tell.
+
+  Runs from the seeds 3, 4 and 5 ended at 0.54, 0.55, 0.60 coupled and 0.62, 0.56, 0.47 decoupled,
+  from 0.80.
+  """
   before = _integral_kl(teacher)
   coupled = _integral_kl(_distil(teacher))
   apart = _integral_kl(_distil(teacher, coupled_time=False))
   print(f"\nintegral KL: {before:.4f} → coupled {coupled:.4f}, decoupled {apart:.4f}")
-  assert coupled < 0.8 * before
-  assert coupled < apart
+  assert max(coupled, apart) < 0.8 * before
