@@ -21,6 +21,7 @@ FLOORS = {
   "errors": 0,
   "schedules": 0,
   "draw": 0,
+  "tables": 0,
   "process": 1,
   "models": 2,
   "objectives": 3,

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from dlm_jax import models
 from dlm_jax.bench.measure import timed
+from dlm_jax.models import layers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,10 +35,7 @@ def measure(dtype: str, repeats: int = 10) -> Limits:
   size, count = (1024, 2**24) if small else (8192, 2**28)
   rng = jax.random.key(0)
   a, b = jax.random.normal(rng, (2, size, size), jnp.dtype(dtype))
-  precision = jax.lax.Precision.HIGHEST if dtype == "float32" else None
-  product = lambda a, b: jnp.dot(  # noqa: E731
-    a, b, precision=precision, preferred_element_type=jnp.float32
-  ).astype(a.dtype)
+  product = lambda a, b: layers.matmul(a, b, a.dtype, a.dtype)  # noqa: E731
   matmul = 2 * size**3 / timed(product, a, b, repeats=repeats).seconds
   x = jax.random.normal(rng, (count,))
   copy = 8 * count / timed(lambda x: x + 1.0, x, repeats=repeats).seconds

@@ -194,13 +194,17 @@ def _denoiser(config, vocab_size):
   """Return a network with random parameters, cast as for sampling, and its process."""
   model = experiment.make_model(config, vocab_size)
   proc = experiment.make_process(config, model)
-  inputs = experiment.model_inputs(model)
-  params = jax.jit(lambda rng: model.init(rng, *inputs)["params"])(jax.random.key(0))
   # A head of zeros makes every prediction uniform: draws and truncation would be timed on ties.
   params = jax.tree.map(
-    lambda x: x if x.any() else 0.02 * jax.random.normal(jax.random.key(2), x.shape), params
+    lambda x: x if x.any() else 0.02 * jax.random.normal(jax.random.key(2), x.shape),
+    _parameters(model),
   )
   return models.Denoiser(model, params).cast(jnp.dtype(model.config.dtype)), proc
+
+
+def _parameters(model):
+  inputs = experiment.model_inputs(model)
+  return jax.jit(lambda rng: model.init(rng, *inputs)["params"])(jax.random.key(0))
 
 
 def _tokens(cfg, batch, *leading):
@@ -221,8 +225,7 @@ def _trunk(denoiser, batch, repeats, devices=None):
 def _step(built, batch, repeats):
   """Time a training step; the state is donated and carried on."""
   model, objective = built.model, built.objective
-  params = jax.jit(lambda rng: model.init(rng, *experiment.model_inputs(model))["params"])
-  teacher = params(jax.random.key(0)) if "teacher" in built.shapes.trees else None
+  teacher = _parameters(model) if "teacher" in built.shapes.trees else None
   initialise = jax.jit(objective.init, out_shardings=built.shardings)
   state = initialise(jax.random.key(0), teacher)
   del teacher
@@ -243,7 +246,6 @@ def _step(built, batch, repeats):
 
 def _passes(model, batch, repeats):
   """Time a forward pass, and a forward and backward pass, of the plainest loss on one device."""
-  params = jax.jit(lambda rng: model.init(rng, *experiment.model_inputs(model))["params"])
   tokens_BL, sigma_B = _tokens(model.config, batch), jnp.ones(batch)
 
   def loss(params, tokens_BL, sigma_B):
@@ -252,6 +254,6 @@ def _passes(model, batch, repeats):
     top_BL = jax.nn.logsumexp(logits_BLV, -1)
     return jnp.mean(top_BL - jnp.sum(one_hot_BLV * logits_BLV, -1))
 
-  arguments = (params(jax.random.key(0)), tokens_BL, sigma_B)
+  arguments = (_parameters(model), tokens_BL, sigma_B)
   forward = measure.timed(loss, *arguments, repeats=repeats)
   return forward, measure.timed(jax.value_and_grad(loss), *arguments, repeats=repeats)

@@ -7,7 +7,7 @@ import pathlib
 
 import jax
 
-from dlm_jax import experiment
+from dlm_jax import experiment, tables
 from dlm_jax.bench import limits, programs
 from dlm_jax.cli import flags
 from dlm_jax.errors import InputError
@@ -38,7 +38,8 @@ def main(argv: list[str]) -> None:
     f"{options.config} on {device}, jax {jax.__version__}: {ceiling.matmul / 1e12:.3g} TFLOP/s "
     f"{config.model.dtype} products, {ceiling.copy / 1e9:.3g} GB/s copied, on one\n"
   )
-  print(table(rows))
+  header = ("program", "batch", "ms", "±", "rate", "GiB", "compared with", "ratio")
+  print(tables.markdown(header, [_cells(row) for row in rows], left=(0, 6)))
   if options.json:
     content = {
       "config": options.config, "overrides": options.overrides, "device": device,
@@ -49,21 +50,6 @@ def main(argv: list[str]) -> None:
       pathlib.Path(options.json).write_text(json.dumps(content, indent=2) + "\n")
     except OSError as error:
       raise InputError(f"{options.json} cannot be written ({error.strerror}).") from error
-
-
-def table(rows: list[programs.Row]) -> str:
-  """Return the rows as a Markdown table whose columns are also aligned as plain text."""
-  header = ("program", "batch", "ms", "±", "rate", "GiB", "compared with", "ratio")
-  cells = [header, *map(_cells, rows)]
-  widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-  left = (0, 6)
-  lines = [
-    "| " + " | ".join(c.ljust(w) if i in left else c.rjust(w)
-                      for i, (c, w) in enumerate(zip(line, widths, strict=True))) + " |"
-    for line in cells
-  ]  # fmt: skip
-  rules = ["-" * w if i in left else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
-  return "\n".join([lines[0], "| " + " | ".join(rules) + " |", *lines[1:]])
 
 
 def _cells(row: programs.Row) -> tuple[str, ...]:
@@ -90,10 +76,7 @@ dlm-jax bench train --config=owt_idlm --batch_size=8 --json=idlm.json
   flags.add_config(parser, default="quickstart_teacher" if small else "owt_teacher")
   parser.add_argument("--batch_size", type=flags.integers, default=[32], metavar="B,B,…")
   parser.add_argument("--steps", type=int, default=16, help="of a sample")
-  parser.add_argument(
-    "--option", action="append", type=flags.option, default=[], metavar="NAME=VALUE",
-    help="of the sampler, repeat for several: sampler=psi, temperature=0.9",
-  )  # fmt: skip
+  flags.add_option(parser, "sampler=psi, temperature=0.9")
   parser.add_argument("--repeats", type=int, default=10, help="of which the median counts")
   parser.add_argument("--json", default="", metavar="FILE", help="all numbers, for machines")
   return parser

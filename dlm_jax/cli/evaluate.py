@@ -35,10 +35,7 @@ dlm-jax evaluate --checkpoint=runs/novels_idlm --judge=runs/novels_judge --steps
     "--training", type=int, default=20_000,
     help="of proteins: training sequences that samples are compared with",
   )  # fmt: skip
-  parser.add_argument(
-    "--option", action="append", type=flags.option, default=[], metavar="NAME=VALUE",
-    help="of the sampler, repeat for several: sampler=rgas, temperature=0.9",
-  )  # fmt: skip
+  flags.add_option(parser, "sampler=rgas, temperature=0.9")
   parser.add_argument("--batch_size", type=int, default=32)
   parser.add_argument("--seed", type=int, default=0)
   parser.add_argument("--json", action="store_true")
@@ -93,14 +90,7 @@ def _likelihood(flags_, dataset) -> dict[str, float]:
 def _proteins(flags_) -> dict[str, Any]:
   """Draw proteins as long as the first validation records; compare them with the dataset."""
   likelihood.check_counts(samples=flags_.samples, training=flags_.training)
-  pipe = pipeline.load(flags_.checkpoint)
-  batch = min(flags_.batch_size, flags_.samples)
-  judge = evaluators.load_judge(flags_.judge, pipe.tokenizer) if flags_.judge else None
-
-  tokens_NL, _ = frontier.draw_samples(
-    pipe.sampler(flags_.data, **dict(flags_.option)), flags_.steps, flags_.samples, batch,
-    flags_.seed,
-  )  # fmt: skip
+  pipe, judge, tokens_NL = _draw(flags_, flags_.data)
 
   def texts(split):
     groups = loader.evaluation_groups(flags_.data, split, flags_.training)
@@ -122,17 +112,18 @@ def _proteins(flags_) -> dict[str, Any]:
   return {name: value for name, value in scores.items() if value is not None}
 
 
+def _draw(flags_, data: str = ""):
+  """Return the model, its judge if one is named, and samples; of proteins as long as in `data`."""
+  pipe = pipeline.load(flags_.checkpoint)
+  judge = evaluators.load_judge(flags_.judge, pipe.tokenizer) if flags_.judge else None
+  sampler, batch = pipe.sampler(data, **dict(flags_.option)), min(flags_.batch_size, flags_.samples)
+  tokens_NL, _ = frontier.draw_samples(sampler, flags_.steps, flags_.samples, batch, flags_.seed)
+  return pipe, judge, tokens_NL
+
+
 def _samples(flags_) -> dict[str, float | int]:
   likelihood.check_counts(samples=flags_.samples, batch_size=flags_.batch_size)
-  pipe = pipeline.load(flags_.checkpoint)
-  judge = evaluators.load_judge(flags_.judge, pipe.tokenizer)
-  tokens_BL, _ = frontier.draw_samples(
-    pipe.sampler(**dict(flags_.option)),
-    flags_.steps,
-    flags_.samples,
-    min(flags_.batch_size, flags_.samples),
-    flags_.seed,
-  )
+  _, judge, tokens_BL = _draw(flags_)
   quality = judge.quality(tokens_BL, batch_size=flags_.batch_size)
   if not flags_.json:
     print(f"{flags_.steps} steps: {quality}")

@@ -57,6 +57,14 @@ def add_config(parser: Parser, default: str | None = None) -> None:
   parser.add_argument("--print_config", action="store_true", help="show all fields and stop")
 
 
+def add_option(parser: Parser, examples: str) -> None:
+  """Add --option, any option of the sampler."""
+  parser.add_argument(
+    "--option", action="append", type=option, default=[], metavar="NAME=VALUE",
+    help=f"of the sampler, repeat for several: {examples}",
+  )  # fmt: skip
+
+
 def load_config(namespace: argparse.Namespace):
   """Return the locked config; None after printing it for --print_config."""
   config = experiment.load_config(namespace.config, namespace.overrides)

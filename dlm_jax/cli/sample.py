@@ -35,11 +35,7 @@ dlm-jax sample --checkpoint=data/idlm-duo --tokenizer=data/gpt2 --steps=8
   parser.add_argument(
     "--sampler", default="ancestral", help="ancestral, first_hitting, psi, analytic or rgas"
   )
-  parser.add_argument(
-    "--option", action="append", type=flags.option, default=[], metavar="NAME=VALUE",
-    help="of the sampler, repeat for several: kappa=0.9 or kappa=cap, eta=0.02 (psi); "
-    "h=30,40, candidates=4 (rgas)",
-  )  # fmt: skip
+  flags.add_option(parser, "kappa=0.9 or kappa=cap, eta=0.02 (psi); h=30,40, candidates=4 (rgas)")
   parser.add_argument("--noise_removal", default="ancestral", help="ancestral, greedy or none")
   parser.add_argument("--temperature", type=float, default=1.0)
   parser.add_argument("--nucleus", type=float, default=1.0, help="p of nucleus truncation")

@@ -53,11 +53,8 @@ class Sampler:
     generate = functools.partial(self._generate, batch=1, nfe=1)
     jax.eval_shape(generate, *self._networks(), jax.random.key(0))
 
-  def _guide(self):
-    return self.critic if self.options.get("sampler") == "rgas" else None
-
   def _networks(self):
-    return self.denoiser, self._guide()
+    return self.denoiser, self.critic if self.options.get("sampler") == "rgas" else None
 
   def _compile(self, networks, *given, **sizes):
     run = jax.jit(functools.partial(self._generate, **sizes))

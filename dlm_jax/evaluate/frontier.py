@@ -16,6 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import numpy as np
 
+from dlm_jax import tables
 from dlm_jax.errors import InputError
 from dlm_jax.evaluate import generative
 from dlm_jax.evaluate._samplers import ProteinSampler, Sampler
@@ -178,7 +179,7 @@ def table(rows: Sequence[Row]) -> str:
   guided = any(row["evaluations"] != row["nfe"] for row in rows)
   header = ("model", "NFE", *(("all nets",) if guided else ()), "GenPPL", "entropy (nats)",
             "samples", "seconds")  # fmt: skip
-  cells = [header] + [
+  cells = [
     (
       row["name"],
       str(row["nfe"]),
@@ -190,14 +191,7 @@ def table(rows: Sequence[Row]) -> str:
     )
     for row in rows
   ]
-  widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-  align = [str.ljust] + [str.rjust] * (len(header) - 1)
-  lines = [
-    "| " + " | ".join(a(c, w) for a, c, w in zip(align, line, widths, strict=True)) + " |"
-    for line in cells
-  ]
-  rules = ["-" * widths[0]] + ["-" * (width - 1) + ":" for width in widths[1:]]
-  return "\n".join([lines[0], "| " + " | ".join(rules) + " |", *lines[1:]])
+  return tables.markdown(header, cells)
 
 
 def checked_nfes(nfes: Sequence) -> list[int]:
