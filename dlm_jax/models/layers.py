@@ -48,12 +48,18 @@ def matmul(
   The custom backward pass computes the kernel's gradient as xᵀ g. JAX's own rule computes gᵀ x and
   transposes; XLA's CPU backend then materialises g transposed in a fused strided loop, which made
   an MLP's backward pass 6 times its forward (68 against 27 ms for 16 × 128 tokens, 192 → 768 → 192,
-  two cores). The kernel's gradient is float32 whatever `dtype`; that of x has passed through it.
+  two cores). The kernel's gradient is float32 whatever `dtype`; that of x may be rounded to it.
   """
-  return jnp.dot(
+  out = jnp.dot(
     x.astype(dtype), kernel.astype(dtype), precision=_precision(dtype),
-    preferred_element_type=jnp.dtype(out_dtype),
+    preferred_element_type=_written(out_dtype),
   )  # fmt: skip
+  return out.astype(out_dtype)
+
+
+def _written(dtype):
+  """Return what a product is written in: XLA's CPU back end is 2.4 times faster in float32."""
+  return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else dtype)
 
 
 def _precision(dtype):
@@ -72,8 +78,9 @@ def _matmul_backward(dtype, out_dtype, residual, g):
   batch = tuple(range(x.ndim - 1))
   dot = functools.partial(jax.lax.dot_general, precision=_precision(dtype))
   grad_x = dot(
-    g, kernel.astype(dtype), (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=dtype
-  )
+    g, kernel.astype(dtype), (((x.ndim - 1,), (1,)), ((), ())),
+    preferred_element_type=_written(dtype),
+  )  # fmt: skip
   grad_kernel = dot(x, g, ((batch, batch), ((), ())), preferred_element_type=jnp.float32)
   return grad_x.astype(like_x.dtype), grad_kernel.astype(kernel.dtype)
 
