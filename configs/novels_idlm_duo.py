@@ -20,10 +20,11 @@ def get_config():
   c = novels_duo.get_config()
   c.objective = common.base().objective
   c = common.distill_uniform(c, teacher="runs/novels_duo", judge="runs/novels_judge")
-  c = common.brief_idlm(c, steps=300)
+  c = common.brief_idlm(c, steps=150)
+  c.objective.tau = 0.0316  # the teacher's
   c.objective.accumulate = 4  # gradients pass through three trunks: 38 GiB at 128 sequences at once
   c.train.checkpoint_every = 50
-  c.evaluate.every = 50
-  c.evaluate.nfes = (4, 8)
+  c.evaluate.every = 25
+  c.evaluate.nfes = (8, 16)
   c.evaluate.max_entropy_drop = 0.25
   return c

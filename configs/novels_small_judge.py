@@ -14,6 +14,7 @@ def get_config():
   c = novels_judge.get_config()
   c.model.dim = 192
   c.model.layers = 6
+  c.model.unroll = 6
   c.model.heads = 3
   c.optim.lr = 2e-3
   c.optim.weight_decay = 0.01

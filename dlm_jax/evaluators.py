@@ -193,7 +193,7 @@ class Samples:
 
   def _measure(self, params) -> dict[str, generative.Quality]:
     options = self._built.config.evaluate
-    denoiser = models.Denoiser(self._built.model, params)
+    denoiser = models.Denoiser(self._built.model.rolled(), params)
     measured = {}
     for nfe in options.nfes:
       tokens_BL = self._samples(denoiser, nfe)
@@ -261,7 +261,7 @@ class Likelihood:
   def __call__(self, step: int, state: TrainState) -> tuple[dict[str, float], bool]:
     """Return the validation perplexity (a denoiser's bound); never asks to stop."""
     params = output_params(state, self._built.objective)
-    model = self._built.model
+    model = self._built.model.rolled()
     if isinstance(model, models.Causal):
       judge = likelihood.Judge(model, params)
       scores = likelihood.ar_perplexity(

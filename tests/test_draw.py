@@ -212,20 +212,24 @@ def _log(probs):
   return jnp.log(jnp.asarray(probs, jnp.float32))
 
 
+def _sharpen(log_probs, **options):
+  return np.asarray(jax.nn.softmax(draw.sharpen(log_probs, **options)))
+
+
 def test_sharpen_defaults_leave_the_distribution():
   probs = [[0.5, 0.3, 0.2], [0.1, 0.1, 0.8]]
-  np.testing.assert_allclose(draw.sharpen(_log(probs)), probs, rtol=1e-6)
+  np.testing.assert_allclose(_sharpen(_log(probs)), probs, rtol=1e-6)
 
 
 def test_temperature_by_hand():
   # T = 1/2 squares: (.25, .09, .04)/.38;  T = 2 takes roots: √(9, 4, 1) = (3, 2, 1).
   np.testing.assert_allclose(
-    draw.sharpen(_log([0.5, 0.3, 0.2]), temperature=0.5),
+    _sharpen(_log([0.5, 0.3, 0.2]), temperature=0.5),
     np.array([0.25, 0.09, 0.04]) / 0.38,
     rtol=1e-5,
   )
   np.testing.assert_allclose(
-    draw.sharpen(_log(np.array([9.0, 4.0, 1.0]) / 14), temperature=2.0),
+    _sharpen(_log(np.array([9.0, 4.0, 1.0]) / 14), temperature=2.0),
     np.array([3.0, 2.0, 1.0]) / 6,
     rtol=1e-5,
   )
@@ -246,7 +250,7 @@ def test_nucleus_by_hand(nucleus, kept):
   probs = np.array([0.4, 0.3, 0.2, 0.1])
   expected = np.where(np.isin(np.arange(4), kept), probs, 0)
   order = np.array([2, 0, 3, 1])  # the rule knows nothing of token order
-  weights = np.asarray(draw.sharpen(_log(probs[order]), nucleus=nucleus))
+  weights = _sharpen(_log(probs[order]), nucleus=nucleus)
   np.testing.assert_allclose(
     weights / weights.sum(), expected[order] / expected.sum(), rtol=1e-5, atol=1e-12
   )
@@ -256,14 +260,14 @@ def test_nucleus_by_hand(nucleus, kept):
 def test_nucleus_acts_after_temperature():
   # T = 1/2 gives (.658, .237, .105): 0.6 keeps one token; at T = 1 it keeps two.
   log_probs = _log([0.5, 0.3, 0.2])
-  assert int((draw.sharpen(log_probs, temperature=0.5, nucleus=0.6) > 0).sum()) == 1
-  assert int((draw.sharpen(log_probs, nucleus=0.6) > 0).sum()) == 2
+  assert int((_sharpen(log_probs, temperature=0.5, nucleus=0.6) > 0).sum()) == 1
+  assert int((_sharpen(log_probs, nucleus=0.6) > 0).sum()) == 2
 
 
 def test_sharpen_keeps_impossible_tokens_impossible():
   log_probs = jnp.array([jnp.log(0.6), jnp.log(0.4), -1e6])
   for temperature in (0.1, 1.0, 3.0):
-    assert draw.sharpen(log_probs, temperature=temperature)[2] == 0.0
+    assert _sharpen(log_probs, temperature=temperature)[2] == 0.0
 
 
 # --- the race of the public code ------------------------------------------------------------------

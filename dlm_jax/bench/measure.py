@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-_SHORTEST = 0.02  # seconds per measurement: several calls are dispatched together below that
+_SHORTEST = 0.2  # seconds per measurement: so many calls are dispatched together
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

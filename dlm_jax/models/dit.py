@@ -69,8 +69,10 @@ class DiTConfig:
     embedding_gradient: see `layers.lookup`; "auto" is "matmul" up to V = 8192, else "segment".
     remat: what the backward pass recomputes: "none", "dots" (all but products with weights) or
       "full" (each block).
-    unroll: how many layers one turn of the layer loop holds. 1 compiles fastest; on two CPU cores
-      a loop and its unrolled form ran equally fast.
+    unroll: how many layers one turn of the layer loop holds. 1 compiles fastest, and is as fast
+      forwards. A backward pass through a loop copies what it keeps of every layer into one array
+      and out again: all 12 layers in one turn made a training step of 170 M parameters 25 ms
+      shorter, of 95 (one H200), and its compilation 14 s longer.
   """
 
   vocab_size: int

@@ -6,6 +6,7 @@ of the accumulator in float32. Dropout takes one key per sequence instead of a L
 that a sequence is dropped out alike in every micro-batch layout and on every mesh.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -33,6 +34,11 @@ class Network(nn.Module):
     """Return a tree like the parameters with a `PartitionSpec` of logical axis names per leaf."""
     boxed = jax.eval_shape(super().init, jax.random.key(0), *args)
     return nn.get_partition_spec(boxed)["params"]
+
+  @nn.nowrap
+  def rolled(self):
+    """Return the same network with its layers in a loop, which compiles fastest: for sampling."""
+    return self.clone(config=dataclasses.replace(self.config, unroll=1))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -153,6 +159,15 @@ class LayerNorm(nn.Module):
     return x * (weight * (1 + scale)) + shift
 
 
+def gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+  """Return x (1 + tanh z)/2 with z = √(2/π) (x + 0.044715 x³), as x σ(2z).
+
+  The two forms are equal; a GPU has an instruction for the exponential of the second, where the
+  tanh of the first held the kernel at two thirds of the memory's rate.
+  """
+  return x * jax.nn.sigmoid(2 * np.sqrt(2 / np.pi).astype(x.dtype) * (x + 0.044715 * x**3))
+
+
 class MLP(nn.Module):
   """Expand, GELU (tanh form), contract."""
 
@@ -163,7 +178,7 @@ class MLP(nn.Module):
   def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
     dim = x.shape[-1]
     x = Linear(self.width, ("embed", "mlp"), use_bias=True, dtype=self.dtype, name="expand")(x)
-    x = nn.gelu(x, approximate=True)
+    x = gelu(x)
     return Linear(dim, ("mlp", "embed"), use_bias=True, dtype=self.dtype, name="contract")(x)
 
 

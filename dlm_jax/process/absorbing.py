@@ -68,14 +68,21 @@ class Absorbing:
     x0_L = draw.categorical(p0_LV, draw.uniforms(rng_token, p0_LV.shape[:1]))
     return self.corrupt(rng_mask, x0_L, t)
 
+  def clean_logits(self, logits: Float[Array, "*draws V"]) -> Float[Array, "*draws V"]:
+    """Return logits in which mask and blocked ids are impossible; their softmax is p(x₀) at masks.
+
+    For draws, which need no normalisation.
+    """
+    ids = jnp.arange(self.vocab_size).reshape((1,) * (logits.ndim - 1) + (-1,))
+    return jnp.where(self.impossible(ids), logits + NEG_INF, logits)
+
   def log_x0(self, logits_LV: Float[Array, "L V"], xt_L: Int[Array, "L"]) -> Float[Array, "L V"]:
     """Return log p(x₀ | xₜ) under SUBS: mask and blocked are impossible, revealed tokens copied.
 
     Impossible entries hold −1e6, which keeps 0 · log 0 finite.
     """
+    log_x0_LV = jax.nn.log_softmax(self.clean_logits(logits_LV), axis=-1)
     ids_1V = jnp.arange(self.vocab_size)[None]
-    logits_LV = jnp.where(self.impossible(ids_1V), logits_LV + NEG_INF, logits_LV)
-    log_x0_LV = jax.nn.log_softmax(logits_LV, axis=-1)
     copied_LV = jnp.where(ids_1V == xt_L[:, None], 0.0, NEG_INF)
     return jnp.where(xt_L[:, None] == self.mask_id, log_x0_LV, copied_LV)
 

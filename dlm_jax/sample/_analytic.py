@@ -71,8 +71,8 @@ def run(
   def settle(x_BL, log_f_BLV, k, probability_BL):
     uniforms = lambda rng: jax.random.uniform(jax.random.fold_in(rng, k), (length, 3))  # noqa: E731
     draws_BL3 = jax.vmap(uniforms)(rng_B)
-    weights_BLV = draw.sharpen(jax.nn.log_softmax(log_f_BLV), temperature, nucleus)
-    tokens_BL = draw.categorical(weights_BLV, draws_BL3[..., 1:]).astype(x_BL.dtype)
+    sharp_BLV = draw.sharpen(log_f_BLV, temperature, nucleus)
+    tokens_BL = draw.softmax(sharp_BLV).draw(draws_BL3[..., 1:]).astype(x_BL.dtype)
     due_BL = (x_BL == process.mask_id) & ~frozen_BL & (draws_BL3[..., 0] < probability_BL)
     return jnp.where(due_BL, tokens_BL, x_BL)
 

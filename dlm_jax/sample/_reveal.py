@@ -62,34 +62,32 @@ class Revealer:
   ) -> Int[Array, "B L"]:  # fmt: skip
     """Return what `reveal` returns, from hidden states of the trunk.
 
-    `change(log_x0_BKV, position_BK)` may replace the predictions of the gathered positions.
+    `change(logits_BKV, position_BK)` may replace the predictions of the gathered positions.
     """
 
     def predict(hidden_BKD, position_BK):
-      log_x0_BKV = self.predict(hidden_BKD, sigma_B)
+      logits_BKV = self.predict(hidden_BKD, sigma_B)
       if change is not None:
-        log_x0_BKV = change(log_x0_BKV, position_BK)
+        logits_BKV = change(logits_BKV, position_BK)
       if greedy:
-        return jnp.argmax(log_x0_BKV, -1).astype(x_BL.dtype)
+        return jnp.argmax(logits_BKV, -1).astype(x_BL.dtype)
       uniform_BK2 = jnp.take_along_axis(draws_BL2, position_BK[..., None], axis=1)
-      return self.tokens(log_x0_BKV, uniform_BK2).astype(x_BL.dtype)
+      return self.tokens(logits_BKV, uniform_BK2).astype(x_BL.dtype)
 
     return fill_due(x_BL, hidden_BLD, due_BL, predict, self.capacity)
 
   def predict(
     self, hidden_BKD: Float[Array, "B K D"], sigma_B: Float[Array, "B"]
   ) -> Float[Array, "B K V"]:
-    """Return log p(x0) of masks with these hidden states."""
-    logits_BKV = self.denoiser.head(hidden_BKD, sigma_B)
-    masks_BK = jnp.full(hidden_BKD.shape[:2], self.process.mask_id)
-    return jax.vmap(self.process.log_x0)(logits_BKV, masks_BK)
+    """Return logits whose softmax is p(x₀) of masks with these hidden states."""
+    return self.process.clean_logits(self.denoiser.head(hidden_BKD, sigma_B))
 
   def tokens(
-    self, log_x0_BKV: Float[Array, "B K V"], uniform_BK2: Float[Array, "B K 2"]
+    self, logits_BKV: Float[Array, "B K V"], uniform_BK2: Float[Array, "B K 2"]
   ) -> Int[Array, "B K"]:
     """Draw clean tokens from a tempered, truncated prediction."""
-    weights_BKV = draw.sharpen(log_x0_BKV, self.temperature, self.nucleus)
-    return draw.categorical(weights_BKV, uniform_BK2)
+    sharp_BKV = draw.sharpen(logits_BKV, self.temperature, self.nucleus)
+    return draw.softmax(sharp_BKV).draw(uniform_BK2)
 
 
 def capacity_for(mean: float, length: int) -> int:

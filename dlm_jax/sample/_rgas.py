@@ -138,10 +138,9 @@ class _Guide:
     if guided:
       slope_BLD = self.slope(x_BL, masked_BL, hidden_BLD, sigma_B)
 
-      def change(log_x0_BKV, position_BK):
+      def change(logits_BKV, position_BK):
         slope_BKD = jnp.take_along_axis(slope_BLD, position_BK[..., None], axis=1)
-        tilted_BKV, _ = tilt(self.critic, log_x0_BKV, slope_BKD, scale)
-        return jax.nn.log_softmax(tilted_BKV)
+        return tilt(self.critic, logits_BKV, slope_BKD, scale)[0]
 
     due_BL = masked_BL & (draws_BL3[..., 0] < self.process.reveal_probability(s, t))
     x_BL = self.revealer.fill(
@@ -156,8 +155,8 @@ class _Guide:
     """
 
     def expected(hidden_BD):
-      log_x0_B1V = self.revealer.predict(hidden_BD[:, None], sigma_B)
-      return self.critic.embedded(log_x0_B1V)[:, 0]
+      logits_B1V = self.revealer.predict(hidden_BD[:, None], sigma_B)
+      return self.critic.embedded(logits_B1V)[:, 0]
 
     hidden_LBD = jnp.swapaxes(hidden_BLD, 0, 1)
     expected_LBD = jax.lax.map(expected, hidden_LBD, batch_size=self.revealer.capacity)

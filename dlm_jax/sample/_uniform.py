@@ -79,14 +79,15 @@ def draws(process: Uniform, rng: RngKey, length: int) -> Draws:
 
 
 def redraw(
-  process: Uniform, given: Draws, weights_KV: Float[Array, "K V"], x_K: Int[Array, "K"],
+  process: Uniform, given: Draws, logits_KV: Float[Array, "K V"], x_K: Int[Array, "K"],
   alpha_s: Scalar, alpha_t: Scalar, kappa: Scalar,
 ) -> Int[Array, "K"]:  # fmt: skip
-  """Draw xₛ at any positions; the weights are the clean token's and need not be normalised."""
-  at_x_K1 = jnp.take_along_axis(weights_KV, x_K[:, None], axis=-1)
-  p_at_x_K = at_x_K1[:, 0] / jnp.sum(weights_KV, axis=-1)
-  keep_K, predict_K = mixture(process.vocab_size, p_at_x_K, alpha_s, alpha_t, kappa)
-  predicted_K = draw.categorical(weights_KV, given.token)
+  """Draw xₛ at any positions; the logits are the clean token's and need not be normalised."""
+  p_K = draw.softmax(logits_KV)
+  keep_K, predict_K = mixture(
+    process.vocab_size, p_K.probability(x_K), alpha_s, alpha_t, kappa
+  )  # fmt: skip
+  predicted_K = p_K.draw(given.token)
   moved_K = jnp.where(given.which < keep_K + predict_K, predicted_K, given.noise)
   return jnp.where(given.which < keep_K, x_K, moved_K).astype(x_K.dtype)
 
@@ -114,7 +115,7 @@ def walk(
   capacity = min(length, 8 * -(-length // 64))  # an eighth of the positions per turn
 
   def settle(x_BL, due_BL, t, tokens):
-    """Set due positions to tokens(log_x0_BKV, gather), `gather` taking what belongs to them."""
+    """Set due positions to tokens(logits_BKV, gather), `gather` taking what belongs to them."""
     sigma_B = jnp.broadcast_to(process.schedule.sigma(t), x_BL.shape[:1])
 
     def predict(hidden_BKD, position_BK):
@@ -122,8 +123,7 @@ def walk(
         index = position_BK.reshape(*position_BK.shape, *[1] * (array.ndim - 2))
         return jnp.take_along_axis(array, index, axis=1)
 
-      logits_BKV = denoiser.head(hidden_BKD, sigma_B)
-      return tokens(jax.vmap(process.log_x0)(logits_BKV, gather(x_BL)), gather)
+      return tokens(denoiser.head(hidden_BKD, sigma_B), gather)
 
     return fill_due(x_BL, denoiser.trunk(x_BL, sigma_B), due_BL, predict, capacity)
 
@@ -132,10 +132,10 @@ def walk(
     given = jax.vmap(lambda rng: draws(process, jax.random.fold_in(rng, k), length))(rng_B)
     (least,), _ = mixture(process.vocab_size, jnp.zeros(1), alpha_s, alpha_t, kappa)
 
-    def tokens(log_x0_BKV, gather):
-      weights_BKV = draw.sharpen(log_x0_BKV, temperature, nucleus)
+    def tokens(logits_BKV, gather):
+      sharp_BKV = draw.sharpen(logits_BKV, temperature, nucleus)
       one = lambda *row: redraw(process, *row, alpha_s, alpha_t, kappa)  # noqa: E731
-      return jax.vmap(one)(jax.tree.map(gather, given), weights_BKV, gather(x_BL))
+      return jax.vmap(one)(jax.tree.map(gather, given), sharp_BKV, gather(x_BL))
 
     x_BL = settle(x_BL, ~frozen_BL & (given.which >= least), t, tokens)
     return x_BL, x_BL
@@ -144,7 +144,7 @@ def walk(
   x_BL, trace_KBL = jax.lax.scan(step, x_BL, (jnp.arange(count), *of_step))
   if noise_removal != "greedy":
     return trace_KBL
-  best = lambda log_x0_BKV, _: jnp.argmax(log_x0_BKV, axis=-1).astype(x_BL.dtype)  # noqa: E731
+  best = lambda logits_BKV, _: jnp.argmax(logits_BKV, axis=-1).astype(x_BL.dtype)  # noqa: E731
   return jnp.concatenate([trace_KBL, settle(x_BL, ~frozen_BL, t_K[-1], best)[None]])
 
 

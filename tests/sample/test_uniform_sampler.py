@@ -89,7 +89,13 @@ def test_redraw_at_a_large_vocabulary():
   @jax.jit
   def some(key):
     one = lambda key: _uniform.redraw(  # noqa: E731
-      proc, _uniform.draws(proc, key, 1), weights_V[None], jnp.array([x]), alpha_s, alpha_t, kappa
+      proc,
+      _uniform.draws(proc, key, 1),
+      jnp.log(weights_V)[None],
+      jnp.array([x]),
+      alpha_s,
+      alpha_t,
+      kappa,
     )[0]
     return jax.vmap(one)(jax.random.split(key, chunk))
 
@@ -262,7 +268,7 @@ def recorded(request, golden_dit):
 
 def _prediction(denoiser, proc, x, t_B, nucleus=1.0):
   log_x0 = jax.vmap(proc.log_x0)(denoiser(x, proc.schedule.sigma(t_B)), x)
-  return draw.sharpen(log_x0, nucleus=nucleus)
+  return jax.nn.softmax(draw.sharpen(log_x0, nucleus=nucleus))
 
 
 def _rows(p, x, alpha_s, alpha_t, kappa=1.0):
