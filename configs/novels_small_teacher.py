@@ -21,7 +21,7 @@ def get_config():
   c.model.heads = 4
   c.optim.lr = 2e-3
   c.optim.weight_decay = 0.01
-  c.train.steps = 12_000
+  c.train.steps = 10_000
   c.train.checkpoint_every = 2000
   c.evaluate.every = 2000
   return c
