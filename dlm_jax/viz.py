@@ -110,6 +110,8 @@ def animation(
     >>> HTML(viz.animation(np.asarray(trace)[:, 0], pipe.tokenizer))  # doctest: +SKIP
   """
   trace_KL = np.asarray(trace_KL)
+  if len(trace_KL) > 1 and (trace_KL[-1] == trace_KL[-2]).all():
+    trace_KL = trace_KL[:-1]  # no noise was left for the last evaluation to remove
   last_L, mask = trace_KL[-1], tokenizer.mask_id
   start_L = np.where(np.arange(len(last_L)) < given, last_L, mask)
   units, frames, before_L = _units(last_L, tokenizer), [], start_L

@@ -74,7 +74,7 @@ def _source(checkpoint: str, model: str) -> str:
   known = assets.denoisers()
   if checkpoint or not model:
     raise InputError(
-      f"{'both' if model else 'neither'} --model and --checkpoint given; give one: "
+      f"{'both --model and' if model else 'neither --model nor'} --checkpoint given; give one: "
       f"--checkpoint=PATH of a trained network, or --model=NAME, one of {', '.join(known)}."
     )
   if model not in known:
