@@ -27,14 +27,14 @@ class Options:
   Attributes:
     workdir: everything goes there; finished rows are not measured again.
     nfes: numbers of network evaluations of the frontier.
-    samples: samples per row of the frontier.
+    samples: per row of the frontier; as many tokens as the quick start's 64.
     shown: samples of each model in the report.
     shown_nfe: at this number of evaluations.
   """
 
   workdir: pathlib.Path
   nfes: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
-  samples: int = 64
+  samples: int = 32
   shown: int = 8
   shown_nfe: int = 8
 

@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import platform
+import textwrap
 
 import jax
 
@@ -41,7 +42,7 @@ def write(
     "",
     "A masked diffusion model writes a whole text in parallel, but needs many network evaluations",
     "(NFE) to do it well.",
-    told,
+    *textwrap.wrap(told, 100),
     "",
     *(f"**{verdict}**\n" for verdict in verdicts),
     "![Quality against network evaluations](frontier.png)",

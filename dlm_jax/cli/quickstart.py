@@ -67,8 +67,10 @@ dlm-jax quickstart --methods=idlm,didi --workdir=runs/both
   parser.add_argument(
     "--methods", help="idlm (default), didi or both: a student each, about 5 minutes more"
   )
-  parser.add_argument("--nfes", type=flags.integers, help="default: 1,2,4,… evaluations")
-  parser.add_argument("--samples", type=int, help="per row of the table; default: 64")
+  parser.add_argument(
+    "--nfes", type=flags.integers, help="evaluations; default: 1,2,4,…,128, or …,32"
+  )
+  parser.add_argument("--samples", type=int, help="per row; default: 64, or 32 pretrained")
   parser.add_argument("--teacher_steps", type=int, help="with --from_scratch; default: 3000")
   parser.add_argument("--judge_steps", type=int, help="with --from_scratch; default: 1200")
   return parser
