@@ -55,7 +55,7 @@ setup(
     "cuda13": ["jax[cuda13]>=0.10"],
     "tpu": ["jax[tpu]>=0.10"],
     "eval": ["mauve-text>=0.4"],
-    "notebooks": ["jupyterlab>=4"],
+    "notebooks": ["ipywidgets>=8", "jupyterlab>=4"],
   },
   entry_points={"console_scripts": ["dlm-jax = dlm_jax.cli.main:run"]},
   classifiers=[

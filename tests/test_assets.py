@@ -11,6 +11,7 @@ import pytest
 
 import dlm_jax
 from dlm_jax import assets, convert, evaluators, experiment, models, pretrained
+from dlm_jax.cli.main import main
 from dlm_jax.data import builder, sources
 from dlm_jax.errors import InputError
 from dlm_jax.evaluate import likelihood
@@ -85,6 +86,17 @@ def test_one_changed_byte_is_refused(tmp_path, monkeypatch, file):
   (copy / file).unlink()
   with pytest.raises(InputError, match="damaged"):
     assets.path(name)
+
+
+def test_the_command_line_refuses_damage_in_one_line(tmp_path, monkeypatch, capsys):
+  copy = pathlib.Path(shutil.copytree(HERE, tmp_path / "assets"))
+  monkeypatch.setattr(assets, "_HERE", copy)
+  with (copy / "novels-student" / "model.safetensors").open("ab") as file:
+    file.write(b"x")
+  assert main(["sample", "--model=novels-student", "--steps=1"]) == 2
+  answer = capsys.readouterr()
+  assert answer.out == "" and len(answer.err.splitlines()) == 1
+  assert "model.safetensors is damaged: its SHA-256 differs" in answer.err
 
 
 @pytest.fixture(scope="module")

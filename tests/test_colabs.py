@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every notebook of colabs/ runs from top to bottom with a small budget, and is kept reviewable."""
 
+import functools
 import os
 import pathlib
 import re
@@ -63,15 +64,26 @@ def test_reviewable(path):
 
 
 @pytest.fixture(scope="module")
-def few_steps(tmp_path_factory):
-  """Return the folder that the first notebook ran in, and all that it showed."""
-  folder = tmp_path_factory.mktemp("colab")
-  done = _run(ROOT / "colabs" / "few_step_sampling.ipynb", folder)
-  return folder, [output for cell in done.cells for output in cell.get("outputs", ())]
+def executed(tmp_path_factory):
+  """Return a function from a notebook to the folder that it ran in, once, and all that it showed."""
+
+  @functools.cache
+  def execute(path):
+    folder = tmp_path_factory.mktemp(path.stem)
+    done = _run(path, folder)
+    return folder, [output for cell in done.cells for output in cell.get("outputs", ())]
+
+  return execute
 
 
-def test_few_step_sampling(few_steps):
-  folder, outputs = few_steps
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_runs(executed, path):
+  """Every cell runs; nbclient raises what a cell raises."""
+  assert executed(path)[1]
+
+
+def test_few_step_sampling(executed):
+  folder, outputs = executed(ROOT / "colabs" / "few_step_sampling.ipynb")
   shown = [output.data for output in outputs if "data" in output]
   pages = [data["text/html"] for data in shown if "text/html" in data]
   (side_by_side,) = (page for page in pages if page.startswith("<table"))
@@ -83,9 +95,3 @@ def test_few_step_sampling(few_steps):
   assert printed.count("| teacher") == printed.count("| student") == 2
   assert printed.count("It was a dark and stormy night, and") == 3
   assert (folder / "frontier" / "frontier.png").exists()
-
-
-def test_other_notebooks(tmp_path):
-  for path in NOTEBOOKS:
-    if path.stem != "few_step_sampling":
-      _run(path, tmp_path)
