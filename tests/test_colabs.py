@@ -65,7 +65,7 @@ def test_reviewable(path):
 
 @pytest.fixture(scope="module")
 def executed(tmp_path_factory):
-  """Return a function from a notebook to the folder that it ran in, once, and all that it showed."""
+  """Return a function from a notebook, which runs once, to its folder and all that it showed."""
 
   @functools.cache
   def execute(path):
