@@ -43,6 +43,9 @@ setup(
       "beartype>=0.20",
       "build>=1.2",
       "hypothesis>=6.100",
+      "ipykernel>=6.29",
+      "nbclient>=0.10",
+      "nbformat>=5.10",
       "pytest>=8.3",
       "pytest-xdist>=3.6",
       "ruff>=0.12",
@@ -52,7 +55,7 @@ setup(
     "cuda13": ["jax[cuda13]>=0.10"],
     "tpu": ["jax[tpu]>=0.10"],
     "eval": ["mauve-text>=0.4"],
-    "notebooks": ["ipykernel>=6.29", "jupytext>=1.16", "nbmake>=1.5"],
+    "notebooks": ["ipywidgets>=8", "jupyterlab>=4"],
   },
   entry_points={"console_scripts": ["dlm-jax = dlm_jax.cli.main:run"]},
   classifiers=[

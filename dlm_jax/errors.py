@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one exception that means "the user can fix this"."""
+"""The one exception that means "the user can fix this", and the nearest match for its message."""
+
+import difflib
+from collections.abc import Iterable
 
 
 class InputError(ValueError):
@@ -7,3 +10,14 @@ class InputError(ValueError):
 
   The command line prints the message and exits with code 2.
   """
+
+
+def hint(name: str, known: Iterable[str]) -> str:
+  """Return " (did you mean 'idlm'?)" for the known name nearest to a wrong one, or "" without one.
+
+  Args:
+    name: what was asked for.
+    known: what there is.
+  """
+  close = difflib.get_close_matches(name, list(known), n=1)
+  return f" (did you mean {close[0]!r}?)" if close else ""

@@ -6,7 +6,6 @@ Everything that can be wrong with a configuration is found here, before anything
 
 import ast
 import dataclasses
-import difflib
 import importlib
 import importlib.util
 import pathlib
@@ -21,7 +20,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from dlm_jax import mesh, models, objectives, process, schedules
 from dlm_jax.data import builder, sources, tokenizers
-from dlm_jax.errors import InputError
+from dlm_jax.errors import InputError, hint
 from dlm_jax.train import optim
 from dlm_jax.train.loop import LoopConfig
 
@@ -54,9 +53,7 @@ def load_config(name: str, overrides: dict[str, str] | None = None) -> ConfigDic
   else:
     known = list_configs()
     if name not in known:
-      raise InputError(
-        f"--config={name} is unknown{_hint(name, known)}; found: {', '.join(known)}."
-      )
+      raise InputError(f"--config={name} is unknown{hint(name, known)}; found: {', '.join(known)}.")
     module = importlib.import_module(f"dlm_jax.configs.{name}")
   config = module.get_config().lock()
   for field, text in (overrides or {}).items():
@@ -75,11 +72,11 @@ def _override(config, field, text):
   node = config
   for key in groups:
     if not isinstance(node, ConfigDict) or key not in node:
-      raise InputError(f"--config.{field}: there is no group {key!r}{_hint(key, node)}.")
+      raise InputError(f"--config.{field}: there is no group {key!r}{hint(key, _fields(node))}.")
     node = node[key]
   free = field.startswith("data.options.")  # its fields belong to the source
   if not isinstance(node, ConfigDict) or (leaf not in node and not free):
-    raise InputError(f"--config.{field}: there is no field {leaf!r}{_hint(leaf, node)}.")
+    raise InputError(f"--config.{field}: there is no field {leaf!r}{hint(leaf, _fields(node))}.")
   if free and leaf not in node:
     with node.unlocked():
       node[leaf] = parse_literal(text)
@@ -113,9 +110,9 @@ def parse_literal(text: str) -> Any:
     return text
 
 
-def _hint(name: str, known) -> str:
-  close = difflib.get_close_matches(name, list(known), n=1) if isinstance(known, Iterable) else []
-  return f" (did you mean {close[0]!r}?)" if close else ""
+def _fields(node) -> list[str]:
+  """Return what a group of fields holds; a field itself holds nothing."""
+  return list(node) if isinstance(node, ConfigDict) else []
 
 
 def open_source(config: ConfigDict) -> sources.Source:
@@ -170,7 +167,7 @@ def make_model(config: ConfigDict, vocab_size: int) -> models.DiT | models.Causa
   options = config.model.to_dict()
   name = options.pop("name")
   if name not in _MODELS:
-    raise InputError(f"model.name={name!r} is unknown{_hint(name, _MODELS)}; found: dit, causal.")
+    raise InputError(f"model.name={name!r} is unknown{hint(name, _MODELS)}; found: dit, causal.")
   network, fields = _MODELS[name]
   uniform = config.process.name == "uniform"
   needed = vocab_size + (name == "dit" and not uniform)  # an absorbing process adds the mask
@@ -198,7 +195,7 @@ def make_process(
   name = config.process.name
   if name not in PROCESSES:
     raise InputError(
-      f"process.name={name!r} is unknown{_hint(name, PROCESSES)}; found: {', '.join(PROCESSES)}."
+      f"process.name={name!r} is unknown{hint(name, PROCESSES)}; found: {', '.join(PROCESSES)}."
     )
   size = model.config.vocab_size
   try:
@@ -239,7 +236,7 @@ def make_objective(config: ConfigDict, model, proc) -> objectives.Objective:
     if name not in known:
       raise InputError(
         f"objective.name={name!r} is not a file in dlm_jax/objectives; found: {', '.join(known)}."
-        + _hint(name, known)
+        + hint(name, known)
       )
     module = importlib.import_module(f"dlm_jax.objectives.{name}")
   wanted = typing.get_type_hints(module.make).get("model")
@@ -276,12 +273,10 @@ def _optim_configs(config: ConfigDict, trees: Iterable[str]) -> dict[str, optim.
   for name, changes in groups.items():
     if name not in trees:
       raise InputError(
-        f"optim.{name} names no trained tree{_hint(name, trees)}; there are {', '.join(trees)}."
+        f"optim.{name} names no trained tree{hint(name, trees)}; there are {', '.join(trees)}."
       )
     if unknown := sorted(set(changes) - set(fields)):
-      raise InputError(
-        f"optim.{name}.{unknown[0]} is no field of optim{_hint(unknown[0], fields)}."
-      )
+      raise InputError(f"optim.{name}.{unknown[0]} is no field of optim{hint(unknown[0], fields)}.")
   return {tree: optim.OptimConfig(**{**fields, **groups.get(tree, {})}) for tree in trees}
 
 

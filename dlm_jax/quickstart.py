@@ -1,27 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """The whole job on one machine: data → teacher and judge → students → frontier → report."""
 
-import contextlib
 import dataclasses
 import json
 import pathlib
 import shutil
-import time
 from collections.abc import Callable
 
 import numpy as np
 
-from dlm_jax import convert, evaluators, experiment, pipeline, report, training
+from dlm_jax import comparison, experiment, training
 from dlm_jax.data import builder, loader
 from dlm_jax.errors import InputError
-from dlm_jax.evaluate import frontier
 from dlm_jax.train.checkpoint import write_json
 
 # Overrides of these groups also reach teacher and judge.
 _SHARED = ("data", "mesh", "model", "process", "seed")
-METHODS = {"idlm": "inverse distillation (IDLM)", "didi": "DiDi-Instruct"}
-_GUIDED_NFE = 8  # guided samples cost about four times as much: the last two NFEs up to this
-_TILT = (5.0, 5.0)  # the published 30 … 40 narrows this student to 2.3 nats of entropy
+_TOLD = (
+  "Here a teacher of Python source text was distilled on this machine {made}. "
+  "Teacher and judge: {source}."
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,7 +29,7 @@ class Options:
   Attributes:
     workdir: everything goes there; finished parts are not repeated.
     from_scratch: train teacher and judge here instead of using the shipped ones.
-    methods: keys of METHODS, a student each.
+    methods: keys of `comparison.METHODS`, a student each.
     nfes: numbers of network evaluations of the frontier.
     samples: samples per row of the frontier.
     shown: samples of each model in the report.
@@ -59,15 +57,15 @@ def run(options: Options, say: Callable[[str], None] = print) -> bool:
   Raises:
     InputError: a bad option or an unwritable workdir.
   """
-  frontier.checked_nfes(options.nfes)
-  if options.samples < 1 or options.shown < 1:
-    raise InputError("--samples and --shown must be at least 1.")
-  unknown = [method for method in options.methods if method not in METHODS]
+  comparison.check_sizes(options.nfes, options.samples, options.shown)
+  unknown = [method for method in options.methods if method not in comparison.METHODS]
   if unknown or not options.methods or len(set(options.methods)) < len(options.methods):
-    raise InputError(f"--methods={','.join(options.methods)}: list some of {','.join(METHODS)}.")
+    raise InputError(
+      f"--methods={','.join(options.methods)}: list some of {','.join(comparison.METHODS)}."
+    )
   configs = _configs(options)
   training.make_workdir(options.workdir)
-  clock = _Clock(options.workdir / "seconds.json")
+  clock = comparison.Clock(options.workdir / "seconds.json")
 
   say("1/4  Data: the source text of the Python standard library on this machine")
   with clock.measure("data"):
@@ -84,7 +82,7 @@ def run(options: Options, say: Callable[[str], None] = print) -> bool:
         return False
 
   for method in options.methods:
-    say(f"3/4  Student: {METHODS[method]} of the teacher")
+    say(f"3/4  Student: {comparison.METHODS[method]} of the teacher")
     folder = _folder(options, method)
     with clock.measure("distillation" if method == "idlm" else f"{method} distillation"):
       if _train(configs[method], folder) == "interrupted":
@@ -93,7 +91,10 @@ def run(options: Options, say: Callable[[str], None] = print) -> bool:
     shutil.copytree(source, _student(options, method), dirs_exist_ok=True)
 
   say("4/4  Frontier: quality of teacher and students against network evaluations")
-  _compare(options, configs[options.methods[0]], clock)
+  config = configs[options.methods[0]]
+  comparison.write(
+    options.workdir, _compared(options, config), lambda _: _held_out(config, options.samples), clock
+  )
   say(f"\n{(options.workdir / 'summary.txt').read_text()}")
   return True
 
@@ -163,78 +164,28 @@ def _train(config, workdir: pathlib.Path) -> str:
   return result.reason
 
 
-def _compare(options, config, clock) -> None:
-  """Sweep all models, write the frontier, the samples and the report."""
-  paths = {"teacher": config.teacher.path}
+def _compared(options: Options, config) -> comparison.Comparison:
+  """Return what the last part compares."""
   alone = len(options.methods) == 1
   names = {method: "student" if alone else method for method in options.methods}
-  paths |= {names[method]: str(_student(options, method)) for method in options.methods}
-  pipes = {name: pipeline.load(path) for name, path in paths.items()}
-  judge = evaluators.load_judge(config.evaluate.judge, pipes["teacher"].tokenizer)
-  context = {
-    "weights": [
-      convert.fingerprint(experiment.network_directory(path))
-      for path in (*paths.values(), config.evaluate.judge)
-    ]
-  }
-  plain = {name: pipe.sampler() for name, pipe in pipes.items()}
-  guided = {
-    f"{name}, guided": pipe.sampler(sampler="rgas", h=_TILT)
-    for name, pipe in pipes.items()
-    if pipe.critic is not None
-  }
-  few = sorted({nfe for nfe in options.nfes if nfe <= _GUIDED_NFE})[-2:] if guided else []
-  settings = {
-    **judge.settings(), "samples": options.samples, "batch_size": options.samples,
-    "judge_batch_size": options.samples, "context": context,
-    "path": options.workdir / "frontier.jsonl",
-  }  # fmt: skip
-  total = len(plain) * sum(set(options.nfes)) + len(guided) * sum(set(few))
-  with clock.measure("frontier"), evaluators.sweep_progress(total) as on_row:
-    rows = frontier.sweep(plain, options.nfes, on_row=on_row, **settings)
-    rows += frontier.sweep(guided, few, on_row=on_row, **settings) if few else []
-  reference = _reference(config, judge, options.samples)
-  frontier.write(rows, options.workdir, reference=reference)
-  texts = {
-    name: pipe(steps=options.shown_nfe, num=options.shown, seed=1) for name, pipe in pipes.items()
-  }
-  step = {name: _step(paths[name]) for name in names.values()}
-  report.write(
-    options.workdir, rows=rows, reference=reference, texts=texts, shown_nfe=options.shown_nfe,
-    seconds=clock.seconds, methods={name: METHODS[m] for m, name in names.items()}, steps=step,
-    from_scratch=options.from_scratch, tokenizer=pipes["teacher"].tokenizer,
-    max_entropy_drop=config.evaluate.max_entropy_drop, student=paths[names[options.methods[0]]],
-  )  # fmt: skip
+  source = "trained here from scratch" if options.from_scratch else "shipped with the package"
+  return comparison.Comparison(
+    teacher=config.teacher.path,
+    students={names[method]: str(_student(options, method)) for method in options.methods},
+    methods={names[method]: comparison.METHODS[method] for method in options.methods},
+    judge=config.evaluate.judge,
+    told=_TOLD.format(made="{made}", source=source),
+    max_entropy_drop=config.evaluate.max_entropy_drop,
+    nfes=options.nfes,
+    samples=options.samples,
+    shown=options.shown,
+    shown_nfe=options.shown_nfe,
+  )
 
 
-def _step(path: str) -> int:
-  """Return how many updates a student had."""
-  return convert.read_config(path)["dlm_jax"]["step"]
-
-
-def _reference(config, judge, samples: int) -> frontier.Reference:
-  """Return what held-out text itself scores."""
+def _held_out(config, samples: int) -> np.ndarray:
+  """Return the first validation sequences, [N, L]."""
   info = builder.open_dataset(config.data.directory).info
   count = min(max(samples, 256), info.splits["validation"].records)
   batches = loader.evaluation_batches(config.data.directory, "validation", count, 1)
-  quality = judge.quality(np.concatenate(list(batches)), batch_size=min(count, 64))
-  label = f"{count} validation texts"
-  return frontier.Reference(genppl=quality.genppl, entropy=quality.entropy, label=label)
-
-
-class _Clock:
-  """Seconds spent per part, over interruptions."""
-
-  def __init__(self, path: pathlib.Path):
-    self._path = path
-    self.seconds: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
-
-  @contextlib.contextmanager
-  def measure(self, name: str):
-    """Add the time of the block, also of one that is interrupted."""
-    started = time.monotonic()
-    try:
-      yield
-    finally:
-      self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
-      write_json(self._path, self.seconds)
+  return np.concatenate(list(batches))

@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import platform
+import textwrap
 
 import jax
 
@@ -14,8 +15,8 @@ from dlm_jax.evaluate import frontier
 
 def write(
   workdir: pathlib.Path, *, rows, reference: frontier.Reference, texts: dict[str, list[str]],
-  shown_nfe: int, seconds: dict[str, float], methods: dict[str, str], steps: dict[str, int],
-  from_scratch: bool, tokenizer, max_entropy_drop: float, student: str,
+  shown_nfe: int, seconds: dict[str, float], told: str, tokenizer, max_entropy_drop: float,
+  students: dict[str, str],
 ) -> None:  # fmt: skip
   """Write report.md, samples.json and summary.txt.
 
@@ -26,29 +27,22 @@ def write(
     texts: samples by model, "teacher" and the students.
     shown_nfe: their number of network evaluations.
     seconds: wall-clock time per part.
-    methods: what each student was distilled by.
-    steps: updates of each student that was kept.
-    from_scratch: whether teacher and judge were trained here.
+    told: what was done, in a sentence or two.
     tokenizer: its separator is shown as an end mark.
     max_entropy_drop: rule by which the student was chosen, nats.
-    student: path of the first student, for the line that samples from it.
+    students: path of each student; the last line says how to sample from the first.
   """
   table = frontier.table(rows)
-  verdicts = [_verdict(rows, shown_nfe, name) for name in methods]
+  verdicts = [_verdict(rows, shown_nfe, name) for name in students]
   took = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
-  source = "trained here from scratch" if from_scratch else "shipped with the package"
   machine = f"{os.cpu_count()} CPU cores, {jax.default_backend()}, Python "
   machine += f"{platform.python_version()}, jax {jax.__version__}, dlm_jax {__version__}"
-  made = " and ".join(
-    f"by {how} ({steps[name]} student updates{f', below: {name}' if len(methods) > 1 else ''})"
-    for name, how in methods.items()
-  )
   lines = [
     "# A few-step student of a masked diffusion language model",
     "",
     "A masked diffusion model writes a whole text in parallel, but needs many network evaluations",
-    "(NFE) to do it well. Here a teacher of Python source text was distilled on this machine",
-    f"{made}. Teacher and judge: {source}.",
+    "(NFE) to do it well.",
+    *textwrap.wrap(told, 100),
     "",
     *(f"**{verdict}**\n" for verdict in verdicts),
     "![Quality against network evaluations](frontier.png)",
@@ -76,8 +70,14 @@ def write(
   for name, drawn in texts.items():
     summary += [f"── {name}, {shown_nfe} NFE ──", _clean(drawn[0], tokenizer.eos_text), ""]
   summary += [f"report: {workdir / 'report.md'}   figure: {workdir / 'frontier.png'}"]
-  summary += [f"more:   dlm-jax sample --checkpoint={student} --steps=8 --num=4"]
+  summary += [f"more:   dlm-jax sample {_named(next(iter(students.values())))} --steps=8 --num=4"]
   (workdir / "summary.txt").write_text("\n".join(summary) + "\n", encoding="utf-8")
+
+
+def _named(path: str) -> str:
+  """Return the flag of `dlm-jax sample` that names a network."""
+  shipped = path.startswith("shipped:")
+  return f"--model={path.removeprefix('shipped:')}" if shipped else f"--checkpoint={path}"
 
 
 def _on_guidance(rows) -> list[str]:

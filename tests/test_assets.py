@@ -10,34 +10,67 @@ import numpy as np
 import pytest
 
 import dlm_jax
-from dlm_jax import assets, convert, evaluators, experiment, models
+from dlm_jax import assets, convert, evaluators, experiment, models, pretrained
+from dlm_jax.cli.main import main
 from dlm_jax.data import builder, sources
 from dlm_jax.errors import InputError
 from dlm_jax.evaluate import likelihood
 
+NOVELS_PERPLEXITY = 1000
 HERE = pathlib.Path(assets.__file__).parent
 
 
+NETWORKS = ("judge", "novels-judge", "novels-student", "novels-teacher", "teacher")
+
+
+def _files():
+  return [path for path in HERE.glob("*/*") if path.is_file() and path.suffix != ".pyc"]
+
+
 def test_small_enough():
-  files = [path for path in HERE.glob("*/*") if path.is_file() and path.suffix != ".pyc"]
-  assert sum(path.stat().st_size for path in files) <= 12e6
+  files, size = _files(), {}
+  for path in files:
+    size[path.parent.name] = size.get(path.parent.name, 0) + path.stat().st_size
+  assert size["teacher"] + size["judge"] <= 12e6
+  assert size["novels-teacher"] + size["novels-student"] + size["novels-judge"] <= 40e6
+  assert (HERE / "novels-judge" / "held_out.txt").stat().st_size <= 200e3
   names = {path.relative_to(HERE).as_posix() for path in files}
-  assert {f"{name}/model.safetensors" for name in ("teacher", "judge")} <= names
-  assert {f"{name}/tokenizer.json" for name in ("teacher", "judge")} <= names
+  wanted = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+  assert {f"{network}/{file}" for network in NETWORKS for file in wanted} <= names
   hashed = set(json.loads((HERE / "sha256.json").read_text()))
   assert names == hashed, "every shipped file has a hash"
 
 
-def test_load_by_hash():
-  for name in ("teacher", "judge"):
+def test_names_resolve():
+  assert assets.names() == list(NETWORKS)
+  assert assets.denoisers() == ["novels-student", "novels-teacher", "teacher"]
+  for name in NETWORKS:
     assert assets.path(name) == HERE / name
+    assert convert.is_denoiser(HERE / name) == (name in assets.denoisers()), name
     _, params, _ = convert.load(assets.path(name))
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
-  with pytest.raises(InputError, match=r"shipped:student is unknown; found: judge, teacher"):
-    assets.path("student")
+  with pytest.raises(InputError, match=r"shipped:poems is unknown; found: judge, novels-judge,"):
+    assets.path("poems")
+  with pytest.raises(InputError, match=r"\(did you mean 'novels-student'\?\)"):
+    assets.path("novel-studnet")
 
 
-@pytest.mark.parametrize("file", ["teacher/model.safetensors", "judge/tokenizer.json"])
+def test_held_out_text():
+  books = assets.held_out("novels-judge").split("\n\n\n\n")
+  assert [book.splitlines()[0] for book in books] == ["Wuthering Heights", "FELIX HOLT,"]
+  with pytest.raises(InputError, match="shipped:judge came without held-out text"):
+    assets.held_out("judge")
+
+
+@pytest.mark.parametrize(
+  "file",
+  [
+    "teacher/model.safetensors",
+    "judge/tokenizer.json",
+    "novels-student/config.json",
+    "novels-judge/held_out.txt",
+  ],
+)
 def test_one_changed_byte_is_refused(tmp_path, monkeypatch, file):
   copy = pathlib.Path(shutil.copytree(HERE, tmp_path / "assets"))
   monkeypatch.setattr(assets, "_HERE", copy)
@@ -53,6 +86,17 @@ def test_one_changed_byte_is_refused(tmp_path, monkeypatch, file):
   (copy / file).unlink()
   with pytest.raises(InputError, match="damaged"):
     assets.path(name)
+
+
+def test_the_command_line_refuses_damage_in_one_line(tmp_path, monkeypatch, capsys):
+  copy = pathlib.Path(shutil.copytree(HERE, tmp_path / "assets"))
+  monkeypatch.setattr(assets, "_HERE", copy)
+  with (copy / "novels-student" / "model.safetensors").open("ab") as file:
+    file.write(b"x")
+  assert main(["sample", "--model=novels-student", "--steps=1"]) == 2
+  answer = capsys.readouterr()
+  assert answer.out == "" and len(answer.err.splitlines()) == 1
+  assert "model.safetensors is damaged: its SHA-256 differs" in answer.err
 
 
 @pytest.fixture(scope="module")
@@ -88,3 +132,50 @@ def test_the_teacher_knows_held_out_text(pipe, held_out):
 def test_eight_step_samples_are_sane(pipe, judge):
   quality = judge.quality(np.asarray(pipe.tokens(steps=8, num=32, seed=0)), batch_size=32)
   assert quality.genppl < 600 and 3 < quality.entropy < 5
+
+
+# --- the novels -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def novels():
+  return {name: dlm_jax.load(f"shipped:novels-{name}") for name in ("teacher", "student")}
+
+
+@pytest.fixture(scope="module")
+def novels_judge(novels):
+  return evaluators.load_judge("shipped:novels-judge", novels["teacher"].tokenizer)
+
+
+def test_the_novels_pair_is_a_pair(novels):
+  """One shape, one tokenizer, other weights; about as large as the README says."""
+  teacher, student = novels["teacher"], novels["student"]
+  assert teacher.tokenizer.fingerprint == student.tokenizer.fingerprint
+  assert teacher.tokenizer.vocab_size == 4096 and teacher.length == student.length == 256
+  assert teacher.denoiser.model == student.denoiser.model and teacher.process == student.process
+  sizes = [sum(x.size for x in jax.tree.leaves(p.denoiser.params)) for p in (teacher, student)]
+  assert sizes[0] == sizes[1] and 7e6 < sizes[0] < 8e6
+  assert convert.fingerprint(HERE / "novels-teacher") != convert.fingerprint(
+    HERE / "novels-student"
+  )
+  assert convert.read_config(HERE / "novels-student")["dlm_jax"]["objective"] == "idlm"
+  assert convert.read_config(HERE / "novels-student")["dlm_jax"]["step"] > 0
+
+
+def test_the_novels_know_held_out_text(novels, novels_judge):
+  """Better than the frequencies of tokens alone, by which these texts have about 1,000."""
+  rows = pretrained.held_out(novels["teacher"])
+  assert rows.shape[1] == 256 and 150 < len(rows) < 256
+  scores = likelihood.ar_perplexity(novels_judge.judge, rows[:8], batch_size=8)
+  assert scores["perplexity"] < NOVELS_PERPLEXITY
+  teacher = novels["teacher"]
+  scores = likelihood.elbo(
+    teacher.denoiser, teacher.process, rows[:8], jax.random.key(0), batch_size=8
+  )
+  assert scores["perplexity"] < 2 * NOVELS_PERPLEXITY
+
+
+def test_the_novels_student_writes(novels, novels_judge):
+  tokens_BL = np.asarray(novels["student"].tokens(steps=8, num=8, seed=0))
+  assert (tokens_BL < 4096).all()
+  assert novels_judge.quality(tokens_BL, batch_size=8).entropy > 3

@@ -41,7 +41,9 @@ FLOORS = {
   "report": 6,
   "bench": 8,
   "training": 7,
+  "comparison": 7,
   "quickstart": 8,
+  "pretrained": 8,
   "cli": 9,
   "__main__": 10,
 }

@@ -43,14 +43,14 @@ def test_contents(wheel):
     assert path.relative_to(ROOT).as_posix() in names
   for path in (ROOT / "configs").glob("*.py"):
     assert f"dlm_jax/configs/{path.name}" in names
-  for network in ("teacher", "judge"):
+  for network in ("teacher", "judge", "novels-teacher", "novels-student", "novels-judge"):
     for file in ("config.json", "model.safetensors", "tokenizer.json"):
       assert f"dlm_jax/assets/{network}/{file}" in names
-  assert "dlm_jax/assets/sha256.json" in names
+  assert {"dlm_jax/assets/sha256.json", "dlm_jax/assets/novels-judge/held_out.txt"} <= names
   tops = {name.split("/")[0] for name in names}
   assert {top for top in tops if not top.endswith(".dist-info")} == {"dlm_jax"}
   assert not [name for name in names if "test" in name.split("/")[-1] or "__pycache__" in name]
-  assert wheel.stat().st_size < 13e6
+  assert wheel.stat().st_size < 53e6
 
 
 def test_installed_elsewhere_it_samples(wheel, tmp_path):
@@ -59,7 +59,7 @@ def test_installed_elsewhere_it_samples(wheel, tmp_path):
   _pip("install", "--no-deps", "--target", target, wheel, cwd=elsewhere)
   environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "PYTHONPATH")}
   environment |= {"PYTHONPATH": str(target), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-  command = [sys.executable, "-m", "dlm_jax", "sample", "--checkpoint=shipped:teacher"]
+  command = [sys.executable, "-m", "dlm_jax", "sample", "--model=novels-student"]
   answer = subprocess.run(
     [*command, "--steps=2", "--length=32"], cwd=elsewhere, env=environment,
     capture_output=True, text=True, check=False,

@@ -7,9 +7,9 @@ import sys
 import jax
 import numpy as np
 
-from dlm_jax import pipeline, viz
+from dlm_jax import assets, pipeline, viz
 from dlm_jax.cli import flags
-from dlm_jax.errors import InputError
+from dlm_jax.errors import InputError, hint
 
 
 def main(argv: list[str]) -> None:
@@ -18,14 +18,14 @@ def main(argv: list[str]) -> None:
     "sample",
     "Print samples of a trained model.",
     """
+dlm-jax sample --model=novels-student --steps=8 --prompt='It was ' --show_steps
 dlm-jax sample --checkpoint=runs/quickstart/student --steps=8 --sampler=psi --option kappa=0.9
-dlm-jax sample --checkpoint=shipped:teacher --steps=32 --prompt='def main(' --show_steps
 dlm-jax sample --checkpoint=data/idlm-duo --tokenizer=data/gpt2 --steps=8
 """,
   )
-  parser.add_argument(
-    "--checkpoint", "--workdir", required=True, help="workdir, model directory or *.ckpt"
-  )
+  parser.add_argument("--model", default="", help="a shipped network, e.g. novels-student")
+  parser.add_argument("--checkpoint", "--workdir", default="",
+                      help="instead of --model: workdir, model directory or *.ckpt")  # fmt: skip
   parser.add_argument("--tokenizer", default="", help="default: the one beside the network")
   parser.add_argument("--steps", type=int, default=16, help="network evaluations per text")
   parser.add_argument("--num", type=int, default=1, help="number of texts")
@@ -45,7 +45,8 @@ dlm-jax sample --checkpoint=data/idlm-duo --tokenizer=data/gpt2 --steps=8
   options = vars(parser.parse(argv))
   options.pop("overrides")
   show, as_json = options.pop("show_steps"), options.pop("json")
-  path, tokenizer = options.pop("checkpoint"), options.pop("tokenizer")
+  path = _source(options.pop("checkpoint"), options.pop("model"))
+  tokenizer = options.pop("tokenizer")
   if not options["length"]:
     options.pop("length")
   options |= dict(options.pop("option"))
@@ -64,3 +65,21 @@ dlm-jax sample --checkpoint=data/idlm-duo --tokenizer=data/gpt2 --steps=8
       print(json.dumps(text))
     else:
       print(f"──── {number} ────\n{text}\n")
+
+
+def _source(checkpoint: str, model: str) -> str:
+  """Return what to load: exactly one of the two is given."""
+  if checkpoint and not model:
+    return checkpoint
+  known = assets.denoisers()
+  if checkpoint or not model:
+    raise InputError(
+      f"{'both --model and' if model else 'neither --model nor'} --checkpoint given; give one: "
+      f"--checkpoint=PATH of a trained network, or --model=NAME, one of {', '.join(known)}."
+    )
+  if model not in known:
+    near = hint(model, known)
+    raise InputError(
+      f"--model={model} is no shipped model{near}; choose one of {', '.join(known)}."
+    )
+  return f"shipped:{model}"

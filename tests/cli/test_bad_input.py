@@ -155,7 +155,7 @@ _CONFIG_ERRORS = [
   ("teacher", {"evaluate__every": "1", "evaluate__batch_size": "0"}, "evaluate.batch_size=0"),
   ("idlm", {"teacher__path": ""}, "distils a teacher"),
   ("idlm", {"teacher__path": "/nowhere"}, "/nowhere holds no network"),
-  ("idlm", {"teacher__path": "shipped:student"}, "shipped:student is unknown; found: judge"),
+  ("idlm", {"teacher__path": "shipped:student"}, "shipped:student is unknown (did you mean"),
   ("idlm", {"model__dim": "16"}, "model.dim=16, but the teacher"),
   ("idlm", {"model__layers": "2"}, "model.layers=2, but the teacher"),
   (
@@ -186,7 +186,14 @@ def test_unknown_config(fails, workdir, tmp_path):
 def test_flags(fails, tiny, workdir):
   assert "--stepps=3" in fails("sample", f"--checkpoint={tiny.teacher}", "--stepps=3")
   assert "--steps" in fails("sample", f"--checkpoint={tiny.teacher}", "--steps=few")
-  assert "--checkpoint" in fails("sample")
+  both = fails("sample", f"--checkpoint={tiny.teacher}", "--model=teacher")
+  assert "both --model and --checkpoint given; give one: " in both
+  neither = fails("sample")
+  assert "neither --model nor --checkpoint given; give one: " in neither
+  assert "--model=NAME, one of novels-student, novels-teacher, teacher" in neither
+  wrong = fails("sample", "--model=novels-studnet")
+  assert "is no shipped model (did you mean 'novels-student'?); choose one of novels-s" in wrong
+  assert "choose one of novels-student" in fails("sample", "--model=judge")
   assert "--config" in fails("train", f"--workdir={workdir}")
   assert "--workdir is required" in fails("train", *tiny.flags("teacher"))
   assert "write --config.optim.lr=VALUE" in fails("train", "--config=owt_idlm", "--config.optim.lr")
