@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Discrete consistency distillation of the novels Duo teacher.
 
-Needs runs/novels_duo and runs/novels_judge. 500 steps took 139 s on one H100 beside another run. Of
-a teacher trained for 1,600 steps, GenPPL / entropy 759 / 4.44 with 4 evaluations, 374 / 4.49 with 8
-and 221 / 4.53 with 32, they left 409 / 4.32, 250 / 4.39 and 170 / 4.43 (512 samples, greedy tail).
+Needs runs/novels_duo and runs/novels_judge. 500 steps took 109 s on one H100, beside another run.
+Of the teacher's GenPPL / entropy 714 / 4.44 with 4 evaluations, 331 / 4.49 with 8 and 198 / 4.53
+with 32 they left 377 / 4.39, 234 / 4.44 and 169 / 4.48 (512 samples, greedy tail).
 
 Reference: Duo, arXiv 2506.10892, section 5.
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DiDi-Instruct student of the novels teacher. Not run by us yet.
+"""DiDi-Instruct student of the novels teacher; needs runs/novels_teacher and runs/novels_judge.
 
-Needs runs/novels_teacher and runs/novels_judge.
+At twice these learning rates, 400 steps on one H100 were unstable and the run stopped, collapsed:
+docs/results.md. Not run by us at these.
 
 Reference: DiDi-Instruct, arXiv 2509.25035.
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Self-distillation through time of the novels teacher.
 
-Needs runs/novels_teacher and runs/novels_judge. 600 steps took 145 s on one H100, beside another
-run. Of the teacher's GenPPL / entropy 2756 / 4.91, 842 / 4.89 and 388 / 4.88 with 2, 4 and 8
-evaluations they left 2107 / 4.86, 676 / 4.82 and 351 / 4.79 (512 samples), most of it in the last
+Needs runs/novels_teacher and runs/novels_judge. 600 steps took 119 s on one H100, beside two other
+runs. Of the teacher's GenPPL / entropy 864 / 4.90, 391 / 4.88 and 250 / 4.86 with 4, 8 and 16
+evaluations they left 671 / 4.82, 341 / 4.79 and 242 / 4.78 (512 samples), most of it in the last
 100 steps.
 
 Reference: SDTT, arXiv 2410.21035.

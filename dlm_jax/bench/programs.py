@@ -192,7 +192,7 @@ def _products(name, batch, timing, count, ceiling):
 
 def _denoiser(config, vocab_size):
   """Return a network with random parameters, cast as for sampling, and its process."""
-  model = experiment.make_model(config, vocab_size)
+  model = experiment.make_model(config, vocab_size).rolled()
   proc = experiment.make_process(config, model)
   # A head of zeros makes every prediction uniform: draws and truncation would be timed on ties.
   params = jax.tree.map(
