@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Masked diffusion teacher small enough to ship, 7.5 M parameters, on English novels.
 
-The data of `novels_teacher`. Shipped as "novels-teacher"; see dlm_jax/assets/README.md. 10,000 steps
-took five minutes on one H100: validation bound 59.7 per token.
+The data of `novels_teacher`. Shipped as "novels-teacher"; see dlm_jax/assets/README.md. 10,000
+steps took five minutes on one H100: validation bound 59.7 per token.
 
 Reference: MDLM, arXiv 2406.07524.
 

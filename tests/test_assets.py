@@ -16,7 +16,7 @@ from dlm_jax.data import builder, sources
 from dlm_jax.errors import InputError
 from dlm_jax.evaluate import likelihood
 
-NOVELS_PERPLEXITY = 1000
+NOVELS_PERPLEXITY = 60  # the judge's on held-out novels is 40, the teacher's bound 60
 HERE = pathlib.Path(assets.__file__).parent
 
 
@@ -163,7 +163,7 @@ def test_the_novels_pair_is_a_pair(novels):
 
 
 def test_the_novels_know_held_out_text(novels, novels_judge):
-  """Better than the frequencies of tokens alone, by which these texts have about 1,000."""
+  """As the configs say; the texts are not among those that they were trained on."""
   rows = pretrained.held_out(novels["teacher"])
   assert rows.shape[1] == 256 and 150 < len(rows) < 256
   scores = likelihood.ar_perplexity(novels_judge.judge, rows[:8], batch_size=8)
