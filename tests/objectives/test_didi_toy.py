@@ -69,7 +69,7 @@ def _joint(rows_SLV):
 def _noise(t):
   """Return q(z at t | x₀), states by states."""
   alpha = PROCESS.schedule.alpha(t)
-  return _joint(alpha * jnp.eye(V)[STATES] + (1 - alpha) * jnp.eye(V)[MASK])
+  return _joint(alpha * jnp.eye(V)[STATES] + (1 - alpha) * jnp.eye(V)[None, None, MASK])
 
 
 def _two_step_laws(params, times):
