@@ -16,7 +16,7 @@ from dlm_jax.configs import common, novels_teacher
 def get_config():
   c = common.duo(novels_teacher.get_config())
   c.objective.curriculum_end = 1600  # then 600 steps on hard tokens
-  # Warmer than the released 1e-3: at V = 4096 that leaves soft what one position in 200 reads, and
+  # Warmer than the released 1e-3: at V = 4096 that leaves soft what one position in 250 reads, and
   # a student's gradient through its states, of order 1/tau there, is noise.
   c.objective.tau_log10_start = -1.5
   c.objective.tau_log10_end = -1.5

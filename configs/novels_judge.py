@@ -17,7 +17,7 @@ def get_config():
   c.model.dim = 512
   c.model.layers = 9
   c.model.heads = 8
-  c.model.unroll = 9
+  c.model.unroll = c.model.layers
   c.model.dropout = 0.0
   c.objective.name = "ar"
   c.train.steps = 1600

@@ -16,11 +16,11 @@ def get_config():
   c = novels_judge.get_config()
   c.model.dim = 192
   c.model.layers = 6
-  c.model.unroll = 6
+  c.model.unroll = c.model.layers
   c.model.heads = 3
   c.optim.lr = 2e-3
   c.optim.weight_decay = 0.01
-  c.train.steps = 4000
+  c.train.steps = 6000
   c.train.checkpoint_every = 2000
   c.evaluate.every = 1000
   return c

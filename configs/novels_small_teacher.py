@@ -18,7 +18,7 @@ def get_config():
   c.model.dim = 256
   c.model.cond_dim = 64
   c.model.layers = 6
-  c.model.unroll = 6
+  c.model.unroll = c.model.layers
   c.model.heads = 4
   c.optim.lr = 2e-3
   c.optim.weight_decay = 0.01

@@ -25,7 +25,7 @@ def get_config():
   c.model.dim = 512
   c.model.layers = 9
   c.model.heads = 8
-  c.model.unroll = 9
+  c.model.unroll = c.model.layers
   c.model.dropout = 0.0
   c.loader.batch_size = 256
   c.objective.ema_decay = 0.999

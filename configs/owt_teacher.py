@@ -21,7 +21,7 @@ def get_config():
   c.data.tokenizer = "data/gpt2"
   c.data.length = 1024
   c.model.vocab_size = 50258
-  c.model.unroll = 12
+  c.model.unroll = c.model.layers
   c.loader.batch_size = 512
   c.train.steps = 1_000_000
   c.train.checkpoint_every = 5000

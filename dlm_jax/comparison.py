@@ -30,7 +30,7 @@ class Comparison:
     students: path of every student by the name to plot it under; at least one.
     methods: what each student was distilled by, as a phrase.
     judge: path of the autoregressive judge.
-    told: the report's second sentence; "{made}" in it becomes the methods and their updates.
+    told: what the report begins with; "{made}" in it becomes the methods and their updates.
     max_entropy_drop: rule by which the students were chosen, nats.
     nfes: numbers of network evaluations.
     samples: samples per row of the frontier.
@@ -45,9 +45,9 @@ class Comparison:
   told: str
   max_entropy_drop: float
   nfes: tuple[int, ...]
-  samples: int = 64
-  shown: int = 8
-  shown_nfe: int = 8
+  samples: int
+  shown: int
+  shown_nfe: int
 
 
 def check_sizes(nfes: tuple[int, ...], samples: int, shown: int) -> None:

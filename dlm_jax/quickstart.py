@@ -16,10 +16,7 @@ from dlm_jax.train.checkpoint import write_json
 
 # Overrides of these groups also reach teacher and judge.
 _SHARED = ("data", "mesh", "model", "process", "seed")
-_TOLD = (
-  "Here a teacher of Python source text was distilled on this machine {made}. "
-  "Teacher and judge: {source}."
-)
+_TOLD = "Here a teacher of Python source text was distilled on this machine {made}."
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -174,7 +171,7 @@ def _compared(options: Options, config) -> comparison.Comparison:
     students={names[method]: str(_student(options, method)) for method in options.methods},
     methods={names[method]: comparison.METHODS[method] for method in options.methods},
     judge=config.evaluate.judge,
-    told=_TOLD.format(made="{made}", source=source),
+    told=f"{_TOLD} Teacher and judge: {source}.",
     max_entropy_drop=config.evaluate.max_entropy_drop,
     nfes=options.nfes,
     samples=options.samples,

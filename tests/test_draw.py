@@ -198,6 +198,21 @@ def test_rounding_never_leaves_the_support(seed):
     assert np.all(weights[np.arange(64), tokens] > 0)
 
 
+@pytest.mark.parametrize("vocabulary", [1, 5, 256, 700])
+def test_a_softmax_draws_what_its_weights_draw(vocabulary):
+  """The same tokens from the same uniforms, none of logit −inf, and the probabilities of each."""
+  rng_logits, rng_token = jax.random.split(jax.random.key(8))
+  logits = 4 * jax.random.normal(rng_logits, (3, 400, vocabulary)) + 100
+  logits = logits.at[:, :, 1::7].set(-jnp.inf)
+  softmax, uniform = draw.softmax(logits), draw.uniforms(rng_token, (3, 400))
+  tokens = softmax.draw(uniform)
+  weights = jnp.exp(logits - logits.max(-1, keepdims=True))
+  assert np.array_equal(tokens, draw.categorical(weights, uniform))
+  assert not np.any(np.asarray(tokens) % 7 == 1)
+  expected = jnp.take_along_axis(jax.nn.softmax(logits), tokens[..., None], -1)[..., 0]
+  np.testing.assert_allclose(softmax.probability(tokens), expected, rtol=1e-5)
+
+
 def test_uniforms_are_in_the_half_open_unit_interval():
   uniform = np.asarray(draw.uniforms(jax.random.key(0), (1000, 50)))
   assert uniform.shape == (1000, 50, 2) and uniform.dtype == np.float32

@@ -18,7 +18,7 @@ from dlm_jax.models import DiT, DiTConfig
 from dlm_jax.objectives import _rewards, didi_instruct, draw_batch, mdlm
 from dlm_jax.objectives._options import DiDiOptions
 from dlm_jax.objectives._rollout import rollout
-from dlm_jax.objectives.state import fold_each, output_params
+from dlm_jax.objectives.state import fold_each, make_state, output_params, update
 from dlm_jax.process import Absorbing
 
 L, V, MASK, BATCH, STEPS = 3, 3, 2, 128, 120
@@ -136,18 +136,16 @@ def _distil_exactly(teacher, rng, **options):
       jax.lax.stop_gradient(reward), options.group_size, options.advantage_clip,
       counted_B=jnp.any(noisy == MASK, axis=1),
     )  # fmt: skip
-    return didi_instruct.policy_loss(terms, {**batch, "advantage": advantage}, options)[0]
+    value = didi_instruct.policy_loss(terms, {**batch, "advantage": advantage}, options)[0]
+    return value, ({}, None)
 
   def step(state, batch):
-    params, average, opt, n = state
     batch = didi_instruct.draw_times(batch, options, PROCESS)
-    updates, opt = STUDENT.update(jax.grad(loss)(params, batch), opt, params)
-    params, rate = optax.apply_updates(params, updates), jnp.minimum(0.98, (2 + n) / (11 + n))
-    average = jax.tree.map(lambda a, p: rate * a + (1 - rate) * p, average, params)
-    return (params, average, opt, n + 1), None
+    state, metrics, _ = update(state, "student", loss, batch, STUDENT, decay=0.98)
+    return state.replace(step=state.step + 1), metrics
 
-  state = (teacher, teacher, STUDENT.init(teacher), jnp.zeros(()))
-  return _train(step, state, FEW, rng)[1]
+  state = make_state({"student": teacher}, {"student": STUDENT}, ("student",))
+  return _train(step, state, FEW, rng).ema["student"]
 
 
 def test_the_integral_kl_falls(teacher):
