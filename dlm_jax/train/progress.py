@@ -9,6 +9,12 @@ import jax
 from tqdm import auto
 
 
+def _in_notebook() -> bool:
+  """Return whether a kernel runs this process; importing one is not enough."""
+  shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+  return getattr(shell, "kernel", None) is not None
+
+
 class Progress:
   """Show step, loss, tokens per second and the time left; used as a context manager.
 
@@ -22,7 +28,7 @@ class Progress:
   def __init__(self, label: str, start: int, total: int, every: float = 30.0):
     self._label, self._total, self._every = label, total, every
     self._silent = jax.process_index() != 0
-    self._interactive = sys.stderr.isatty() or "ipykernel" in sys.modules
+    self._interactive = sys.stderr.isatty() or _in_notebook()
     self._bar = auto.tqdm(
       desc=label, initial=start, total=total, unit="step", dynamic_ncols=True, leave=True,
       disable=self._silent or not self._interactive,

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Learning rates by hand, decay, selection of the best student, and what the writer keeps."""
 
+import importlib
 import json
 import math
+import types
 
 import jax
 import jax.numpy as jnp
@@ -190,6 +192,9 @@ def test_tensorboard_events(tmp_path):
 
 
 def test_progress_prints_lines_where_there_is_no_terminal(capsys):
+  importlib.import_module(
+    "ipykernel"
+  )  # another test may have; it makes no notebook of this process
   with progress.Progress("run", 0, 4, every=0.0) as shown:
     for step in range(1, 5):
       shown.update(step, {"model/loss": 2.5, "model/grad_norm": 1.0}, tokens=100)
@@ -198,3 +203,13 @@ def test_progress_prints_lines_where_there_is_no_terminal(capsys):
   assert lines[-1].startswith("run: step 4/4, model/loss 2.5, tok/s ")
   assert lines[-1].endswith("0:00 left") and lines[0].endswith("? left")
   assert shown.rate > 0
+
+
+def test_progress_draws_a_bar_in_a_notebook(capsys, monkeypatch):
+  """A shell with a kernel, as in Jupyter and Colab; a plain IPython terminal has none."""
+  shell = types.SimpleNamespace(kernel=object())
+  monkeypatch.setattr(importlib.import_module("IPython"), "get_ipython", lambda: shell)
+  with progress.Progress("run", 0, 1, every=0.0) as shown:
+    shown.update(1, {"model/loss": 2.5}, tokens=100)
+  written = capsys.readouterr()
+  assert "1/1" in written.out + written.err and "left" not in written.err
