@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
+from dlm_jax.arrays import Params
 from dlm_jax.models.attention import IMPLEMENTATIONS, Attention
 from dlm_jax.models.layers import (
   MLP,
@@ -175,6 +176,11 @@ def scan_layers(block: type[nn.Module], config, broadcast: int):
     unroll=min(config.unroll, config.layers),
     metadata_params={nn.PARTITION_NAME: "layers"},
   )(config)
+
+
+def head_params(params: Params) -> Params:
+  """Return those parameters of a DiT that its method "head" reads; enough to apply it."""
+  return {name: tree for name, tree in params.items() if name not in ("embed", "blocks")}
 
 
 class DiT(Network):

@@ -35,7 +35,9 @@ from jaxtyping import Array, Float, Int, Key
 from dlm_jax import draw
 from dlm_jax.arrays import Metrics, Params
 from dlm_jax.models import DiT
+from dlm_jax.models.dit import head_params
 from dlm_jax.objectives._chunks import positions_per_chunk
+from dlm_jax.objectives._fused import sum_positions
 from dlm_jax.objectives._gaussian_states import Relaxation, embed_data, embed_predictions
 from dlm_jax.objectives.state import (
   Batch,
@@ -44,7 +46,6 @@ from dlm_jax.objectives.state import (
   map_positions,
   split_each,
   stratified_times,
-  token_mean,
   update,
   valid_tokens,
 )
@@ -201,13 +202,14 @@ def cross_entropy(
     relaxation=relaxation,
   )  # fmt: skip
 
-  def nll_chunk(hidden, fake, x_gen, z, *clean):
+  def nll(head, fake, hidden, x_gen, z, *clean):
     p = _keep_prompt(_probs(student, hidden, sigma_gen_B, x_gen, model, process), *clean)
-    log_fake = _log_estimate(params, fake, sigma_B, z, model, process)
-    return jax.vmap(process.nll_soft)(log_fake, z, p, batch["t"])
+    log_fake = _log_estimate(head, fake, sigma_B, z, model, process)
+    return jax.vmap(process.nll_soft)(log_fake, z, p, batch["t"]), ()
 
-  arrays = (sample.hidden, fake_BLD, sample.x_gen, z_BL, *_clean(batch))
-  return _per_sequence(map_positions(nll_chunk, arrays, chunk), batch)
+  fixed = (sample.hidden, sample.x_gen, z_BL, *_clean(batch))
+  weights_BL = _weights(batch, z_BL.shape)
+  return sum_positions(nll, head_params(params), (fake_BLD,), fixed, weights_BL, chunk)[0]
 
 
 def gap(
@@ -227,26 +229,31 @@ def gap(
     chunk=chunk, relaxation=relaxation,
   )  # fmt: skip
 
-  def gap_chunk(hidden, teacher_hidden, fake_hidden, x_gen, z, *clean):
-    p = _keep_prompt(_probs(params, hidden, sigma_gen_B, x_gen, model, process), *clean)
+  def difference(head, hidden, teacher_hidden, fake_hidden, x_gen, z, *clean):
+    p = _keep_prompt(_probs(head, hidden, sigma_gen_B, x_gen, model, process), *clean)
     log_teacher = _log_estimate(teacher, teacher_hidden, sigma_B, z, model, process)
     log_fake = _log_estimate(fake, fake_hidden, sigma_B, z, model, process)
     nll_soft = jax.vmap(process.nll_soft)
     gap = nll_soft(log_teacher, z, p, batch["t"]) - nll_soft(log_fake, z, p, batch["t"])
-    p, advantage = jax.lax.stop_gradient((p, log_teacher - log_fake))
+    advantage, entropy = log_teacher - log_fake, -jnp.sum(jax.scipy.special.xlogy(p, p), -1)
     mean = jnp.sum(p * advantage, -1)
     variance = jnp.maximum(jnp.sum(p * advantage**2, -1) - mean**2, 0)
-    return gap, variance, -jnp.sum(jax.scipy.special.xlogy(p, p), -1)
+    return gap, (variance, entropy)
 
+  # Only a soft state carries gradients through the trunks of teacher and fake.
   arrays = (sample.hidden, teacher_BLD, fake_BLD, sample.x_gen, z_BL, *_clean(batch))
-  gap_BL, variance_BL, entropy_BL = map_positions(gap_chunk, arrays, chunk)
+  moving = 1 if relaxation is None else 3
+  value, (variance_BL, entropy_BL) = sum_positions(
+    difference, head_params(params), arrays[:moving], arrays[moving:],
+    _weights(batch, z_BL.shape), chunk,
+  )  # fmt: skip
   if relaxation is None:
     counted_BL = (sample.x_gen == process.mask_id) & (z_BL == process.mask_id)
   else:
     counted_BL = valid_tokens(batch)
   mean = lambda x: jnp.sum(x * counted_BL) / jnp.maximum(counted_BL.sum(), 1)  # noqa: E731
   metrics = {"advantage": jnp.sqrt(mean(variance_BL)), "entropy": mean(entropy_BL)}
-  return _per_sequence(gap_BL, batch), metrics
+  return value, metrics
 
 
 def make(
@@ -354,8 +361,10 @@ def _keep_prompt(p, tokens=None, valid=None):
   return jnp.where(valid[..., None], p, one_hot)
 
 
-def _per_sequence(loss_BL, batch):
-  """Return L times the mean over valid tokens, averaged over sequences."""
+def _weights(batch, shape):
+  """Return weights of positions: L times the mean over valid tokens, averaged over sequences."""
   if "valid" not in batch:
-    return loss_BL.sum(1).mean()
-  return loss_BL.shape[1] * token_mean(loss_BL, batch)
+    return jnp.full(shape, 1 / shape[0], jnp.float32)
+  valid_BL = batch["valid"]
+  count_B1 = jnp.maximum(valid_BL.sum(1, keepdims=True), 1)
+  return valid_BL * (shape[1] / shape[0] / count_B1)

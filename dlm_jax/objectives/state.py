@@ -216,9 +216,24 @@ def map_positions(function: Callable, arrays: tuple[Array, ...], chunk: int | No
     arrays: [B, L, …] each.
     chunk: positions at a time; must divide L. None applies the function once, to everything.
   """
-  length = arrays[0].shape[1]
-  if chunk is None or chunk >= length:
+  if chunk is None or chunk >= arrays[0].shape[1]:
     return function(*arrays)
+  body = jax.checkpoint(lambda pieces: function(*pieces))
+  return in_chunks(lambda carry, pieces: (carry, body(pieces)), (), arrays, chunk)[1]
+
+
+def in_chunks(step: Callable, carry: Any, arrays: Any, chunk: int | None) -> tuple[Any, Any]:
+  """Scan over chunks of positions; one step does it where the chunk is None or holds them all.
+
+  Args:
+    step: (carry, pieces) -> (carry, tree of arrays [B, K, …]).
+    carry: what the first step gets.
+    arrays: tree of [B, L, …].
+    chunk: positions at a time; must divide L.
+  """
+  length = jax.tree.leaves(arrays)[0].shape[1]
+  if chunk is None or chunk >= length:
+    return step(carry, arrays)
   if length % chunk:
     raise ValueError(f"objective.chunk={chunk} does not divide the sequence length {length}.")
 
@@ -228,8 +243,8 @@ def map_positions(function: Callable, arrays: tuple[Array, ...], chunk: int | No
   def join(x):
     return jnp.swapaxes(x, 0, 1).reshape(x.shape[1], length, *x.shape[3:])
 
-  body = jax.checkpoint(lambda pieces: function(*pieces))
-  return jax.tree.map(join, jax.lax.map(body, jax.tree.map(cut, arrays)))
+  carry, pieces = jax.lax.scan(step, carry, jax.tree.map(cut, arrays))
+  return carry, jax.tree.map(join, pieces)
 
 
 def _accumulate(grad, params, batch, count):
