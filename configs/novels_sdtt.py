@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Self-distillation through time of the novels teacher.
 
-Needs runs/novels_teacher and runs/novels_judge. 600 steps took 119 s on one H100, beside two other
-runs. Of the teacher's GenPPL / entropy 864 / 4.90, 391 / 4.88 and 250 / 4.86 with 4, 8 and 16
-evaluations they left 671 / 4.82, 341 / 4.79 and 242 / 4.78 (512 samples), most of it in the last
-100 steps.
+Needs runs/novels_teacher and runs/novels_judge. 600 steps took 75 s on one H100. Of the
+teacher's GenPPL / entropy 861 / 4.90, 395 / 4.88 and 254 / 4.87 with 4, 8 and 16 evaluations they
+left 595 / 4.79, 299 / 4.76 and 217 / 4.74 (512 samples), most of it in the last 200 steps.
 
 Reference: SDTT, arXiv 2410.21035.
 

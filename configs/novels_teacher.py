@@ -3,7 +3,7 @@
 
 Put your own plain-text books into data/novels/; documents are split at four line ends.
 
-2,200 steps took 219 s on one H100: validation bound 64.0 per token; see docs/results.md.
+2,200 steps took 184 s on one H100: validation bound 64.4 per token; see docs/results.md.
 
 Reference: MDLM, arXiv 2406.07524.
 

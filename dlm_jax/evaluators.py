@@ -156,7 +156,10 @@ class Samples:
         noise_removal=options.noise_removal,
       )  # fmt: skip
 
-    self._draw = jax.jit(draw, static_argnums=2)  # compiled once per NFE, not per evaluation
+    # Split over the mesh; compiled once per NFE, not per evaluation. Every host reads all tokens.
+    self._draw = jax.jit(
+      mesh.over(built.mesh, draw), static_argnums=2, out_shardings=mesh.replicated(built.mesh)
+    )
 
   @property
   def stop(self) -> bool:

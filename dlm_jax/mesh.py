@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Device meshes, and the one table that maps logical axis names to mesh axes."""
 
+import functools
 import math
 import os
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,10 +13,11 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dlm_jax.errors import InputError
+from dlm_jax.placement import BATCH
 
 AXES = ("data", "fsdp", "tensor")
 RULES = {
-  "batch": ("data", "fsdp"),
+  "batch": BATCH,
   "embed": "fsdp",
   "mlp": "tensor",
   "heads": "tensor",
@@ -45,6 +48,17 @@ def make(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
 def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
   """Return the sharding of an array whose axis number `leading` is the batch."""
   return NamedSharding(mesh, PartitionSpec(*[None] * leading, RULES["batch"]))
+
+
+def over(mesh: Mesh, function: Callable) -> Callable:
+  """Return the function, traced with the mesh in force: see `placement.split_batch`."""
+
+  @functools.wraps(function)
+  def inside(*args, **kwargs):
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+      return function(*args, **kwargs)
+
+  return inside
 
 
 def host_rows(mesh: Mesh, batch_size: int) -> tuple[int, int]:

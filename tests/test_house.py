@@ -19,6 +19,7 @@ PACKAGE = ROOT / "dlm_jax"
 FLOORS = {
   "arrays": 0,
   "errors": 0,
+  "placement": 0,
   "schedules": 0,
   "draw": 0,
   "tables": 0,

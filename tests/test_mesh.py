@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Meshes, batch checks, and checkpoints that move between device counts."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ import tiny_runs
 from jax.sharding import PartitionSpec
 from tiny_runs import quick  # noqa: F401
 
-from dlm_jax import experiment, mesh
+from dlm_jax import experiment, mesh, models, sample
 from dlm_jax.errors import InputError
 from dlm_jax.train import checkpoint, loop
 
@@ -112,6 +114,42 @@ def test_from_eight_devices_to_one_and_back(tmp_path, reference, name):
     final, losses = _train(built, start, 1)
     np.testing.assert_allclose(losses[0], reference[2][1], rtol=1e-3)
     _assert_close(jax.device_get(final).trees, reference[1].trees)
+
+
+def _exchanged(text):
+  """Return the types and shapes of what a compiled program's collectives deliver."""
+  calls = re.findall(r"= (.*?) (?:all-gather|all-reduce|all-to-all|reduce-scatter)\(", text)
+  return [shape for call in calls for shape in re.findall(r"\w+\[[\d,]*\]", call)]
+
+
+def test_weights_are_gathered_not_activations():
+  """Left to itself the compiler sums [B, L, F] activations over the devices that hold weights."""
+  built = _built(**MESHES["fsdp=8"])
+  tokens = jax.ShapeDtypeStruct(
+    (1, 8, 16), jnp.int32, sharding=mesh.batch_sharding(built.mesh, leading=1)
+  )
+  step = loop.jit_step(built.objective, built.mesh, built.shardings, 0)
+  shapes = _exchanged(step.lower(_like(built), tokens).compile().as_text())
+  assert "f32[16,48]" in shapes, "the weights of queries, keys and values"
+  assert not [s for s in shapes if re.fullmatch(r"f32\[\d+,16,\d+\]", s)]
+
+
+def test_samples_are_split_over_the_mesh():
+  """Each device evaluates the network on its own rows alone, and they are the same samples."""
+  built = _built(**MESHES["data=8"])
+  params = _first_state(built).trees["model"]
+
+  def draw(params, rng):
+    denoiser = models.Denoiser(built.model, params)
+    return sample.generate(denoiser, built.process, rng, batch=8, length=16, steps=4)
+
+  arguments = jax.device_put((params, jax.random.key(5)), mesh.replicated(built.mesh))
+  run = jax.jit(mesh.over(built.mesh, draw), out_shardings=mesh.replicated(built.mesh))
+  program = run.lower(*arguments).compile()
+  assert "f32[16,48]" in program.as_text(), "16 tokens of one sequence, 3 × 16 channels"
+  assert "f32[128,48]" not in program.as_text(), "128 tokens of all eight"
+  alone = jax.jit(draw)(jax.device_get(params), jax.random.key(5))
+  np.testing.assert_array_equal(program(*arguments), alone)
 
 
 def test_parameters_are_really_sharded():

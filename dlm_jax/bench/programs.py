@@ -109,7 +109,10 @@ def bench_sample(
 
     arguments = jax.device_put((denoiser, jax.random.key(1)), mesh.replicated(devices))
     timing = measure.timed(
-      run, *arguments, repeats=repeats, out_shardings=mesh.batch_sharding(devices)
+      mesh.over(devices, run),
+      *arguments,
+      repeats=repeats,
+      out_shardings=mesh.batch_sharding(devices),
     )
     trunk = _trunk(arguments[0], batch, repeats, devices)
     limit, ratio = f"{steps} trunk forwards", timing.seconds / (steps * trunk.seconds)

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int, Key
 from dlm_jax.models.attention import Attention
 from dlm_jax.models.dit import check_config, scan_layers
 from dlm_jax.models.layers import MLP, Embedding, LayerNorm, Network, dropout, rotary_tables
+from dlm_jax.placement import split_batch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,6 +42,7 @@ class CausalBlock(nn.Module):
   def __call__(self, x_BLD, layer, rope, rng_B):
     cfg = self.config
     dtype = jnp.dtype(cfg.dtype)
+    x_BLD = split_batch(x_BLD)
     attention = Attention(
       cfg.heads, dtype, causal=True, implementation=cfg.attention, name="attention"
     )

@@ -20,6 +20,7 @@ from dlm_jax.models.layers import (
   rotary_tables,
   timestep_features,
 )
+from dlm_jax.placement import split_batch
 
 _CHOICES = {
   "dtype": ("float32", "bfloat16", "float16"),
@@ -125,6 +126,7 @@ class Block(nn.Module):
   def __call__(self, x_BLD, layer, c_BC, rope, rng_B):
     cfg = self.config
     dtype = jnp.dtype(cfg.dtype)
+    x_BLD = split_batch(x_BLD)
     # [1 or B, 1, D] each: a constant modulation costs nothing per sequence
     modulation = _modulation(6 * cfg.dim, "modulation")(c_BC)[:, None, :]
     shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(modulation, 6, axis=-1)

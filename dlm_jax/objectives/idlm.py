@@ -129,8 +129,9 @@ def rollout(
   uniform_BL2 = jax.vmap(lambda rng: draw.uniforms(rng, (length,)))(rng_token_B)
 
   def draw_chunk(hidden, x_gen, uniform):
-    probs = _probs(params, hidden, sigma_B, x_gen, model, process)
-    return draw.categorical(probs, uniform)
+    logits = model.apply({"params": params}, hidden, sigma_B, method="head")
+    token = draw.softmax(process.clean_logits(logits)).draw(uniform)
+    return jnp.where(x_gen == process.mask_id, token, x_gen)
 
   frozen_BLD = jax.lax.stop_gradient(hidden_BLD)
   predicted_BL = map_positions(draw_chunk, (frozen_BLD, x_gen_BL, uniform_BL2), chunk)

@@ -94,11 +94,11 @@ def rollout(
     sigma_B = process.schedule.sigma(t_B)
     hidden.append(model.apply({"params": teacher}, x_BL, sigma_B, method="trunk"))
 
-    def tokens(hidden_BKD, x_BK, u_BK2, sigma_B=sigma_B):
+    def tokens(hidden_BKD, u_BK2, sigma_B=sigma_B):
       logits = model.apply({"params": teacher}, hidden_BKD, sigma_B, method="head")
-      return draw.categorical(jnp.exp(jax.vmap(process.log_x0)(logits, x_BK)), u_BK2)
+      return draw.softmax(process.clean_logits(logits)).draw(u_BK2)
 
-    token_BL = map_positions(tokens, (hidden[-1], x_BL, u_BL2), chunk)
+    token_BL = map_positions(tokens, (hidden[-1], u_BL2), chunk)
     revealed_BL = (x_BL == process.mask_id) & (u_BL < reveal_B[:, None])
     x_BL = jnp.where(revealed_BL, token_BL, x_BL)
     states.append(x_BL)

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Int
 
 from dlm_jax.arrays import RngKey
 from dlm_jax.errors import InputError
+from dlm_jax.placement import split_batch
 from dlm_jax.process import Absorbing, Uniform
 from dlm_jax.sample import _analytic, _ancestral, _legacy, _psi, _rgas, _uniform
 
@@ -100,9 +101,9 @@ def generate(
       raise InputError(f"{name}={count}: sampling needs at least 1.")
   if precision not in PRECISIONS:
     raise InputError(f"precision={precision!r} is unknown; use one of {', '.join(PRECISIONS)}.")
-  rng_B = jax.vmap(lambda i: jax.random.fold_in(rng, i))(jnp.arange(batch))
+  rng_B = split_batch(jax.vmap(lambda i: jax.random.fold_in(rng, i))(jnp.arange(batch)))
   rng_prior_B, rng_B = _split_each(rng_B)
-  x_BL, frozen_BL = _start(proc, rng_prior_B, length, prompt, frozen)
+  x_BL, frozen_BL = map(split_batch, _start(proc, rng_prior_B, length, prompt, frozen))
   run = _choose(sampler, precision, proc)
   _check_options(run, sampler, sampler_options)
   trace_KBL = run(denoiser, proc, rng_B, x_BL, frozen_BL, steps=steps, **sampler_options)

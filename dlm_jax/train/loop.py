@@ -104,7 +104,7 @@ def jit_step(
     return objective.step(state, draws[0] if objective.batches == 1 else tuple(draws))
 
   return jax.jit(
-    train_step,
+    meshes.over(mesh, train_step),
     in_shardings=(shardings, meshes.batch_sharding(mesh, leading=1)),
     out_shardings=(shardings, meshes.replicated(mesh)),
     donate_argnums=0,

@@ -76,7 +76,7 @@ def test_a_chunk_that_does_not_divide_is_refused():
 
 def test_the_gradient_keeps_no_dense_array():
   """Its residuals are gradients, so the largest array of the compiled program is one chunk's."""
-  head, moving, fixed, weights = _inputs()
+  _, moving, fixed, weights = _inputs()
   wide = {"kernel": jnp.ones((_D, 1000)), "bias": jnp.ones(1000)}
 
   def total(head, chunk):
