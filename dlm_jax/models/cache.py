@@ -9,21 +9,24 @@ A call of `Decoder.extend` reads a cache and returns its own keys and values; no
   rollback forget committed tokens from a length on; length 0 frees the row for another request
 
 Everything at or beyond a row's length is garbage that no query sees.
+
+The leaves are typed `Any`: a tree of shardings or of None has the same structure.
 """
+
+from typing import Any
 
 import flax.struct
 import jax.numpy as jnp
-from jax import Array
 from jax.typing import DTypeLike
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Array, Bool, Int
 
 
 @flax.struct.dataclass
 class KV:
   """Keys (after norm and rotation) and values of every layer for the tokens of one call."""
 
-  k_NBQGC: Float[Array, "N B Q G C"]
-  v_NBQGC: Float[Array, "N B Q G C"]
+  k_NBQGC: Any
+  v_NBQGC: Any
 
 
 @flax.struct.dataclass
@@ -37,9 +40,9 @@ class Cache:
       `overflow_B`.
   """
 
-  k_NBSGC: Float[Array, "N B S G C"]
-  v_NBSGC: Float[Array, "N B S G C"]
-  length_B: Int[Array, "B"]
+  k_NBSGC: Any
+  v_NBSGC: Any
+  length_B: Any
 
   @classmethod
   def make(cls, config, batch: int, capacity: int, dtype: DTypeLike | None = None) -> "Cache":

@@ -285,8 +285,8 @@ def rotary_at(positions: Int[Array, "*shape"], channels: int, base: float = 1000
 
 def rotate(
   x_BLHC: Float[Array, "B L H C"],
-  cos: Float[Array, "L half"] | Float[Array, "B L half"],
-  sin: Float[Array, "L half"] | Float[Array, "B L half"],
+  cos: Float[Array, "L half"] | Float[Array, "#B L half"],
+  sin: Float[Array, "L half"] | Float[Array, "#B L half"],
 ) -> Float[Array, "B L H C"]:
   """Rotate pairs (c, c + C/2): the half-split layout. Tables are shared by rows, or one each."""
   cos, sin = (t if t.ndim == 3 else t[None] for t in (cos, sin))

@@ -8,6 +8,8 @@ and no token sees another document. Every predicate is elementwise: any order of
 subset of them, any tile of a kernel.
 """
 
+from typing import Any
+
 import flax.struct
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
@@ -23,7 +25,7 @@ LAYOUTS = ("unified", "published")
 
 @flax.struct.dataclass
 class Slots:
-  """Integers of every token of a call; all of one shape [..., L].
+  """Integers of every token of a call; all int32 [..., L].
 
   Attributes:
     kind: one of the kinds above.
@@ -33,11 +35,11 @@ class Slots:
     position: for the rotary embedding; repeats are fine.
   """
 
-  kind: Int[Array, "*batch L"]
-  time: Int[Array, "*batch L"]
-  block: Int[Array, "*batch L"]
-  document: Int[Array, "*batch L"]
-  position: Int[Array, "*batch L"]
+  kind: Any
+  time: Any
+  block: Any
+  document: Any
+  position: Any
 
   @classmethod
   def make(cls, kind, time=0, block=0, document=0, position=0) -> "Slots":
