@@ -15,7 +15,9 @@ import tiny_decoder as tiny
 from safetensors.flax import load_file, save_file
 
 from dlm_jax import convert, mesh, process
+from dlm_jax.cli import convert as cli
 from dlm_jax.convert import hf_qwen3
+from dlm_jax.data import tokenizers
 from dlm_jax.errors import InputError
 from dlm_jax.models import masks
 
@@ -286,3 +288,23 @@ def test_weights_are_read_where_they_go(monkeypatch):
   convert.load(CHECKPOINTS / "sdar_bf16", mesh=mesh.make(1, 1, 8))
   wide = [(part, whole) for part, whole in sizes if whole > 100]
   assert wide and all(part == whole // 8 for part, whole in wide)
+
+
+def test_command_line(tmp_path, capsys):
+  """`dlm-jax convert` writes a decoder with its mask, block length and tokenizer."""
+  source, tokenizer = tmp_path / "source", tokenizers.load("bytes")
+  config = dataclasses.replace(tiny.DENSE, vocab_size=300)
+  model, params = tiny.make(config)
+  proc = process.Absorbing(vocab_size=300, mask_id=257)
+  convert.save(source, model, params, proc, block_length=4)
+  tokenizer.save(source)
+  out = tmp_path / "out"
+  cli.main(["--checkpoint", str(source), "--out", str(out), "--dtype", "bfloat16"])
+  assert "bfloat16" in capsys.readouterr().out
+  again, kept, process_again = convert.load(out, params_dtype="bfloat16", dtype="float32")
+  assert again.config == config and process_again == proc and convert.block_length(out) == 4
+  _trees_equal(kept, jax.tree.map(lambda x: x.astype(jnp.bfloat16), params))
+  assert tokenizers.load(out) == tokenizer
+  convert.save(source, *tiny.make(), process.Absorbing(vocab_size=tiny.V, mask_id=39))
+  with pytest.raises(InputError, match="the tokenizer has 257 tokens and the network 40 rows"):
+    cli.main(["--checkpoint", str(source), "--out", str(tmp_path / "more")])
