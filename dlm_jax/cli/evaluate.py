@@ -58,6 +58,8 @@ dlm-jax evaluate --checkpoint=runs/novels_idlm --judge=runs/novels_judge --steps
 
 def _likelihood(flags_, dataset) -> dict[str, float]:
   directory = experiment.network_directory(flags_.checkpoint)
+  if convert.is_decoder(directory):
+    raise InputError(f"{directory} is a decoder; likelihood is measured of denoisers and judges.")
   dtype = {} if jax.default_backend() != "cpu" else {"dtype": "float32"}
   model, params, proc = convert.load(directory, **dtype)
   evaluators.check_tokenizer(directory, dataset.tokenizer(), model.config.vocab_size, proc)

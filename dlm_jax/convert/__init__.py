@@ -6,16 +6,26 @@ import json
 import pathlib
 from typing import Any
 
+from jax.sharding import Mesh
+
 from dlm_jax.arrays import Params
-from dlm_jax.convert import families, files, hf_discriminator, hf_dit, hf_gpt2
+from dlm_jax.convert import (
+  decoder_config,
+  families,
+  files,
+  hf_discriminator,
+  hf_dit,
+  hf_gpt2,
+  hf_qwen3,
+)
+from dlm_jax.convert.decoder_config import mask_id
 from dlm_jax.convert.hf_discriminator import save as save_discriminator
-from dlm_jax.convert.hf_dit import save
 from dlm_jax.errors import InputError
-from dlm_jax.models import Critic
+from dlm_jax.models import Critic, Decoder
 
 __all__ = [
-  "fingerprint", "is_denoiser", "load", "load_discriminator", "read_config", "save",
-  "save_discriminator",
+  "block_length", "fingerprint", "is_decoder", "is_denoiser", "load", "load_discriminator",
+  "mask_id", "read_config", "save", "save_discriminator",
 ]  # fmt: skip
 
 
@@ -26,7 +36,7 @@ def read_config(path: pathlib.Path | str) -> dict[str, Any]:
     InputError: it is missing, unreadable or names no model_type.
   """
   path = pathlib.Path(path)
-  known = ", ".join(families.FAMILIES)
+  known = ", ".join((*families.FAMILIES, *decoder_config.MODEL_TYPES))
   file = (path.parent if path.is_file() else path) / "config.json"
   try:
     config = json.loads(file.read_text(encoding="utf-8"))
@@ -54,6 +64,20 @@ def is_denoiser(path: pathlib.Path | str) -> bool:
   return name in families.FAMILIES and bool(families.FAMILIES[name].processes)
 
 
+def is_decoder(path: pathlib.Path | str) -> bool:
+  """Return whether a checkpoint is a decoder of the Qwen3 family, SDAR and I-DLM included.
+
+  Raises:
+    InputError: as `read_config`, or the model type is unknown.
+  """
+  return families.name_family(read_config(path), path) in decoder_config.MODEL_TYPES
+
+
+def block_length(path: pathlib.Path | str) -> int | None:
+  """Return the block length that a decoder's config.json names; public files seldom do."""
+  return read_config(path).get("block_size")
+
+
 def fingerprint(path: pathlib.Path | str) -> str:
   """Return a hash of a model directory's weights, for recording what a number belongs to.
 
@@ -72,7 +96,12 @@ def fingerprint(path: pathlib.Path | str) -> str:
 
 
 def load(
-  path: pathlib.Path | str, *, weights: str | None = None, **overrides
+  path: pathlib.Path | str,
+  *,
+  weights: str | None = None,
+  params_dtype: str = "float32",
+  mesh: Mesh | None = None,
+  **overrides,
 ) -> tuple[Any, Params, Any]:
   """Load a network from config.json and the weights beside it.
 
@@ -83,10 +112,13 @@ def load(
     path: directory in the Hugging Face layout, or the file of weights next to a config.json.
     weights: of a Lightning checkpoint: "raw", or "ema" for the moving average; None: the average
       if there is one.
+    params_dtype: of a decoder: "bfloat16" keeps public weights as they are.
+    mesh: of a decoder: devices that its parameters are sharded over.
     **overrides: fields of the model's config that change no shape, e.g. dtype="float32".
 
   Returns:
-    (model, float32 params, process); the process is None for autoregressive networks.
+    (model, params, process); the process is None for autoregressive networks. That of a decoder
+    with a mask token is absorbing: it names the mask; how blocks are denoised is the sampler's.
 
   Raises:
     InputError: unknown model type; missing, extra, misshapen or unreadable tensors.
@@ -95,11 +127,46 @@ def load(
     >>> model, params, proc = load("data/idlm-duo", dtype="float32")  # doctest: +SKIP
   """
   config = read_config(path)
-  if families.name_family(config, path) != "gpt2":
-    return hf_dit.load(path, config, weights=weights, **overrides)
-  if weights is not None:
+  name = families.name_family(config, path)
+  if weights is not None and name in (*decoder_config.MODEL_TYPES, "gpt2"):
     raise InputError(f"{path}: weights={weights!r} is a choice of Lightning checkpoints only.")
+  if name in decoder_config.MODEL_TYPES:
+    return hf_qwen3.load(path, config, params_dtype=params_dtype, mesh=mesh, **overrides)
+  if params_dtype != "float32" or mesh is not None:
+    raise InputError(f"{path}: params_dtype and mesh are choices of decoders, not of a {name}.")
+  if name != "gpt2":
+    return hf_dit.load(path, config, weights=weights, **overrides)
   return (*hf_gpt2.load(path), None)
+
+
+def save(
+  path: pathlib.Path | str,
+  model,
+  params: Params,
+  proc=None,
+  *,
+  dtype: str | None = None,
+  extra: dict[str, Any] | None = None,
+  **options,
+) -> None:
+  """Write a network as `load` reads it: config.json and model.safetensors.
+
+  Args:
+    path: directory, created if needed.
+    model: the network.
+    params: its parameters.
+    proc: forward process; None for an autoregressive network.
+    dtype: "float32" or "bfloat16"; None: float32, for a decoder what its parameters are kept in.
+    extra: JSON-able facts stored in config.json under "dlm_jax" (tokenizer fingerprint, …).
+    **options: of a decoder: block_length, shard_bytes; see `hf_qwen3.save`.
+
+  Raises:
+    InputError: the process or its schedule has no name to store.
+  """
+  if isinstance(model, Decoder):
+    hf_qwen3.save(path, model, params, proc, dtype=dtype, extra=extra, **options)
+  else:
+    hf_dit.save(path, model, params, proc, dtype=dtype or "float32", extra=extra, **options)
 
 
 def load_discriminator(path: pathlib.Path | str, **overrides) -> Critic | None:

@@ -10,6 +10,7 @@ import pathlib
 from typing import Any
 
 from dlm_jax import models, process, schedules
+from dlm_jax.convert import decoder_config
 from dlm_jax.errors import InputError
 
 
@@ -58,12 +59,12 @@ _FIELDS = {  # public key -> ours
 
 
 def name_family(config: dict[str, Any], source: pathlib.Path | str) -> str:
-  """Return the key of FAMILIES that a config names, or "gpt2"; upper and lower case are the same.
+  """Return the key of FAMILIES that a config names, "gpt2" or a decoder's; case is ignored.
 
   Raises:
     InputError: the model_type is unknown.
   """
-  known = [*FAMILIES, "gpt2"]
+  known = [*FAMILIES, "gpt2", *decoder_config.MODEL_TYPES]
   names = {name.lower(): name for name in known}
   kind = config["model_type"]
   if not isinstance(kind, str) or kind.lower() not in names:

@@ -1,9 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Networks. Linen lives in this folder and nowhere else."""
 
+from dlm_jax.models.cache import KV, Cache, commit, rollback
 from dlm_jax.models.causal import Causal, CausalConfig
+from dlm_jax.models.decoder import Decoder, DecoderConfig
 from dlm_jax.models.denoiser import Denoiser
 from dlm_jax.models.discriminator import Critic, Discriminator
 from dlm_jax.models.dit import DiT, DiTConfig
 
-__all__ = ["Causal", "CausalConfig", "Critic", "Denoiser", "DiT", "DiTConfig", "Discriminator"]
+__all__ = [
+  "KV", "Cache", "Causal", "CausalConfig", "Critic", "Decoder", "DecoderConfig", "Denoiser", "DiT",
+  "DiTConfig", "Discriminator", "commit", "rollback",
+]  # fmt: skip

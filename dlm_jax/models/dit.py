@@ -37,19 +37,28 @@ def check_config(config) -> None:
   Raises:
     ValueError: a size below 1, an unknown choice, a rate outside [0, 1), heads that do not fit.
   """
-  for field in _SIZES:
-    if getattr(config, field, 1) < 1:
-      raise ValueError(f"model.{field}={getattr(config, field)} must be at least 1.")
-  for field, allowed in _CHOICES.items():
-    value = getattr(config, field, allowed[0])
-    if value not in allowed:
-      raise ValueError(f"model.{field}={value!r} is unknown; use one of {', '.join(allowed)}.")
+  check_fields(config, _SIZES)
   if not 0 <= config.dropout < 1:
     raise ValueError(f"model.dropout={config.dropout} must be at least 0 and below 1.")
   if config.dim % config.heads or (config.dim // config.heads) % 2:
     raise ValueError(
       f"model.heads={config.heads} must divide model.dim={config.dim} into an even number."
     )
+
+
+def check_fields(config, sizes: tuple[str, ...]) -> None:
+  """Check sizes, and the choices that a config has of those that our Transformers share.
+
+  Raises:
+    ValueError: a size below 1, or an unknown choice.
+  """
+  for field in sizes:
+    if getattr(config, field, 1) < 1:
+      raise ValueError(f"model.{field}={getattr(config, field)} must be at least 1.")
+  for field, allowed in _CHOICES.items():
+    value = getattr(config, field, allowed[0])
+    if value not in allowed:
+      raise ValueError(f"model.{field}={value!r} is unknown; use one of {', '.join(allowed)}.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -162,7 +171,8 @@ def scan_layers(block: type[nn.Module], config, broadcast: int):
   """Return the stack of `config.layers` blocks as one scanned, optionally rematerialised module.
 
   Args:
-    block: a module called as block(x, layer, *broadcast_arguments) -> (x, None).
+    block: a module called as block(x, own, *broadcast_arguments) -> (x, out): `own` is the layer's
+      slice of what is scanned (its number, its part of a cache), `out` is stacked, None is nothing.
     config: its only field; read for `layers`, `unroll` and `remat`.
     broadcast: number of arguments that every layer sees whole.
   """

@@ -245,7 +245,7 @@ class Embedding(nn.Module):
     """Return float32 logits of a head that shares the table."""
     return jnp.einsum(
       "bld,vd->blv", hidden.astype(dtype), self.embedding.astype(dtype),
-      preferred_element_type=jnp.float32,
+      preferred_element_type=jnp.float32, precision=_precision(dtype),
     )  # fmt: skip
 
 
@@ -255,18 +255,42 @@ def _rows_uniform(rng, shape, dtype=jnp.float32):
   return jax.random.uniform(rng, shape, dtype, -bound, bound)
 
 
+class RMSNorm(nn.Module):
+  """Divide by the root mean square over the last axis, times a scale; float32 in and out."""
+
+  eps: float
+  axis: str | None = "embed"
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+    init = nn.with_logical_partitioning(nn.initializers.ones, (self.axis,))
+    scale = self.param("scale", init, (x.shape[-1],)).astype(jnp.float32)
+    x = x.astype(jnp.float32)
+    x = x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + self.eps)
+    return x * scale.reshape((1,) * (x.ndim - 1) + (-1,))
+
+
 def rotary_tables(length: int, channels: int, base: float = 10000.0):
   """Return cos and sin, float32 [L, C/2], for positions 0 … L − 1."""
+  return rotary_at(jnp.arange(length), channels, base)
+
+
+def rotary_at(positions: Int[Array, "*shape"], channels: int, base: float = 10000.0):
+  """Return cos and sin, float32 [..., C/2], of the given positions."""
   frequency = base ** (-jnp.arange(0, channels, 2, dtype=jnp.float32) / channels)
-  angle = jnp.arange(length, dtype=jnp.float32)[:, None] * frequency[None, :]
+  frequency = frequency.reshape((1,) * positions.ndim + (-1,))
+  angle = positions.astype(jnp.float32)[..., None] * frequency
   return jnp.cos(angle), jnp.sin(angle)
 
 
 def rotate(
-  x_BLHC: Float[Array, "B L H C"], cos: Float[Array, "L half"], sin: Float[Array, "L half"]
+  x_BLHC: Float[Array, "B L H C"],
+  cos: Float[Array, "L half"] | Float[Array, "#B L half"],
+  sin: Float[Array, "L half"] | Float[Array, "#B L half"],
 ) -> Float[Array, "B L H C"]:
-  """Rotate pairs (c, c + C/2): the half-split layout."""
-  cos, sin = cos[None, :, None, :].astype(x_BLHC.dtype), sin[None, :, None, :].astype(x_BLHC.dtype)
+  """Rotate pairs (c, c + C/2): the half-split layout. Tables are shared by rows, or one each."""
+  cos, sin = (t if t.ndim == 3 else t[None] for t in (cos, sin))
+  cos, sin = cos[:, :, None].astype(x_BLHC.dtype), sin[:, :, None].astype(x_BLHC.dtype)
   first, second = jnp.split(x_BLHC, 2, axis=-1)
   return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
