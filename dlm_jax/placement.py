@@ -3,8 +3,8 @@
 
 A compiler that sees a batch and a weight split over the same devices may exchange either. Left to
 itself it summed activations over the devices: two GPUs trained slower than one (170 M parameters,
-189 ms for 64 × 1024 tokens, one H100 87 ms for half of them), and both drew all samples. So networks
-and samplers say what is meant: batches stay split, weights are gathered where they are used.
+189 ms for 64 × 1024 tokens, one H100 87 ms for half of them), and both drew all samples. So
+networks and samplers say what is meant: batches stay split, weights are gathered for their use.
 """
 
 import math

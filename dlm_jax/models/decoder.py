@@ -16,6 +16,7 @@ from dlm_jax.models.dit import check_fields, scan_layers
 from dlm_jax.models.experts import Experts, GatedMLP
 from dlm_jax.models.grouped_attention import GroupedAttention
 from dlm_jax.models.layers import Embedding, Linear, Network, RMSNorm, rotary_at
+from dlm_jax.placement import split_batch
 
 _SIZES = (
   "vocab_size", "dim", "layers", "heads", "kv_heads", "head_dim", "mlp_dim", "length", "unroll",
@@ -93,6 +94,7 @@ class DecoderBlock(nn.Module):
     """Return the residual stream and this layer's (keys, values)."""
     cfg = self.config
     dtype = jnp.dtype(cfg.dtype)
+    x_BQD = split_batch(x_BQD)
     attention = GroupedAttention(
       cfg.heads, cfg.kv_heads, cfg.head_dim, cfg.eps, dtype, name="attention"
     )
