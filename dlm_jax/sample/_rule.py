@@ -6,6 +6,7 @@ It is pure and knows one block of one row: `vmap` it over rows and over stacked 
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -45,7 +46,7 @@ class BlockOptions:
       temperature 1.
     top_k: draw from the k most probable tokens and their ties; 0: all.
     top_p: draw from the smallest set of this mass; 1: all.
-    stop_ids: tokens after which a row ends; those of the prompt do not count.
+    stop_ids: tokens after which a row ends; those of the prompt do not count. Kept as a tuple.
     confidence: "unfiltered": probabilities after temperature, before top-k and top-p. "filtered":
       after them, as SDAR's generate.py has it.
     budget: "remaining", see `steps`; "block": K / T, rounded up in the first K mod T steps, as in
@@ -68,7 +69,7 @@ class BlockOptions:
   temperature: float = 1.0
   top_k: int = 0
   top_p: float = 1.0
-  stop_ids: tuple[int, ...] = ()
+  stop_ids: Sequence[int] = ()
   confidence: str = "unfiltered"
   budget: str = "remaining"
   count_mask: bool = False
