@@ -80,6 +80,8 @@ def with_noise(
   interval: Float[Array, "2"] | tuple[float, float] = FULL,
   first_given: bool = False,
   separator: int = -1,
+  row_B: Int[Array, "B"] | None = None,
+  rows: int | None = None,
 ) -> Batch:
   """Draw a noisy copy of a global batch, before it is cut into micro-batches.
 
@@ -92,6 +94,9 @@ def with_noise(
     first_given: the first token of every document is given, as in next-token prediction.
     separator: the id that every document starts with, to find documents by where there is no
       "position"; below 0: a row is one document.
+    row_B: for batches that are part of a larger one, over which levels are stratified: which rows
+      of it these are. None: the batch is whole.
+    rows: of the larger one.
 
   Returns:
     "tokens", "noisy", "time" and "weight" per position, "valid", "block" numbers, "count", the mean
@@ -99,14 +104,14 @@ def with_noise(
     "position" and "document" numbers.
   """
   tokens_BL, valid_BL = batch["tokens"], valid_tokens(batch)
-  rows, length = tokens_BL.shape
+  batch_size, length = tokens_BL.shape
   several = "position" in batch or separator >= 0
   if "position" in batch:
     position_BL = jax.vmap(number_padding)(batch["position"])
   elif several:
     position_BL = jax.vmap(positions_between)(tokens_BL == separator)
   else:
-    position_BL = jnp.broadcast_to(jnp.arange(length), (rows, length))
+    position_BL = jnp.broadcast_to(jnp.arange(length), (batch_size, length))
   document_BL = jax.vmap(number_documents)(position_BL)
   if first_given:
     valid_BL &= position_BL > 0
@@ -114,18 +119,23 @@ def with_noise(
 
   def draw(row, rng, *sequence):
     return noise.draw(
-      rng, *sequence, interval=interval, single=block_length == 1, row=row, rows=rows
+      rng, *sequence, interval=interval, single=block_length == 1, row=row, rows=rows or batch_size
     )
 
   noised = jax.vmap(draw)(
-    jnp.arange(rows), batch["rng"], tokens_BL, block_BL, document_BL, valid_BL
+    jnp.arange(batch_size) if row_B is None else row_B,
+    batch["rng"],
+    tokens_BL,
+    block_BL,
+    document_BL,
+    valid_BL,
   )
-  count = jnp.maximum(valid_BL.sum(), 1) / rows
+  count = jnp.maximum(valid_BL.sum(), 1) / batch_size
   places = {"position": position_BL, "document": document_BL} if several else {}
   return {
     "tokens": tokens_BL, "noisy": noised.tokens_L, "time": noised.time_L,
     "weight": noised.weight_L, "valid": valid_BL, "block": block_BL,
-    "count": jnp.full((rows,), count), **places,
+    "count": jnp.full((batch_size,), count), **places,
   }  # fmt: skip
 
 
