@@ -129,7 +129,7 @@ def _proteins(flags_) -> dict[str, Any]:
 
 def _draw(flags_, data: str = ""):
   """Return the model, its judge if one is named, and samples; of proteins as long as in `data`."""
-  pipe = pipeline.load(flags_.checkpoint)
+  pipe = pipeline.load_denoiser(flags_.checkpoint)
   judge = evaluators.load_judge(flags_.judge, pipe.tokenizer) if flags_.judge else None
   sampler, batch = pipe.sampler(data, **dict(flags_.option)), min(flags_.batch_size, flags_.samples)
   tokens_NL, _ = frontier.draw_samples(sampler, flags_.steps, flags_.samples, batch, flags_.seed)

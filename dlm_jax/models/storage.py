@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """How the parameters of a decoder are kept; the function they compute is the same.
 
-  stacked  one array per kind of weight for all layers, looped over by `nn.scan`: for training and
-           for files.
-  layers   one array per layer, looped over in Python. Decoding one row reads every weight once per
-           pass and does next to nothing else; a scan, or XLA's slices of a stack, may copy each
-           layer's weights first, which reads them twice and writes them once.
-  fused    as layers, with queries, keys and values in one matrix and gate and up in another: fewer,
-           larger products.
+stacked  one array per kind of weight for all layers, looped over by `nn.scan`: for training and
+         for files.
+layers   one array per layer, looped over in Python. Decoding one row reads every weight once per
+         pass and does next to nothing else; a scan, or XLA's slices of a stack, may copy each
+         layer's weights first, which reads them twice and writes them once.
+fused    as layers, with queries, keys and values in one matrix and gate and up in another: fewer,
+         larger products.
 """
 
 import dataclasses
