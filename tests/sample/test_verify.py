@@ -26,6 +26,11 @@ def _simsd(model, params, cache, tokens, time, **options):
   return _verify.verify_simsd(model, params, cache, tokens, time, mask_id=MASK_ID, **options)
 
 
+_recorded_pass = jax.jit(
+  _verify.verify_simsd, static_argnums=0, static_argnames=("layout", "mask_id")
+)
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def _stacked(model, params, cache, tokens, time):
   states, used = _verify.states(tokens, time, SIZE, MASK_ID)
@@ -72,6 +77,7 @@ def _difference(a, b, where):
   return float(jnp.where(where[..., None], jnp.abs(a - b), 0.0).max())
 
 
+@functools.cache
 def _deviation(layers, steps, carried, batch=24, **options):
   """Return (largest logit difference, mean of the worst TV per row, share of argmax flips)."""
   model, params = _network(layers)
@@ -133,7 +139,7 @@ def test_recorded_verification(golden, name):
       continue  # the release pairs an early stop's masks by rank; here every mask asks for its own
     before = get("input_ids")[None, : case["prompt_len"] + sum(case["accepted_lengths"])]
     cache = _prefilled(model, params, before, _accepted_slots(case, config["block_length"]))
-    logits = _verify.verify_simsd(
+    logits = _recorded_pass(
       model, params, cache, get("draft_ids")[None], get("step_map")[None] + 1,
       mask_id=config["mask_token_id"], layout="published",
     )  # fmt: skip
@@ -152,7 +158,7 @@ def test_recorded_cached_verification(golden, name):
   tokens = jnp.concatenate([jnp.asarray(v["cached/leftover"], jnp.int32), draft])
   time = jnp.concatenate([jnp.zeros(len(prompt) - aligned, jnp.int32), step + 1])
   for layout, same in (("published", True), ("unified", False)):
-    logits = _verify.verify_simsd(
+    logits = _recorded_pass(
       model, params, cache, tokens[None, None], time[None, None],
       mask_id=config["mask_token_id"], layout=layout,
     )  # fmt: skip
@@ -304,15 +310,14 @@ def test_stacked_is_step_by_step(layers):
       if carried == 1:  # a hole: the carried token is not the first
         time = jnp.roll(time, 2, axis=1)
       truth = _stepwise(model, params, cache, tokens, time)
-      states, used, logits, kv = _stacked(model, params, cache, tokens, time)
+      _, used, logits, kv = _stacked(model, params, cache, tokens, time)
       count = min(steps, SIZE - carried)
-      np.testing.assert_array_equal(used, np.arange(SIZE)[None] < count)
+      np.testing.assert_array_equal(used, [list(np.arange(SIZE) < count)] * 16)
       at = jnp.maximum(time - 1, 0)[:, None, :, None]
       picked = jnp.take_along_axis(logits, at, axis=1)[:, 0]
       assert _difference(picked, truth, time > 0) < EXACT
       clean = tiny.extend(model, params, tokens, None, None, cache)[1]
       jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=EXACT), kv, clean)
-  other = jnp.where(time > 0, 1 + time.max() - time, 0)
   tokens, time = _draft(16, 4, 0)
   other = 5 - time
   assert (
