@@ -4,5 +4,8 @@
 from dlm_jax import draw
 from dlm_jax.sample import grids
 from dlm_jax.sample._generate import evaluations, generate
+from dlm_jax.sample._rule import BlockOptions, Revealed, hitting_times, reveal
 
-__all__ = ["draw", "evaluations", "generate", "grids"]
+__all__ = [
+  "BlockOptions", "Revealed", "draw", "evaluations", "generate", "grids", "hitting_times", "reveal",
+]  # fmt: skip
