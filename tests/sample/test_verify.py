@@ -23,9 +23,11 @@ EXACT = 2e-4  # of logits that vary by several units, float32
 )
 def _simsd(model, params, cache, tokens, time, **options):
   options.setdefault("layout", "unified")
-  return _verify.verify_simsd(model, params, cache, tokens, time, mask_id=MASK_ID, **options)
+  found = _verify.verify_simsd(model, params, cache, tokens, time, mask_id=MASK_ID, **options)
+  return found.logits_BNKV
 
 
+_commit = jax.jit(commit)
 _recorded_pass = jax.jit(
   _verify.verify_simsd, static_argnums=0, static_argnames=("layout", "mask_id")
 )
@@ -34,7 +36,8 @@ _recorded_pass = jax.jit(
 @functools.partial(jax.jit, static_argnums=0)
 def _stacked(model, params, cache, tokens, time):
   states, used = _verify.states(tokens, time, SIZE, MASK_ID)
-  return states, used, *_verify.verify_stacked(model, params, cache, states, used, tokens)
+  found = _verify.verify_stacked(model, params, cache, states, used, tokens)
+  return used, found.logits_BNKV, found.finished
 
 
 def _network(layers, seed=0):
@@ -48,7 +51,7 @@ def _context(model, params, batch, length=8, seed=3):
   cache = Cache.make(model.config, batch, length + 3 * SIZE)
   _, kv = tiny.extend(model, params, tokens, None, visible, cache)
   count = jnp.where(jnp.arange(batch) % 2 == 0, length, length - SIZE)
-  return commit(cache, kv, count)
+  return _commit(cache, kv, count)
 
 
 def _draft(batch, steps, carried, seed=0, size=SIZE):
@@ -116,7 +119,7 @@ def _prefilled(model, params, tokens, slots):
   """Return a cache of one row whose tokens saw each other as the release's layout says."""
   cache = Cache.make(model.config, 1, tokens.shape[1] + 2)
   visible = masks.simsd(slots, layout="published")[None]
-  return commit(cache, tiny.extend(model, params, tokens, None, visible, cache)[1])
+  return _commit(cache, tiny.extend(model, params, tokens, None, visible, cache)[1])
 
 
 def _accepted_slots(config_case, block):
@@ -139,12 +142,12 @@ def test_recorded_verification(golden, name):
       continue  # the release pairs an early stop's masks by rank; here every mask asks for its own
     before = get("input_ids")[None, : case["prompt_len"] + sum(case["accepted_lengths"])]
     cache = _prefilled(model, params, before, _accepted_slots(case, config["block_length"]))
-    logits = _recorded_pass(
+    found = _recorded_pass(
       model, params, cache, get("draft_ids")[None], get("step_map")[None] + 1,
       mask_id=config["mask_token_id"], layout="published",
     )  # fmt: skip
     wanted = v[f"case{number}/target_probs"]
-    np.testing.assert_allclose(jax.nn.softmax(logits[0], -1), wanted, rtol=0, atol=2e-5)
+    np.testing.assert_allclose(jax.nn.softmax(found.logits_BNKV[0], -1), wanted, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("name", ["simsd_verify__a", "simsd_verify__b"])
@@ -158,11 +161,11 @@ def test_recorded_cached_verification(golden, name):
   tokens = jnp.concatenate([jnp.asarray(v["cached/leftover"], jnp.int32), draft])
   time = jnp.concatenate([jnp.zeros(len(prompt) - aligned, jnp.int32), step + 1])
   for layout, same in (("published", True), ("unified", False)):
-    logits = _recorded_pass(
+    found = _recorded_pass(
       model, params, cache, tokens[None, None], time[None, None],
       mask_id=config["mask_token_id"], layout=layout,
     )  # fmt: skip
-    probs = jax.nn.softmax(logits[0, 0, len(prompt) - aligned :], -1)
+    probs = jax.nn.softmax(found.logits_BNKV[0, 0, len(prompt) - aligned :], -1)
     assert (np.abs(probs - v["cached/target_probs"]).max() < 2e-5) == same
 
 
@@ -310,7 +313,7 @@ def test_stacked_is_step_by_step(layers):
       if carried == 1:  # a hole: the carried token is not the first
         time = jnp.roll(time, 2, axis=1)
       truth = _stepwise(model, params, cache, tokens, time)
-      _, used, logits, kv = _stacked(model, params, cache, tokens, time)
+      used, logits, kv = _stacked(model, params, cache, tokens, time)
       count = min(steps, SIZE - carried)
       np.testing.assert_array_equal(used, [list(np.arange(SIZE) < count)] * 16)
       at = jnp.maximum(time - 1, 0)[:, None, :, None]
@@ -334,7 +337,34 @@ def test_stacked_logits_do_not_see_other_states():
   cache = _context(model, params, 4)
   tokens, time = _draft(4, 2, 0)
   states, used = _verify.states(tokens, time, 3, MASK_ID)
-  run = lambda states, done: _verify.verify_stacked(model, params, cache, states, used, done)  # noqa: E731
-  before, _ = run(states, tokens)
-  after, _ = run(states.at[:, 1:].set(0), tokens * 0)
-  np.testing.assert_allclose(before[:, 0], after[:, 0], rtol=0, atol=1e-6)
+  run = jax.jit(lambda x, done: _verify.verify_stacked(model, params, cache, x, used, done))
+  before = run(states, tokens).logits_BNKV[:, 0]
+  after = run(states.at[:, 1:].set(0), tokens * 0).logits_BNKV[:, 0]
+  np.testing.assert_allclose(before, after, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("verify", ["simsd", "stacked"])
+def test_block_before_rides_along(verify):
+  """9.2-d: with the block before folded in, rows that lack it get what a stored block gives."""
+  model, params = _network(2)
+  stored, last = _context(model, params, 6), tiny.tokens(6, SIZE, seed=9)
+  whole = _commit(stored, tiny.extend(model, params, last, None, None, stored)[1])
+  pending = jnp.arange(6) % 3 != 0
+  count = jnp.where(pending, 0, SIZE)
+  lacking = _commit(stored, tiny.extend(model, params, last, None, None, stored)[1], count)
+  tokens, time = _draft(6, 3, 1)
+  if verify == "simsd":
+    run = functools.partial(_verify.verify_simsd, mask_id=MASK_ID)
+    arguments, valid = (tokens[:, None], time[:, None]), time[:, None] > 0
+  else:
+    states, used = _verify.states(tokens, time, SIZE, MASK_ID)
+    run, arguments = _verify.verify_stacked, (states, used, tokens)
+    valid = jnp.broadcast_to(used[..., None], states.shape)
+  run = jax.jit(run, static_argnums=0)
+  wanted = run(model, params, whole, *arguments)
+  found = run(model, params, lacking, *arguments, before=_verify.Before(last, pending))
+  assert _difference(found.logits_BNKV, wanted.logits_BNKV, valid) < EXACT
+  refilled = _commit(lacking, found.before, jnp.where(pending, SIZE, 0))
+  np.testing.assert_array_equal(refilled.length_B, whole.length_B)
+  np.testing.assert_allclose(refilled.k_NBSGC, whole.k_NBSGC, rtol=0, atol=EXACT)
+  np.testing.assert_allclose(refilled.v_NBSGC, whole.v_NBSGC, rtol=0, atol=EXACT)
