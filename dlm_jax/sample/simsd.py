@@ -217,7 +217,7 @@ def speculative_decoder(
     state = target.init(params["target"], prompt, rng, lengths, max_length)
     other = draft.init(params["draft"], prompt, rng, lengths, max_length)
     zero_B = jnp.zeros_like(state.start_B)
-    counts = {name: zero_B for name in ("target_passes", "draft_passes", "drafted", "accepted")}
+    counts = dict.fromkeys(("target_passes", "draft_passes", "drafted", "accepted"), zero_B)
     return SpeculativeState(
       state.progress, state.cache, other.cache, state.start_B, zero_B, counts
     )  # fmt: skip
