@@ -8,6 +8,7 @@ from dlm_jax.sample._generate import evaluations, generate
 from dlm_jax.sample._progress import LENGTH, RUNNING, STOP
 from dlm_jax.sample._rule import BlockOptions, Revealed, hitting_times, reveal
 from dlm_jax.sample.block import block_decoder
+from dlm_jax.sample.simsd import SpeculativeOptions, speculative_decoder
 
 __all__ = [
   "LENGTH",
@@ -17,6 +18,7 @@ __all__ = [
   "Decoder",
   "Info",
   "Revealed",
+  "SpeculativeOptions",
   "block_decoder",
   "decode",
   "draw",
@@ -26,4 +28,5 @@ __all__ = [
   "hitting_times",
   "pad_prompts",
   "reveal",
+  "speculative_decoder",
 ]  # fmt: skip

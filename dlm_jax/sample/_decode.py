@@ -49,6 +49,7 @@ class Info:
       temperature and before top-k and top-p; 0 elsewhere.
     passes_B: network passes of the row, without the one over the prompt.
     reason_B: 1 (STOP): a stop id; 2 (LENGTH): the limit.
+    counts: int32 [B] each, what else the decoder's state counts under that name; {} if nothing.
   """
 
   lengths_B: Int[Array, "B"]
@@ -57,6 +58,7 @@ class Info:
   log_prob_BL: Float[Array, "B L"]
   passes_B: Int[Array, "B"]
   reason_B: Int[Array, "B"]
+  counts: dict[str, Int[Array, "B"]] = flax.struct.field(default_factory=dict)
 
 
 def decode(
@@ -112,16 +114,17 @@ def decode(
       lambda state: decoder.round(params, state),
       state,
     )
-    return _result(state.progress)
+    return _result(state)
   one_round = jax.jit(decoder.round)
   while not np.all(decoder.done(state)):
     state = one_round(params, state)
-    tokens_BL, info = _result(state.progress)
+    tokens_BL, info = _result(state)
     on_round(np.asarray(tokens_BL), np.asarray(info.lengths_B))
-  return _result(state.progress)
+  return _result(state)
 
 
-def _result(progress):
+def _result(state):
+  progress = state.progress
   window = progress.window
   kept_BL = jnp.arange(window)[None, :] < progress.length_B[:, None]
   tokens_BL = jnp.where(kept_BL, progress.tokens_BW[:, :window], PAD_ID)
@@ -132,6 +135,7 @@ def _result(progress):
     log_prob_BL=jnp.where(kept_BL, progress.log_prob_BW[:, :window], 0.0),
     passes_B=progress.passes_B,
     reason_B=progress.reason_B,
+    counts=getattr(state, "counts", {}),
   )
 
 

@@ -126,7 +126,7 @@ def _round(model, options, params, state):
     masked_BK = _masked(progress, position_BK) & running_B1
     tokens_BK = _at(progress.tokens_BW, position_BK)
     if first:
-      hidden_BKD, cache = _folded_pass(model, params, progress, cache, tokens_BK, position_BK)
+      hidden_BKD, cache = folded_pass(model, params, progress, cache, tokens_BK, position_BK)
     else:
       hidden_BKD, _ = _extend(model, params, tokens_BK, position_BK, None, cache)
     logits_BKV = _head(model, params, hidden_BKD)
@@ -161,7 +161,7 @@ def _masked(progress, position_BK):
   return _at(progress.masked_BW, position_BK)
 
 
-def _folded_pass(model, params, progress, cache, tokens_BK, position_BK):
+def folded_pass(model, params, progress, cache, tokens_BK, position_BK):
   """Return the hidden states of the block, and the cache with the block before it.
 
   Rows whose cache is complete, after the prefill, pass over padding in the place of that block.
