@@ -15,12 +15,11 @@ import numpy as np
 
 from dlm_jax import convert, models, process, sample
 from dlm_jax.arrays import Params
-from dlm_jax.data import chat as chats
 from dlm_jax.data import tokenizers
-from dlm_jax.errors import InputError, hint
+from dlm_jax.decoding import requests
+from dlm_jax.decoding.requests import Plan
+from dlm_jax.errors import InputError
 
-VERIFY = ("stacked", "simsd", "none")
-_SHORTEST = 32  # prompts are padded to this or a power of two above: they share a program
 _UNFINISHED = "\ufffd"  # a character of which not all bytes are there
 
 
@@ -51,37 +50,6 @@ class Generation:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Plan:
-  """A checked request: what to decode and how.
-
-  Attributes:
-    prompt_BP: ids, padded on the right.
-    lengths_B: tokens of each prompt.
-    limits_B: the most tokens of each row, prompt included.
-    window: tokens of the longest possible row.
-    rule: how the network decides a block.
-    speculative: how the draft is verified; None: there is none.
-  """
-
-  prompt_BP: Any
-  lengths_B: Any
-  limits_B: Any
-  window: int
-  rule: sample.BlockOptions
-  speculative: Any = None
-
-  @property
-  def mode(self) -> str:
-    """One line: how it is decoded, and whether that is exact."""
-    if self.speculative is None:
-      return "no draft: exact, the network's own decode"
-    if self.speculative.exact:
-      return "verify=stacked: exact up to rounding, the text that the target writes alone"
-    layout = self.speculative.layout
-    return f"verify=simsd, layout={layout}: not exact, an approximation of the target's text"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class TextDecoder:
   """A block-diffusion network with its tokenizer; weights are read when they are first needed.
 
@@ -105,7 +73,7 @@ class TextDecoder:
 
   def __post_init__(self):
     if self.draft is not None:
-      _check_pair(self, self.draft)
+      requests.check_pair(self, self.draft)
 
   @functools.cached_property
   def loaded(self) -> tuple[models.Decoder, Params]:
@@ -184,20 +152,15 @@ class TextDecoder:
     Raises:
       InputError: the request cannot be met.
     """
-    rule = self._rule(stop, options)
-    if max_new_tokens < 1:
-      raise InputError(f"max_new_tokens={max_new_tokens} must be at least 1.")
-    speculative = self._speculative(rule, verify, layout)
-    rows = self._encode([prompts] if isinstance(prompts, str) else prompts, chat, rule)
-    window = self._window(rows, max_new_tokens)
-    longest = max(map(len, rows))
-    width = 0 if not longest else max(_SHORTEST, 1 << (longest - 1).bit_length())
-    prompt_BP, lengths_B = sample.pad_prompts(rows, min(width, window))
-    limits_B = np.minimum(np.asarray(lengths_B) + max_new_tokens, window)
-    return Plan(
-      prompt_BP=prompt_BP, lengths_B=lengths_B, limits_B=limits_B, window=window, rule=rule,
-      speculative=speculative,
-    )  # fmt: skip
+    here = (self.source, self.tokenizer)
+    asked = options.pop("block_length", None)
+    length = requests.block_length(self.source, self.block_length, asked)
+    stop_ids = requests.stop_ids(*here, self.process.mask_id, stop)
+    rule = requests.rule(length, self.process.mask_id, stop_ids, options)
+    speculative = requests.speculative(self.draft is not None, rule, verify, layout)
+    prompts = [prompts] if isinstance(prompts, str) else prompts
+    rows = requests.encode(*here, prompts, chat, rule.mask_id, self.model.config.vocab_size)
+    return requests.lay_out(self.source, rows, max_new_tokens, self.model.config, rule, speculative)
 
   def run(
     self, plan: Plan, *, seed: int = 0, on_text: Callable[[int, str], None] | None = None
@@ -229,91 +192,6 @@ class TextDecoder:
       texts=texts, tokens=rows, info=info, target_passes=int(info.passes_B.sum()),
       draft_passes=int(np.sum(counts.get("draft_passes", 0))), mode=plan.mode,
     )  # fmt: skip
-
-  def _rule(self, stop, options) -> sample.BlockOptions:
-    known = {field.name for field in dataclasses.fields(sample.BlockOptions)} - {"mask_id"}
-    for name in options:
-      if name not in known:
-        raise InputError(f"{name} is no option of decoding{hint(name, known)}.")
-    asked = options.pop("block_length", None)
-    length = _block_length(self, asked)
-    stop_ids = stop_ids_of(self.tokenizer) if stop is None else tuple(map(self._stop_id, stop))
-    return sample.BlockOptions(
-      block_length=length, mask_id=self.process.mask_id, stop_ids=stop_ids,
-      **{"temperature": 0.0, **options},
-    )  # fmt: skip
-
-  def _stop_id(self, stop: int | str) -> int:
-    words = self.tokenizer
-    if isinstance(stop, str):
-      ids = words.encode(stop, specials=True)
-      if len(ids) != 1:
-        raise InputError(
-          f"stop={stop!r} is {len(ids)} tokens of {self.source}'s tokenizer; give the text of one "
-          "token, or its id."
-        )
-      (stop,) = ids
-    if not 0 <= stop < words.vocab_size or stop == self.process.mask_id:
-      raise InputError(
-        f"stop={stop} is no token of {self.source}'s tokenizer; ids are 0 … {words.vocab_size - 1}."
-      )
-    return int(stop)
-
-  def _speculative(self, rule, verify, layout):
-    if verify is not None and verify not in VERIFY:
-      raise InputError(
-        f"verify={verify!r} is unknown{hint(verify, VERIFY)}; use {', '.join(VERIFY)}."
-      )
-    wanted = self.draft is not None and verify != "none"
-    if self.draft is None and verify not in (None, "none"):
-      raise InputError(f"verify={verify!r} needs a draft; name a smaller network: draft=DIR.")
-    if layout is not None and not (wanted and verify == "simsd"):
-      raise InputError(f"layout={layout!r} is of verify='simsd' with a draft.")
-    if not wanted:
-      return None
-    more = {} if layout is None else {"layout": layout}
-    if verify == "simsd" and rule.temperature > 0:
-      more["acceptance"] = "rejection"
-    return sample.SpeculativeOptions(target=rule, verify=verify, **more)
-
-  def _encode(self, prompts, chat, rule) -> list[list[int]]:
-    """Return the ids of every prompt."""
-    words = self.tokenizer
-    if chat and not isinstance(words, chats.ChatBPE):
-      raise InputError(f"{self.source} has no tokenizer of a chat model; leave chat out.")
-    rows = []
-    for number, prompt in enumerate(prompts, start=1):
-      if isinstance(prompt, str):
-        if chats.MASK in prompt:
-          raise InputError(_masked(number, chats.MASK))
-        if chat:
-          row = words.encode_chat([{"role": "user", "content": prompt}])
-        else:
-          start = [] if isinstance(words, chats.ChatBPE) else [words.eos_id]
-          row = [*start, *words.encode(prompt)]
-      else:
-        row = [int(i) for i in prompt]
-      if rule.mask_id in row:
-        raise InputError(_masked(number, f"id {rule.mask_id}"))
-      strange = [i for i in row if not 0 <= i < self.model.config.vocab_size]
-      if strange:
-        raise InputError(f"prompt {number} has the id {strange[0]}, which the network has not.")
-      rows.append(row)
-    return rows
-
-  def _window(self, rows, max_new_tokens: int) -> int:
-    """Return the most tokens of a row; a prompt and what follows it must fit the network."""
-    most = self.model.config.length
-    for number, row in enumerate(rows, start=1):
-      if len(row) + max_new_tokens > most:
-        room = max(most - len(row), 0)
-        raise InputError(
-          f"prompt {number} has {len(row)} tokens, and with max_new_tokens={max_new_tokens} the "
-          f"cache of {most} positions, {self.source}'s most, is too short; "
-          + (f"use at most {room} new tokens." if room else "shorten the prompt.")
-        )
-    longest = max(map(len, rows), default=0)
-    return min(most, max(_SHORTEST, 1 << max(longest - 1, 0).bit_length()) + max_new_tokens)
 
   def _text(self, ids: Sequence[int], stop_ids: Sequence[int]) -> str:
     """Return the text of decided ids; rows that no token has show as nothing."""
@@ -352,52 +230,6 @@ def open_decoder(
     model=model, process=proc, tokenizer=tokenizer, source=pathlib.Path(source),
     block_length=convert.block_length(source), **options,
   )  # fmt: skip
-
-
-def stop_ids_of(tokenizer: tokenizers.Tokenizer) -> tuple[int, ...]:
-  """Return what ends a text: of a chat model also the end of a turn, else the separator."""
-  return getattr(tokenizer, "stop_ids", (tokenizer.eos_id,))
-
-
-def _masked(number, what):
-  return (
-    f"prompt {number} contains the mask ({what}), which stands for what is to be generated; take "
-    "it out: text goes on behind the prompt."
-  )
-
-
-def _block_length(decoder: TextDecoder, asked: int | None) -> int:
-  """Return the block length: what is asked must be what the checkpoint was trained with."""
-  trained = decoder.block_length
-  if asked is None and trained is None:
-    raise InputError(
-      f"{decoder.source} does not say its block length; give what it was trained with: "
-      "block_length=4 for public SDAR checkpoints without a suffix -bN."
-    )
-  if asked is not None and trained is not None and asked != trained:
-    raise InputError(
-      f"block_length={asked}, but {decoder.source} was trained with {trained}; leave it out, or "
-      "take the checkpoint of that length."
-    )
-  return trained if asked is None else asked
-
-
-def _check_pair(target: TextDecoder, draft: TextDecoder) -> None:
-  """Refuse a draft that means other things by the same ids."""
-  sizes = [decoder.model.config.vocab_size for decoder in (target, draft)]
-  where = f"the draft {draft.source}"
-  if sizes[0] != sizes[1]:
-    raise InputError(f"{where} has a vocabulary of {sizes[1]}; the target's has {sizes[0]}.")
-  if target.tokenizer.fingerprint != draft.tokenizer.fingerprint:
-    raise InputError(f"{where} has another tokenizer than the target {target.source}.")
-  masks = target.process.mask_id, draft.process.mask_id
-  if masks[0] != masks[1]:
-    raise InputError(f"{where} has the mask {masks[1]}; the target's is {masks[0]}.")
-  lengths = target.block_length, draft.block_length
-  if None not in lengths and lengths[0] != lengths[1]:
-    raise InputError(
-      f"{where} was trained with blocks of {lengths[1]}, the target of {lengths[0]}."
-    )
 
 
 class _Program:
