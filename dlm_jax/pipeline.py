@@ -216,6 +216,8 @@ def open_decoder(
   """
   dtype = dtype or _default_dtype()
   storage = storage or ("stacked" if jax.default_backend() == "cpu" else "fused")
+  if storage not in models.STORAGES:
+    raise InputError(f"storage={storage!r} is unknown; use {', '.join(models.STORAGES)}.")
   opened = None
   for place in (draft, path):
     if place is None:

@@ -27,7 +27,7 @@ def main(argv: list[str]) -> None:
   """Parse flags, sample, print."""
   given = vars(_parser().parse(argv))
   given.pop("overrides")
-  given = {name: value for name, value in given.items() if value not in (None, False, [])}
+  given = {name: value for name, value in given.items() if not (value is None or value is False)}
   path = _source(given.pop("checkpoint", ""), given.pop("model", ""))
   tokenizer = given.pop("tokenizer", None)
   given["prompt"] = [_text(prompt) for prompt in given.get("prompt", [])]
@@ -169,7 +169,7 @@ def _parser() -> flags.Parser:
     """
 dlm-jax sample --model=novels-student --steps=8 --prompt='It was ' --show_steps
 dlm-jax sample --checkpoint=runs/quickstart/student --steps=8 --sampler=psi --option kappa=0.9
-dlm-jax sample --checkpoint=models/SDAR-8B-Chat-b8 --draft=models/SDAR-1.7B-Chat-b8 --chat --prompt='2+2?'
+dlm-jax sample --checkpoint=SDAR-8B-Chat-b8 --draft=SDAR-1.7B-Chat-b8 --chat --prompt='2+2?'
 """,
     usage="dlm-jax sample --checkpoint=PATH [--flag=value ...]",
   )
@@ -179,7 +179,12 @@ dlm-jax sample --checkpoint=models/SDAR-8B-Chat-b8 --draft=models/SDAR-1.7B-Chat
   add("--tokenizer", metavar="PATH", help="default: the one beside the network")
   add("--prompt", action="append", metavar="TEXT", help="or @FILE; of a decoder also several")
   add("--steps", type=int, help="evaluations per text (16); of a decoder per block (its length)")
-  add("--temperature", type=float, help="default 1; of a decoder 0, the most probable tokens")
+  add(
+    "--temperature",
+    type=float,
+    metavar="T",
+    help="default 1; of a decoder 0, the most probable tokens",
+  )
   add("--nucleus", "--top_p", type=float, metavar="P", help="draw from the top of this mass")
   add("--seed", type=int)
   add("--json", action="store_true", help="one JSON string per line")

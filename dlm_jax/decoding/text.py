@@ -182,15 +182,14 @@ class TextDecoder:
         program.decoder, *arguments[:3], lengths=plan.lengths_B, max_length=plan.limits_B,
         on_round=follow,
       )  # fmt: skip
-    info = jax.device_get(info)
-    rows = _rows(np.asarray(tokens_BL), info.prompt_B, info.lengths_B)
+    rows = _rows(tokens_BL, info.prompt_B, info.lengths_B)
     texts = [self._text(row, plan.rule.stop_ids) for row in rows]
     if follow is not None:
       follow.finish(texts)
-    counts = getattr(info, "counts", None) or {}
+    drafted_B = info.counts.get("draft_passes", np.zeros(1, np.int32))
     return Generation(
-      texts=texts, tokens=rows, info=info, target_passes=int(info.passes_B.sum()),
-      draft_passes=int(np.sum(counts.get("draft_passes", 0))), mode=plan.mode,
+      texts=texts, tokens=rows, info=info, target_passes=int(np.sum(info.passes_B)),
+      draft_passes=int(np.sum(drafted_B)), mode=plan.mode,
     )  # fmt: skip
 
   def _text(self, ids: Sequence[int], stop_ids: Sequence[int]) -> str:
@@ -257,7 +256,9 @@ def _program(model, draft_model, options, window: int) -> _Program:
 def _rows(tokens_BL, prompt_B, lengths_B) -> list[list[int]]:
   return [
     tokens_L[start:stop].tolist()
-    for tokens_L, start, stop in zip(tokens_BL, prompt_B, lengths_B, strict=True)
+    for tokens_L, start, stop in zip(
+      *map(np.asarray, (tokens_BL, prompt_B, lengths_B)), strict=True
+    )
   ]
 
 
@@ -269,7 +270,7 @@ class _Follow:
     self._told = [""] * len(plan.lengths_B)
 
   def __call__(self, tokens_BL, lengths_B) -> None:
-    rows = _rows(tokens_BL, np.asarray(self._plan.lengths_B), lengths_B)
+    rows = _rows(tokens_BL, self._plan.lengths_B, lengths_B)
     for number, row in enumerate(rows):
       text = self._decoder._text(row, self._plan.rule.stop_ids)
       self._tell(number, text.rstrip(_UNFINISHED))

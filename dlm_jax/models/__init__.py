@@ -7,10 +7,23 @@ from dlm_jax.models.decoder import Decoder, DecoderConfig
 from dlm_jax.models.denoiser import Denoiser
 from dlm_jax.models.discriminator import Critic, Discriminator
 from dlm_jax.models.dit import DiT, DiTConfig
-from dlm_jax.models.storage import regroup
+from dlm_jax.models.storage import STORAGES, regroup
 
 __all__ = [
-  "KV", "Cache", "Causal", "CausalConfig", "Critic", "Decoder", "DecoderConfig", "Denoiser", "DiT",
-  "DiTConfig", "Discriminator", "commit", "next_token_logits", "regroup",
+  "KV",
+  "STORAGES",
+  "Cache",
+  "Causal",
+  "CausalConfig",
+  "Critic",
+  "Decoder",
+  "DecoderConfig",
+  "Denoiser",
+  "DiT",
+  "DiTConfig",
+  "Discriminator",
+  "commit",
+  "next_token_logits",
+  "regroup",
   "rollback",
 ]  # fmt: skip

@@ -61,7 +61,7 @@ def start(
   prompt: Int[Array, "B P"],
   rng: Key[Array, "*batch"],
   lengths: Int[Array, "B"] | None,
-  max_length: int | Int[Array, "*batch"] | None,
+  max_length: int | Int[Array, "*rows"] | None,
   *,
   window: int,
   block_length: int,
