@@ -5,6 +5,7 @@ import dataclasses
 import json
 import pathlib
 
+import jax
 import tiny_decoder
 
 from dlm_jax import convert, process
@@ -16,16 +17,18 @@ CONFIG = dataclasses.replace(
 )
 
 
-def write(directory, *, seed=0, block_length=4, mask=True, noise=0.0, **changes) -> pathlib.Path:
+def write(
+  directory, *, seed=0, block_length=4, mask=True, noise=0.0, saved=None, **changes
+) -> pathlib.Path:
   """Write a checkpoint; `noise` moves it away from the network of the same seed without noise."""
   directory = pathlib.Path(directory)
   model, params = tiny_decoder.make(dataclasses.replace(CONFIG, **changes), seed)
   if noise:
     other = tiny_decoder.make(dataclasses.replace(CONFIG, **changes), seed + 1)[1]
     mix = lambda x, y: x + noise * (y - x)  # noqa: E731
-    params = tiny_decoder.jax.tree.map(mix, params, other)
+    params = jax.tree.map(mix, params, other)
   proc = process.Absorbing(vocab_size=model.config.vocab_size, mask_id=MASK) if mask else None
-  convert.save(directory, model, params, proc, block_length=block_length)
+  convert.save(directory, model, params, proc, block_length=block_length, **(saved or {}))
   words(directory)
   return directory
 

@@ -6,8 +6,6 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from dlm_jax import sample
 from dlm_jax.data import chat as chats
 from dlm_jax.data import tokenizers
@@ -215,7 +213,7 @@ def lay_out(
   prompt_BP, lengths_B = sample.pad_prompts(rows, min(width, window))
   return Plan(
     prompt_BP=prompt_BP, lengths_B=lengths_B,
-    limits_B=np.asarray(lengths_B, np.int32) + max_new_tokens, window=window, rule=block,
+    limits_B=lengths_B + max_new_tokens, window=window, rule=block,
     speculative=draft,
   )  # fmt: skip
 
