@@ -30,13 +30,21 @@ def _data(c: ConfigDict) -> None:
 
 def _network(c: ConfigDict) -> None:
   c.model = ConfigDict()
-  c.model.name = "dit"  # dit (denoiser) or causal (autoregressive)
-  c.model.vocab_size = 0  # 0: what the data needs; a denoiser's includes the mask
+  c.model.name = "dit"  # dit (denoiser), causal (autoregressive) or decoder (either, by its mask)
+  c.model.vocab_size = 0  # 0: what the data needs; a denoiser's and a decoder's includes the mask
   c.model.dim = 768
   c.model.cond_dim = 128  # dit only
   c.model.layers = 12
   c.model.heads = 12
   c.model.mlp_ratio = 4
+  c.model.kv_heads = 0  # decoder only, as all below to expert_dim; 0: as many as heads
+  c.model.head_dim = 0  # channels of a head; 0: dim / heads
+  c.model.mlp_dim = 0  # width of the gated feed-forward layer; 0: mlp_ratio x dim
+  c.model.rope_theta = 1e4  # rotary base
+  c.model.tied = False  # the head is the embedding
+  c.model.experts = 0  # per layer; 0: one feed-forward layer
+  c.model.experts_per_token = 0
+  c.model.expert_dim = 0  # width of one expert
   c.model.dropout = 0.1
   c.model.time_conditioning = False  # dit only; False: one constant modulation
   c.model.dtype = "bfloat16"  # of matrix products
@@ -46,7 +54,8 @@ def _network(c: ConfigDict) -> None:
   c.model.unroll = 1  # layers per turn of the layer loop; all of them train a quarter faster
 
   c.process = ConfigDict()
-  c.process.name = "absorbing"  # absorbing, absorbing_score (SEDD) or uniform
+  c.process.name = "absorbing"  # absorbing, absorbing_score (SEDD), uniform; none: next tokens
+  c.process.mask_id = -1  # decoder only: the row of the mask; -1: the last
   c.process.schedule = "log_linear"  # log_linear, cosine or polynomial
   c.process.power = 2.0  # of the polynomial schedule
   c.process.eps = 1e-3  # share of tokens that survive to t = 1
@@ -60,6 +69,9 @@ def _training(c: ConfigDict) -> None:
 
   c.teacher = ConfigDict()
   c.teacher.path = ""  # workdir or model directory that a distillation starts from
+
+  c.start = ConfigDict()
+  c.start.path = ""  # workdir or model directory whose parameters a training continues from
 
   c.optim = ConfigDict()
   c.optim.lr = 3e-4  # peak
@@ -99,6 +111,97 @@ def uniform(c: ConfigDict) -> ConfigDict:
   """Turn a config to the uniform process: no mask, a network that is told the time."""
   c.process.name = "uniform"
   c.model.time_conditioning = True
+  return c
+
+
+def decoder(c: ConfigDict, dim: int, layers: int, heads: int, kv_heads: int) -> ConfigDict:
+  """Turn a config to a decoder of the Qwen3 family with heads of 64 channels."""
+  c.model = base().model
+  c.model.name = "decoder"
+  c.model.dim = dim
+  c.model.layers = layers
+  c.model.unroll = layers
+  c.model.heads = heads
+  c.model.kv_heads = kv_heads
+  c.model.head_dim = 64
+  c.model.mlp_dim = 3 * dim
+  return c
+
+
+def next_token(c: ConfigDict) -> ConfigDict:
+  """Turn a config into next-token training."""
+  c.objective.name = "ar"
+  c.process.name = "none"
+  return c
+
+
+def block_diffusion(c: ConfigDict) -> ConfigDict:
+  """Turn a config into BD3-LM's training; the switches of `sdar` are SDAR's.
+
+  Reference: BD3-LM, arXiv 2503.09573, section 5.
+  """
+  c.process.name = "absorbing"
+  c.process.eps = 0.0  # the mask probability is the time itself
+  c.objective.name = "block_diffusion"
+  c.objective.block_length = 4  # tokens
+  c.objective.earlier_lengths = ()  # a curriculum: block lengths before that one
+  c.objective.earlier_steps = ()  # the step at which each of them ends
+  c.objective.levels = "block"  # what shares a noise level: block or document
+  c.objective.interval = (1e-3, 1.0)  # smallest and largest time
+  c.objective.weight = "nelbo"  # of a masked token: nelbo (1 over its mask probability) or one
+  c.objective.at_least_one = False  # a sequence without a mask is drawn again
+  c.objective.subs = True  # the mask is no possible token; False: one like the others
+  c.objective.first_given = True  # the first token of a document is not scored
+  c.objective.separator = -1  # the id that documents start with; -1: a sequence is one document
+  c.objective.search_every = 0  # steps between searches for the quietest interval; 0: never
+  c.objective.search_widths = (0.5, 0.6, 0.7, 0.8, 0.9)  # of the intervals that are tried
+  c.objective.chunk = 0  # positions per chunk of logits; 0: chosen by size
+  return c
+
+
+def sdar(c: ConfigDict, start: str) -> ConfigDict:
+  """Turn a config into SDAR's training, continued from a next-token network.
+
+  Reference: SDAR, arXiv 2510.06303; released code.
+  """
+  c = block_diffusion(c)
+  c.objective.levels = "document"
+  c.objective.at_least_one = True
+  c.objective.subs = False
+  c.start.path = start
+  return c
+
+
+def sdar_shape(dim: int, layers: int, heads: int, kv_heads: int, mlp_dim: int) -> ConfigDict:
+  """Return continued training of a public SDAR network on your own text, as its authors tune it.
+
+  Reference: SDAR, arXiv 2510.06303; released code.
+  """
+  c = sdar(base(), start="")
+  c.model.name = "decoder"
+  c.model.vocab_size = 151_936
+  c.model.dim = dim
+  c.model.layers = layers
+  c.model.heads = heads
+  c.model.kv_heads = kv_heads
+  c.model.head_dim = 128
+  c.model.mlp_dim = mlp_dim
+  c.model.rope_theta = 1e6
+  c.model.remat = "full"
+  c.process.mask_id = 151_669  # <|MASK|>
+  c.objective.first_given = False
+  c.data.directory = "data/sdar_packed"
+  c.data.source = "files:data/text/*.txt*"
+  c.data.length = 2048
+  c.loader.batch_size = 64
+  c.objective.accumulate = 8
+  c.objective.ema_decay = 0.0
+  c.optim.lr = 1e-5
+  c.optim.warmup = 300
+  c.optim.weight_decay = 0.0
+  c.train.steps = 10_000
+  c.mesh.data = 1
+  c.mesh.fsdp = -1
   return c
 
 

@@ -75,7 +75,7 @@ def write(
     InputError: a network is missing, or the judge has another tokenizer.
   """
   paths = {"teacher": compared.teacher, **compared.students}
-  pipes = {name: pipeline.load(path) for name, path in paths.items()}
+  pipes = {name: pipeline.load_denoiser(path) for name, path in paths.items()}
   judge = evaluators.load_judge(compared.judge, pipes["teacher"].tokenizer)
   used = [experiment.network_directory(path) for path in (*paths.values(), compared.judge)]
   settings = {

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every categorical draw of the library: exact inverse-CDF draws in float32.
+"""Every categorical draw of the library, exact in float32: inverse CDF, or Gumbel-max from a key.
 
 Why not `jax.random.categorical`: in its default mode a float32 Gumbel never exceeds about 16, so
 a token 17 nats below the top is almost never drawn (a tail of total mass 0.1 % came up 0.0024 % of
@@ -122,6 +122,25 @@ def _two_levels(sums, inside, block, uniform):
   return which * block + jnp.minimum(token, _last_positive(weights))
 
 
+def gumbel_max(logits_V: Float[Array, "V"], rng: RngKey) -> Int[Array, ""]:
+  """Draw one token from softmax(logits) as argmax(logits + Gumbel noise): exact, one key a token.
+
+  For draws that two programs must share. The noise depends on the key alone, so paths that reach
+  the same state with the same key draw the same token even where their logits differ by rounding;
+  an inverse CDF would move with every sum. It costs V Gumbels a token: where nothing is shared,
+  `categorical` and `softmax` are cheaper.
+
+  `jax.random.gumbel` has the defect of the module's first paragraph in its default mode, a float32
+  uniform that is never below 2⁻²³; mode="high" draws the small uniforms as finely as the others.
+
+  Args:
+    logits_V: float32, need not be normalised; −inf is never drawn if one other is finite.
+    rng: a key used for nothing else; `vmap` over rows of logits and keys.
+  """
+  noise_V = jax.random.gumbel(rng, logits_V.shape, jnp.float32, mode="high")
+  return jnp.argmax(logits_V + noise_V, axis=-1).astype(jnp.int32)
+
+
 def race(
   weights: Float[Array, "*draws V"], uniform: Float[Array, "*draws V"]
 ) -> Int[Array, "*draws"]:
@@ -135,21 +154,29 @@ def race(
 
 
 def sharpen(
-  logits: Float[Array, "*draws V"], temperature: float = 1.0, nucleus: float = 1.0
+  logits: Float[Array, "*draws V"],
+  temperature: float = 1.0,
+  nucleus: float = 1.0,
+  top_k: int = 0,
 ) -> Float[Array, "*draws V"]:
-  """Return logits of the tempered, nucleus-truncated distribution; by default those given.
+  """Return logits of the tempered, truncated distribution; by default those given.
 
-  Both options act on the prediction of the clean token, never on a posterior that includes the
-  mask. Nucleus keeps the smallest set of most probable tokens whose mass reaches `nucleus`; ties
+  All options act on the prediction of the clean token, never on a posterior that includes the
+  mask, in this order: temperature, top-k, nucleus. Top-k keeps what is not below the k-th largest
+  logit. Nucleus keeps the smallest set of most probable tokens whose mass reaches `nucleus`. Ties
   with the last kept token are kept too, and the others become −inf.
 
   Args:
     logits: float32; need not be normalised.
     temperature: > 0; 1 leaves the distribution as it is.
     nucleus: in (0, 1]; 1 keeps everything.
+    top_k: how many tokens to keep; 0, or V and more, keeps everything.
   """
   if temperature != 1.0:
     logits = logits / temperature
+  if 0 < top_k < logits.shape[-1]:
+    least = jax.lax.top_k(logits, top_k)[0][..., -1:]
+    logits = jnp.where(logits >= least, logits, -jnp.inf)
   if nucleus >= 1.0:
     return logits
   probs = jax.nn.softmax(logits, axis=-1)

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from dlm_jax import convert, experiment, mesh, models, process, sample
 from dlm_jax.data import loader, templates, tokenizers
 from dlm_jax.errors import InputError
-from dlm_jax.evaluate import frontier, generative, likelihood
+from dlm_jax.evaluate import blocks, frontier, generative, likelihood
 from dlm_jax.experiment import Experiment
 from dlm_jax.objectives import TrainState, output_params
 from dlm_jax.train.selection import Selection
@@ -59,6 +59,8 @@ def check_tokenizer(
   """
   padded = isinstance(proc, process.Uniform) and vocab_size == tokenizer.vocab_size + 1
   vocab_size -= isinstance(proc, process.Absorbing) or padded
+  if convert.is_decoder(directory):  # it has rows to spare, for the mask at least
+    vocab_size = min(vocab_size, tokenizer.vocab_size)
   stored = convert.read_config(directory).get("dlm_jax", {}).get("tokenizer_fingerprint")
   if vocab_size != tokenizer.vocab_size or stored not in (None, tokenizer.fingerprint):
     raise InputError(
@@ -117,10 +119,13 @@ def load_judge(path: str, tokenizer: tokenizers.Tokenizer) -> JudgeWithTokens:
         eos_id=theirs.eos_id,
       ),
     )
-  if kind != "dlm_jax_causal":
+  decoder = convert.is_decoder(directory)
+  if kind != "dlm_jax_causal" and not decoder:
     raise InputError(f"judge {path} is a {kind} network; a judge is autoregressive.")
   dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-  model, params, _ = convert.load(directory, dtype=dtype)
+  model, params, proc = convert.load(directory, dtype=dtype)
+  if proc is not None:
+    raise InputError(f"judge {path} is a {kind} network with a mask; a judge is autoregressive.")
   check_tokenizer(directory, tokenizer, model.config.vocab_size)
   return JudgeWithTokens(
     judge=likelihood.Judge(model, params), eos_id=tokenizer.eos_id, given_ids=tokenizer.given_ids
@@ -235,7 +240,8 @@ def sweep_progress(total: int):
 class Likelihood:
   """Measure held-out likelihood during training; keep the best network in workdir/best.
 
-  A denoiser's is the bound; it varies by a per cent with the noise drawn, always the same here.
+  A denoiser's is the bound, of a decoder on blocks that at its block length; it varies by a per
+  cent with the noise drawn, always the same here.
   """
 
   def __init__(
@@ -265,18 +271,22 @@ class Likelihood:
     """Return the validation perplexity (a denoiser's bound); never asks to stop."""
     params = output_params(state, self._built.objective)
     model = self._built.model.rolled()
-    if isinstance(model, models.Causal):
-      judge = likelihood.Judge(model, params)
-      scores = likelihood.ar_perplexity(
-        judge, self._tokens, batch_size=self._size, given_ids=self._given_ids
-      )
-    else:
-      scores = likelihood.elbo(
-        models.Denoiser(model, params), self._built.process, self._tokens, jax.random.key(0),
-        batch_size=self._size, given_ids=self._given_ids,
-      )  # fmt: skip
+    scores = self._score(model, params)
     perplexity = float(mesh.from_first_host(np.array(scores["perplexity"])))
     if perplexity < self._best:
       self._best = perplexity
       self._export(self._directory, self._built, state, step)
     return {"validation/perplexity": perplexity}, False
+
+  def _score(self, model, params) -> dict[str, float]:
+    proc, options = self._built.process, self._built.config.objective
+    shared = {"batch_size": self._size, "given_ids": self._given_ids}
+    if proc is None:
+      return likelihood.ar_perplexity(likelihood.Judge(model, params), self._tokens, **shared)
+    rng = jax.random.key(0)
+    if isinstance(model, models.Decoder):
+      return blocks.block_elbo(
+        model, params, proc, self._tokens, rng, block_length=options.block_length,
+        first_given=options.get("first_given", False), **shared,
+      )  # fmt: skip
+    return likelihood.elbo(models.Denoiser(model, params), proc, self._tokens, rng, **shared)

@@ -11,7 +11,6 @@ import importlib.util
 import pathlib
 import pkgutil
 import typing
-from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -29,7 +28,11 @@ PROCESSES = {
   "absorbing_score": process.AbsorbingScore,
   "uniform": process.Uniform,
 }
-_MODELS = {"dit": (models.DiT, models.DiTConfig), "causal": (models.Causal, models.CausalConfig)}
+_MODELS = {
+  "dit": (models.DiT, models.DiTConfig),
+  "causal": (models.Causal, models.CausalConfig),
+  "decoder": (models.Decoder, models.DecoderConfig),
+}
 
 
 def load_config(name: str, overrides: dict[str, str] | None = None) -> ConfigDict:
@@ -156,25 +159,38 @@ def vocabulary(config: ConfigDict) -> int:
   if config.data.directory and pathlib.Path(config.data.directory).exists():
     return builder.open_dataset(config.data.directory).info.vocab_size
   if config.model.vocab_size:
-    return config.model.vocab_size - (config.model.name == "dit")
+    masks = config.model.name in ("dit", "decoder")
+    return (
+      config.process.mask_id if config.process.mask_id >= 0 else config.model.vocab_size - masks
+    )
   if config.data.tokenizer.startswith("bpe:"):
     return int(config.data.tokenizer[4:])
   return tokenizers.load(shipped(config.data.tokenizer)).vocab_size
 
 
-def make_model(config: ConfigDict, vocab_size: int) -> models.DiT | models.Causal:
-  """Build the network; `vocab_size` is what the data needs, the mask not included."""
+def make_model(config: ConfigDict, vocab_size: int) -> models.DiT | models.Causal | models.Decoder:
+  """Build the network; `vocab_size` is what the data needs, the mask not included.
+
+  A decoder has a row for the mask from the start, also where it is trained without: what is trained
+  on blocks later is the same network. It may have rows to spare, as public ones do.
+  """
   options = config.model.to_dict()
   name = options.pop("name")
   if name not in _MODELS:
-    raise InputError(f"model.name={name!r} is unknown{hint(name, _MODELS)}; found: dit, causal.")
+    raise InputError(
+      f"model.name={name!r} is unknown{hint(name, _MODELS)}; found: {', '.join(_MODELS)}."
+    )
   network, fields = _MODELS[name]
   uniform = config.process.name == "uniform"
-  needed = vocab_size + (name == "dit" and not uniform)  # an absorbing process adds the mask
+  masks = name == "decoder" or (name == "dit" and not uniform)
+  needed = vocab_size + masks  # an absorbing process adds the mask
   asked = options.pop("vocab_size") or needed
   padded = uniform and name == "dit" and asked == needed + 1  # public networks have a [PAD] row
-  if asked != needed and not padded:
+  spare = name == "decoder" and asked > needed
+  if asked != needed and not padded and not spare:
     raise InputError(f"model.vocab_size={asked}, but the data needs {needed}; use {needed} or 0.")
+  if name == "decoder":
+    options |= _decoder_sizes(config.model)
   known = {field.name for field in dataclasses.fields(fields)}
   options = {key: value for key, value in options.items() if key in known}
   try:
@@ -183,16 +199,25 @@ def make_model(config: ConfigDict, vocab_size: int) -> models.DiT | models.Causa
     raise InputError(str(error)) from None
 
 
+def _decoder_sizes(c: ConfigDict) -> dict[str, int]:
+  """Return the sizes that 0 leaves to others."""
+  return {
+    "kv_heads": c.kv_heads or c.heads,
+    "head_dim": c.head_dim or c.dim // max(c.heads, 1),
+    "mlp_dim": c.mlp_dim or c.mlp_ratio * c.dim,
+  }
+
+
 def make_process(
   config: ConfigDict, model, given_ids: tuple[int, ...] = ()
 ) -> process.Absorbing | process.Uniform | None:
-  """Build the forward process; None for an autoregressive network.
+  """Build the forward process; None for an autoregressive network, "none" for such a decoder.
 
   An absorbing one never predicts the given ids.
   """
-  if isinstance(model, models.Causal):
+  name, decoder = config.process.name, isinstance(model, models.Decoder)
+  if isinstance(model, models.Causal) or (decoder and name == "none"):
     return None
-  name = config.process.name
   if name not in PROCESSES:
     raise InputError(
       f"process.name={name!r} is unknown{hint(name, PROCESSES)}; found: {', '.join(PROCESSES)}."
@@ -211,9 +236,16 @@ def make_process(
         "process.name='uniform' would draw the special ids of this data; use 'absorbing'."
       )
     return process.Uniform(vocab_size=size, schedule=schedule)
-  return PROCESSES[name](
-    vocab_size=size, mask_id=size - 1, schedule=schedule, blocked=tuple(given_ids)
-  )
+  mask_id = config.process.mask_id
+  if mask_id >= 0 and not decoder:
+    raise InputError(f"process.mask_id={mask_id}: only of a decoder can it be any but the last id.")
+  mask_id = mask_id if mask_id >= 0 else size - 1
+  try:
+    return PROCESSES[name](
+      vocab_size=size, mask_id=mask_id, schedule=schedule, blocked=tuple(given_ids)
+    )
+  except ValueError as error:
+    raise InputError(f"process.{error}") from None
 
 
 def list_objectives() -> list[str]:
@@ -240,9 +272,11 @@ def make_objective(config: ConfigDict, model, proc) -> objectives.Objective:
       )
     module = importlib.import_module(f"dlm_jax.objectives.{name}")
   wanted = typing.get_type_hints(module.make).get("model")
-  if isinstance(wanted, type) and not isinstance(model, wanted):
+  classes = typing.get_args(wanted) or (wanted,)
+  if all(isinstance(c, type) for c in classes) and not isinstance(model, classes):
+    names = " or a ".join(c.__name__ for c in classes)
     raise InputError(
-      f"objective.name={name!r} trains a {wanted.__name__}, but model.name={config.model.name!r}."
+      f"objective.name={name!r} trains a {names}, but model.name={config.model.name!r}."
     )
   group, batch = options.get("group_size", 1), config.loader.batch_size
   if group > 1 and batch % group:
@@ -258,26 +292,12 @@ def make_objective(config: ConfigDict, model, proc) -> objectives.Objective:
              for key, value in options.items()}  # fmt: skip
   optimizers = {
     tree: optim.make(rates, config.train.steps)
-    for tree, rates in _optim_configs(config, module.TRAINED).items()
+    for tree, rates in optim.per_tree(config.optim.to_dict(), module.TRAINED).items()
   }
   try:
     return module.make(model=model, process=proc, optimizers=optimizers, **options)
   except (TypeError, ValueError) as error:
     raise InputError(f"objective {name!r}: {error}") from None
-
-
-def _optim_configs(config: ConfigDict, trees: Iterable[str]) -> dict[str, optim.OptimConfig]:
-  """Return options per trained tree: those of config.optim, changed by its group of that name."""
-  fields = config.optim.to_dict()
-  groups = {name: fields.pop(name) for name in list(fields) if isinstance(fields[name], dict)}
-  for name, changes in groups.items():
-    if name not in trees:
-      raise InputError(
-        f"optim.{name} names no trained tree{hint(name, trees)}; there are {', '.join(trees)}."
-      )
-    if unknown := sorted(set(changes) - set(fields)):
-      raise InputError(f"optim.{name}.{unknown[0]} is no field of optim{hint(unknown[0], fields)}.")
-  return {tree: optim.OptimConfig(**{**fields, **groups.get(tree, {})}) for tree in trees}
 
 
 def loop_config(config: ConfigDict) -> LoopConfig:
@@ -356,7 +376,8 @@ def build(
 def model_inputs(model) -> tuple[jax.Array, ...]:
   """Return arguments to initialise a network with."""
   tokens_BL = jnp.zeros((1, model.config.length), jnp.int32)
-  return (tokens_BL,) if isinstance(model, models.Causal) else (tokens_BL, jnp.zeros((1,)))
+  timed = isinstance(model, models.DiT)
+  return (tokens_BL, jnp.zeros((1,))) if timed else (tokens_BL,)
 
 
 def network_directory(path: str) -> pathlib.Path:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Strings in three lines: a denoiser, its process and its tokenizer."""
+"""Strings in three lines: a denoiser or a decoder of blocks, its process and its tokenizer."""
 
 import dataclasses
 import functools
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from dlm_jax import convert, experiment, models, process, sample
+from dlm_jax import convert, decoding, experiment, models, process, sample
 from dlm_jax.data import templates, tokenizers
 from dlm_jax.errors import InputError
 from dlm_jax.evaluate import frontier
@@ -130,8 +130,9 @@ def load(
   *,
   dtype: str | None = None,
   weights: str | None = None,
-) -> Pipeline:
-  """Load a denoiser for sampling.
+  draft: str | pathlib.Path | None = None,
+) -> "Pipeline | decoding.TextDecoder":
+  """Load a model that writes: a denoiser, or a network that decodes blocks.
 
   Args:
     path: a workdir of `dlm-jax train`, a directory in the Hugging Face layout, a Lightning *.ckpt
@@ -140,15 +141,43 @@ def load(
       `tokenizers.load`. Default: the one beside the network.
     dtype: of matrix products: default float32 on CPU, else bfloat16.
     weights: "ema" or "raw" of a Lightning checkpoint; see `convert.load`.
+    draft: of a network that decodes blocks: a smaller one, same tokenizer, that drafts for it.
+
+  Returns:
+    A `Pipeline` to call; of an SDAR or a decoder of ours a `decoding.TextDecoder` with `generate`.
 
   Raises:
-    InputError: no denoiser there, or its tokenizer is missing or another one.
+    InputError: no such network there, or its tokenizer is missing or another one.
 
   Example:
     >>> pipe = load("data/mdlm-owt", tokenizer="data/gpt2")  # doctest: +SKIP
   """
   source = find_network(path)
-  dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+  if convert.is_decoder(source):
+    if weights is not None:
+      raise InputError(f"{path}: weights={weights!r} is a choice of Lightning checkpoints only.")
+    opened = open_decoder(path, tokenizer, dtype=dtype, draft=draft)
+    opened.load_weights()
+    return opened
+  if draft is not None:
+    raise InputError(f"{path} does not decode blocks, so it takes no draft ({draft}).")
+  return load_denoiser(path, tokenizer, dtype=dtype, weights=weights)
+
+
+def load_denoiser(
+  path: str | pathlib.Path,
+  tokenizer: str | pathlib.Path | None = None,
+  *,
+  dtype: str | None = None,
+  weights: str | None = None,
+) -> Pipeline:
+  """Load a denoiser; see `load`.
+
+  Raises:
+    InputError: what is there is no denoiser, or see `load`.
+  """
+  source = find_network(path)
+  dtype = dtype or _default_dtype()
   if not convert.is_denoiser(source):
     kind = convert.read_config(source)["model_type"]
     raise InputError(f"{source} is a {kind} network; sampling needs a denoiser.")
@@ -162,6 +191,49 @@ def load(
     denoiser=denoiser, process=proc, tokenizer=words, length=model.config.length, buckets=buckets,
     source=source,
   )  # fmt: skip
+
+
+def open_decoder(
+  path: str | pathlib.Path,
+  tokenizer: str | pathlib.Path | None = None,
+  *,
+  dtype: str | None = None,
+  draft: str | pathlib.Path | None = None,
+  storage: str | None = None,
+) -> decoding.TextDecoder:
+  """Open a network that decodes blocks; weights are read when they are first needed.
+
+  Args:
+    path: as for `load`; so are tokenizer, dtype and draft.
+    tokenizer: of both networks.
+    dtype: of both networks.
+    draft: a smaller network.
+    storage: of parameters, see `models.regroup`; None: "stacked" on CPU, which compiles fastest,
+      else "fused".
+
+  Raises:
+    InputError: one of them is no such network, or the two do not fit each other.
+  """
+  dtype = dtype or _default_dtype()
+  storage = storage or ("stacked" if jax.default_backend() == "cpu" else "fused")
+  if storage not in models.STORAGES:
+    raise InputError(f"storage={storage!r} is unknown; use {', '.join(models.STORAGES)}.")
+  opened = None
+  for place in (draft, path):
+    if place is None:
+      continue
+    source = find_network(place)
+    if not convert.is_decoder(source):
+      kind = convert.read_config(source)["model_type"]
+      role = "" if place is path else "the draft "
+      raise InputError(f"{role}{source} is a {kind} network, which does not decode blocks.")
+    words = load_tokenizer(source, tokenizer)
+    opened = decoding.open_decoder(source, words, dtype=dtype, storage=storage, draft=opened)
+  return opened
+
+
+def _default_dtype() -> str:
+  return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
 def find_network(path: str | pathlib.Path) -> pathlib.Path:

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-from dlm_jax import convert, evaluators, experiment, mesh
+from dlm_jax import convert, evaluators, experiment, mesh, models
 from dlm_jax.data import builder, loader, tokenizers
 from dlm_jax.errors import InputError
 from dlm_jax.experiment import Experiment
@@ -40,7 +40,9 @@ def train(config, workdir: str | os.PathLike, *, label: str = "", wandb: str = "
   tokenizer = dataset.tokenizer()
   given_ids = dataset.info.given_ids
   built = experiment.build(config, tokenizer.vocab_size, given_ids=given_ids)
-  teacher = load_teacher(config, built, tokenizer)
+  given = load_teacher(config, built, tokenizer)
+  if given is None:
+    given = load_start(config, built, tokenizer)
   loop_config = experiment.loop_config(config)
   evaluator = evaluators.make(built, tokenizer, lambda *where: export(*where, tokenizer), workdir)
   host, hosts = mesh.host_rows(built.mesh, config.loader.batch_size)
@@ -52,11 +54,11 @@ def train(config, workdir: str | os.PathLike, *, label: str = "", wandb: str = "
   resolved = json.loads(config.to_json())
   _check_same_run(workdir, resolved)
   with Checkpoints(workdir / "checkpoints", keep=config.train.keep, config=resolved) as checkpoints:
-    state = _start(built, teacher, checkpoints, stream, evaluator)
+    state = _start(built, given, checkpoints, stream, evaluator)
     step = int(state.step)
     with Writer(workdir, resume_from=step, wandb_project=wandb) as writer:
-      if step == 0 and teacher is not None and evaluator is not None:
-        writer.write(0, evaluator(0, state)[0])  # the teacher itself: the reference
+      if step == 0 and given is not None and evaluator is not None:
+        writer.write(0, evaluator(0, state)[0])  # what it starts from: the reference
       result = loop.run(
         built.objective, state, stream, config=loop_config, mesh=built.mesh,
         batch_size=config.loader.batch_size, given_ids=given_ids,
@@ -122,17 +124,60 @@ def load_teacher(config, built: Experiment, tokenizer: tokenizers.Tokenizer) -> 
   evaluators.check_tokenizer(directory, tokenizer, model.config.vocab_size, theirs)
   if theirs != built.process:
     raise InputError(f"the process is {built.process}, but the teacher {directory} had {theirs}.")
-  fields = ("vocab_size", "dim", "layers", "heads", "cond_dim", "mlp_ratio", "time_conditioning")
-  for field in fields:
-    ours, other = (getattr(m.config, field, None) for m in (built.model, model))
-    if ours != other:
-      raise InputError(f"model.{field}={ours}, but the teacher {directory} has {other}.")
+  _check_same_network(built.model, model, f"the teacher {directory}")
   return params
+
+
+def load_start(config, built: Experiment, tokenizer: tokenizers.Tokenizer) -> Any:
+  """Return the parameters that a training continues from, or None if the config names none.
+
+  A decoder may have been trained otherwise: blocks start from a next-token network.
+
+  Raises:
+    InputError: its network or its tokenizer is not the one of this run, or the run distils.
+  """
+  if not config.start.path:
+    return None
+  if "teacher" in built.shapes.trees or config.teacher.path:
+    raise InputError(
+      f"start.path={config.start.path!r}: a distillation starts from its teacher; name that with "
+      "--config.teacher.path=DIR."
+    )
+  directory = experiment.network_directory(config.start.path)
+  model, params, theirs = convert.load(directory)
+  evaluators.check_tokenizer(directory, tokenizer, model.config.vocab_size, theirs)
+  _check_same_network(built.model, model, str(directory))
+  masks = [getattr(p, "mask_id", None) for p in (built.process, theirs)]
+  if isinstance(model, models.Decoder):
+    if None not in masks and masks[0] != masks[1]:
+      raise InputError(f"process.mask_id={masks[0]}, but {directory} has {masks[1]}.")
+  elif theirs != built.process:
+    raise InputError(f"the process is {built.process}, but {directory} had {theirs}.")
+  return params
+
+
+_SHAPE = (
+  "vocab_size", "dim", "layers", "heads", "cond_dim", "mlp_ratio", "time_conditioning", "kv_heads",
+  "head_dim", "mlp_dim", "rope_theta", "eps", "tied", "experts", "experts_per_token", "expert_dim",
+)  # fmt: skip
+
+
+def _check_same_network(ours, theirs, whose: str):
+  """Refuse a network of another class or size."""
+  if type(ours) is not type(theirs):
+    raise InputError(
+      f"model.name means a {type(ours).__name__}; {whose} is a {type(theirs).__name__}."
+    )
+  for field in _SHAPE:
+    mine, other = (getattr(m.config, field, None) for m in (ours, theirs))
+    if mine != other and not (field == "mlp_dim" and ours.config.experts):
+      raise InputError(f"model.{field}={mine}, but {whose} has {other}.")
 
 
 # What makes a run this run. Of two groups, fields that change speed or frequency alone are free.
 _IDENTITY = (
-  "data", "evaluate", "loader", "model", "objective", "optim", "process", "seed", "teacher",
+  "data", "evaluate", "loader", "model", "objective", "optim", "process", "seed", "start",
+  "teacher",
 )  # fmt: skip
 _FREE = {
   "model": {"attention", "remat", "unroll", "embedding_gradient"},
@@ -156,12 +201,20 @@ def _check_same_run(workdir, resolved):
 
 
 # Fields that runs of earlier versions do not have, with the value that they meant.
-_ADDED = {"data": {"packing": "concatenate", "buckets": []}}
+_ADDED = {
+  "data": {"packing": "concatenate", "buckets": []},
+  "model": {
+    "kv_heads": 0, "head_dim": 0, "mlp_dim": 0, "rope_theta": 1e4, "tied": False, "experts": 0,
+    "experts_per_token": 0, "expert_dim": 0,
+  },
+  "process": {"mask_id": -1},
+  "start": {"path": ""},
+}  # fmt: skip
 
 
 def _fixed(group, fields):
   if not isinstance(fields, dict):
-    return fields
+    return _ADDED.get(group, fields)
   fields = {**_ADDED.get(group, {}), **fields}
   return {key: value for key, value in fields.items() if key not in _FREE.get(group, ())}
 
@@ -210,7 +263,11 @@ def export(
     fresh, old = (directory.with_name(f".{directory.name}.{kind}") for kind in ("new", "old"))
     for leftover in (fresh, old):
       shutil.rmtree(leftover, ignore_errors=True)
-    convert.save(fresh, built.model, jax.device_get(params), built.process, extra=extra)
+    options = {}
+    if isinstance(built.model, models.Decoder) and built.process is not None:
+      options = {"block_length": built.config.objective.get("block_length")}
+    params = jax.device_get(params)
+    convert.save(fresh, built.model, params, built.process, extra=extra, **options)
     if critic is not None:
       convert.save_discriminator(fresh, jax.device_get(critic))
     tokenizer.save(fresh)

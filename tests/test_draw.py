@@ -162,6 +162,35 @@ def test_tokens_of_probability_1e_7_are_present_in_aggregate():
   assert np.all(probs[tokens] > 0)
 
 
+def _gumbel_draws(probs, samples, chunk=1024):
+  logits_V = jnp.log(jnp.asarray(probs, jnp.float32))
+  draw_one = jax.jit(lambda keys: jax.lax.map(lambda k: draw.gumbel_max(logits_V, k), keys,
+                                              batch_size=chunk))  # fmt: skip
+  return np.asarray(draw_one(jax.random.split(jax.random.key(17), samples)))
+
+
+@pytest.mark.parametrize("vocabulary", [1, 5, 257])
+def test_gumbel_law(vocabulary):
+  probs = np.random.default_rng(vocabulary).dirichlet(np.full(vocabulary, 0.3)).astype(np.float32)
+  probs[vocabulary // 2 + 1 :: 7] = 0.0
+  tokens = _gumbel_draws(probs, 32_768)
+  assert tokens.dtype == np.int32 and np.all(probs[tokens] > 0)
+  if vocabulary > 1:
+    assert _p_value(tokens, probs) > FOLLOWS
+
+
+def test_gumbel_reaches_the_tail():
+  """The noise is the fine one, and a tail of 0.1 % of the mass comes up as often as it should."""
+  probs, in_tail = _heavy_tail(vocabulary=512, tail=480)
+  hits = int(in_tail[_gumbel_draws(probs, 65_536)].sum())
+  assert scipy.stats.binomtest(hits, 65_536, probs[in_tail].sum()).pvalue > FOLLOWS
+  keys = jax.random.split(jax.random.key(3), 64)
+  for mode, same in (("high", True), ("low", False)):
+    noise = jax.vmap(lambda k: jax.random.gumbel(k, (512,), mode=mode))(keys)  # noqa: B023
+    tokens = jax.vmap(draw.gumbel_max, in_axes=(None, 0))(jnp.zeros(512), keys)
+    assert np.array_equal(tokens, jnp.argmax(noise, axis=-1)) == same
+
+
 # --- edges -----------------------------------------------------------------------------------
 
 EXTREMES = [

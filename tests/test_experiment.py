@@ -9,6 +9,7 @@ from tiny_runs import quick  # noqa: F401
 
 from dlm_jax import experiment, models, objectives, process
 from dlm_jax.errors import InputError
+from dlm_jax.train import optim
 
 
 def _load(**overrides):
@@ -129,8 +130,10 @@ def _with_group(tree, **fields):
 
 def test_one_tree_has_an_optimiser_of_its_own():
   """A group of optim changes fields for the tree of its name; the others keep theirs."""
-  configs = experiment._optim_configs(_with_group("fake", lr=0.5, clip=2.0), ("fake", "student"))
-  plain = experiment._optim_configs(tiny_runs.make().config("idlm"), ("fake", "student"))
+  configs = optim.per_tree(
+    _with_group("fake", lr=0.5, clip=2.0).optim.to_dict(), ("fake", "student")
+  )
+  plain = optim.per_tree(tiny_runs.make().config("idlm").optim.to_dict(), ("fake", "student"))
   assert configs["student"] == plain["student"] == plain["fake"]
   assert (configs["fake"].lr, configs["fake"].clip) == (0.5, 2.0)
   assert configs["fake"].b2 == plain["fake"].b2

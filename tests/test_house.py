@@ -33,6 +33,7 @@ FLOORS = {
   "evaluate": 4,
   "convert": 4,
   "assets": 4,
+  "decoding": 5,
   "experiment": 5,
   "viz": 5,
   "configs": 5,  # shared by the command line and `experiment`; imports ml_collections only

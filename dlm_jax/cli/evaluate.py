@@ -11,7 +11,7 @@ from dlm_jax import convert, evaluators, experiment, models, pipeline
 from dlm_jax.cli import flags
 from dlm_jax.data import builder, loader
 from dlm_jax.errors import InputError
-from dlm_jax.evaluate import frontier, generative, likelihood, proteins
+from dlm_jax.evaluate import blocks, frontier, generative, likelihood, proteins
 
 
 def main(argv: list[str]) -> None:
@@ -36,6 +36,10 @@ dlm-jax evaluate --checkpoint=runs/novels_idlm --judge=runs/novels_judge --steps
     help="of proteins: training sequences that samples are compared with",
   )  # fmt: skip
   flags.add_option(parser, "sampler=rgas, temperature=0.9")
+  parser.add_argument(
+    "--block_length", type=int, default=0,
+    help="of a decoder with a mask; 0: what it was trained with. The first token is not scored",
+  )  # fmt: skip
   parser.add_argument("--batch_size", type=int, default=32)
   parser.add_argument("--seed", type=int, default=0)
   parser.add_argument("--json", action="store_true")
@@ -58,8 +62,6 @@ dlm-jax evaluate --checkpoint=runs/novels_idlm --judge=runs/novels_judge --steps
 
 def _likelihood(flags_, dataset) -> dict[str, float]:
   directory = experiment.network_directory(flags_.checkpoint)
-  if convert.is_decoder(directory):
-    raise InputError(f"{directory} is a decoder; likelihood is measured of denoisers and judges.")
   dtype = {} if jax.default_backend() != "cpu" else {"dtype": "float32"}
   model, params, proc = convert.load(directory, **dtype)
   evaluators.check_tokenizer(directory, dataset.tokenizer(), model.config.vocab_size, proc)
@@ -76,9 +78,11 @@ def _likelihood(flags_, dataset) -> dict[str, float]:
     scores = likelihood.ar_perplexity(likelihood.Judge(model, params), tokens, **shared)
     what = "perplexity"
   else:
-    denoiser, rng = models.Denoiser(model, params), jax.random.key(flags_.seed)
-    scores = likelihood.elbo(denoiser, proc, tokens, rng, **shared)
-    what = "perplexity bound"
+    rng, what = jax.random.key(flags_.seed), "perplexity bound"
+    if isinstance(model, models.Decoder):
+      scores = _block_likelihood(flags_, directory, model, params, proc, tokens, rng, shared)
+    else:
+      scores = likelihood.elbo(models.Denoiser(model, params), proc, tokens, rng, **shared)
   if not flags_.json:
     size = scores["tokens"] if dataset.info.given_ids else groups[0].size
     print(
@@ -87,6 +91,15 @@ def _likelihood(flags_, dataset) -> dict[str, float]:
       f"({size:,} tokens)"
     )
   return scores
+
+
+def _block_likelihood(flags_, directory, model, params, proc, tokens, rng, shared):
+  length = flags_.block_length or convert.block_length(directory)
+  if length is None:
+    raise InputError(f"{directory} does not say its block length; give --block_length.")
+  return blocks.block_elbo(
+    model, params, proc, tokens, rng, block_length=length, first_given=True, **shared
+  )
 
 
 def _proteins(flags_) -> dict[str, Any]:
@@ -116,7 +129,7 @@ def _proteins(flags_) -> dict[str, Any]:
 
 def _draw(flags_, data: str = ""):
   """Return the model, its judge if one is named, and samples; of proteins as long as in `data`."""
-  pipe = pipeline.load(flags_.checkpoint)
+  pipe = pipeline.load_denoiser(flags_.checkpoint)
   judge = evaluators.load_judge(flags_.judge, pipe.tokenizer) if flags_.judge else None
   sampler, batch = pipe.sampler(data, **dict(flags_.option)), min(flags_.batch_size, flags_.samples)
   tokens_NL, _ = frontier.draw_samples(sampler, flags_.steps, flags_.samples, batch, flags_.seed)

@@ -2,6 +2,7 @@
 """Flags that several verbs share."""
 
 import argparse
+import functools
 import re
 import sys
 from typing import Any
@@ -16,12 +17,15 @@ class Parser(argparse.ArgumentParser):
 
   free_overrides = False  # takes config fields without a --config
 
-  def __init__(self, verb: str, description: str, examples: str):
+  def __init__(self, verb: str, description: str, examples: str, usage: str | None = None):
     super().__init__(
       prog=f"dlm-jax {verb}",
+      usage=usage,
       description=description,
       epilog="examples:\n" + "\n".join(f"  {line}" for line in examples.strip().splitlines()),
-      formatter_class=argparse.RawDescriptionHelpFormatter,
+      formatter_class=functools.partial(
+        argparse.RawDescriptionHelpFormatter, max_help_position=28, width=100
+      ),
       allow_abbrev=False,
     )
 

@@ -60,7 +60,7 @@ def _samplers(options):
   for name, path, sampling in options.model:
     if name in samplers:
       raise InputError(f"--model={name}=… is given twice; every name needs its own.")
-    pipe = pipeline.load(path, options.tokenizer or None)
+    pipe = pipeline.load_denoiser(path, options.tokenizer or None)
     if tokenizer is not None and pipe.tokenizer.fingerprint != tokenizer.fingerprint:
       raise InputError(f"--model={name}={path} has another tokenizer than the first model.")
     tokenizer = pipe.tokenizer

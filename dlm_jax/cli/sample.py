@@ -2,69 +2,146 @@
 """`dlm-jax sample`: texts from a trained model."""
 
 import json
+import pathlib
 import sys
+import time
 
 import jax
 import numpy as np
 
-from dlm_jax import assets, pipeline, viz
+from dlm_jax import assets, convert, pipeline, viz
 from dlm_jax.cli import flags
 from dlm_jax.errors import InputError, hint
+
+# Flags of one kind of network alone; what is not given is left to it.
+_DENOISER = (
+  "num", "length", "sampler", "option", "noise_removal", "precision", "show_steps",
+)  # fmt: skip
+_DECODER = (
+  "chat", "max_new_tokens", "stop", "block_length", "strategy", "threshold", "top_k", "draft",
+  "verify", "layout", "stream",
+)  # fmt: skip
 
 
 def main(argv: list[str]) -> None:
   """Parse flags, sample, print."""
-  parser = flags.Parser(
-    "sample",
-    "Print samples of a trained model.",
-    """
-dlm-jax sample --model=novels-student --steps=8 --prompt='It was ' --show_steps
-dlm-jax sample --checkpoint=runs/quickstart/student --steps=8 --sampler=psi --option kappa=0.9
-dlm-jax sample --checkpoint=data/idlm-duo --tokenizer=data/gpt2 --steps=8
-""",
-  )
-  parser.add_argument("--model", default="", help="a shipped network, e.g. novels-student")
-  parser.add_argument("--checkpoint", "--workdir", default="",
-                      help="instead of --model: workdir, model directory or *.ckpt")  # fmt: skip
-  parser.add_argument("--tokenizer", default="", help="default: the one beside the network")
-  parser.add_argument("--steps", type=int, default=16, help="network evaluations per text")
-  parser.add_argument("--num", type=int, default=1, help="number of texts")
-  parser.add_argument("--seed", type=int, default=0)
-  parser.add_argument("--length", type=int, default=0, help="tokens, or residues; 0: the model's")
-  parser.add_argument("--prompt", default="", help="text that every sample starts with")
-  parser.add_argument(
-    "--sampler", default="ancestral", help="ancestral, first_hitting, psi, analytic or rgas"
-  )
-  flags.add_option(parser, "kappa=0.9 or kappa=cap, eta=0.02 (psi); h=30,40, candidates=4 (rgas)")
-  parser.add_argument("--noise_removal", default="ancestral", help="ancestral, greedy or none")
-  parser.add_argument("--temperature", type=float, default=1.0)
-  parser.add_argument("--nucleus", type=float, default=1.0, help="p of nucleus truncation")
-  parser.add_argument("--precision", default="exact", help="exact, or legacy: the public fp32 race")
-  parser.add_argument("--show_steps", action="store_true", help="show the denoising of text 1")
-  parser.add_argument("--json", action="store_true", help="one JSON string per line")
-  options = vars(parser.parse(argv))
-  options.pop("overrides")
-  show, as_json = options.pop("show_steps"), options.pop("json")
-  path = _source(options.pop("checkpoint"), options.pop("model"))
-  tokenizer = options.pop("tokenizer")
-  if not options["length"]:
-    options.pop("length")
-  options |= dict(options.pop("option"))
-  if options["precision"] == "legacy":
+  given = vars(_parser().parse(argv))
+  given.pop("overrides")
+  given = {name: value for name, value in given.items() if not (value is None or value is False)}
+  path = _source(given.pop("checkpoint", ""), given.pop("model", ""))
+  tokenizer = given.pop("tokenizer", None)
+  given["prompt"] = [_text(prompt) for prompt in given.get("prompt", [])]
+  decodes = convert.is_decoder(pipeline.find_network(path))
+  for name in _DENOISER if decodes else _DECODER:
+    if name in given:
+      other = "decodes blocks" if decodes else "is no decoder of blocks"
+      raise InputError(f"--{name} does not apply: {path} {other}.")
+  if decodes:
+    _decode(path, tokenizer, given)
+  else:
+    _denoise(path, tokenizer, given)
+
+
+def _denoise(path, tokenizer, options):
+  """Print texts of a denoiser."""
+  show, as_json = options.pop("show_steps", False), options.pop("json", False)
+  prompts = options.pop("prompt")
+  if len(prompts) > 1:
+    raise InputError("several --prompt are for decoders of blocks; give one.")
+  options |= {"prompt": "".join(prompts), **dict(options.pop("option", []))}
+  if options.get("precision") == "legacy":
     for name in ("temperature", "nucleus"):
-      if options.pop(name) != 1.0:
+      if options.pop(name, 1.0) != 1.0:
         raise InputError(f"--{name} does not combine with --precision=legacy.")
-  pipe = pipeline.load(path, tokenizer or None)
+  pipe = pipeline.load_denoiser(path, tokenizer)
   if show:
     _, trace_KBL = pipe.tokens(**{**options, "num": 1}, return_trace=True)
     trace_KL = np.asarray(jax.device_get(trace_KBL))[:, 0]
     print(viz.terminal(trace_KL, pipe.tokenizer, colour=sys.stdout.isatty()))
     return
   for number, text in enumerate(pipe(**options), start=1):
-    if as_json:
-      print(json.dumps(text))
-    else:
-      print(f"──── {number} ────\n{text}\n")
+    print(json.dumps(text) if as_json else f"──── {number} ────\n{text}\n")
+
+
+def _decode(path, tokenizer, options):
+  """Print what a network that decodes blocks writes behind its prompts."""
+  if "verify" in options and options["verify"] != "none" and "draft" not in options:
+    raise InputError(f"--verify={options['verify']} needs --draft=DIR, a smaller network.")
+  as_json, stream = options.pop("json", False), options.pop("stream", False)
+  prompts, seed = options.pop("prompt") or [""], options.pop("seed", 0)
+  if "nucleus" in options:
+    options["top_p"] = options.pop("nucleus")
+  if "stop" in options:
+    options["stop"] = [_stop(one) for one in options["stop"] if one != "none"]
+  pipe = pipeline.open_decoder(path, tokenizer, draft=options.pop("draft", None))
+  plan = pipe.plan(prompts, **options)
+  pipe.load_weights()
+  print(plan.mode, file=sys.stderr)
+  live = None if as_json or not (stream or sys.stdout.isatty()) else _Live(len(prompts))
+  start = time.perf_counter()
+  result = pipe.run(plan, seed=seed, on_text=live)
+  seconds = time.perf_counter() - start
+  if live is not None:
+    live.end()
+  else:
+    for number, text in enumerate(result.texts, start=1):
+      print(json.dumps(text) if as_json else _header(number, len(prompts)) + text)
+  print(_summary(result, seconds), file=sys.stderr)
+
+
+class _Live:
+  """Prints pieces as they come; those of a later prompt wait for the earlier ones to end."""
+
+  def __init__(self, count: int):
+    self._pieces, self._shown = [""] * count, -1
+    self._count = count
+
+  def __call__(self, number: int, piece: str) -> None:
+    self._pieces[number] += piece
+    if number == max(self._shown, 0):
+      self._show(number)
+
+  def _show(self, number):
+    if number != self._shown:
+      print(_header(number + 1, self._count), end="")
+      self._shown = number
+    print(self._pieces[number], end="", flush=True)
+    self._pieces[number] = ""
+
+  def end(self) -> None:
+    for number in range(max(self._shown, 0), self._count):
+      self._show(number)
+      print()
+
+
+def _header(number, count):
+  return f"──── {number} ────\n" if count > 1 else ""
+
+
+def _summary(result, seconds):
+  """Return one line: how much, how long with compilation, how many passes."""
+  passes = [f"{n / max(result.count, 1):.2f}" for n in (result.target_passes, result.draft_passes)]
+  drafts = f" and {passes[1]} draft" if result.draft_passes else ""
+  return (
+    f"{result.count} tokens in {seconds:.1f} s, compilation included; {passes[0]} target{drafts} "
+    "passes per token"
+  )
+
+
+def _text(prompt: str) -> str:
+  """Return a prompt, or what the file behind an @ holds."""
+  if not prompt.startswith("@"):
+    return prompt
+  try:
+    return pathlib.Path(prompt[1:]).read_text(encoding="utf-8")
+  except OSError as error:
+    raise InputError(f"--prompt={prompt} cannot be read: {error.strerror}.") from None
+  except UnicodeDecodeError:
+    raise InputError(f"--prompt={prompt} is not UTF-8 text.") from None
+
+
+def _stop(text: str) -> int | str:
+  return int(text) if text.isdecimal() else text
 
 
 def _source(checkpoint: str, model: str) -> str:
@@ -83,3 +160,53 @@ def _source(checkpoint: str, model: str) -> str:
       f"--model={model} is no shipped model{near}; choose one of {', '.join(known)}."
     )
   return f"shipped:{model}"
+
+
+def _parser() -> flags.Parser:
+  parser = flags.Parser(
+    "sample",
+    "Print samples of a denoiser, or what a decoder of blocks (SDAR) writes behind its prompts.",
+    """
+dlm-jax sample --model=novels-student --steps=8 --prompt='It was ' --show_steps
+dlm-jax sample --checkpoint=runs/quickstart/student --steps=8 --sampler=psi --option kappa=0.9
+dlm-jax sample --checkpoint=SDAR-8B-Chat-b8 --draft=SDAR-1.7B-Chat-b8 --chat --prompt='2+2?'
+""",
+    usage="dlm-jax sample --checkpoint=PATH [--flag=value ...]",
+  )
+  add = parser.add_argument
+  add("--model", help="a shipped network, e.g. novels-student")
+  add("--checkpoint", "--workdir", metavar="PATH", help="workdir, model directory or *.ckpt")
+  add("--tokenizer", metavar="PATH", help="default: the one beside the network")
+  add("--prompt", action="append", metavar="TEXT", help="or @FILE; of a decoder also several")
+  add("--steps", type=int, help="evaluations per text (16); of a decoder per block (its length)")
+  add(
+    "--temperature",
+    type=float,
+    metavar="T",
+    help="default 1; of a decoder 0, the most probable tokens",
+  )
+  add("--nucleus", "--top_p", type=float, metavar="P", help="draw from the top of this mass")
+  add("--seed", type=int)
+  add("--json", action="store_true", help="one JSON string per line")
+  add = parser.add_argument_group("of denoisers").add_argument
+  add("--num", type=int, help="number of texts")
+  add("--length", type=int, help="tokens, or residues; default: the model's")
+  add("--sampler", help="ancestral, first_hitting, psi, analytic or rgas")
+  add("--option", action="append", type=flags.option, metavar="NAME=VALUE",
+      help="kappa=0.9, kappa=cap, eta=0.02 (psi); h=30,40, candidates=4 (rgas)")  # fmt: skip
+  add("--noise_removal", metavar="HOW", help="ancestral, greedy or none")
+  add("--precision", help="exact, or legacy: the public fp32 race")
+  add("--show_steps", action="store_true", help="show the denoising of text 1")
+  add = parser.add_argument_group("of decoders of blocks").add_argument
+  add("--chat", action="store_true", help="a prompt is what a user says to a chat model")
+  add("--max_new_tokens", type=int, metavar="N", help="per prompt (128)")
+  add("--stop", action="append", metavar="TOKEN", help="text or id of a last token, or none")
+  add("--block_length", type=int, metavar="N", help="default: what the checkpoint names")
+  add("--strategy", help="low_confidence_dynamic (default), low_confidence_static, sequential, …")
+  add("--threshold", type=float, help="of low_confidence_dynamic (0.9)")
+  add("--top_k", type=int, help="draw from the k most probable tokens")
+  add("--draft", metavar="PATH", help="a smaller network that drafts")
+  add("--verify", help="stacked (exact), simsd (not exact) or none")
+  add("--layout", help="of simsd: unified or published")
+  add("--stream", action="store_true", help="print as it is decided; on a terminal always")
+  return parser

@@ -4,6 +4,7 @@
 import hashlib
 import json
 import pathlib
+import re
 from typing import Any
 
 from jax.sharding import Mesh
@@ -22,10 +23,11 @@ from dlm_jax.convert.decoder_config import mask_id
 from dlm_jax.convert.hf_discriminator import save as save_discriminator
 from dlm_jax.errors import InputError
 from dlm_jax.models import Critic, Decoder
+from dlm_jax.process import Absorbing
 
 __all__ = [
   "block_length", "fingerprint", "is_decoder", "is_denoiser", "load", "load_discriminator",
-  "mask_id", "read_config", "save", "save_discriminator",
+  "mask_id", "open_decoder", "read_config", "save", "save_discriminator",
 ]  # fmt: skip
 
 
@@ -74,8 +76,31 @@ def is_decoder(path: pathlib.Path | str) -> bool:
 
 
 def block_length(path: pathlib.Path | str) -> int | None:
-  """Return the block length that a decoder's config.json names; public files seldom do."""
-  return read_config(path).get("block_size")
+  """Return the block length of a decoder: config.json's block_size, else the suffix -bN.
+
+  Public files seldom have the former, and names of checkpoints of four tokens no suffix: None.
+
+  Raises:
+    InputError: as `read_config`, or block_size is no length.
+  """
+  given = read_config(path).get("block_size")
+  if given is None:
+    suffix = re.search(r"-b(\d+)$", pathlib.Path(path).resolve().name)
+    return int(suffix[1]) if suffix else None
+  if isinstance(given, bool) or not isinstance(given, int) or given < 1:
+    raise InputError(f"{path}/config.json: block_size={given!r} is not a number of tokens.")
+  return given
+
+
+def open_decoder(path: pathlib.Path | str, **overrides) -> tuple[Decoder, Absorbing | None]:
+  """Return the network and process of a decoder without reading its weights; see `load`.
+
+  Raises:
+    InputError: its config.json asks for something else, or an SDAR names no mask.
+  """
+  config, path = read_config(path), pathlib.Path(path)
+  model = decoder_config.make_model(path, config, overrides)
+  return model, decoder_config.make_process(path, config, model)
 
 
 def fingerprint(path: pathlib.Path | str) -> str:

@@ -131,6 +131,11 @@ def _of_tensor(sharding, stacked: int, transposed: bool):
 
 def _entries(config: models.DecoderConfig) -> Iterator[tuple[str, str, tuple[int, ...], bool]]:
   """Yield (public name, our path, index into the stacked parameter, transposed)."""
+  if config.storage != "stacked":
+    raise InputError(
+      f"model.storage={config.storage!r}: files are read and written as 'stacked'; regroup the "
+      "parameters after loading, with `models.regroup`."
+    )
   for name, ours, transposed in (*_OUTER, *(() if config.tied else (_HEAD,))):
     yield name, ours, (), transposed
   for layer in range(config.layers):

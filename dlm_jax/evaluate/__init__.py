@@ -8,6 +8,7 @@ print(evaluate.quality(judge, tokens_BL, eos_id=0))  # GenPPL 41.3 ± 1.2, entro
 """
 
 from dlm_jax.evaluate import frontier, proteins
+from dlm_jax.evaluate.blocks import block_elbo
 from dlm_jax.evaluate.generative import (
   Quality,
   entropies,
@@ -24,6 +25,7 @@ __all__ = [
   "Judge",
   "Quality",
   "ar_perplexity",
+  "block_elbo",
   "elbo",
   "entropies",
   "entropy",

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dlm_jax.arrays import Params, RngKey
 from dlm_jax.errors import InputError
+from dlm_jax.models import next_token_logits
 
 Tokens = Int[Array, "N L"] | Int[np.ndarray, "N L"]
 Groups = list[Int[Array, "_N _L"]] | list[Int[np.ndarray, "_N _L"]]  # one array per length
@@ -33,7 +34,7 @@ class Judge:
   def __call__(self, tokens_BL: Int[Array, "B L"], mask_BL=None) -> Float[Array, "B L V"]:
     """Return float32 logits; a mask needs a model that takes `mask_BL`, as `GPT2` does."""
     options = {} if mask_BL is None else {"mask_BL": mask_BL}
-    return self.model.apply({"params": self.params}, tokens_BL, **options)
+    return next_token_logits(self.model, self.params, tokens_BL, **options)
 
 
 def elbo(
@@ -82,8 +83,8 @@ def elbo(
   """
   check_counts(batch_size=batch_size, samples_per_sequence=samples_per_sequence)
   nats, counts = [], []
-  for i, (ids_NL, valid_NL) in enumerate(_by_length(tokens_NL, given_ids)):
-    _check_clean(ids_NL, process)
+  for i, (ids_NL, valid_NL) in enumerate(by_length(tokens_NL, given_ids)):
+    check_clean(ids_NL, process)
     rng_group = jax.random.fold_in(rng, i) if isinstance(tokens_NL, list) else rng
     nats.append(
       _sequence_nelbo(
@@ -93,13 +94,13 @@ def elbo(
     )  # fmt: skip
     counts.append(valid_NL.sum(axis=1))
   nats_N, count_N = np.concatenate(nats), np.concatenate(counts)
-  return _summary(
+  return summary(
     "nelbo", nats_N, count_N, bytes_per_token, tokens=int(count_N.sum()), sequences=len(nats_N),
     evaluations=len(nats_N) * samples_per_sequence,
   )  # fmt: skip
 
 
-def _by_length(tokens, given_ids):
+def by_length(tokens, given_ids):
   """Yield (ids, whether they count) of every length; complain if nothing counts."""
   for ids in tokens if isinstance(tokens, list) else [tokens]:
     ids_NL = np.asarray(ids, np.int32)
@@ -150,7 +151,7 @@ def ar_perplexity(
     InputError: no token to score, or ids outside the judge's vocabulary.
   """
   nats, counts = [], []
-  for ids_NL, valid_NL in _by_length(tokens_NL, given_ids):
+  for ids_NL, valid_NL in by_length(tokens_NL, given_ids):
     nats_NM = token_nll(judge, ids_NL, batch_size=batch_size)
     nats.append((nats_NM * valid_NL[:, 1:]).sum(axis=1))
     counts.append(valid_NL[:, 1:].sum(axis=1))
@@ -159,7 +160,7 @@ def ar_perplexity(
   scored = int(count_N.sum())
   if bytes_per_token is not None and not given_ids:  # it counts all L tokens, the first one too
     bytes_per_token *= (scored + unscored) / scored
-  return _summary("nll", nats_N, count_N, bytes_per_token, tokens=scored, sequences=len(nats_N))
+  return summary("nll", nats_N, count_N, bytes_per_token, tokens=scored, sequences=len(nats_N))
 
 
 def token_nll(
@@ -210,7 +211,8 @@ def ratio_error(total_N: Float[np.ndarray, "N"], count_N: Float[np.ndarray, "N"]
   return float(np.sqrt(n / (n - 1) * np.sum(residual_N**2)) / count_N.sum())
 
 
-def _summary(name, total_N, count_N, bytes_per_token, **counts) -> dict[str, float]:
+def summary(name, total_N, count_N, bytes_per_token, **counts) -> dict[str, float]:
+  """Return the mean of nats per token with its error, its perplexity, and bits per byte."""
   mean = float(total_N.sum() / count_N.sum())
   error = ratio_error(total_N, count_N.astype(np.float64))
   perplexity = float(np.exp(mean))
@@ -263,7 +265,8 @@ def check_counts(**counts: int):
       raise InputError(f"{name}={count} must be at least 1.")
 
 
-def _check_clean(tokens_NL, process):
+def check_clean(tokens_NL, process):
+  """Raise an InputError unless these are ids of the process's clean data."""
   if not tokens_NL.size:
     raise InputError(f"tokens of shape {tokens_NL.shape} are empty; give held-out sequences.")
   low, high = tokens_NL.min(), tokens_NL.max()

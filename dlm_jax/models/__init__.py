@@ -2,13 +2,28 @@
 """Networks. Linen lives in this folder and nowhere else."""
 
 from dlm_jax.models.cache import KV, Cache, commit, rollback
-from dlm_jax.models.causal import Causal, CausalConfig
+from dlm_jax.models.causal import Causal, CausalConfig, next_token_logits
 from dlm_jax.models.decoder import Decoder, DecoderConfig
 from dlm_jax.models.denoiser import Denoiser
 from dlm_jax.models.discriminator import Critic, Discriminator
 from dlm_jax.models.dit import DiT, DiTConfig
+from dlm_jax.models.storage import STORAGES, regroup
 
 __all__ = [
-  "KV", "Cache", "Causal", "CausalConfig", "Critic", "Decoder", "DecoderConfig", "Denoiser", "DiT",
-  "DiTConfig", "Discriminator", "commit", "rollback",
+  "KV",
+  "STORAGES",
+  "Cache",
+  "Causal",
+  "CausalConfig",
+  "Critic",
+  "Decoder",
+  "DecoderConfig",
+  "Denoiser",
+  "DiT",
+  "DiTConfig",
+  "Discriminator",
+  "commit",
+  "next_token_logits",
+  "regroup",
+  "rollback",
 ]  # fmt: skip

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A causal Transformer: the autoregressive judge and baseline."""
+"""Next-token networks: a causal Transformer, the judge; and a decoder under a causal mask."""
 
 import dataclasses
 
@@ -7,7 +7,10 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
+from dlm_jax.arrays import Params
+from dlm_jax.models import masks
 from dlm_jax.models.attention import Attention
+from dlm_jax.models.decoder import Decoder
 from dlm_jax.models.dit import check_config, scan_layers
 from dlm_jax.models.layers import MLP, Embedding, LayerNorm, Network, dropout, rotary_tables
 from dlm_jax.placement import split_batch
@@ -74,3 +77,26 @@ class Causal(Network):
     rope = rotary_tables(tokens_BL.shape[1], cfg.dim // cfg.heads)
     x_BLD, _ = self.blocks(self.embed(tokens_BL), jnp.arange(cfg.layers), rope, rng_B)
     return self.embed.attend(self.norm(x_BLD), jnp.dtype(cfg.dtype))
+
+
+def next_token_logits(
+  model: nn.Module,
+  params: Params,
+  tokens_BL: Int[Array, "B L"],
+  rng_B: Key[Array, "B"] | None = None,
+  **options,
+) -> Float[Array, "B L V"]:
+  """Return float32 logits of the token after each position.
+
+  Args:
+    model: a `Causal` or `GPT2`; or a `Decoder`, which is given a causal mask.
+    params: its parameters.
+    tokens_BL: ids.
+    rng_B: switches the dropout of a `Causal` on; a decoder has none.
+    **options: of the network's call.
+  """
+  if isinstance(model, Decoder):
+    slots = masks.sequence_slots(jnp.arange(tokens_BL.shape[1])[None], 1)
+    return model.apply({"params": params}, tokens_BL, None, masks.causal(slots), **options)
+  keys = () if rng_B is None else (rng_B,)
+  return model.apply({"params": params}, tokens_BL, *keys, **options)

@@ -16,6 +16,7 @@ from dlm_jax.models.dit import check_fields, scan_layers
 from dlm_jax.models.experts import Experts, GatedMLP
 from dlm_jax.models.grouped_attention import GroupedAttention
 from dlm_jax.models.layers import Embedding, Linear, Network, RMSNorm, rotary_at
+from dlm_jax.models.storage import STORAGES, Layers
 from dlm_jax.placement import split_batch
 
 _SIZES = (
@@ -46,6 +47,8 @@ class DecoderConfig:
     dtype: of matrix products and the cache. Weights stored in it are read as they are.
     remat: what the backward pass recomputes: "none", "dots" or "full"; see `DiTConfig`.
     unroll: how many layers one turn of the layer loop holds.
+    storage: how parameters are kept: "stacked", or for decoding "layers" or "fused"; see
+      `models.regroup`, which makes the latter.
   """
 
   vocab_size: int
@@ -66,9 +69,14 @@ class DecoderConfig:
   dtype: str = "bfloat16"
   remat: str = "none"
   unroll: int = 1
+  storage: str = "stacked"
 
   def __post_init__(self):
     check_fields(self, _SIZES)
+    if self.storage not in STORAGES:
+      raise ValueError(f"model.storage={self.storage!r} is unknown; use {', '.join(STORAGES)}.")
+    if self.storage != "stacked" and self.remat != "none":
+      raise ValueError(f"model.remat={self.remat!r} needs model.storage='stacked'.")
     if self.heads % self.kv_heads:
       raise ValueError(f"model.kv_heads={self.kv_heads} must divide model.heads={self.heads}.")
     if self.head_dim % 2:
@@ -96,8 +104,9 @@ class DecoderBlock(nn.Module):
     dtype = jnp.dtype(cfg.dtype)
     x_BQD = split_batch(x_BQD)
     attention = GroupedAttention(
-      cfg.heads, cfg.kv_heads, cfg.head_dim, cfg.eps, dtype, name="attention"
-    )
+      cfg.heads, cfg.kv_heads, cfg.head_dim, cfg.eps, dtype, cfg.storage == "fused",
+      name="attention",
+    )  # fmt: skip
     past = None if past is None else (*past, seen_BS)
     h, kv = attention(RMSNorm(cfg.eps, name="norm1")(x_BQD), past, rope, visible_BQQ)
     x_BQD += h
@@ -107,7 +116,7 @@ class DecoderBlock(nn.Module):
         name="experts",
       )  # fmt: skip
     else:
-      feed = GatedMLP(cfg.mlp_dim, dtype, name="mlp")
+      feed = GatedMLP(cfg.mlp_dim, dtype, cfg.storage == "fused", name="mlp")
     x_BQD += feed(RMSNorm(cfg.eps, name="norm2")(x_BQD))
     return x_BQD, kv
 
@@ -138,7 +147,10 @@ class Decoder(Network):
     cfg = self.config
     gradient = "matmul" if cfg.vocab_size <= 8192 else "segment"
     self.embed = Embedding(cfg.vocab_size, cfg.dim, gradient, jnp.dtype(cfg.dtype))
-    self.blocks = scan_layers(DecoderBlock, cfg, broadcast=3)
+    stacked = cfg.storage == "stacked"
+    self.blocks = (
+      scan_layers(DecoderBlock, cfg, broadcast=3) if stacked else Layers(DecoderBlock, cfg)
+    )
     self.norm = RMSNorm(cfg.eps)
     if not cfg.tied:
       self.project = Linear(

@@ -12,16 +12,21 @@ from dlm_jax.models.layers import Linear
 
 
 class GatedMLP(nn.Module):
-  """Return (silu(x Wg) · x Wu) Wd."""
+  """Return (silu(x Wg) · x Wu) Wd; fused: Wg and Wu are one matrix."""
 
   width: int
   dtype: Any
+  fused: bool = False
 
   @nn.compact
   def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
     dim = x.shape[-1]
-    gate = Linear(self.width, ("embed", "mlp"), dtype=self.dtype, name="gate")(x)
-    up = Linear(self.width, ("embed", "mlp"), dtype=self.dtype, name="up")(x)
+    if self.fused:
+      both = Linear(2 * self.width, ("embed", "mlp"), dtype=self.dtype, name="gate_up")(x)
+      gate, up = jnp.split(both, 2, axis=-1)
+    else:
+      gate = Linear(self.width, ("embed", "mlp"), dtype=self.dtype, name="gate")(x)
+      up = Linear(self.width, ("embed", "mlp"), dtype=self.dtype, name="up")(x)
     return Linear(dim, ("mlp", "embed"), dtype=self.dtype, name="down")(nn.silu(gate) * up)
 
 

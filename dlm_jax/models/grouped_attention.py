@@ -87,6 +87,7 @@ class GroupedAttention(nn.Module):
     head_dim: channels of a head; heads × head_dim need not be the width.
     eps: of the norms of queries and keys.
     dtype: of products.
+    fused: queries, keys and values are one matrix.
   """
 
   heads: int
@@ -94,6 +95,7 @@ class GroupedAttention(nn.Module):
   head_dim: int
   eps: float
   dtype: Any
+  fused: bool = False
 
   @nn.compact
   def __call__(self, x_BQD: Float[Array, "B Q D"], past, rope, visible_BQQ):
@@ -107,9 +109,12 @@ class GroupedAttention(nn.Module):
       x = rotate(RMSNorm(self.eps, axis=None, name=name)(x), *rope)
       return x.astype(self.dtype)
 
-    q = place(heads(self.heads, "q"), "q_norm")
-    k = place(heads(self.kv_heads, "k"), "k_norm")
-    v = heads(self.kv_heads, "v")
+    if self.fused:
+      joint = heads(self.heads + 2 * self.kv_heads, "qkv")
+      q, k, v = jnp.split(joint, (self.heads, self.heads + self.kv_heads), axis=2)
+    else:
+      q, k, v = heads(self.heads, "q"), heads(self.kv_heads, "k"), heads(self.kv_heads, "v")
+    q, k = place(q, "q_norm"), place(k, "k_norm")
     out = attend_grouped(q, k, v, visible_BQQ, past).reshape(*x_BQD.shape[:2], -1)
     out = Linear(x_BQD.shape[-1], ("heads", "embed"), dtype=self.dtype, name="out")(out)
     return out, (k, v)

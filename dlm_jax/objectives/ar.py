@@ -8,21 +8,21 @@ import optax
 from jaxtyping import Array, Float
 
 from dlm_jax.arrays import Metrics, Params
-from dlm_jax.models import Causal
+from dlm_jax.models import Causal, Decoder, next_token_logits
 from dlm_jax.objectives.state import Batch, Objective, make_state, update
 
 TRAINED = ("model",)  # trees with an optimiser
 
 
 def loss(
-  params: Params, batch: Batch, *, model: Causal, train: bool = True
+  params: Params, batch: Batch, *, model: Causal | Decoder, train: bool = True
 ) -> tuple[Float[Array, ""], tuple[Metrics, None]]:
   """Return the mean negative log-likelihood of tokens 1 … L − 1, in nats per token.
 
   Token 0 is the document separator that every record starts with; it is given, not predicted.
   """
   tokens_BL = batch["tokens"]
-  logits_BLV = model.apply({"params": params}, tokens_BL, batch["rng"] if train else None)
+  logits_BLV = next_token_logits(model, params, tokens_BL, batch["rng"] if train else None)
   nll_BL = optax.softmax_cross_entropy_with_integer_labels(logits_BLV[:, :-1], tokens_BL[:, 1:])
   if "valid" in batch:
     weight_BL = batch["valid"][:, 1:].astype(nll_BL.dtype)
@@ -32,7 +32,7 @@ def loss(
 
 def make(
   *,
-  model: Causal,
+  model: Causal | Decoder,
   process=None,
   optimizers: dict[str, optax.GradientTransformation],
   accumulate: int = 1,
@@ -40,11 +40,13 @@ def make(
 ) -> Objective:
   """Build autoregressive training of one tree, "model". `process` is not used.
 
+  A decoder's softmax runs over all its rows, the mask's included, which is never a target.
+
   Reference: A Neural Probabilistic Language Model, JMLR 3 (2003); the chain rule of probability.
   """
   del process
-  if not isinstance(model, Causal):
-    raise ValueError("model.name must be causal: tokens are predicted one by one.")
+  if not isinstance(model, Causal | Decoder):
+    raise ValueError("model.name must be causal or decoder: tokens are predicted one by one.")
   tx = optimizers["model"]
 
   def init(rng, teacher_params=None):

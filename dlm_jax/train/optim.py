@@ -2,12 +2,15 @@
 """Optimisers and learning-rate schedules from options."""
 
 import dataclasses
+from collections.abc import Iterable
+from typing import Any
 
 import jax
 import optax
 
-from dlm_jax.errors import InputError
+from dlm_jax.errors import InputError, hint
 
+_MATRICES = ("kernel", "embedding", "gate", "up", "down")  # the latter three: of experts
 SCHEDULES = ("constant", "cosine", "linear")
 
 
@@ -42,6 +45,24 @@ class OptimConfig:
       )
 
 
+def per_tree(fields: dict[str, Any], trees: Iterable[str]) -> dict[str, OptimConfig]:
+  """Return options per trained tree: the given ones, changed by the group of that tree's name.
+
+  Raises:
+    InputError: a group names no tree, or holds what is no option.
+  """
+  groups = {name: value for name, value in fields.items() if isinstance(value, dict)}
+  fields = {name: value for name, value in fields.items() if name not in groups}
+  for name, changes in groups.items():
+    if name not in trees:
+      raise InputError(
+        f"optim.{name} names no trained tree{hint(name, trees)}; there are {', '.join(trees)}."
+      )
+    if unknown := sorted(set(changes) - set(fields)):
+      raise InputError(f"optim.{name}.{unknown[0]} is no field of optim{hint(unknown[0], fields)}.")
+  return {tree: OptimConfig(**{**fields, **groups.get(tree, {})}) for tree in trees}
+
+
 def learning_rate(config: OptimConfig, steps: int) -> optax.Schedule:
   """Return the rate at each update, for a run of `steps` updates."""
   if config.schedule not in SCHEDULES:
@@ -65,9 +86,7 @@ def make(config: OptimConfig, steps: int) -> optax.GradientTransformation:
   """Build the optimiser."""
 
   def matrices(params):
-    return jax.tree_util.tree_map_with_path(
-      lambda path, _: path[-1].key in ("kernel", "embedding"), params
-    )
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in _MATRICES, params)
 
   adamw = optax.adamw(
     learning_rate(config, steps),

@@ -125,9 +125,9 @@ _CONFIG_ERRORS = [
   ("idlm", {"model": "dit"}, "is a group with the fields"),
   ("idlm", {"objective__name": "idml"}, "did you mean 'idlm'"),
   ("idlm", {"objective__name": "no_such.module"}, "cannot be imported"),
-  ("idlm", {"objective__name": "ar"}, "trains a Causal, but model.name='dit'"),
+  ("idlm", {"objective__name": "ar"}, "trains a Causal or a Decoder, but model.name='dit'"),
   ("judge", {"objective__name": "mdlm"}, "trains a DiT, but model.name='causal'"),
-  ("idlm", {"model__name": "unet"}, "model.name='unet' is unknown; found: dit, causal"),
+  ("idlm", {"model__name": "unet"}, "model.name='unet' is unknown; found: dit, causal, decoder"),
   (
     "idlm",
     {"process__name": "absorb"},

@@ -10,11 +10,12 @@ import numpy as np
 import optax
 
 from dlm_jax import process
-from dlm_jax.models import Causal, CausalConfig, DiT, DiTConfig
+from dlm_jax.models import Causal, CausalConfig, Decoder, DecoderConfig, DiT, DiTConfig
 from dlm_jax.objectives import draw_batch
 
 V, L, B, MASK = 10, 4, 16, 6
 _SIZES = {"vocab_size": V, "dim": 8, "layers": 2, "heads": 2, "length": L, "dtype": "float32"}
+_DECODER = {"kv_heads": 1, "head_dim": 4, "mlp_dim": 16}
 PROCESS = process.Absorbing(vocab_size=V, mask_id=MASK)
 SCORE = process.AbsorbingScore(vocab_size=V, mask_id=MASK)
 UNIFORM = process.Uniform(vocab_size=V)
@@ -25,6 +26,8 @@ def network(kind=DiT, **changes):
   """Return a network of the given class and parameters away from their initial zeros."""
   if kind is Causal:
     model, sigma = Causal(CausalConfig(**{**_SIZES, "dropout": 0.2, **changes})), ()
+  elif kind is Decoder:
+    model, sigma = Decoder(DecoderConfig(**{**_SIZES, **_DECODER, **changes})), ()
   else:
     model = DiT(DiTConfig(**{**_SIZES, "cond_dim": 4, "dropout": 0.2, **changes}))
     sigma = (jax.ShapeDtypeStruct((1,), jnp.float32),)
@@ -46,7 +49,7 @@ def random_params(shapes, seed=0):
 
 def axes(model):
   """Return the logical axis names of a network's parameters."""
-  sigma = () if isinstance(model, Causal) else (jnp.zeros((1,)),)
+  sigma = () if isinstance(model, Causal | Decoder) else (jnp.zeros((1,)),)
   return model.axes(jnp.zeros((1, L), jnp.int32), *sigma)
 
 
@@ -61,8 +64,9 @@ def batch(seed=0, size=B, **options):
 
 
 def network_class(make):
-  """Return the class that a method's `make` asks for."""
-  return typing.get_type_hints(make)["model"]
+  """Return the class that a method's `make` asks for; the first of several."""
+  wanted = typing.get_type_hints(make)["model"]
+  return wanted if isinstance(wanted, type) else typing.get_args(wanted)[0]
 
 
 def process_for(make):

@@ -1,0 +1,21 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Autoregressive decoder of the Qwen3 kind, 8 M parameters: where `novels_sdar_draft` starts.
+
+The data of `novels_teacher`. The embedding has a row for the mask, which is never a target. Meant
+to take about three minutes on one H100. Not run by us.
+
+Reference: Qwen3, arXiv 2505.09388.
+
+  dlm-jax prepare --config=novels_ar_draft
+  dlm-jax train --config=novels_ar_draft --workdir=runs/novels_ar_draft
+"""
+
+from dlm_jax.configs import common, novels_ar_target
+
+
+def get_config():
+  c = common.decoder(novels_ar_target.get_config(), dim=256, layers=8, heads=4, kv_heads=2)
+  c.optim.lr = 2e-3
+  c.train.steps = 3500
+  c.evaluate.every = 700
+  return c

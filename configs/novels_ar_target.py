@@ -1,0 +1,20 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Autoregressive decoder of the Qwen3 kind, 39 M parameters: where `novels_sdar_target` starts.
+
+The data of `novels_teacher`. The embedding has a row for the mask, which is never a target. Meant
+to take about three minutes on one H100. Not run by us.
+
+Reference: Qwen3, arXiv 2505.09388.
+
+  dlm-jax prepare --config=novels_ar_target
+  dlm-jax train --config=novels_ar_target --workdir=runs/novels_ar_target
+"""
+
+from dlm_jax.configs import common, novels_teacher
+
+
+def get_config():
+  c = common.decoder(novels_teacher.get_config(), dim=512, layers=11, heads=8, kv_heads=4)
+  c = common.next_token(c)
+  c.train.steps = 1300
+  return c

@@ -1,0 +1,275 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ways of decoding blocks side by side: speed, passes, acceptance, and whether texts are the same.
+
+Every arm is one compiled loop on the device with the same folding, batch 1. Speed comes from runs
+of a fixed number of emitted tokens in which nothing stops, text from runs that stop: never read one
+from the other. Repeats go through all arms in turn, so that a clock that drifts hits all alike.
+"""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dlm_jax import models, sample, tables
+from dlm_jax.arrays import Params
+from dlm_jax.errors import InputError
+
+
+class Network(NamedTuple):
+  """A decoder and its parameters."""
+
+  model: models.Decoder
+  params: Params
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arm:
+  """One way of decoding; what it measured.
+
+  Attributes:
+    name: of the way.
+    exact: its text is the static decode of the target by construction.
+    rate: emitted tokens per second, the prompt's pass and compilation excluded; median of repeats.
+    spread: (highest − lowest) / median of the rates.
+    end_to_end: the same with the prompt's pass.
+    target_passes: per emitted token.
+    draft_passes: per emitted token.
+    acceptance: accepted over drafted tokens; None without a draft.
+    conditional: accepted over tested tokens: a token is tested if nothing before it failed.
+    same: share of prompts with the text of the first arm, the target's static decode.
+    length: mean emitted tokens of the runs that stop.
+    compile_seconds: of the loop.
+  """
+
+  name: str
+  exact: bool
+  rate: float
+  spread: float
+  end_to_end: float
+  target_passes: float
+  draft_passes: float
+  acceptance: float | None
+  conditional: float | None
+  same: float
+  length: float
+  compile_seconds: float
+
+
+class _Way(NamedTuple):
+  """A way of decoding, not run yet."""
+
+  name: str
+  exact: bool
+  options: Any  # BlockOptions, or SpeculativeOptions
+
+
+def ways(rule: sample.BlockOptions, *, drafted: bool, threshold: float = 0.9) -> list[_Way]:
+  """Return what is compared: static, dynamic, and with a draft SimSD in both layouts and stacked.
+
+  Args:
+    rule: gives block length, steps, mask and stop ids; its strategy is set, its temperature 0.
+    drafted: whether there is a draft.
+    threshold: of the dynamic strategy.
+  """
+  static = dataclasses.replace(rule, strategy="low_confidence_static", temperature=0.0)
+  dynamic = dataclasses.replace(static, strategy="low_confidence_dynamic", threshold=threshold)
+  found = [_Way("static", True, static), _Way(f"dynamic {threshold:g}", False, dynamic)]
+  if not drafted:
+    return found
+  options = sample.SpeculativeOptions
+  for layout in ("published", "unified"):
+    approximate = options(target=static, verify="simsd", layout=layout)
+    found.append(_Way(f"SimSD {layout}", False, approximate))
+  return [*found, _Way("stacked", True, options(target=static, verify="stacked"))]
+
+
+def bench_decode(
+  target: Network,
+  draft: Network | None,
+  prompts: Sequence[Sequence[int]],
+  rule: sample.BlockOptions,
+  *,
+  new_tokens: int,
+  max_new_tokens: int,
+  repeats: int,
+  threshold: float = 0.9,
+) -> list[Arm]:
+  """Compare ways of decoding.
+
+  Args:
+    target: the network.
+    draft: a smaller one with the same vocabulary, or None.
+    prompts: ids, one row each, decoded one at a time.
+    rule: see `ways`; its stop ids end the texts that are compared.
+    new_tokens: emitted tokens per prompt of the timed runs.
+    max_new_tokens: the most tokens per prompt of the others.
+    repeats: timed runs per prompt.
+    threshold: of the dynamic strategy.
+
+  Raises:
+    InputError: a prompt is too long for the network, or a number is not positive.
+  """
+  if min(new_tokens, max_new_tokens, repeats, len(prompts)) < 1:
+    raise InputError(
+      f"new_tokens={new_tokens}, max_new_tokens={max_new_tokens}, repeats={repeats} and the number "
+      f"of prompts, {len(prompts)}, must be at least 1."
+    )
+  longest = max(map(len, prompts))
+  window = longest + max(new_tokens, max_new_tokens)
+  if window > target.model.config.length:
+    raise InputError(
+      f"prompts of up to {longest} tokens and {window - longest} new ones do not fit the network's "
+      f"{target.model.config.length} positions."
+    )
+  rows, lengths = sample.pad_prompts(prompts)
+  inputs = [(rows[i][None], lengths[i][None]) for i in range(len(prompts))]
+  found = ways(rule, drafted=draft is not None, threshold=threshold)
+  fixed = [_Runner(target, draft, way, window, stops=False) for way in found]
+  timed = _time(fixed, inputs, new_tokens, repeats)
+  texts = []
+  for way, runner in zip(found, fixed, strict=True):
+    if rule.stop_ids:
+      runner = _Runner(target, draft, way, window, stops=True)
+    texts.append([runner.text(*one, max_new_tokens) for one in inputs])
+  return [
+    _arm(way, runner, times, text, texts[0], new_tokens)
+    for way, runner, times, text in zip(found, fixed, timed, texts, strict=True)
+  ]
+
+
+class _Runner:
+  """A decoder in two compiled parts: the prompt's pass, and the loop."""
+
+  def __init__(self, target, draft, way, window, *, stops):
+    options = way.options
+    if not stops:
+      options = _without_stops(options)
+    if isinstance(options, sample.BlockOptions):
+      decoder = sample.block_decoder(target.model, options, window)
+      self.params = target.params
+    else:
+      decoder = sample.speculative_decoder(target.model, draft.model, options, window)
+      self.params = {"target": target.params, "draft": draft.params}
+
+    def loop(params, state):
+      return jax.lax.while_loop(
+        lambda state: ~jnp.all(decoder.done(state)), lambda state: decoder.round(params, state),
+        state,
+      )  # fmt: skip
+
+    self._init, self._loop = jax.jit(decoder.init), jax.jit(loop, donate_argnums=1)
+    self._rng = jax.random.key(0)
+    self.compile_seconds = 0.0
+
+  def start(self, prompt_1P, lengths_1, new_tokens):
+    """Return the state after the prompt's pass."""
+    limit_1 = lengths_1 + new_tokens
+    return jax.block_until_ready(self._init(self.params, prompt_1P, self._rng, lengths_1, limit_1))
+
+  def compile(self, prompt_1P, lengths_1, new_tokens):
+    """Compile both parts and run them once; return the final state."""
+    state = self.start(prompt_1P, lengths_1, new_tokens)
+    begin = time.perf_counter()
+    self._loop = self._loop.lower(self.params, state).compile()
+    self.compile_seconds = time.perf_counter() - begin
+    return self.finish(state)
+
+  def finish(self, state):
+    """Run the loop; the state is used up."""
+    return jax.block_until_ready(self._loop(self.params, state))
+
+  def text(self, prompt_1P, lengths_1, new_tokens) -> list[int]:
+    """Return the ids that follow a prompt."""
+    progress = self.finish(self.start(prompt_1P, lengths_1, new_tokens)).progress
+    start, stop = int(progress.prompt_B[0]), int(progress.length_B[0])
+    return np.asarray(progress.tokens_BW)[0, start:stop].tolist()
+
+
+def _without_stops(options):
+  if isinstance(options, sample.BlockOptions):
+    return dataclasses.replace(options, stop_ids=())
+  rules = {name: _without_stops(getattr(options, name)) for name in ("target", "draft")}
+  return dataclasses.replace(options, **rules)
+
+
+@dataclasses.dataclass
+class _Times:
+  """What the fixed runs of one arm took and counted."""
+
+  loops: list[float]  # seconds of all prompts, one entry per repeat
+  wholes: list[float]  # the same with the prompts' passes
+  counts: dict[str, int]
+
+
+def _time(runners, inputs, new_tokens, repeats) -> list[_Times]:
+  counts = [_count([runner.compile(*inputs[0], new_tokens)]) for runner in runners]
+  for runner, total in zip(runners, counts, strict=True):
+    rest = _count([runner.finish(runner.start(*one, new_tokens)) for one in inputs[1:]])
+    total.update({name: total[name] + rest[name] for name in total})
+  found = [_Times([], [], total) for total in counts]
+  for _ in range(repeats):
+    for runner, times in zip(runners, found, strict=True):
+      loop = whole = 0.0
+      for one in inputs:
+        begin = time.perf_counter()
+        state = runner.start(*one, new_tokens)
+        middle = time.perf_counter()
+        runner.finish(state)
+        end = time.perf_counter()
+        loop, whole = loop + end - middle, whole + end - begin
+      times.loops.append(loop)
+      times.wholes.append(whole)
+  return found
+
+
+def _count(states) -> dict[str, int]:
+  """Sum passes and tokens of final states; `decided` has those beyond a row's limit too."""
+  total = dict.fromkeys(("target", "draft", "drafted", "accepted", "decided"), 0)
+  for state in states:
+    counts = getattr(state, "counts", {})
+    total["target"] += int(state.progress.passes_B.sum())
+    total["draft"] += int(np.sum(counts.get("draft_passes", 0)))
+    total["drafted"] += int(np.sum(counts.get("drafted", 0)))
+    total["accepted"] += int(np.sum(counts.get("accepted", 0)))
+    total["decided"] += int((np.asarray(state.progress.step_BW) >= 0).sum())
+  return total
+
+
+def _arm(way, runner, times, texts, reference, new_tokens) -> Arm:
+  emitted = new_tokens * len(texts)
+  rates = [emitted / seconds for seconds in times.loops]
+  rate, counts = statistics.median(rates), times.counts
+  return Arm(
+    name=way.name, exact=way.exact, rate=rate, spread=(max(rates) - min(rates)) / rate,
+    end_to_end=emitted / statistics.median(times.wholes),
+    target_passes=counts["target"] / emitted, draft_passes=counts["draft"] / emitted,
+    acceptance=counts["accepted"] / counts["drafted"] if counts["drafted"] else None,
+    conditional=counts["accepted"] / counts["decided"] if counts["drafted"] else None,
+    same=statistics.mean(a == b for a, b in zip(texts, reference, strict=True)),
+    length=statistics.mean(map(len, texts)), compile_seconds=runner.compile_seconds,
+  )  # fmt: skip
+
+
+def table(arms: Sequence[Arm]) -> str:
+  """Return the arms as a table."""
+  header = (
+    "arm", "exact", "tok/s", "±", "× static", "with prompt", "target passes", "draft passes",
+    "acceptance", "conditional", "same text", "mean length",
+  )  # fmt: skip
+  share = lambda x: "" if x is None else f"{x:.3f}"  # noqa: E731
+  cells = [
+    (
+      arm.name, "yes" if arm.exact else "no", f"{arm.rate:.1f}", f"{100 * arm.spread:.0f} %",
+      f"{arm.rate / arms[0].rate:.2f}", f"{arm.end_to_end:.1f}", f"{arm.target_passes:.3f}",
+      f"{arm.draft_passes:.3f}", share(arm.acceptance), share(arm.conditional),
+      f"{100 * arm.same:.0f} %", f"{arm.length:.1f}",
+    )
+    for arm in arms
+  ]  # fmt: skip
+  return tables.markdown(header, cells, left=(0, 1))

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is decoded in a comparison: networks and prompts, of checkpoints or made up from configs."""
+
+import dataclasses
+import pathlib
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from dlm_jax import experiment, models, pipeline, sample
+from dlm_jax.bench.decode import Network
+from dlm_jax.bench.weights import random_params
+from dlm_jax.data import loader
+from dlm_jax.errors import InputError
+
+
+class Task(NamedTuple):
+  """What to decode with what; the rule has block length, mask and stop ids."""
+
+  target: Network
+  draft: Network | None
+  prompts: list[list[int]]
+  rule: sample.BlockOptions
+
+
+def from_checkpoint(
+  path: str,
+  draft: str | None,
+  *,
+  file: str = "",
+  data: str = "",
+  count: int,
+  length: int,
+  chat: bool = False,
+  max_new_tokens: int,
+  block_length: int | None = None,
+  storage: str | None = None,
+) -> Task:
+  """Return trained networks with prompts from a file or of a validation split.
+
+  Args:
+    path: workdir or model directory of the target.
+    draft: the same of the draft, or None.
+    file: text, a prompt per line.
+    data: without a file: a packed dataset; prompts are the starts of its validation sequences.
+    count: the most prompts.
+    length: of those of a dataset, tokens.
+    chat: a line is what a user says.
+    max_new_tokens: that the network has to have room for.
+    block_length: None: what the checkpoint names.
+    storage: of parameters, see `models.regroup`; None: what sampling takes.
+
+  Raises:
+    InputError: there are no prompts, or see `pipeline.open_decoder` and `TextDecoder.plan`.
+  """
+  pipe = pipeline.open_decoder(path, draft=draft, storage=storage)
+  prompts = _lines(file)[:count] if file else []
+  if not file and data:
+    rows_NL = loader.evaluation_groups(data, "validation", count)[0]
+    prompts = [row_L[:length].tolist() for row_L in rows_NL]
+  if not prompts:
+    raise InputError(
+      "there are no prompts: give --prompts=FILE, one per line, or --data=DIR, a packed dataset."
+    )
+  block = {} if block_length is None else {"block_length": block_length}
+  plan = pipe.plan(prompts, chat=chat, max_new_tokens=max_new_tokens, **block)
+  lengths_B = np.asarray(plan.lengths_B)
+  rows = [row[:n].tolist() for row, n in zip(np.asarray(plan.prompt_BP), lengths_B, strict=True)]
+  pipe.load_weights()
+  drafting = None if pipe.draft is None else Network(*pipe.draft.loaded)
+  return Task(Network(*pipe.loaded), drafting, rows, plan.rule)
+
+
+def _lines(file):
+  try:
+    lines = pathlib.Path(file).read_text(encoding="utf-8").splitlines()
+  except OSError as error:
+    raise InputError(f"--prompts={file} cannot be read: {error.strerror}.") from None
+  except UnicodeDecodeError:
+    raise InputError(f"--prompts={file} is not UTF-8 text.") from None
+  return [line for line in lines if line.strip()]
+
+
+def from_config(
+  config: Any,
+  draft: Any,
+  *,
+  count: int,
+  length: int,
+  block_length: int | None = None,
+  storage: str | None = None,
+) -> Task:
+  """Return random networks and prompts: speeds mean something, texts and acceptance do not.
+
+  Args:
+    config: of the target.
+    draft: of the draft, or None.
+    count: prompts.
+    length: of each, tokens.
+    block_length: None: what the target's objective names.
+    storage: of parameters, see `models.regroup`; None: what sampling takes.
+
+  Raises:
+    InputError: the model is no decoder, or no block length is known.
+  """
+  size = block_length or config.objective.get("block_length")
+  if not size:
+    raise InputError("the config names no block length; give --block_length.")
+  made = [_random(one, storage) for one in (config, draft) if one is not None]
+  model = made[0].model
+  proc = experiment.make_process(config, model)
+  if proc is None:
+    raise InputError(f"process.name={config.process.name!r} has no mask; take a config with one.")
+  prompts_BP = np.random.default_rng(0).integers(0, proc.mask_id, (count, length))
+  rule = sample.BlockOptions(block_length=size, mask_id=proc.mask_id)
+  return Task(made[0], made[1] if draft is not None else None, prompts_BP.tolist(), rule)
+
+
+def _random(config, storage):
+  model = make_decoder(config)
+  storage = storage or ("stacked" if jax.default_backend() == "cpu" else "fused")
+  try:
+    fields = dataclasses.replace(model.config, storage=storage, remat="none")
+  except ValueError as error:
+    raise InputError(str(error)) from None
+  model = model.clone(config=fields)
+  return Network(model, random_params(model, fields.dtype))
+
+
+def make_decoder(config: Any) -> models.Decoder:
+  """Build the decoder of a config.
+
+  Raises:
+    InputError: the config is of another network.
+  """
+  model = experiment.make_model(config, experiment.vocabulary(config))
+  if not isinstance(model, models.Decoder):
+    raise InputError(f"model.name={config.model.name!r} is not 'decoder'; choose such a config.")
+  return model

@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decoding with a block-diffusion network: one block after the other, a few tokens per pass.
+
+Blocks lie on a grid anchored at position 0 of each row, so a prompt may end inside a block. Whole
+blocks of the prompt are encoded at once under the block-causal mask. Then, per round, each running
+row decides one block: passes over the block, which sees itself in both directions and the cache of
+all blocks before it, alternate with `reveal` until nothing is masked.
+
+The finished block has to be encoded once more, clean, for the cache. Folded, that rides along with
+the first pass over the next block: queries [clean block; masked block] under the block-causal mask,
+which is exact and takes T passes per block; otherwise it is a pass of its own, T + 1. The last
+block of a row is never encoded: nobody would read it.
+"""
+
+import functools
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from dlm_jax import models
+from dlm_jax.errors import InputError
+from dlm_jax.models import masks
+from dlm_jax.sample import _progress
+from dlm_jax.sample._decode import Decoder
+from dlm_jax.sample._progress import Progress
+from dlm_jax.sample._rule import BlockOptions, reveal
+
+
+@flax.struct.dataclass
+class BlockState:
+  """Rows between two rounds.
+
+  Attributes:
+    progress: tokens and their history.
+    cache: the network's, of the first `cache.length_B` tokens of each row: all blocks before
+      `start_B`, or all but the last of them if that one is to be folded into the next round.
+    start_B: first position of the block that is decided next.
+  """
+
+  progress: Progress
+  cache: models.Cache
+  start_B: Int[Array, "B"]
+
+
+def block_decoder(model, options: BlockOptions, max_length: int) -> Decoder:
+  """Return a decoder for `sample.decode` that decides one block per row and round.
+
+  Args:
+    model: a `models.Decoder` trained on blocks of this length, or any network with its config and
+      its methods `extend` and `head`, whose logits are for the token at a position itself.
+    options: how a block is decided.
+    max_length: the window L: most tokens of a row, prompt included. A row's own limit may be any
+      number up to it; its last block is decided as a whole and cut.
+
+  Raises:
+    InputError: the window is empty or longer than the network's positions, or the mask or a stop id
+      is not in the vocabulary.
+
+  Reference: SDAR, arXiv 2510.06303; BD3-LM, arXiv 2503.09573.
+  """
+  config = model.config
+  if not 1 <= max_length <= config.length:
+    raise InputError(f"max_length={max_length} must be in 1 … {config.length}, the network's.")
+  highest = max(options.mask_id, *options.stop_ids, 0)
+  if highest >= config.vocab_size:
+    raise InputError(f"mask_id or stop id {highest} is not below vocab_size={config.vocab_size}.")
+  return Decoder(
+    init=functools.partial(_init, model, options, max_length),
+    round=functools.partial(_round, model, options),
+    done=_done,
+  )
+
+
+def _done(state):
+  return ~state.progress.running_B
+
+
+def _init(model, options, window, params, prompt, rng, lengths=None, max_length=None):
+  size = options.block_length
+  progress = _progress.start(
+    prompt, rng, lengths, max_length,
+    window=window, block_length=size, mask_id=options.mask_id,
+  )  # fmt: skip
+  batch, width = progress.tokens_BW.shape
+  capacity = max(width - size, 1)  # the last block is never stored
+  cache = models.Cache.make(model.config, batch, capacity)
+  start_B = progress.prompt_B // size * size
+  cache = _prefill(model, params, progress, cache, start_B, size, jnp.shape(prompt)[1])
+  return BlockState(progress, cache, start_B)
+
+
+def _prefill(model, params, progress, cache, start_B, size, columns):
+  """Store the whole blocks of the prompts; shorter rows compute garbage that nobody keeps."""
+  columns = min(columns, progress.tokens_BW.shape[1] - size) // size * size
+  if not columns:
+    return cache
+  given_BQ = progress.tokens_BW[:, :columns]
+  visible_QQ = masks.block_causal(masks.sequence_slots(jnp.arange(columns), size))
+  kv = _extend(model, params, given_BQ, None, visible_QQ[None], cache)[1]
+  return models.commit(cache, kv, jnp.where(progress.running_B, start_B, 0))
+
+
+def _extend(model, params, tokens_BQ, position_BQ, visible_BQQ, cache):
+  arguments = (tokens_BQ, position_BQ, visible_BQQ, cache)
+  return model.apply({"params": params}, *arguments, method="extend")
+
+
+def _head(model, params, hidden_BKD):
+  return model.apply({"params": params}, hidden_BKD, method="head")
+
+
+def _round(model, options, params, state):
+  """Decide one block of every running row, and store what is to be stored."""
+  size, progress = options.block_length, state.progress
+  position_BK = state.start_B[:, None] + jnp.arange(size)[None, :]
+  running_B1 = progress.running_B[:, None]
+
+  def passes_left(carry):
+    progress, _, step = carry
+    return jnp.any(_masked(progress, position_BK) & running_B1) & (step < size)
+
+  def one_pass(carry, first=False):
+    progress, cache, step = carry
+    masked_BK = _masked(progress, position_BK) & running_B1
+    tokens_BK = _at(progress.tokens_BW, position_BK)
+    if first:
+      hidden_BKD, cache = folded_pass(model, params, progress, cache, tokens_BK, position_BK)
+    else:
+      hidden_BKD, _ = _extend(model, params, tokens_BK, position_BK, None, cache)
+    logits_BKV = _head(model, params, hidden_BKD)
+    step_of_row = functools.partial(reveal, options)
+    revealed = jax.vmap(step_of_row, in_axes=(0, 0, 0, 0, None, 0))(
+      progress.rng_B, tokens_BK, masked_BK, logits_BKV, step, position_BK
+    )
+    progress = _progress.record(
+      progress, position_BK, revealed.revealed_K, revealed.tokens_K,
+      jnp.full_like(tokens_BK, step), revealed.log_prob_K,
+    )  # fmt: skip
+    took_part_B = jnp.any(masked_BK, axis=-1).astype(jnp.int32)
+    return progress.replace(passes_B=progress.passes_B + took_part_B), cache, step + 1
+
+  carry = (progress, state.cache, jnp.zeros((), jnp.int32))
+  if options.fold:
+    carry = one_pass(carry, first=True)
+  progress, cache, _ = jax.lax.while_loop(passes_left, one_pass, carry)
+  progress = _progress.advance(progress, options.stop_ids)
+  if not options.fold:
+    progress, cache = _store(model, params, progress, cache, position_BK)
+  start_B = jnp.where(progress.running_B, state.start_B + size, state.start_B)
+  return BlockState(progress, cache, start_B)
+
+
+def _at(rows_BW, position_BK):
+  """Return what lies at positions; those outside, of rows that are done, give anything."""
+  return jnp.take_along_axis(rows_BW, position_BK, axis=1, mode="clip")
+
+
+def _masked(progress, position_BK):
+  return _at(progress.masked_BW, position_BK)
+
+
+def folded_pass(model, params, progress, cache, tokens_BK, position_BK):
+  """Return the hidden states of the block, and the cache with the block before it.
+
+  Rows whose cache is complete, after the prefill, pass over padding in the place of that block.
+  """
+  size = tokens_BK.shape[1]
+  pending_B = progress.running_B & (cache.length_B < position_BK[:, 0])
+  before_BK = jnp.maximum(position_BK - size, 0)
+  both_BQ = jnp.concatenate([before_BK, position_BK], axis=1)
+  kind_BK = jnp.broadcast_to(
+    jnp.where(pending_B, masks.CLEAN, masks.PAD)[:, None], position_BK.shape
+  )
+  kind_BQ = jnp.concatenate([kind_BK, jnp.full_like(kind_BK, masks.NOISY)], axis=1)
+  visible_BQQ = masks.block_causal(masks.Slots.make(kind_BQ, block=jnp.arange(2 * size) // size))
+  tokens_BQ = jnp.concatenate([_at(progress.tokens_BW, before_BK), tokens_BK], axis=1)
+  hidden_BQD, kv = _extend(model, params, tokens_BQ, both_BQ, visible_BQQ, cache)
+  return hidden_BQD[:, size:], models.commit(cache, kv, jnp.where(pending_B, size, 0))
+
+
+def _store(model, params, progress, cache, position_BK):
+  """Encode the finished blocks of rows that go on, if any does."""
+
+  def encode(cache):
+    tokens_BK = _at(progress.tokens_BW, position_BK)
+    kv = _extend(model, params, tokens_BK, position_BK, None, cache)[1]
+    return models.commit(cache, kv, jnp.where(progress.running_B, tokens_BK.shape[1], 0))
+
+  cache = jax.lax.cond(jnp.any(progress.running_B), encode, lambda cache: cache, cache)
+  passes_B = progress.passes_B + progress.running_B.astype(jnp.int32)
+  return progress.replace(passes_B=passes_B), cache
