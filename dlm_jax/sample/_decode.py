@@ -12,7 +12,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Int, Key
 
 from dlm_jax.arrays import Params
 from dlm_jax.errors import InputError
@@ -51,22 +51,22 @@ class Info:
     reason_B: 1 (STOP): a stop id; 2 (LENGTH): the limit.
   """
 
-  lengths_B: Int[Array, "B"]
-  prompt_B: Int[Array, "B"]
-  step_BL: Int[Array, "B L"]
-  log_prob_BL: Float[Array, "B L"]
-  passes_B: Int[Array, "B"]
-  reason_B: Int[Array, "B"]
+  lengths_B: Any
+  prompt_B: Any
+  step_BL: Any
+  log_prob_BL: Any
+  passes_B: Any
+  reason_B: Any
 
 
 def decode(
   decoder: Decoder,
   params: Params,
-  prompt: Int[Array, "B P"],
+  prompt: Int[Array | np.ndarray, "B P"],
   rng: Key[Array, "*batch"],
   *,
-  max_length: int | Int[Array, "B"] | None = None,
-  lengths: Int[Array, "B"] | None = None,
+  max_length: int | Int[Array | np.ndarray, "..."] | None = None,
+  lengths: Int[Array | np.ndarray, "B"] | None = None,
   on_round: Callable[[np.ndarray, np.ndarray], None] | None = None,
 ) -> tuple[Int[Array, "B L"], Info]:
   """Continue prompts until each row has a stop id or its maximum length.
