@@ -312,7 +312,10 @@ def test_every_strategy_ends_in_time(strategy):
   """9.5-a: T passes a block at the most, the prompt unchanged, no mask although it is likeliest."""
   params = toy.script(jnp.full(24, toy.MASK)) + (jnp.arange(toy.V) % 5 * 0.3)[None]
   steps = 8 if strategy == "first_hitting" else 3
-  options = _options(block_length=8, steps=steps, strategy=strategy, entropy_bound=0.0, factor=0.0)
+  options = _options(
+    block_length=8, steps=steps, strategy=strategy, entropy_bound=0.0, factor=0.0,
+    temperature=float(strategy == "sequential"),
+  )  # fmt: skip
   prompts = [[1, 2, 3], [4] * 8]
   tokens, info = _decode(toy.Script(), params, options, prompts, jax.random.key(0), window=24)
   assert tokens[0, :3].tolist() == [1, 2, 3] and tokens[1, :8].tolist() == [4] * 8
@@ -481,3 +484,10 @@ def _progress_keys(rng):
   from dlm_jax.sample import _progress
 
   return _progress._keys(rng, 2)
+
+
+def test_no_key_is_used_twice():
+  """One key per position and step, and none is used twice; a row's key only has children."""
+  decoder = sample.block_decoder(toy.Script(), _options(block_length=2, threshold=0.3), 4)
+  with jax.debug_key_reuse(True):
+    sample.decode(decoder, toy.script(range(4)), jnp.ones((2, 1), jnp.int32), jax.random.key(0))
