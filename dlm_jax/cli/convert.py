@@ -29,17 +29,29 @@ dlm-jax convert --checkpoint=data/idlm/last.ckpt --tokenizer=data/gpt2 --out=mod
   if out.exists() and any(out.iterdir()):
     raise InputError(f"--out={out} is not empty; choose a new directory.")
   source = pipeline.find_network(namespace.checkpoint)
-  model, params, proc = convert.load(source, weights=namespace.weights or None)
+  decoder = convert.is_decoder(source)
+  kept = {"params_dtype": namespace.dtype} if decoder else {}
+  model, params, proc = convert.load(source, weights=namespace.weights or None, **kept)
   if not hasattr(model.config, "dim"):
     raise InputError(f"{source} is a GPT-2 network; it is already in the Hugging Face layout.")
   tokenizer = pipeline.load_tokenizer(source, namespace.tokenizer)
-  if proc is not None:
+  if decoder:
+    _check_rows(source, tokenizer, model)
+  elif proc is not None:
     pipeline.check_vocabulary(source, tokenizer, proc)
   extra = convert.read_config(source).get("dlm_jax", {})
   extra = {key: value for key, value in extra.items() if key != "process"}
   extra["tokenizer_fingerprint"] = tokenizer.fingerprint
   training.make_workdir(out)
-  convert.save(out, model, params, proc, dtype=namespace.dtype, extra=extra)
+  block = {"block_length": convert.block_length(source)} if decoder else {}
+  convert.save(out, model, params, proc, dtype=namespace.dtype, extra=extra, **block)
   tokenizer.save(out)
-  size = (out / "model.safetensors").stat().st_size / 1e6
+  size = sum(file.stat().st_size for file in out.glob("*.safetensors")) / 1e6
   print(f"{out}: {size:.1f} MB, {namespace.dtype}")
+
+
+def _check_rows(source, tokenizer, model):
+  """Refuse a tokenizer with more ids than a decoder has rows; fewer are usual."""
+  ids, rows = max(tokenizer.vocab_size, tokenizer.mask_id), model.config.vocab_size
+  if ids > rows:
+    raise InputError(f"{source}: the tokenizer has {ids} tokens and the network {rows} rows.")

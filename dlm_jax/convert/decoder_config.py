@@ -145,9 +145,7 @@ def _added(content):
   return content.get(MASK)
 
 
-def describe(
-  model: models.Decoder, proc: process.Absorbing | None, block_length: int | None
-) -> dict[str, Any]:
+def describe(model: models.Decoder, proc: Any, block_length: int | None) -> dict[str, Any]:
   """Return the config.json of a network.
 
   Raises:

@@ -209,7 +209,7 @@ def save(
   path: pathlib.Path | str,
   model: models.Decoder,
   params: Params,
-  proc: process.Absorbing | None = None,
+  proc: Any = None,
   *,
   dtype: str | None = None,
   extra: dict[str, Any] | None = None,

@@ -304,6 +304,11 @@ def _read_json(path: pathlib.Path) -> dict:
   return value
 
 
+def _read_config(directory: pathlib.Path) -> dict:
+  config = directory / "tokenizer_config.json"
+  return _read_json(config) if config.exists() else {}
+
+
 def _find_eos(directory: pathlib.Path, content: dict) -> str:
   """Return the separator: what tokenizer_config.json says, else the first usual name."""
   try:
@@ -311,8 +316,9 @@ def _find_eos(directory: pathlib.Path, content: dict) -> str:
   except (KeyError, TypeError):
     tokens = set()
   tokens |= {token["content"] for token in content.get("added_tokens") or []}
-  config = directory / "tokenizer_config.json"
-  named = _read_json(config).get("eos_token") if config.exists() else None
+  config = _read_config(directory)
+  tokens |= {token["content"] for token in config.get("added_tokens_decoder", {}).values()}
+  named = config.get("eos_token")
   named = named.get("content") if isinstance(named, dict) else named
   for eos in ([named] if named else []) + list(_KNOWN_EOS):
     if eos in tokens:
@@ -324,11 +330,15 @@ def _find_eos(directory: pathlib.Path, content: dict) -> str:
 
 
 def _load_file(path: pathlib.Path) -> Tokenizer:
+  from dlm_jax.data import chat
+
   content = _read_json(path)
   if content in (_BYTES, _ESM):
     return Bytes() if content == _BYTES else Esm()
   try:
-    tokenizer = BPE(_canonical(content), _find_eos(path.parent, content))
+    eos = _find_eos(path.parent, content)
+    chats = chat.holds(_read_config(path.parent))
+    tokenizer = chat.from_json(content, eos) if chats else BPE(_canonical(content), eos)
     tokenizer.encode("a")
   except InputError:
     raise
@@ -340,12 +350,17 @@ def _load_file(path: pathlib.Path) -> Tokenizer:
 
 
 def _load_merges(vocab_path: pathlib.Path, merges_path: pathlib.Path) -> BPE:
+  from dlm_jax.data import chat
+
   vocab = _read_json(vocab_path)
   eos = _find_eos(vocab_path.parent, {"model": {"vocab": vocab}})
   try:
     lines = merges_path.read_text(encoding="utf-8").split("\n")
     merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
-    tokenizer = _byte_level(vocab, merges, eos)
+    chats = chat.holds(config := _read_config(vocab_path.parent))
+    tokenizer = (
+      chat.from_merges(vocab, merges, config, eos) if chats else _byte_level(vocab, merges, eos)
+    )
     tokenizer.encode("a")
   except Exception as error:
     raise InputError(
@@ -360,8 +375,9 @@ def load(path: str | os.PathLike) -> Tokenizer:
   Args:
     path: "bytes"; "esm", for proteins; a tokenizer.json file; or a directory that holds
       tokenizer.json, or GPT-2's vocab.json + merges.txt, or encoder.json + vocab.bpe (byte-level
-      BPE with GPT-2's word splitting). The same vocabulary read from tokenizer.json and from
-      merges gives the same ids but not always the same fingerprint.
+      BPE with GPT-2's word splitting; Qwen's, see `chat`, if tokenizer_config.json says so). One
+      vocabulary read from tokenizer.json and from merges gives the same ids but not always the
+      same fingerprint.
 
   Raises:
     InputError: nothing usable is there; the message names what was looked for.
