@@ -14,7 +14,7 @@ import speculative_toy as toy
 from dlm_jax import sample
 
 ROWS, WINDOW = 27, 22  # three times every prompt length or more
-# 9 rules × 27 rows (prompts, keys, limits) × 5 drafts: 1,215 texts
+# 9 rules, two of them slow, × 27 rows (prompts, keys, limits) × 5 drafts: 945 texts, 1,215 in all
 RULES = {
   "static": {"strategy": "low_confidence_static", "temperature": 0.0},
   "static_drawn": {"strategy": "low_confidence_static", "temperature": 0.7, "steps": 3},
@@ -31,6 +31,7 @@ RULES = {
   "factor": {"strategy": "factor", "factor": 1.0, "temperature": 0.7},
   "first_hitting": {"strategy": "first_hitting", "temperature": 1.0},
 }  # fmt: skip
+SLOW = ("dynamic", "sequential_drawn")  # nothing but compilation
 
 
 def _rule(name):
@@ -63,7 +64,10 @@ def _same_text(state, own):
   np.testing.assert_allclose(apart, 0, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize(
+  "name",
+  [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in RULES],
+)
 def test_text_is_the_targets_own(name):
   """9.4-b, c, d, e: 135 texts per rule, token for token; passes; the target as its own draft."""
   rule = _rule(name)
