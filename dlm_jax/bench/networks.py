@@ -104,10 +104,11 @@ def from_config(
   Raises:
     InputError: the model is no decoder, or no block length is known.
   """
+  networks = [make_decoder(one) for one in (config, draft) if one is not None]
   size = block_length or config.objective.get("block_length")
   if not size:
     raise InputError("the config names no block length; give --block_length.")
-  made = [_random(one, storage) for one in (config, draft) if one is not None]
+  made = [_random(one, storage) for one in networks]
   model = made[0].model
   proc = experiment.make_process(config, model)
   if proc is None:
@@ -117,8 +118,7 @@ def from_config(
   return Task(made[0], made[1] if draft is not None else None, prompts_BP.tolist(), rule)
 
 
-def _random(config, storage):
-  model = make_decoder(config)
+def _random(model, storage):
   storage = storage or ("stacked" if jax.default_backend() == "cpu" else "fused")
   try:
     fields = dataclasses.replace(model.config, storage=storage, remat="none")

@@ -81,37 +81,35 @@ def _decode(path, tokenizer, options):
   start = time.perf_counter()
   result = pipe.run(plan, seed=seed, on_text=live)
   seconds = time.perf_counter() - start
-  if live is not None:
-    live.end()
-  else:
+  if live is None:
     for number, text in enumerate(result.texts, start=1):
       print(json.dumps(text) if as_json else _header(number, len(prompts)) + text)
   print(_summary(result, seconds), file=sys.stderr)
 
 
 class _Live:
-  """Prints pieces as they come; those of a later prompt wait for the earlier ones to end."""
+  """Prints pieces as they come; those of a later prompt wait until the earlier ones have ended."""
 
   def __init__(self, count: int):
-    self._pieces, self._shown = [""] * count, -1
-    self._count = count
+    self._pieces, self._ended, self._count = [""] * count, [False] * count, count
+    self._number = -1  # of the prompt whose text is being printed
+    self._next()
 
-  def __call__(self, number: int, piece: str) -> None:
+  def __call__(self, number: int, piece: str, ended: bool) -> None:
     self._pieces[number] += piece
-    if number == max(self._shown, 0):
-      self._show(number)
-
-  def _show(self, number):
-    if number != self._shown:
-      print(_header(number + 1, self._count), end="")
-      self._shown = number
-    print(self._pieces[number], end="", flush=True)
-    self._pieces[number] = ""
-
-  def end(self) -> None:
-    for number in range(max(self._shown, 0), self._count):
-      self._show(number)
+    self._ended[number] = ended
+    while self._number < self._count:
+      print(self._pieces[self._number], end="", flush=True)
+      self._pieces[self._number] = ""
+      if not self._ended[self._number]:
+        return
       print()
+      self._next()
+
+  def _next(self):
+    self._number += 1
+    if self._number < self._count:
+      print(_header(self._number + 1, self._count), end="", flush=True)
 
 
 def _header(number, count):

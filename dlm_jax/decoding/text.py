@@ -102,7 +102,7 @@ class TextDecoder:
     prompts: str | Sequence[str | Sequence[int]],
     *,
     seed: int = 0,
-    on_text: Callable[[int, str], None] | None = None,
+    on_text: Callable[[int, str, bool], None] | None = None,
     **request: Any,
   ) -> Generation:
     """Continue prompts.
@@ -110,8 +110,9 @@ class TextDecoder:
     Args:
       prompts: texts, or token ids as they are; one text is one prompt.
       seed: prompt i of a seed gets the same text whatever else is in the batch.
-      on_text: called as (number of the prompt, piece) whenever more of its text is certain; pieces
-        of a prompt add up to its text. The loop then runs on the host, one round per step.
+      on_text: called as (number of the prompt, piece, whether that was all) whenever more of its
+        text is certain; pieces of a prompt add up to its text. The loop then runs on the host, one
+        round per step.
       **request: see `plan`.
 
     Raises:
@@ -163,7 +164,7 @@ class TextDecoder:
     return requests.lay_out(self.source, rows, max_new_tokens, self.model.config, rule, speculative)
 
   def run(
-    self, plan: Plan, *, seed: int = 0, on_text: Callable[[int, str], None] | None = None
+    self, plan: Plan, *, seed: int = 0, on_text: Callable[[int, str, bool], None] | None = None
   ) -> Generation:
     """Decode what `plan` returned; arguments as for `generate`."""
     draft = self.draft if plan.speculative is not None else None
@@ -265,23 +266,29 @@ def _rows(tokens_BL, prompt_B, lengths_B) -> list[list[int]]:
 class _Follow:
   """Reports decided text piece by piece; an unfinished character waits for its other bytes."""
 
-  def __init__(self, decoder: TextDecoder, plan: Plan, on_text: Callable[[int, str], None]):
+  def __init__(self, decoder: TextDecoder, plan: Plan, on_text: Callable[[int, str, bool], None]):
     self._decoder, self._plan, self._on_text = decoder, plan, on_text
-    self._told = [""] * len(plan.lengths_B)
+    self._told, self._ended = [""] * len(plan.lengths_B), [False] * len(plan.lengths_B)
 
   def __call__(self, tokens_BL, lengths_B) -> None:
+    stop_ids, limits_B = self._plan.rule.stop_ids, np.asarray(self._plan.limits_B)
     rows = _rows(tokens_BL, self._plan.lengths_B, lengths_B)
     for number, row in enumerate(rows):
-      text = self._decoder._text(row, self._plan.rule.stop_ids)
-      self._tell(number, text.rstrip(_UNFINISHED))
+      ended = lengths_B[number] >= limits_B[number] or bool(row and row[-1] in stop_ids)
+      self._tell(number, self._decoder._text(row, stop_ids), bool(ended))
 
   def finish(self, texts: Sequence[str]) -> None:
     """Report what is left."""
     for number, text in enumerate(texts):
-      self._tell(number, text)
+      self._tell(number, text, True)
 
-  def _tell(self, number, text):
+  def _tell(self, number, text, ended):
+    if self._ended[number]:
+      return
+    if not ended:
+      text = text.rstrip(_UNFINISHED)
     told = self._told[number]
-    if len(text) > len(told) and text.startswith(told):
-      self._told[number] = text
-      self._on_text(number, text[len(told) :])
+    piece = text[len(told) :] if text.startswith(told) else ""
+    if piece or ended:
+      self._told[number], self._ended[number] = told + piece, ended
+      self._on_text(number, piece, ended)

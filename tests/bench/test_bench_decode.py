@@ -60,9 +60,9 @@ def test_draft_passes_by_simulation():
 # --- bytes ----------------------------------------------------------------------------------------
 
 _PUBLIC = {  # bytes of a bfloat16 pass without the embedding table, from the published shapes
-  "1b7": (dict(dim=2048, layers=28, heads=16, mlp_dim=6144), 3.44e9),
-  "4b": (dict(dim=2560, layers=36, heads=32, mlp_dim=9728), 8.04e9),
-  "8b": (dict(dim=4096, layers=36, heads=32, mlp_dim=12288), 15.14e9),
+  "1b7": ({"dim": 2048, "layers": 28, "heads": 16, "mlp_dim": 6144}, 3.44e9),
+  "4b": ({"dim": 2560, "layers": 36, "heads": 32, "mlp_dim": 9728}, 8.04e9),
+  "8b": ({"dim": 4096, "layers": 36, "heads": 32, "mlp_dim": 12288}, 15.14e9),
 }
 
 
@@ -132,7 +132,7 @@ def test_passes_are_compared_with_reading(monkeypatch):
   monkeypatch.setattr(passes, "_time", time)
   rows = _passes(variants=["scan", "unrolled", "fused"], queries=[2])
   assert seen == 2 * [("stacked", 1, 2, 8), ("stacked", 2, 2, 8), ("fused", 1, 2, 8)]
-  model, params = tiny.make(SMALL)
+  params = tiny.make(SMALL)[1]
   read = sum(x.nbytes for x in jax.tree.leaves(params)) - params["embed"]["embedding"].nbytes
   for row in rows:
     assert row.weight_bytes == read and row.limit == read / 1e9 and row.read_limit == read / 4e9
@@ -251,7 +251,7 @@ def test_random_networks_from_the_command_line(capsys, tmp_path):
     capsys, tmp_path, "decode", *_fields(), "--num_prompts=2", "--prompt_length=3",
     "--new_tokens=5", "--max_new_tokens=5", "--repeats=1",
   )  # fmt: skip
-  assert "random weights" in text and [row["name"] for row in content["rows"]][0] == "static"
+  assert "random weights" in text and content["rows"][0]["name"] == "static"
   assert content["block_length"] == 4 and content["rows"][0]["length"] == 5
 
 

@@ -56,13 +56,13 @@ def test_streaming_prints_the_same(run):
 
 def test_pieces_of_later_prompts_wait(capsys):
   live = cli._Live(2)
-  live(1, "late")
-  live(0, "ear")
+  live(1, "late", False)
+  live(0, "ear", False)
   assert capsys.readouterr().out == "──── 1 ────\near"
-  live(0, "ly")
-  live(1, "r")
-  live.end()
-  assert capsys.readouterr().out == "ly\n──── 2 ────\nlater\n"
+  live(0, "ly", True)
+  assert capsys.readouterr().out == "ly\n──── 2 ────\nlate"
+  live(1, "r", True)
+  assert capsys.readouterr().out == "r\n"
 
 
 def test_drafts_say_whether_they_are_exact(run, folder):

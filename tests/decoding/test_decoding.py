@@ -11,6 +11,7 @@ from tiny_runs import quick  # noqa: F401
 
 import dlm_jax
 from dlm_jax import convert, decoding, pipeline, sample
+from dlm_jax.decoding import text
 from dlm_jax.errors import InputError
 
 PROMPTS = ["Janet has", "a", ""]
@@ -39,8 +40,8 @@ def test_it_is_the_decoder_of_the_library(pipe, alone):
   """Ids and passes are those of `sample.decode` on the prompts' ids; nothing is added to them."""
   options = sample.BlockOptions(block_length=4, mask_id=tiny_sdar.MASK, temperature=0.0)
   model, params, _ = convert.load(pipe.source, dtype="float32")
-  prompts = [list(map(pipe.tokenizer._backend.token_to_id, text.replace(" ", "Ġ")))
-             for text in PROMPTS]  # fmt: skip
+  prompts = [list(map(pipe.tokenizer._backend.token_to_id, words.replace(" ", "Ġ")))
+             for words in PROMPTS]  # fmt: skip
   padded, lengths = sample.pad_prompts(prompts)
   decoder = sample.block_decoder(model, options, 24)
   run = jax.jit(lambda p: sample.decode(
@@ -55,16 +56,27 @@ def test_it_is_the_decoder_of_the_library(pipe, alone):
 
 
 def test_streamed_pieces_add_up(pipe, alone):
-  pieces = []
+  told = []
   streamed = pipe.generate(
-    PROMPTS, max_new_tokens=NEW, stop=(), verify="none",
-    on_text=lambda number, piece: pieces.append((number, piece)),
-  )  # fmt: skip
+    PROMPTS, max_new_tokens=NEW, stop=(), verify="none", on_text=lambda *piece: told.append(piece)
+  )
   assert streamed.tokens == alone.tokens
-  for number, text in enumerate(alone.texts):
-    mine = [piece for where, piece in pieces if where == number]
-    assert "".join(mine) == text and all(mine)
-  assert len(pieces) > len(PROMPTS)
+  for number, whole in enumerate(alone.texts):
+    mine = [(piece, ended) for where, piece, ended in told if where == number]
+    assert "".join(piece for piece, _ in mine) == whole
+    assert [ended for _, ended in mine] == [False] * (len(mine) - 1) + [True]
+  assert len(told) > len(PROMPTS)
+
+
+def test_unfinished_characters_wait(pipe):
+  """Two bytes of one character come in two rounds: nothing is told before the second."""
+  plan, told = pipe.plan("", max_new_tokens=3, stop=()), []
+  follow = text._Follow(pipe, plan, lambda *piece: told.append(piece))
+  rows = np.asarray([[*pipe.tokenizer.encode("é"), *pipe.tokenizer.encode("x")]])
+  for length in (1, 2, 3):
+    follow(rows, np.asarray([length]))
+  follow.finish(["éx"])
+  assert told == [(0, "é", False), (0, "x", True)]
 
 
 def test_a_draft_changes_nothing_when_stacked(pipe, alone):
