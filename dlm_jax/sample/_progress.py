@@ -2,15 +2,19 @@
 """What every decoder's state holds: tokens, when and how surely they were decided, why rows ended.
 
 A decoder writes what it decides with `record`, and `advance` finds out which rows that ends.
+
+The leaves are typed `Any`: a tree of shardings or of None has the same structure.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Key
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, Int
 
 from dlm_jax.errors import InputError
 
@@ -35,15 +39,15 @@ class Progress:
     window: L ≤ W, tokens of the result.
   """
 
-  tokens_BW: Int[Array, "B W"]
-  step_BW: Int[Array, "B W"]
-  log_prob_BW: Float[Array, "B W"]
-  prompt_B: Int[Array, "B"]
-  limit_B: Int[Array, "B"]
-  length_B: Int[Array, "B"]
-  passes_B: Int[Array, "B"]
-  reason_B: Int[Array, "B"]
-  rng_B: Key[Array, "B"]
+  tokens_BW: Any
+  step_BW: Any
+  log_prob_BW: Any
+  prompt_B: Any
+  limit_B: Any
+  length_B: Any
+  passes_B: Any
+  reason_B: Any
+  rng_B: Any
   window: int = flax.struct.field(pytree_node=False)
 
   @property
@@ -58,10 +62,10 @@ class Progress:
 
 
 def start(
-  prompt: Int[Array, "B P"],
-  rng: Key[Array, "*batch"],
-  lengths: Int[Array, "B"] | None,
-  max_length: int | Int[Array, "*batch"] | None,
+  prompt: ArrayLike,
+  rng: Array,
+  lengths: ArrayLike | None,
+  max_length: ArrayLike | None,
   *,
   window: int,
   block_length: int,
@@ -119,7 +123,7 @@ def _per_row(name, given, batch, most):
   given = jnp.asarray(given, jnp.int32)
   if given.shape not in ((), (batch,)):
     raise InputError(
-      f"{name} has shape {given.shape}; give one number, or one for each of {batch}."
+      f"{name} has shape {given.shape}; give one number, or one for each of {batch} rows."
     )
   return jnp.broadcast_to(jnp.clip(given, 0, most), (batch,))
 

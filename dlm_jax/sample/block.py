@@ -13,18 +13,17 @@ block of a row is never encoded: nobody would read it.
 """
 
 import functools
+from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
 
 from dlm_jax import models
 from dlm_jax.errors import InputError
 from dlm_jax.models import masks
 from dlm_jax.sample import _progress
 from dlm_jax.sample._decode import Decoder
-from dlm_jax.sample._progress import Progress
 from dlm_jax.sample._rule import BlockOptions, reveal
 
 
@@ -39,9 +38,9 @@ class BlockState:
     start_B: first position of the block that is decided next.
   """
 
-  progress: Progress
-  cache: models.Cache
-  start_B: Int[Array, "B"]
+  progress: Any
+  cache: Any
+  start_B: Any
 
 
 def block_decoder(model, options: BlockOptions, max_length: int) -> Decoder:

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tiny decoders for block decoding, one that follows a script, and decoding without a cache."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dlm_jax import models, sample
+from dlm_jax.models import masks
+
+V, MASK = 13, 12
+
+
+def make(seed=0, layers=2, vocabulary=V):
+  """Return a decoder and parameters under which logits differ by several units."""
+  model = models.Decoder(
+    models.DecoderConfig(
+      vocab_size=vocabulary, dim=16, layers=layers, heads=4, kv_heads=2, head_dim=8, mlp_dim=24,
+      rope_theta=1e4, dtype="float32", length=64,
+    )
+  )  # fmt: skip
+  params = model.init(jax.random.key(seed), jnp.zeros((1, 4), jnp.int32))["params"]
+  rng = np.random.default_rng(seed)
+
+  def widen(leaf):
+    noise = rng.normal(size=leaf.shape).astype(np.float32)
+    return jnp.asarray(noise * 0.5 if leaf.ndim > 1 and float(leaf.std()) else 1 + 0.2 * noise)
+
+  return model, jax.tree.map(widen, params)
+
+
+@dataclasses.dataclass(frozen=True)
+class Script:
+  """Stand in for a network: the logits of a position are a row of the parameters, [W, V].
+
+  `seen(tokens)` is called on the host with the queries of every call.
+  """
+
+  seen: Any = None
+
+  @property
+  def config(self):
+    return models.DecoderConfig(
+      vocab_size=V, dim=2, layers=1, heads=1, kv_heads=1, head_dim=2, mlp_dim=2, length=64
+    )
+
+  def apply(self, variables, *arguments, method):
+    if method == "head":
+      return arguments[0]
+    tokens_BQ, positions_BQ, _, cache = arguments
+    if self.seen is not None:
+      jax.debug.callback(self.seen, tokens_BQ)
+    if positions_BQ is None:
+      positions_BQ = jnp.arange(tokens_BQ.shape[1])[None] + cache.length_B[:, None]
+    rows = jnp.minimum(positions_BQ, variables["params"].shape[0] - 1)
+    zeros = jnp.zeros((1, *tokens_BQ.shape, 1, 2), cache.k_NBSGC.dtype)
+    return variables["params"][rows], models.KV(zeros, zeros)
+
+
+def script(tokens, sharpness=9.0):
+  """Return parameters of `Script` under which each position's most probable token is given."""
+  return sharpness * jax.nn.one_hot(jnp.asarray(tokens), V)
+
+
+@functools.cache
+def _uncached(model, options):
+  """Return one denoising step without a cache: a pass over the whole window, block-causal."""
+  size = options.block_length
+
+  @jax.jit
+  def step(params, key, tokens_W, masked_W, start, number):
+    slots = masks.sequence_slots(jnp.arange(tokens_W.shape[0]), size)
+    visible_WW = masks.block_causal(slots)[None]
+    logits_WV = model.apply({"params": params}, tokens_W[None], None, visible_WW)[0]
+    cut = lambda x: jax.lax.dynamic_slice_in_dim(x, start, size)  # noqa: E731
+    return sample.reveal(
+      options, key, cut(tokens_W), cut(masked_W), cut(logits_WV), number, start + jnp.arange(size)
+    )
+
+  return step
+
+
+def decode_uncached(model, params, options, prompt, key, window, limit=None):
+  """Return one row's (tokens, steps, log-probabilities, passes with folding, reason), plainly."""
+  size, limit = options.block_length, window if limit is None else limit
+  width = -(-window // size) * size
+  tokens = np.full(width, MASK, np.int32)
+  tokens[: len(prompt)] = prompt
+  steps, log_probs = np.full(width, -1), np.zeros(width, np.float32)
+  masked, start, passes = np.arange(width) >= len(prompt), len(prompt) // size * size, 0
+  step, end, reason = _uncached(model, options), len(prompt), 2
+  while end < limit:
+    block, number = slice(start, start + size), 0
+    while masked[block].any():
+      out = step(params, key, tokens, masked, start, number)
+      chosen = np.asarray(out.revealed_K)
+      assert not (chosen & ~masked[block]).any() and chosen.any()
+      tokens[block] = out.tokens_K
+      steps[block] = np.where(chosen, number, steps[block])
+      log_probs[block] = np.where(chosen, out.log_prob_K, log_probs[block])
+      masked[block] &= ~chosen
+      number, passes = number + 1, passes + 1
+    start, end = start + size, min(start + size, limit)
+    generated = tokens[len(prompt) : end]
+    stops = np.flatnonzero(np.isin(generated, options.stop_ids))
+    if stops.size:
+      end, reason = len(prompt) + int(stops[0]) + 1, 1
+      break
+  return tokens[:end], steps[:end], log_probs[:end], passes, reason
+
+
+def recorded(vectors, config):
+  """Return the decoder of a golden file of SDAR and its parameters."""
+  model = models.Decoder(
+    models.DecoderConfig(
+      vocab_size=config["V"], dim=config["H"], layers=config["nl"], heads=config["nh"],
+      kv_heads=config["nkv"], head_dim=config["hd"], mlp_dim=config["inter"],
+      rope_theta=config["theta"], dtype="float32",
+    )
+  )  # fmt: skip
+
+  def stack(name):
+    layers = [vectors[f"params/model.layers.{i}.{name}.weight"] for i in range(config["nl"])]
+    return jnp.stack([jnp.asarray(layer.T if layer.ndim == 2 else layer) for layer in layers])
+
+  attention = {
+    ours: {"kernel": stack(f"self_attn.{theirs}_proj")}
+    for ours, theirs in (("q", "q"), ("k", "k"), ("v", "v"), ("out", "o"))
+  }
+  attention |= {name: {"scale": stack(f"self_attn.{name}")} for name in ("q_norm", "k_norm")}
+  mlp = {name: {"kernel": stack(f"mlp.{name}_proj")} for name in ("gate", "up", "down")}
+  norms = {"norm1": "input_layernorm", "norm2": "post_attention_layernorm"}
+  blocks = {"attention": attention, "mlp": mlp}
+  blocks |= {ours: {"scale": stack(theirs)} for ours, theirs in norms.items()}
+  return model, {
+    "blocks": blocks,
+    "embed": {"embedding": jnp.asarray(vectors["params/model.embed_tokens.weight"])},
+    "norm": {"scale": jnp.asarray(vectors["params/model.norm.weight"])},
+    "project": {"kernel": jnp.asarray(vectors["params/lm_head.weight"].T)},
+  }
