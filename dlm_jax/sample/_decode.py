@@ -58,7 +58,7 @@ class Info:
   log_prob_BL: Any
   passes_B: Any
   reason_B: Any
-  counts: dict[str, Any] = flax.struct.field(default_factory=dict)
+  counts: Any = flax.struct.field(default_factory=dict)
 
 
 def decode(
