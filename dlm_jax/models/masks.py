@@ -141,13 +141,18 @@ def stacked(q: Slots, k: Slots | None = None) -> Bool[Array, "*batch Q K"]:
 
 
 def sequence_slots(
-  position: Int[Array, "*batch L"], block_length: int, document=0, kind: int = COMMITTED
+  position: Int[Array, "*batch L"],
+  block_length: Int[Array, ""] | int,
+  document=0,
+  kind: int = COMMITTED,
 ) -> Slots:
   """Describe plain tokens; blocks lie on the grid of their positions."""
   return Slots.make(kind, block=position // block_length, document=document, position=position)
 
 
-def doubled_slots(position: Int[Array, "*batch L"], block_length: int, document=0) -> Slots:
+def doubled_slots(
+  position: Int[Array, "*batch L"], block_length: Int[Array, ""] | int, document=0
+) -> Slots:
   """Describe [noisy | clean] copies of tokens, 2 L in all, for `doubled`.
 
   Args:

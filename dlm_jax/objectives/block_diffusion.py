@@ -8,6 +8,7 @@ the head.
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -143,7 +144,7 @@ def token_nll(
   params: Params,
   batch: Batch,
   *,
-  model: Decoder,
+  model: Any,
   process: Absorbing,
   block_length: Int[Array, ""] | int,
   subs: bool = True,
@@ -154,7 +155,7 @@ def token_nll(
   Args:
     params: of the network.
     batch: as `with_noise` returns it.
-    model: the network.
+    model: a `Decoder`, or what has its `trunk`, under a mask, and its `head`.
     process: says what the mask is.
     block_length: tokens per block.
     subs: the mask is no possible token; False: the softmax runs over all rows, as in SDAR.
@@ -233,7 +234,7 @@ def search(
 def make(
   *,
   model: Decoder,
-  process: Absorbing,
+  process: Absorbing | None,
   optimizers: dict[str, optax.GradientTransformation],
   block_length: int = 4,
   earlier_lengths: tuple[int, ...] = (),
@@ -259,7 +260,7 @@ def make(
 
   Args:
     model: a decoder; its last row, or the process's choice, is the mask.
-    process: absorbing.
+    process: absorbing; None is refused.
     optimizers: "model".
     block_length: tokens per block.
     earlier_lengths: a curriculum: block lengths before the last one.
@@ -281,55 +282,53 @@ def make(
 
   Reference: BD3-LM, arXiv 2503.09573, equations 3 and 8; SDAR, arXiv 2510.06303.
   """
+  _check(model, process, interval, search_every)
+  lengths = Curriculum(lengths=(*earlier_lengths, block_length), steps=tuple(earlier_steps))
+  noise = BlockNoise(process=process, levels=levels, weight=weight, at_least_one=at_least_one)
+  chunk = positions_per_chunk(chunk, model.config.length, model.config.vocab_size)
+  intervals_K2 = candidates(tuple(search_widths))
+  options = {"model": model, "process": process, "subs": subs, "chunk": chunk}
+  places = {"first_given": first_given, "separator": separator, "noise": noise}
+  tx = optimizers["model"]
+
+  def init(rng, teacher_params=None):
+    tokens = jnp.zeros((1, model.config.length), jnp.int32)
+    params = model.init(rng, tokens)["params"] if teacher_params is None else teacher_params
+    state = make_state({"model": params}, {"model": tx}, ("model",) if ema_decay else ())
+    return state.replace(aux={"interval": jnp.asarray(interval)} if search_every else {})
+
+  def searched(params, batch, rng_B, block_length):
+    noisy = with_noise({**batch, "rng": rng_B}, block_length=block_length, **places)
+    more = {"levels": levels, "accumulate": accumulate, "block_length": block_length, **options}
+    return search(params, noisy, jnp.asarray(intervals_K2), **more)
+
+  def step(state, batch):
+    rng_noise_B, rng_search_B = split_each(batch["rng"], 2)
+    block_length, current, extra = lengths(state.step), interval, {}
+    if search_every:
+      due = (state.step > 0) & (state.step % search_every == 0)
+      find = functools.partial(searched, state.trees["model"], batch, rng_search_B, block_length)
+      current = jax.lax.cond(due, find, lambda: state.aux["interval"])
+      state = state.replace(aux={"interval": current})
+      extra = {"model/interval_low": current[0], "model/interval_high": current[1]}
+    batch = {**batch, "rng": rng_noise_B}
+    noisy = with_noise(batch, block_length=block_length, interval=current, **places)
+    state, metrics, _ = update(
+      state, "model", functools.partial(loss, block_length=block_length, **options), noisy, tx,
+      accumulate=accumulate, decay=ema_decay,
+    )  # fmt: skip
+    return state.replace(step=state.step + 1), metrics | extra
+
+  return Objective(init, step, output="model")
+
+
+def _check(model, process, interval, search_every):
+  """Refuse what no block diffusion can be trained on."""
   if not isinstance(model, Decoder):
     raise ValueError("model.name must be decoder: blocks need a mask of attention.")
   if not isinstance(process, Absorbing):
     raise ValueError("process.name must be absorbing: blocks are masked.")
   if len(interval) != 2 or not 0 < interval[0] <= interval[1] <= 1:
     raise ValueError(f"objective.interval={tuple(interval)} must be two times in (0, 1], rising.")
-  lengths = Curriculum(lengths=(*earlier_lengths, block_length), steps=tuple(earlier_steps))
-  noise = BlockNoise(process=process, levels=levels, weight=weight, at_least_one=at_least_one)
-  chunk = positions_per_chunk(chunk, model.config.length, model.config.vocab_size)
   if search_every < 0:
     raise ValueError(f"objective.search_every={search_every} is negative; 0 searches never.")
-  intervals_K2 = candidates(tuple(search_widths)) if search_every else None
-  options = {"model": model, "process": process, "subs": subs, "chunk": chunk}
-  places = {"first_given": first_given, "separator": separator, "noise": noise}
-  tx = optimizers["model"]
-
-  def init(rng, teacher_params=None):
-    params = teacher_params
-    if params is None:
-      params = model.init(rng, jnp.zeros((1, model.config.length), jnp.int32))["params"]
-    state = make_state({"model": params}, {"model": tx}, ("model",) if ema_decay else ())
-    aux = {"interval": jnp.asarray(interval, jnp.float32)} if search_every else {}
-    return state.replace(aux=aux)
-
-  def searched(state, batch, block_length):
-    def find():
-      noisy = with_noise(batch, block_length=block_length, interval=FULL, **places)
-      return search(
-        state.trees["model"], noisy, jnp.asarray(intervals_K2), levels=levels,
-        accumulate=accumulate, block_length=block_length, **options,
-      )  # fmt: skip
-
-    due = (state.step > 0) & (state.step % search_every == 0)
-    return jax.lax.cond(due, find, lambda: state.aux["interval"])
-
-  def step(state, batch):
-    rng_noise_B, rng_search_B = split_each(batch["rng"], 2)
-    block_length, current, extra = lengths(state.step), interval, {}
-    if search_every:
-      current = searched(state, {**batch, "rng": rng_search_B}, block_length)
-      extra = {"model/interval_low": current[0], "model/interval_high": current[1]}
-    noisy = with_noise(
-      {**batch, "rng": rng_noise_B}, block_length=block_length, interval=current, **places
-    )
-    state, metrics, _ = update(
-      state, "model", functools.partial(loss, block_length=block_length, **options), noisy, tx,
-      accumulate=accumulate, decay=ema_decay,
-    )  # fmt: skip
-    aux = {"interval": current} if search_every else {}
-    return state.replace(step=state.step + 1, aux=aux), metrics | extra
-
-  return Objective(init, step, output="model")
