@@ -40,9 +40,9 @@ def train(config, workdir: str | os.PathLike, *, label: str = "", wandb: str = "
   tokenizer = dataset.tokenizer()
   given_ids = dataset.info.given_ids
   built = experiment.build(config, tokenizer.vocab_size, given_ids=given_ids)
-  given = load_teacher(config, built, tokenizer)
+  given = load_start(config, built, tokenizer)
   if given is None:
-    given = load_start(config, built, tokenizer)
+    given = load_teacher(config, built, tokenizer)
   loop_config = experiment.loop_config(config)
   evaluator = evaluators.make(built, tokenizer, lambda *where: export(*where, tokenizer), workdir)
   host, hosts = mesh.host_rows(built.mesh, config.loader.batch_size)
@@ -144,7 +144,8 @@ def load_start(config, built: Experiment, tokenizer: tokenizers.Tokenizer) -> An
       "--config.teacher.path=DIR."
     )
   directory = experiment.network_directory(config.start.path)
-  model, params, theirs = convert.load(directory)
+  placed = {"mesh": built.mesh} if convert.is_decoder(directory) else {}
+  model, params, theirs = convert.load(directory, **placed)
   evaluators.check_tokenizer(directory, tokenizer, model.config.vocab_size, theirs)
   _check_same_network(built.model, model, str(directory))
   masks = [getattr(p, "mask_id", None) for p in (built.process, theirs)]

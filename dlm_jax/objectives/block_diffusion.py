@@ -8,6 +8,7 @@ the head.
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -143,7 +144,7 @@ def token_nll(
   params: Params,
   batch: Batch,
   *,
-  model: Decoder,
+  model: Any,
   process: Absorbing,
   block_length: Int[Array, ""] | int,
   subs: bool = True,
@@ -154,7 +155,7 @@ def token_nll(
   Args:
     params: of the network.
     batch: as `with_noise` returns it.
-    model: the network.
+    model: a `Decoder`, or what has its `trunk`, under a mask, and its `head`.
     process: says what the mask is.
     block_length: tokens per block.
     subs: the mask is no possible token; False: the softmax runs over all rows, as in SDAR.
@@ -233,7 +234,7 @@ def search(
 def make(
   *,
   model: Decoder,
-  process: Absorbing,
+  process: Absorbing | None,
   optimizers: dict[str, optax.GradientTransformation],
   block_length: int = 4,
   earlier_lengths: tuple[int, ...] = (),
@@ -259,7 +260,7 @@ def make(
 
   Args:
     model: a decoder; its last row, or the process's choice, is the mask.
-    process: absorbing.
+    process: absorbing; None is refused.
     optimizers: "model".
     block_length: tokens per block.
     earlier_lengths: a curriculum: block lengths before the last one.

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array
 
 from dlm_jax import models
 from dlm_jax.errors import InputError, hint
@@ -34,7 +34,6 @@ from dlm_jax.models import masks
 from dlm_jax.sample import _accept, _progress, _verify
 from dlm_jax.sample._decode import Decoder
 from dlm_jax.sample._draft import law, propose
-from dlm_jax.sample._progress import Progress
 from dlm_jax.sample._rule import BlockOptions, reveal
 from dlm_jax.sample.block import block_decoder
 
@@ -138,12 +137,12 @@ class SpeculativeState:
       "drafted" and "accepted" tokens. `decode` puts them into `Info.counts`.
   """
 
-  progress: Progress
-  target_cache: models.Cache
-  draft_cache: models.Cache
-  start_B: Int[Array, "B"]
-  step_B: Int[Array, "B"]
-  counts: dict[str, Int[Array, "B"]]
+  progress: Any
+  target_cache: Any
+  draft_cache: Any
+  start_B: Any
+  step_B: Any
+  counts: Any
 
 
 class Outcome(NamedTuple):

@@ -200,7 +200,7 @@ def test_recorded_bd3(golden_dit, name):
   close(jax.vmap(proc.log_x0)(logits, xt), vectors["log_x_theta"], 2e-5)
 
   t = jnp.asarray(vectors["t"])
-  weight = BlockNoise(process=proc).weights(t)
+  weight = jax.vmap(BlockNoise(process=proc).weights)(t)
   close(-weight, vectors["loss_scale"], 1e-6)
   close(1 - proc.schedule.alpha(t), vectors["move_chance"], 1e-6)
   batch = {"tokens": x0, "noisy": xt, "weight": weight}
@@ -252,6 +252,9 @@ def test_packed_documents_do_not_meet():
       key: jnp.pad(packed[key][:, start : start + size], ((0, 0), (0, L - size)))
       for key in ("tokens", "noisy", "weight")
     }
+    rest = jnp.arange(L)[None]
+    part["position"] = jnp.where(rest < size, rest, rest - size)
+    part["document"] = (rest >= size).astype(jnp.int32)
     alone = _nll(params, part, model, 2)
     np.testing.assert_allclose(nats[:, start : start + size], alone[:, :size], atol=2e-5)
   changed = dict(packed)
@@ -403,13 +406,12 @@ def test_the_known_best_interval_is_found(best):
   rng = np.random.default_rng(0)
   t = rng.uniform(1e-3, 1, 20_000)
   middle, half = (best[0] + best[1]) / 2, (best[1] - best[0]) / 2
-  outside = np.abs(t - middle) > half
-  trend = 0.0 if half < 0.3 else -2 * (t - middle)  # a wide one wins only if it is not noisier
-  loss = 3 + trend + rng.normal(size=t.size) * np.where(outside, 4.0, 0.5)
-  if half > 0.3:
-    loss = np.where(np.abs(t - middle) < half - 0.1, loss + rng.normal(size=t.size), 3.0)
-    loss = np.where(outside, 3 + 50 * rng.normal(size=t.size), loss)
-  found, variance = quietest(*map(jnp.asarray, (t, loss, np.full(t.size, True))), candidates())
+  spread = np.where(np.abs(t - middle) > half, 4.0, 0.5)
+  if half > 0.3:  # a wide interval wins where its two ends are what is quiet
+    spread = np.where(np.abs(t - middle) < half - 0.2, 1.0, np.where(spread == 4.0, 50.0, 0.0))
+  loss = 3 + rng.normal(size=t.size) * spread
+  arrays = (jnp.asarray(x, jnp.float32) for x in (t, loss))
+  found, variance = quietest(*arrays, jnp.full(t.size, True), jnp.asarray(candidates()))
   np.testing.assert_allclose(found, best, atol=1e-6)
   assert variance.min() == variance[np.all(np.isclose(candidates(), best), axis=1)]
 

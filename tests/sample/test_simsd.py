@@ -182,7 +182,7 @@ def test_rounds_progress_and_the_cache_is_clean(fill):
 
 @pytest.mark.parametrize("layers", [1, 4])
 def test_self_draft_and_contrary_draft(layers):
-  """9.3-g: one layer, its own draft: all accepted, its own text. A contrary draft ends all the same.
+  """9.3-g: one layer, its own draft: all accepted, its own text. A contrary draft ends too.
 
   With four layers neither holds, which is why this mode is not called exact: the share of texts
   that are the target's own is below 1 for its own draft, and acceptance too.
