@@ -183,6 +183,21 @@ def test_arms_are_compared_with_the_static_decode(arms):
   assert static.length < 14, "some text stops"
 
 
+def test_texts_are_cut_where_decoding_stops():
+  assert decode.cut([5, 3, 7, 3], (3, 7)) == [5, 3] and decode.cut([5], ()) == [5]
+  model, params = tiny.make(SMALL)
+  found, prompt = [], jnp.asarray([[6, 7]])
+  for stops in (_RULE.stop_ids, ()):
+    rule = dataclasses.replace(_RULE, temperature=0.0, stop_ids=stops)
+    decoder = sample.block_decoder(model, rule, 20)
+    run = jax.jit(
+      lambda p, d=decoder: sample.decode(d, p, jnp.asarray([[6, 7]]), jax.random.key(0))
+    )
+    tokens, info = run(params)
+    found.append(np.asarray(tokens)[0, 2 : int(info.lengths_B[0])].tolist())
+  assert decode.cut(found[1], _RULE.stop_ids) == found[0] and len(found[0]) < len(found[1])
+
+
 def test_passes_and_acceptance(arms):
   static, dynamic, *drafted = arms
   # 11 tokens from positions 5, 2 and 1 fill 3, 4 and 3 blocks: 4 passes each, fewer in the first
