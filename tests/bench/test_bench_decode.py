@@ -190,9 +190,7 @@ def test_texts_are_cut_where_decoding_stops():
   for stops in (_RULE.stop_ids, ()):
     rule = dataclasses.replace(_RULE, temperature=0.0, stop_ids=stops)
     decoder = sample.block_decoder(model, rule, 20)
-    run = jax.jit(
-      lambda p, d=decoder: sample.decode(d, p, jnp.asarray([[6, 7]]), jax.random.key(0))
-    )
+    run = jax.jit(lambda p, d=decoder: sample.decode(d, p, prompt, jax.random.key(0)))
     tokens, info = run(params)
     found.append(np.asarray(tokens)[0, 2 : int(info.lengths_B[0])].tolist())
   assert decode.cut(found[1], _RULE.stop_ids) == found[0] and len(found[0]) < len(found[1])
