@@ -2,8 +2,9 @@
 """Ways of decoding blocks side by side: speed, passes, acceptance, and whether texts are the same.
 
 Every arm is one compiled loop on the device with the same folding, batch 1. Speed comes from runs
-of a fixed number of emitted tokens in which nothing stops, text from runs that stop: never read one
-from the other. Repeats go through all arms in turn, so that a clock that drifts hits all alike.
+of a fixed number of emitted tokens in which nothing stops. Texts come from other runs of the same
+program, cut after the first stop token: what comes before one does not depend on stopping. Repeats
+go through all arms in turn, so that a clock that drifts hits all alike.
 """
 
 import dataclasses
@@ -43,7 +44,7 @@ class Arm:
     acceptance: accepted over drafted tokens; None without a draft.
     conditional: accepted over tested tokens: a token is tested if nothing before it failed.
     same: share of prompts with the text of the first arm, the target's static decode.
-    length: mean emitted tokens of the runs that stop.
+    length: mean tokens of the texts, stop token included.
     compile_seconds: of the loop, its first run included.
   """
 
@@ -108,7 +109,7 @@ def bench_decode(
     prompts: ids, one row each, decoded one at a time.
     rule: see `ways`; its stop ids end the texts that are compared.
     new_tokens: emitted tokens per prompt of the timed runs.
-    max_new_tokens: the most tokens per prompt of the others.
+    max_new_tokens: the most tokens per text.
     repeats: timed runs per prompt.
     threshold: of the dynamic strategy.
 
@@ -129,33 +130,40 @@ def bench_decode(
     )
   rows, lengths = sample.pad_prompts(prompts)
   inputs = [(rows[i][None], lengths[i][None]) for i in range(len(prompts))]
-  found = ways(rule, drafted=draft is not None, threshold=threshold)
-  fixed = [_Runner(target, draft, way, window, stops=False) for way in found]
-  timed = _time(fixed, inputs, new_tokens, repeats)
-  texts = []
-  for way, runner in zip(found, fixed, strict=True):
-    if rule.stop_ids:
-      runner = _Runner(target, draft, way, window, stops=True)
-    texts.append([runner.text(*one, max_new_tokens) for one in inputs])
+  endless = dataclasses.replace(rule, stop_ids=())
+  found = ways(endless, drafted=draft is not None, threshold=threshold)
+  started: dict[bool, Any] = {}
+  runners = [_Runner(target, draft, way, window, started) for way in found]
+  timed = _time(runners, inputs, new_tokens, repeats)
+  texts = [
+    [cut(runner.text(*one, max_new_tokens), rule.stop_ids) for one in inputs] for runner in runners
+  ]
   return [
     _arm(way, runner, times, text, texts[0], new_tokens)
-    for way, runner, times, text in zip(found, fixed, timed, texts, strict=True)
+    for way, runner, times, text in zip(found, runners, timed, texts, strict=True)
   ]
 
 
-class _Runner:
-  """A decoder in two compiled parts: the prompt's pass, and the loop."""
+def cut(ids: Sequence[int], stop_ids: Sequence[int]) -> list[int]:
+  """Return the tokens up to the first stop id, that one included."""
+  ends = [i + 1 for i, token in enumerate(ids) if token in stop_ids]
+  return list(ids[: min(ends, default=len(ids))])
 
-  def __init__(self, target, draft, way, window, *, stops):
-    options = way.options
-    if not stops:
-      options = _without_stops(options)
-    if isinstance(options, sample.BlockOptions):
-      decoder = sample.block_decoder(target.model, options, window)
-      self.params = target.params
-    else:
-      decoder = sample.speculative_decoder(target.model, draft.model, options, window)
+
+class _Runner:
+  """A decoder in two compiled parts: the prompt's pass, and the loop.
+
+  The first part does not depend on how blocks are decided: arms share it.
+  """
+
+  def __init__(self, target, draft, way, window, started):
+    drafted = not isinstance(way.options, sample.BlockOptions)
+    if drafted:
+      decoder = sample.speculative_decoder(target.model, draft.model, way.options, window)
       self.params = {"target": target.params, "draft": draft.params}
+    else:
+      decoder = sample.block_decoder(target.model, way.options, window)
+      self.params = target.params
 
     def loop(params, state):
       return jax.lax.while_loop(
@@ -163,7 +171,8 @@ class _Runner:
         state,
       )  # fmt: skip
 
-    self._init, self._loop = jax.jit(decoder.init), jax.jit(loop, donate_argnums=1)
+    self._init = started.setdefault(drafted, jax.jit(decoder.init))
+    self._loop = jax.jit(loop, donate_argnums=1)
     self._rng = jax.random.key(0)
     self.compile_seconds = 0.0
 
@@ -189,13 +198,6 @@ class _Runner:
     progress = self.finish(self.start(prompt_1P, lengths_1, new_tokens)).progress
     start, stop = int(progress.prompt_B[0]), int(progress.length_B[0])
     return np.asarray(progress.tokens_BW)[0, start:stop].tolist()
-
-
-def _without_stops(options):
-  if isinstance(options, sample.BlockOptions):
-    return dataclasses.replace(options, stop_ids=())
-  rules = {name: _without_stops(getattr(options, name)) for name in ("target", "draft")}
-  return dataclasses.replace(options, **rules)
 
 
 @dataclasses.dataclass

@@ -13,8 +13,9 @@ import tiny_sdar
 from tiny_runs import quick  # noqa: F401
 
 from dlm_jax import models, sample
-from dlm_jax.bench import decode, limits, passes, speedup, weights
+from dlm_jax.bench import decode, limits, networks, passes, speedup, weights
 from dlm_jax.cli.main import main
+from dlm_jax.errors import InputError
 
 SMALL = dataclasses.replace(tiny.DENSE, layers=2, dim=16, mlp_dim=24)
 
@@ -183,6 +184,19 @@ def test_arms_are_compared_with_the_static_decode(arms):
   assert static.length < 14, "some text stops"
 
 
+def test_texts_are_cut_where_decoding_stops():
+  assert decode.cut([5, 3, 7, 3], (3, 7)) == [5, 3] and decode.cut([5], ()) == [5]
+  model, params = tiny.make(SMALL)
+  found, prompt = [], jnp.asarray([[6, 7]])
+  for stops in (_RULE.stop_ids, ()):
+    rule = dataclasses.replace(_RULE, temperature=0.0, stop_ids=stops)
+    decoder = sample.block_decoder(model, rule, 20)
+    run = jax.jit(lambda p, d=decoder: sample.decode(d, p, prompt, jax.random.key(0)))
+    tokens, info = run(params)
+    found.append(np.asarray(tokens)[0, 2 : int(info.lengths_B[0])].tolist())
+  assert decode.cut(found[1], _RULE.stop_ids) == found[0] and len(found[0]) < len(found[1])
+
+
 def test_passes_and_acceptance(arms):
   static, dynamic, *drafted = arms
   # 11 tokens from positions 5, 2 and 1 fill 3, 4 and 3 blocks: 4 passes each, fewer in the first
@@ -284,3 +298,22 @@ def test_bad_input(tiny_limits, capsys, arguments, word):
   assert main(["bench", *arguments]) == 2
   error = capsys.readouterr().err
   assert word in error and error.count("\n") == 1
+
+
+def test_prompts_of_a_validation_split(monkeypatch, tmp_path):
+  target = tiny_sdar.write(tmp_path / "target", layers=1)
+  asked = []
+
+  def groups(directory, split, limit):
+    asked.append((directory, split, limit))
+    return [np.arange(12).reshape(2, 6)]
+
+  monkeypatch.setattr(networks.loader, "evaluation_groups", groups)
+  task = networks.from_checkpoint(
+    str(target), None, data="packed", count=2, length=4, max_new_tokens=8
+  )
+  assert asked == [("packed", "validation", 2)]
+  assert task.prompts == [[0, 1, 2, 3], [6, 7, 8, 9]] and task.draft is None
+  assert task.rule.stop_ids == (258, 256) and task.rule.mask_id == tiny_sdar.MASK
+  with pytest.raises(InputError, match="there are no prompts"):
+    networks.from_checkpoint(str(target), None, count=2, length=4, max_new_tokens=8)
