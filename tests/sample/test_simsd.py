@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import itertools
 
+import block_toy as script
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -63,7 +64,7 @@ def test_recorded_drafts(golden, name):
         context, jax.random.key(0), None, None,
         window=start + size, block_length=size, mask_id=rule.mask_id,
       )  # fmt: skip
-      slots = masks.sequence_slots(jnp.arange(start), config["bs"])
+      slots = masks.sequence_slots(jnp.arange(start), size)
       arguments = (context, None, masks.block_causal(slots)[None], None)
       _, kv = model.apply({"params": params}, *arguments, method="extend")
       cache = commit(Cache.make(model.config, 1, start), kv)
@@ -104,6 +105,8 @@ def test_recorded_decoding(golden, name):
       if (case["partial_block_fill"], case["denoising_steps"], case["remasking_strategy"])
       == (fill, steps, strategy)
     ]  # fmt: skip
+    if fill != "truncate" and name.endswith("__a"):
+      continue  # compilation; the other file rejects more
     assert chosen
     rule = _recorded_rule(
       config, chosen[0][1], block_length=4, strategy=strategy,
@@ -228,7 +231,7 @@ def test_rejection_has_the_targets_law():
   decoder = sample.speculative_decoder(model, model, options, 6)
   rows = 12_000
   prompt = jnp.broadcast_to(jnp.asarray([[0, 2, 1]], jnp.int32), (rows, 3))
-  keys = jax.random.split(jax.random.key(4), rows)
+  keys = jax.random.split(jax.random.key(6), rows)
   counts = []
   for tree in (draft, params):
     state = toy.run(
@@ -258,7 +261,21 @@ def _law(model, params, prompt, temperature):
     tokens = jnp.concatenate([jnp.repeat(prompt, 27, 0), jnp.asarray(state, jnp.int32)], 1)
     logits = tiny.logits(model, params, tokens, None, visible)[:, 3 + at, :3] / temperature
     law *= np.asarray(jax.nn.softmax(logits, -1))[np.arange(27), blocks[:, at]]
-  return law
+  return law / law.sum()
+
+
+@pytest.mark.parametrize("verify", ["stacked", "simsd"])
+def test_no_key_is_used_twice(verify):
+  """Draft and target share noise by making the same key, not by using one twice."""
+  rule = sample.BlockOptions(block_length=2, mask_id=script.MASK, strategy="sequential")
+  options = sample.SpeculativeOptions(
+    target=rule, verify=verify, acceptance="rejection" if verify == "simsd" else "greedy_match"
+  )
+  decoder = sample.speculative_decoder(script.Script(), script.Script(), options, 4)
+  both = {"target": script.script(range(4)), "draft": script.script([0, 2, 2, 1], 3.0)}
+  with jax.debug_key_reuse(True):
+    tokens, _ = sample.decode(decoder, both, jnp.ones((2, 1), jnp.int32), jax.random.key(0))
+  assert (tokens[:, 1:] != script.MASK).all()
 
 
 # --- options ----------------------------------------------------------------------------------
