@@ -10,8 +10,8 @@ that. Two ways to verify, see `_verify`:
            decided. At the first difference its own outcome is taken, which may leave holes for the
            next round to go on from. Draws share their noise, a function of key, position and step,
            so the text is the one that `block_decoder` gives for the target with the same key, token
-           for token, whatever the draft, the strategy and the temperature. Up to rounding: positions
-           that see the same, as masks before the very first token do, tie in exact arithmetic.
+           for token, whatever the draft, the strategy and the temperature. Up to rounding, which
+           decides where positions tie, as masks before the very first token of a text do.
   simsd    an approximation, with fewer tokens per pass. Logits from masks that see the draft, then
            an acceptance rule from left to right, see `_accept`.
 
