@@ -211,7 +211,8 @@ def open_decoder(
     **options: of `TextDecoder`: draft and storage; and dtype, of matrix products.
 
   Raises:
-    InputError: the network has no mask, or fewer rows than the tokenizer has tokens.
+    InputError: the network has no mask or fewer rows than the tokenizer has tokens, or was trained
+      with another tokenizer.
   """
   dtype = options.pop("dtype", "float32")
   model, proc = convert.open_decoder(source, dtype=dtype)
@@ -226,6 +227,10 @@ def open_decoder(
     raise InputError(
       f"{source}: the tokenizer has {tokenizer.vocab_size} tokens and the network {rows} rows."
     )
+  stored = convert.read_config(source).get("dlm_jax")
+  trained = stored.get("tokenizer_fingerprint") if isinstance(stored, dict) else None
+  if trained not in (None, tokenizer.fingerprint):
+    raise InputError(f"{source} was trained with another tokenizer; leave tokenizer out.")
   return TextDecoder(
     model=model, process=proc, tokenizer=tokenizer, source=pathlib.Path(source),
     block_length=convert.block_length(source), **options,

@@ -10,7 +10,8 @@ that. Two ways to verify, see `_verify`:
            decided. At the first difference its own outcome is taken, which may leave holes for the
            next round to go on from. Draws share their noise, a function of key, position and step,
            so the text is the one that `block_decoder` gives for the target with the same key, token
-           for token, whatever the draft, the strategy and the temperature.
+           for token, whatever the draft, the strategy and the temperature. Up to rounding, which
+           decides where positions tie, as masks before the very first token of a text do.
   simsd    an approximation, with fewer tokens per pass. Logits from masks that see the draft, then
            an acceptance rule from left to right, see `_accept`.
 
@@ -232,6 +233,13 @@ def _at(rows_BW, position_BK):
   return jnp.take_along_axis(rows_BW, position_BK, axis=1, mode="clip")
 
 
+def _round_keys(rng_B, round_B):
+  """Return two keys per row for a round; a row's key itself only has children."""
+  fold = jax.vmap(jax.random.fold_in, in_axes=(0, None))
+  rng_B = jax.vmap(jax.random.fold_in)(fold(rng_B, _ROUNDS), round_B)
+  return fold(rng_B, 0), fold(rng_B, 1)
+
+
 def _round(target_model, draft_model, options, params, state):
   """Draft and verify the rest of the block of every running row."""
   progress, size = state.progress, options.target.block_length
@@ -244,9 +252,7 @@ def _round(target_model, draft_model, options, params, state):
 
   rng_B, want_probs = progress.rng_B, options.acceptance == "rejection"
   if not options.exact:  # fresh noise every round: what was rejected must not come back
-    fold = lambda rng, number: jax.random.fold_in(jax.random.fold_in(rng, _ROUNDS), number)  # noqa: E731
-    rng_B = jax.vmap(fold)(rng_B, state.counts["target_passes"])
-    rng_B, rng_accept_B = jnp.moveaxis(jax.vmap(jax.random.split)(rng_B), 1, 0)
+    rng_B, rng_accept_B = _round_keys(rng_B, state.counts["target_passes"])
   draft = propose(
     draft_model, params["draft"], options.draft, rng_B, progress, state.draft_cache, position_BK,
     tokens_BK, masked_BK, state.step_B, want_probs=want_probs,

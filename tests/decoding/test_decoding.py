@@ -11,6 +11,7 @@ from tiny_runs import quick  # noqa: F401
 
 import dlm_jax
 from dlm_jax import convert, decoding, pipeline, sample
+from dlm_jax.data import tokenizers
 from dlm_jax.decoding import text
 from dlm_jax.errors import InputError
 
@@ -173,6 +174,23 @@ def test_refused_networks(folder, tmp_path):
   assert pipeline.open_decoder(named).block_length == 16
   with pytest.raises(InputError, match="verify='simsd' needs a draft"):
     pipeline.open_decoder(silent).plan("a", block_length=8, verify="simsd")
+
+
+def test_networks_trained_here(tmp_path):
+  """A text follows the separator, which also ends it; another tokenizer is refused."""
+  words = tokenizers.Bytes()
+  ours = tiny_sdar.write(
+    tmp_path, saved={"extra": {"tokenizer_fingerprint": words.fingerprint}}
+  )  # fmt: skip
+  with pytest.raises(InputError, match="was trained with another tokenizer"):
+    pipeline.open_decoder(ours)
+  pipe = pipeline.open_decoder(ours, "bytes")
+  plan = pipe.plan(["a", ""])
+  assert np.asarray(plan.prompt_BP)[0, :2].tolist() == [256, 97]
+  assert plan.lengths_B.tolist() == [2, 1] and plan.rule.stop_ids == (256,)
+  assert pipe.plan("a", stop=["<|endoftext|>", "z"]).rule.stop_ids == (256, 122)
+  with pytest.raises(InputError, match="has no tokenizer of a chat model"):
+    pipe.plan("a", chat=True)
 
 
 @pytest.mark.parametrize(

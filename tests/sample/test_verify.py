@@ -207,7 +207,7 @@ def test_last_of_two_steps_is_exact():
 
 
 def test_size_of_the_deviation():
-  """9.3-b: 4 layers, 4 steps: worst position of a block 0.3 TV off, a tenth of the argmaxes flip.
+  """9.3-b: 4 layers, 4 steps: mean TV of a block's worst position 0.12, 18 % of argmaxes flip.
 
   The unified layout is nearer to the truth than the published one when tokens are carried.
   """
@@ -237,7 +237,7 @@ def _leak(layers, steps, carried=0, batch=24):
 def test_a_draft_leaks_into_its_own_verdict():
   """9.3-c: changing dᵢ moves the logits that judge dᵢ by units; for one layer or one step, by 0.
 
-  Measured on logits that vary by several units: see LEAK.
+  Measured, largest change by (layers, steps): (2, 2) 1.9, (2, 4) 1.2, (4, 2) 1.1, (4, 4) 1.3.
   """
   assert _leak(1, 4) == 0
   assert _leak(4, 1) == 0
@@ -249,7 +249,7 @@ def test_a_draft_leaks_into_its_own_verdict():
 def test_masks_share_the_positions_of_their_tokens():
   """9.3-d: with one step the masks are the first step's; with positions of their own they are not.
 
-  The ablation is far off: mean TV of the worst position above 0.3, against 0 with the copy.
+  The ablation is far off: mean TV of the worst position 0.22 (2 layers: 0.29), 0 with the copy.
   """
   largest, _, _ = _deviation(4, 1, 0)
   assert largest < EXACT
