@@ -260,6 +260,7 @@ def test_passes_from_the_command_line(tiny_limits, capsys, tmp_path):
   assert row["limit"] == pytest.approx(row["weight_bytes"] / 5e9)
 
 
+@pytest.mark.slow
 def test_random_networks_from_the_command_line(capsys, tmp_path):
   text, content = _bench(
     capsys, tmp_path, "decode", *_fields(), "--num_prompts=2", "--prompt_length=3",
@@ -269,6 +270,7 @@ def test_random_networks_from_the_command_line(capsys, tmp_path):
   assert content["block_length"] == 4 and content["rows"][0]["length"] == 5
 
 
+@pytest.mark.slow
 def test_checkpoints_from_the_command_line(capsys, tmp_path):
   target = tiny_sdar.write(tmp_path / "target", layers=1)
   draft = tiny_sdar.write(tmp_path / "draft", layers=1, noise=0.2)

@@ -87,7 +87,9 @@ def test_recorded_drafts(golden, name):
     assert int(found.passes_B[0]) == case["denoising_steps"]
 
 
-@pytest.mark.parametrize("name", ["simsd_generate__a", "simsd_generate__b"])
+@pytest.mark.parametrize(
+  "name", ["simsd_generate__a", pytest.param("simsd_generate__b", marks=pytest.mark.slow)]
+)
 def test_recorded_decoding(golden, name):
   """9.3-f: whole runs of the release, published layout: tokens and accepted counts of every round.
 
@@ -183,7 +185,7 @@ def test_rounds_progress_and_the_cache_is_clean(fill):
       toy.same_cache(cache, fresh)
 
 
-@pytest.mark.parametrize("layers", [1, 4])
+@pytest.mark.parametrize("layers", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_self_draft_and_contrary_draft(layers):
   """9.3-g: one layer, its own draft: all accepted, its own text. A contrary draft ends too.
 
@@ -217,6 +219,7 @@ def test_self_draft_and_contrary_draft(layers):
 # --- the law of rejection ---------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_rejection_has_the_targets_law():
   """9.3-e: one layer (exact q), from left to right: 27 texts of three tokens, chi-square.
 

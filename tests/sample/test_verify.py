@@ -132,7 +132,9 @@ def _accepted_slots(config_case, block):
   return masks.join(*parts)
 
 
-@pytest.mark.parametrize("name", ["simsd_verify__a", "simsd_verify__b"])
+@pytest.mark.parametrize(
+  "name", ["simsd_verify__a", pytest.param("simsd_verify__b", marks=pytest.mark.slow)]
+)
 def test_recorded_verification(golden, name):
   """9.3-b: probabilities at the masks of one and two drafted blocks, published layout."""
   v, config, model, params = _recorded(golden, name)
@@ -150,7 +152,9 @@ def test_recorded_verification(golden, name):
     np.testing.assert_allclose(jax.nn.softmax(found.logits_BNKV[0], -1), wanted, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("name", ["simsd_verify__a", "simsd_verify__b"])
+@pytest.mark.parametrize(
+  "name", ["simsd_verify__a", pytest.param("simsd_verify__b", marks=pytest.mark.slow)]
+)
 def test_recorded_cached_verification(golden, name):
   """9.3-b: two carried tokens of four after a cache; the static form pads their masks."""
   v, config, model, params = _recorded(golden, name)
@@ -271,7 +275,7 @@ def test_positions_of_their_own_are_the_recorded_ones(golden):
   np.testing.assert_array_equal(_verify._unshared(carried, 4)[4:], [8, 9, 12, 13])
 
 
-@pytest.mark.parametrize("layers", [1, 2, 4])
+@pytest.mark.parametrize("layers", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_two_blocks(layers):
   """9.3-h: block 0 as alone; block 1 as on a clean cache with clean copies, else for one layer."""
   model, params = _network(layers)
@@ -299,7 +303,7 @@ def test_unshared_positions_are_for_one_block():
 # --- stacked ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("layers", [1, 2, 4])
+@pytest.mark.parametrize("layers", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_stacked_is_step_by_step(layers):
   """9.4-a: any number of steps and carried tokens, any order, ties; holes; unused copies padded.
 
