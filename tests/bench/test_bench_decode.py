@@ -17,6 +17,8 @@ from dlm_jax.bench import decode, limits, networks, passes, speedup, weights
 from dlm_jax.cli.main import main
 from dlm_jax.errors import InputError
 
+pytestmark = pytest.mark.slow  # minutes of compilation; `pytest -m slow`
+
 SMALL = dataclasses.replace(tiny.DENSE, layers=2, dim=16, mlp_dim=24)
 
 # --- the model ------------------------------------------------------------------------------------

@@ -13,6 +13,8 @@ from dlm_jax import decoding, pipeline
 from dlm_jax.cli import sample as cli
 from dlm_jax.cli.main import main
 
+pytestmark = pytest.mark.slow  # minutes of compilation; `pytest -m slow`
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

@@ -15,6 +15,8 @@ from dlm_jax.data import tokenizers
 from dlm_jax.decoding import text
 from dlm_jax.errors import InputError
 
+pytestmark = pytest.mark.slow  # minutes of compilation; `pytest -m slow`
+
 PROMPTS = ["Janet has", "a", ""]
 NEW = 9
 

@@ -14,6 +14,8 @@ import scipy.stats
 from dlm_jax import sample
 from dlm_jax.sample import _select
 
+pytestmark = pytest.mark.slow  # minutes of compilation; `pytest -m slow`
+
 FOLLOWS = 1e-4
 # No empty prompt: a block of masks that sees nothing else is the same at every position.
 PROMPTS = ([1, 2, 3, 4, 5, 6, 7, 8, 9], [3, 1], [11], [5] * 8, [2, 7, 1, 8, 2, 8])

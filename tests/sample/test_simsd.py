@@ -20,6 +20,8 @@ from dlm_jax.errors import InputError
 from dlm_jax.models import Cache, Decoder, DecoderConfig, commit, masks
 from dlm_jax.sample import _draft, _progress
 
+pytestmark = pytest.mark.slow  # minutes of compilation; `pytest -m slow`
+
 # --- recorded ---------------------------------------------------------------------------------
 
 

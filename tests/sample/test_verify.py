@@ -14,6 +14,8 @@ from dlm_jax.convert import hf_qwen3
 from dlm_jax.models import Cache, Decoder, DecoderConfig, commit, masks
 from dlm_jax.sample import _verify
 
+pytestmark = pytest.mark.slow  # minutes of compilation; `pytest -m slow`
+
 SIZE, MASK_ID = 4, tiny.V - 1
 EXACT = 2e-4  # of logits that vary by several units, float32
 

@@ -14,6 +14,8 @@ from dlm_jax.cli import main as cli
 from dlm_jax.data import builder
 from dlm_jax.errors import InputError
 
+pytestmark = pytest.mark.slow  # minutes of compilation; `pytest -m slow`
+
 SHAPE = {"model.kv_heads": "1", "model.head_dim": "4", "model.mlp_dim": "12"}
 
 
