@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.flax import load_file
+from safetensors.flax import load_file, save_file
 
 from dlm_jax.convert import torch_file
 from dlm_jax.errors import InputError
@@ -88,6 +88,14 @@ def read(path: pathlib.Path | str) -> tuple[dict[str, Any], list[Any] | None]:
       raise InputError(f"{file}: tensor {twice[0]} is in another shard as well.")
     tensors |= found
   return tensors, None
+
+
+def write(file: pathlib.Path, tensors: Mapping[str, Any]) -> None:
+  """Write tensors to a file that is there as a whole or not at all."""
+  temporary = file.with_name(file.name + ".tmp")
+  save_file(dict(tensors), str(temporary), metadata={"format": "pt"})
+  temporary.chmod(0o644)  # the library writes it readable by its owner only
+  temporary.replace(file)
 
 
 def _read_torch(file):

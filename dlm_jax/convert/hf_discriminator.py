@@ -8,8 +8,6 @@ stand below `discriminator.`.
 
 import pathlib
 
-from safetensors.flax import save_file
-
 from dlm_jax import models
 from dlm_jax.convert import families, files, hf_dit
 from dlm_jax.errors import InputError
@@ -24,9 +22,7 @@ def save(path: pathlib.Path | str, critic: Critic) -> None:
   tree = discriminator.join(critic.model, critic.params, critic.spectral)
   tensors = hf_dit.to_tensors(critic.model, tree)
   bare = {name.removeprefix("backbone."): value for name, value in tensors.items()}
-  file = pathlib.Path(path) / FILE
-  save_file(bare, str(file), metadata={"format": "pt"})
-  file.chmod(0o644)  # the library writes it readable by its owner only
+  files.write(pathlib.Path(path) / FILE, bare)
 
 
 def load(path: pathlib.Path | str, config: dict, **overrides) -> Critic | None:

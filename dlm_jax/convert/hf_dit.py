@@ -19,11 +19,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from safetensors.flax import save_file
 
 from dlm_jax import models
 from dlm_jax.arrays import Params
-from dlm_jax.convert import families, files
+from dlm_jax.convert import families, files, paths
 from dlm_jax.errors import InputError
 from dlm_jax.models import discriminator
 
@@ -106,10 +105,7 @@ def save(
   config = {**families.describe(model, proc), "torch_dtype": dtype}
   config["dlm_jax"] |= extra or {}
   directory.mkdir(parents=True, exist_ok=True)
-  temporary = directory / "model.safetensors.tmp"
-  save_file(tensors, str(temporary), metadata={"format": "pt"})
-  temporary.chmod(0o644)  # the library writes it readable by its owner only
-  temporary.replace(directory / "model.safetensors")
+  files.write(directory / "model.safetensors", tensors)
   (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
@@ -149,7 +145,7 @@ def to_tensors(model: Network, params: Params) -> dict[str, Array]:
   """Return a tree like the parameters (gradients too) under public names and orientation."""
   tensors = {}
   for name, ours, layer, transposed in _entries(model):
-    value = _read(params, ours)
+    value = paths.read(params, ours)
     value = value if layer is None else value[layer]
     tensors[_PREFIX + name] = jnp.asarray(value.T if transposed else value)
   return tensors
@@ -182,7 +178,7 @@ def from_tensors(
   params: Params = {}
   for ours, values in columns.items():
     stacked = ours.startswith("blocks/")
-    _write(params, ours, jnp.asarray(np.stack(values) if stacked else values[0]))
+    paths.write(params, ours, jnp.asarray(np.stack(values) if stacked else values[0]))
   return params
 
 
@@ -210,7 +206,7 @@ def _shapes(model) -> dict[str, tuple[int, ...]]:
     )
   wanted = {}
   for name, ours, layer, transposed in _entries(model):
-    shape = _read(shapes, ours).shape[layer is not None :]
+    shape = paths.read(shapes, ours).shape[layer is not None :]
     wanted[name] = shape[::-1] if transposed else shape
   return wanted
 
@@ -278,16 +274,3 @@ def _name_average(model, average: Sequence[Any], source) -> dict[str, Any]:
         f"{source}: ema.shadow_params[{number}] is {value.shape}, expected {shape} of {name}."
       )
   return dict(zip(wanted, average, strict=True))
-
-
-def _read(tree, path):
-  for key in path.split("/"):
-    tree = tree[key]
-  return tree
-
-
-def _write(tree, path, value):
-  *folders, leaf = path.split("/")
-  for key in folders:
-    tree = tree.setdefault(key, {})
-  tree[leaf] = value

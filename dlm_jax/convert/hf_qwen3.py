@@ -16,12 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from safetensors.flax import save_file
 
 from dlm_jax import mesh as meshes
 from dlm_jax import models, process
 from dlm_jax.arrays import Params
-from dlm_jax.convert import decoder_config
+from dlm_jax.convert import decoder_config, files, paths
 from dlm_jax.convert.tensors import Tensors
 from dlm_jax.errors import InputError, hint
 
@@ -86,16 +85,16 @@ def load(
     shardings = meshes.param_shardings(mesh, axes, shapes)
   params: Params = {}
   for name, ours, index, transposed in wanted:
-    sharding = None if shardings is None else _read(shardings, ours)
+    sharding = None if shardings is None else paths.read(shardings, ours)
     value = tensors.place(name, _of_tensor(sharding, len(index), transposed))
     if index:
       old = _find(params, ours)
       if old is None:
-        old = _zeros(_read(shapes, ours).shape, params_dtype, sharding)
+        old = _zeros(paths.read(shapes, ours).shape, params_dtype, sharding)
       value = _insert(sharding, transposed)(old, value, tuple(jnp.asarray(i) for i in index))
     else:
       value = _oriented(sharding, transposed, params_dtype)(value)
-    _write(params, ours, value)
+    paths.write(params, ours, value)
   return model, params, proc
 
 
@@ -163,7 +162,7 @@ def _check(directory, model, tensors, wanted, shapes):
   for name, ours, index, transposed in wanted:
     if name not in tensors:
       raise InputError(f"{directory}: tensor {name} is missing.")
-    shape = _read(shapes, ours).shape[len(index) :]
+    shape = paths.read(shapes, ours).shape[len(index) :]
     shape = shape[::-1] if transposed else shape
     if tensors.shape(name) != shape:
       hint_ = "; is it transposed?" if tensors.shape(name) == shape[::-1] else "."
@@ -193,7 +192,7 @@ def from_tensors(model: models.Decoder, tensors: dict[str, Any], dtype: str = "f
     columns.setdefault(ours, []).append(value.T if transposed else value)
   params: Params = {}
   for ours, leaf in _leaves(_shapes(model)):
-    _write(params, ours, jnp.asarray(np.stack(columns[ours]).reshape(leaf.shape), dtype))
+    paths.write(params, ours, jnp.asarray(np.stack(columns[ours]).reshape(leaf.shape), dtype))
   return params
 
 
@@ -206,7 +205,7 @@ def to_tensors(model: models.Decoder, params: Params) -> dict[str, jax.Array]:
 
 
 def _tensor(params, ours, index, transposed):
-  value = jnp.asarray(_read(params, ours)[index])
+  value = jnp.asarray(paths.read(params, ours)[index])
   return value.T if transposed else value
 
 
@@ -251,7 +250,7 @@ def save(
     if count > 1:
       file = f"model-{number:05d}-of-{count:05d}.safetensors"
     tensors = {name: _tensor(params, *rest).astype(dtype) for name, *rest in group}
-    _save_file(directory / file, tensors)
+    files.write(directory / file, tensors)
     where |= dict.fromkeys(tensors, file)
   if count > 1:
     index = {"metadata": {"total_size": sum(sizes)}, "weight_map": where}
@@ -259,19 +258,12 @@ def save(
   (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _save_file(file, tensors):
-  temporary = file.with_suffix(".tmp")
-  save_file(tensors, str(temporary), metadata={"format": "pt"})
-  temporary.chmod(0o644)  # the library writes it readable by its owner only
-  temporary.replace(file)
-
-
 def _groups(model, itemsize, shard_bytes):
   """Return entries file by file, and their sizes in bytes."""
   shapes, groups, sizes, room = _shapes(model), [], [], -1
   for entry in _entries(model.config):
     _, ours, index, _ = entry
-    size = int(np.prod(_read(shapes, ours).shape[len(index) :], dtype=np.int64)) * itemsize
+    size = int(np.prod(paths.read(shapes, ours).shape[len(index) :], dtype=np.int64)) * itemsize
     if room < size:
       groups.append([])
       room = shard_bytes
@@ -281,23 +273,10 @@ def _groups(model, itemsize, shard_bytes):
   return groups, sizes
 
 
-def _read(tree, path):
-  for key in path.split("/"):
-    tree = tree[key]
-  return tree
-
-
 def _find(tree, path):
   for key in path.split("/"):
     tree = tree.get(key) if tree is not None else None
   return tree
-
-
-def _write(tree, path, value):
-  *folders, leaf = path.split("/")
-  for key in folders:
-    tree = tree.setdefault(key, {})
-  tree[leaf] = value
 
 
 def _leaves(tree):
