@@ -2,7 +2,7 @@
 """The one exception that means "the user can fix this", and the nearest match for its message."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class InputError(ValueError):
@@ -10,6 +10,14 @@ class InputError(ValueError):
 
   The command line prints the message and exits with code 2.
   """
+
+
+def check_choice(name: str, given: str, allowed: Sequence[str]) -> None:
+  """Raise InputError unless the option called `name` is one of those allowed."""
+  if given not in allowed:
+    raise InputError(
+      f"{name}={given!r} is unknown; use one of {', '.join(allowed)}{hint(given, allowed)}."
+    )
 
 
 def hint(name: str, known: Iterable[str]) -> str:

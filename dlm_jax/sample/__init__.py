@@ -3,7 +3,7 @@
 
 from dlm_jax import draw
 from dlm_jax.sample import grids
-from dlm_jax.sample._decode import Decoder, Info, decode, pad_prompts
+from dlm_jax.sample._decode import Decoder, Info, decode, finish, pad_prompts
 from dlm_jax.sample._generate import evaluations, generate
 from dlm_jax.sample._progress import LENGTH, RUNNING, STOP
 from dlm_jax.sample._rule import BlockOptions, Revealed, hitting_times, reveal
@@ -23,6 +23,7 @@ __all__ = [
   "decode",
   "draw",
   "evaluations",
+  "finish",
   "generate",
   "grids",
   "hitting_times",

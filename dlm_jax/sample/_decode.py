@@ -109,18 +109,22 @@ def decode(
   """
   state = decoder.init(params, prompt, rng, lengths, max_length)
   if on_round is None:
-    state = jax.lax.while_loop(
-      lambda state: ~jnp.all(decoder.done(state)),
-      lambda state: decoder.round(params, state),
-      state,
-    )
-    return _result(state)
+    return _result(finish(decoder, params, state))
   one_round = jax.jit(decoder.round)
   while not np.all(decoder.done(state)):
     state = one_round(params, state)
     tokens_BL, info = _result(state)
     on_round(np.asarray(tokens_BL), np.asarray(info.lengths_B))
   return _result(state)
+
+
+def finish(decoder: Decoder, params: Params, state: Any) -> Any:
+  """Return the state after the round in which the last row is done; one loop on the device."""
+  return jax.lax.while_loop(
+    lambda state: ~jnp.all(decoder.done(state)),
+    lambda state: decoder.round(params, state),
+    state,
+  )
 
 
 def _result(state):

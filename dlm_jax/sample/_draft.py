@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from dlm_jax import draw, models
+from dlm_jax import models
 from dlm_jax.arrays import Params
 from dlm_jax.models import masks
+from dlm_jax.sample._passes import block_logits
 from dlm_jax.sample._progress import Progress
-from dlm_jax.sample._rule import BlockOptions, reveal
-from dlm_jax.sample.block import folded_pass
+from dlm_jax.sample._rule import BlockOptions, law, reveal
 
 
 class Draft(NamedTuple):
@@ -77,13 +77,9 @@ def propose(
 
   def one_pass(carry, first=False):
     draft, count = carry
-    cache = draft.cache
-    if first:
-      hidden_BKD, cache = folded_pass(model, params, progress, cache, draft.tokens_BK, position_BK)
-    else:
-      arguments = (draft.tokens_BK, position_BK, None, cache)
-      hidden_BKD, _ = model.apply({"params": params}, *arguments, method="extend")
-    logits_BKV = model.apply({"params": params}, hidden_BKD, method="head")
+    logits_BKV, cache = block_logits(
+      model, params, progress, draft.cache, draft.tokens_BK, position_BK, folded=first
+    )
     out = jax.vmap(functools.partial(reveal, options))(
       rng_B, draft.tokens_BK, left_BK(draft), logits_BKV, step_B + count, position_BK
     )
@@ -100,18 +96,3 @@ def propose(
 
   carry = one_pass((carry, jnp.zeros((), jnp.int32)), first=True)
   return jax.lax.while_loop(some_left, one_pass, carry)[0]
-
-
-def law(options: BlockOptions, logits: Float[Array, "*any V"], filtered: bool = True):
-  """Return logits of what `reveal` draws a token from; the mask has none of it.
-
-  Args:
-    options: temperature (0: as 1), top_k and top_p.
-    logits: of the network.
-    filtered: apply top_k and top_p.
-  """
-  logits = draw.sharpen(logits.astype(jnp.float32), options.temperature or 1.0)
-  shape = (1,) * (logits.ndim - 1) + (logits.shape[-1],)
-  is_mask = jnp.arange(logits.shape[-1]).reshape(shape) == options.mask_id
-  logits = jnp.where(is_mask, -jnp.inf, logits)
-  return draw.sharpen(logits, nucleus=options.top_p, top_k=options.top_k) if filtered else logits

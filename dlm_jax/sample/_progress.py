@@ -138,6 +138,11 @@ def _keys(rng, batch):
   return jax.vmap(lambda row: jax.random.fold_in(rng, row))(jnp.arange(batch))
 
 
+def at_positions(rows_BW: Array, position_BK: Int[Array, "B K"]) -> Array:
+  """Return what lies at positions; those outside, of rows that are done, give anything."""
+  return jnp.take_along_axis(rows_BW, position_BK, axis=1, mode="clip")
+
+
 def record(
   progress: Progress,
   position_BK: Int[Array, "B K"],

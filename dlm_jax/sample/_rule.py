@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dlm_jax import draw
 from dlm_jax.arrays import RngKey
-from dlm_jax.errors import InputError, hint
+from dlm_jax.errors import InputError, check_choice
 from dlm_jax.sample import _select
 
 CONFIDENCES = ("unfiltered", "filtered")
@@ -81,16 +81,9 @@ class BlockOptions:
     if self.steps is None:
       object.__setattr__(self, "steps", self.block_length)
     object.__setattr__(self, "stop_ids", tuple(self.stop_ids))
-    for name, allowed in (
-      ("strategy", _select.STRATEGIES),
-      ("confidence", CONFIDENCES),
-      ("budget", _select.BUDGETS),
-    ):
-      given = getattr(self, name)
-      if given not in allowed:
-        raise InputError(
-          f"{name}={given!r} is unknown; use one of {', '.join(allowed)}{hint(given, allowed)}."
-        )
+    check_choice("strategy", self.strategy, _select.STRATEGIES)
+    check_choice("confidence", self.confidence, CONFIDENCES)
+    check_choice("budget", self.budget, _select.BUDGETS)
     self._check_numbers()
 
   def _check_numbers(self):
@@ -161,18 +154,15 @@ def reveal(
       reveals everything at once.
     position_K: absolute positions.
   """
-  vocabulary = logits_KV.shape[-1]
   step = jnp.asarray(step, jnp.int32)
-  is_mask_1V = (jnp.arange(vocabulary) == options.mask_id)[None, :]
-  tempered_KV = draw.sharpen(logits_KV.astype(jnp.float32), options.temperature or 1.0)
-  drawable_KV = jnp.where(is_mask_1V, -jnp.inf, tempered_KV)
-  filtered_KV = draw.sharpen(drawable_KV, nucleus=options.top_p, top_k=options.top_k)
+  drawable_KV = law(options, logits_KV, filtered=False)
+  filtered_KV = law(options, logits_KV)
   if options.temperature == 0:
     drawn_K = jnp.argmax(drawable_KV, axis=-1).astype(jnp.int32)
   else:
     drawn_K = jax.vmap(draw.gumbel_max)(filtered_KV, _keys(rng, position_K, step))
 
-  plain_KV = tempered_KV if options.count_mask else drawable_KV
+  plain_KV = _tempered(options, logits_KV) if options.count_mask else drawable_KV
   log_prob_K = _log_prob(plain_KV, drawn_K)
   weighed_KV = filtered_KV if options.confidence == "filtered" else plain_KV
   confidence_K = jnp.exp(_log_prob(weighed_KV, drawn_K))
@@ -182,6 +172,25 @@ def reveal(
     chosen_K,
     jnp.where(chosen_K, log_prob_K, 0.0),
   )
+
+
+def law(options: BlockOptions, logits: Float[Array, "*any V"], filtered: bool = True):
+  """Return logits of what `reveal` draws a token from; the mask has none of it.
+
+  Args:
+    options: temperature (0: as 1), top_k and top_p.
+    logits: of the network.
+    filtered: apply top_k and top_p.
+  """
+  logits = _tempered(options, logits)
+  shape = (1,) * (logits.ndim - 1) + (logits.shape[-1],)
+  is_mask = jnp.arange(logits.shape[-1]).reshape(shape) == options.mask_id
+  logits = jnp.where(is_mask, -jnp.inf, logits)
+  return draw.sharpen(logits, nucleus=options.top_p, top_k=options.top_k) if filtered else logits
+
+
+def _tempered(options, logits):
+  return draw.sharpen(logits.astype(jnp.float32), options.temperature or 1.0)
 
 
 def _keys(rng, position_K, number):

@@ -22,6 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dlm_jax.arrays import Params
 from dlm_jax.models import KV, masks
+from dlm_jax.sample._passes import extend, head
 
 
 class Before(NamedTuple):
@@ -101,9 +102,9 @@ def verify_simsd(
   tokens = jnp.concatenate([flat, jnp.full_like(flat, mask_id)] + ([flat] if clean else []), axis=1)
   tokens, slots = _prepend(cache, before, masks.PROMPT, tokens, slots)
   visible = masks.simsd(slots, layout=layout, clean=clean)
-  hidden, kv = _extend(model, params, cache, tokens, slots, visible)
+  hidden, kv = extend(model, params, tokens, slots.position, visible, cache)
   first = blocks * size + (0 if before is None else size)
-  logits = _head(model, params, hidden[:, first : first + blocks * size])
+  logits = head(model, params, hidden[:, first : first + blocks * size])
   return Verified(
     logits.reshape(batch, blocks, size, -1), None if before is None else _part(kv, 0, size)
   )
@@ -141,10 +142,10 @@ def verify_stacked(
   slots = masks.stacked_slots(step_BN, _start(cache, before), size)
   tokens = jnp.concatenate([states_BNK.reshape(batch, -1), finished_BK], axis=1)
   tokens, slots = _prepend(cache, before, masks.COMMITTED, tokens, slots)
-  hidden, kv = _extend(model, params, cache, tokens, slots, masks.stacked(slots))
+  hidden, kv = extend(model, params, tokens, slots.position, masks.stacked(slots), cache)
   first = 0 if before is None else size
   last = first + copies * size
-  logits = _head(model, params, hidden[:, first:last])
+  logits = head(model, params, hidden[:, first:last])
   return Verified(
     logits.reshape(batch, copies, size, -1),
     None if before is None else _part(kv, 0, size),
@@ -197,11 +198,3 @@ def _unshared(slots, size):
   asking = (slots.kind == masks.MASK).astype(jnp.int32)
   behind = slots.position[..., :1] + size + jnp.cumsum(asking, axis=-1) - 1
   return jnp.where(asking > 0, behind, slots.position)
-
-
-def _extend(model, params, cache, tokens, slots, visible):
-  return model.apply({"params": params}, tokens, slots.position, visible, cache, method="extend")
-
-
-def _head(model, params, hidden):
-  return model.apply({"params": params}, hidden, method="head")

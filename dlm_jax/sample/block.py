@@ -24,6 +24,8 @@ from dlm_jax.errors import InputError
 from dlm_jax.models import masks
 from dlm_jax.sample import _progress
 from dlm_jax.sample._decode import Decoder
+from dlm_jax.sample._passes import block_logits, extend
+from dlm_jax.sample._progress import at_positions
 from dlm_jax.sample._rule import BlockOptions, reveal
 
 
@@ -97,17 +99,8 @@ def _prefill(model, params, progress, cache, start_B, size, columns):
     return cache
   given_BQ = progress.tokens_BW[:, :columns]
   visible_QQ = masks.block_causal(masks.sequence_slots(jnp.arange(columns), size))
-  kv = _extend(model, params, given_BQ, None, visible_QQ[None], cache)[1]
+  kv = extend(model, params, given_BQ, None, visible_QQ[None], cache)[1]
   return models.commit(cache, kv, jnp.where(progress.running_B, start_B, 0))
-
-
-def _extend(model, params, tokens_BQ, position_BQ, visible_BQQ, cache):
-  arguments = (tokens_BQ, position_BQ, visible_BQQ, cache)
-  return model.apply({"params": params}, *arguments, method="extend")
-
-
-def _head(model, params, hidden_BKD):
-  return model.apply({"params": params}, hidden_BKD, method="head")
 
 
 def _round(model, options, params, state):
@@ -123,12 +116,10 @@ def _round(model, options, params, state):
   def one_pass(carry, first=False):
     progress, cache, step = carry
     masked_BK = _masked(progress, position_BK) & running_B1
-    tokens_BK = _at(progress.tokens_BW, position_BK)
-    if first:
-      hidden_BKD, cache = folded_pass(model, params, progress, cache, tokens_BK, position_BK)
-    else:
-      hidden_BKD, _ = _extend(model, params, tokens_BK, position_BK, None, cache)
-    logits_BKV = _head(model, params, hidden_BKD)
+    tokens_BK = at_positions(progress.tokens_BW, position_BK)
+    logits_BKV, cache = block_logits(
+      model, params, progress, cache, tokens_BK, position_BK, folded=first
+    )
     step_of_row = functools.partial(reveal, options)
     revealed = jax.vmap(step_of_row, in_axes=(0, 0, 0, 0, None, 0))(
       progress.rng_B, tokens_BK, masked_BK, logits_BKV, step, position_BK
@@ -151,40 +142,16 @@ def _round(model, options, params, state):
   return BlockState(progress, cache, start_B)
 
 
-def _at(rows_BW, position_BK):
-  """Return what lies at positions; those outside, of rows that are done, give anything."""
-  return jnp.take_along_axis(rows_BW, position_BK, axis=1, mode="clip")
-
-
 def _masked(progress, position_BK):
-  return _at(progress.masked_BW, position_BK)
-
-
-def folded_pass(model, params, progress, cache, tokens_BK, position_BK):
-  """Return the hidden states of the block, and the cache with the block before it.
-
-  Rows whose cache is complete, after the prefill, pass over padding in the place of that block.
-  """
-  size = tokens_BK.shape[1]
-  pending_B = progress.running_B & (cache.length_B < position_BK[:, 0])
-  before_BK = jnp.maximum(position_BK - size, 0)
-  both_BQ = jnp.concatenate([before_BK, position_BK], axis=1)
-  kind_BK = jnp.broadcast_to(
-    jnp.where(pending_B, masks.CLEAN, masks.PAD)[:, None], position_BK.shape
-  )
-  kind_BQ = jnp.concatenate([kind_BK, jnp.full_like(kind_BK, masks.NOISY)], axis=1)
-  visible_BQQ = masks.block_causal(masks.Slots.make(kind_BQ, block=jnp.arange(2 * size) // size))
-  tokens_BQ = jnp.concatenate([_at(progress.tokens_BW, before_BK), tokens_BK], axis=1)
-  hidden_BQD, kv = _extend(model, params, tokens_BQ, both_BQ, visible_BQQ, cache)
-  return hidden_BQD[:, size:], models.commit(cache, kv, jnp.where(pending_B, size, 0))
+  return at_positions(progress.masked_BW, position_BK)
 
 
 def _store(model, params, progress, cache, position_BK):
   """Encode the finished blocks of rows that go on, if any does."""
 
   def encode(cache):
-    tokens_BK = _at(progress.tokens_BW, position_BK)
-    kv = _extend(model, params, tokens_BK, position_BK, None, cache)[1]
+    tokens_BK = at_positions(progress.tokens_BW, position_BK)
+    kv = extend(model, params, tokens_BK, position_BK, None, cache)[1]
     return models.commit(cache, kv, jnp.where(progress.running_B, tokens_BK.shape[1], 0))
 
   cache = jax.lax.cond(jnp.any(progress.running_B), encode, lambda cache: cache, cache)

@@ -30,12 +30,13 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from dlm_jax import models
-from dlm_jax.errors import InputError, hint
+from dlm_jax.errors import InputError, check_choice
 from dlm_jax.models import masks
 from dlm_jax.sample import _accept, _progress, _verify
 from dlm_jax.sample._decode import Decoder
-from dlm_jax.sample._draft import law, propose
-from dlm_jax.sample._rule import BlockOptions, reveal
+from dlm_jax.sample._draft import propose
+from dlm_jax.sample._progress import at_positions
+from dlm_jax.sample._rule import BlockOptions, law, reveal
 from dlm_jax.sample.block import block_decoder
 
 VERIFICATIONS = ("stacked", "simsd")
@@ -78,17 +79,10 @@ class SpeculativeOptions:
     if self.verify is None:
       small = self.target.block_length <= STACKED_MOST
       object.__setattr__(self, "verify", "stacked" if small else "simsd")
-    for name, allowed in (
-      ("verify", VERIFICATIONS),
-      ("layout", masks.LAYOUTS),
-      ("acceptance", ACCEPTANCES),
-      ("fill", _accept.FILLS),
-    ):
-      given = getattr(self, name)
-      if given not in allowed:
-        raise InputError(
-          f"{name}={given!r} is unknown; use one of {', '.join(allowed)}{hint(given, allowed)}."
-        )
+    check_choice("verify", self.verify, VERIFICATIONS)
+    check_choice("layout", self.layout, masks.LAYOUTS)
+    check_choice("acceptance", self.acceptance, ACCEPTANCES)
+    check_choice("fill", self.fill, _accept.FILLS)
     for name in ("block_length", "mask_id"):
       ours, theirs = getattr(self.target, name), getattr(self.draft, name)
       if ours != theirs:
@@ -229,10 +223,6 @@ def speculative_decoder(
   )
 
 
-def _at(rows_BW, position_BK):
-  return jnp.take_along_axis(rows_BW, position_BK, axis=1, mode="clip")
-
-
 def _round_keys(rng_B, round_B):
   """Return two keys per row for a round; a row's key itself only has children."""
   fold = jax.vmap(jax.random.fold_in, in_axes=(0, None))
@@ -244,9 +234,9 @@ def _round(target_model, draft_model, options, params, state):
   """Draft and verify the rest of the block of every running row."""
   progress, size = state.progress, options.target.block_length
   position_BK = state.start_B[:, None] + jnp.arange(size)[None, :]
-  tokens_BK = _at(progress.tokens_BW, position_BK)
-  masked_BK = _at(progress.masked_BW, position_BK) & progress.running_B[:, None]
-  before_BK = _at(progress.tokens_BW, jnp.maximum(position_BK - size, 0))
+  tokens_BK = at_positions(progress.tokens_BW, position_BK)
+  masked_BK = at_positions(progress.masked_BW, position_BK) & progress.running_B[:, None]
+  before_BK = at_positions(progress.tokens_BW, jnp.maximum(position_BK - size, 0))
   pending_B = progress.running_B & (state.target_cache.length_B < state.start_B)
   before = _verify.Before(before_BK, pending_B)
 
@@ -346,7 +336,7 @@ def _settle(options, state, draft, out, position_BK, masked_BK, pending_B):
   )
   progress = progress.replace(passes_B=progress.passes_B + took_part_B)
   progress = _progress.advance(progress, options.target.stop_ids)
-  full_B = progress.running_B & ~jnp.any(_at(progress.masked_BW, position_BK), axis=1)
+  full_B = progress.running_B & ~jnp.any(at_positions(progress.masked_BW, position_BK), axis=1)
   cache = models.commit(state.target_cache, out.before, jnp.where(pending_B, size, 0))
   if out.finished is not None:
     reused_B = full_B & out.agreed_B
