@@ -208,14 +208,13 @@ def open_decoder(
     tokenizer: of both networks.
     dtype: of both networks.
     draft: a smaller network.
-    storage: of parameters, see `models.regroup`; None: "stacked" on CPU, which compiles fastest,
-      else "fused".
+    storage: of parameters, see `models.regroup`; None: `models.default_storage`.
 
   Raises:
     InputError: one of them is no such network, or the two do not fit each other.
   """
   dtype = dtype or _default_dtype()
-  storage = storage or ("stacked" if jax.default_backend() == "cpu" else "fused")
+  storage = storage or models.default_storage()
   if storage not in models.STORAGES:
     raise InputError(f"storage={storage!r} is unknown; use {', '.join(models.STORAGES)}.")
   opened = None

@@ -8,13 +8,13 @@ go through all arms in turn, so that a clock that drifts hits all alike.
 """
 
 import dataclasses
+import functools
 import statistics
 import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from dlm_jax import models, sample, tables
@@ -165,14 +165,8 @@ class _Runner:
       decoder = sample.block_decoder(target.model, way.options, window)
       self.params = target.params
 
-    def loop(params, state):
-      return jax.lax.while_loop(
-        lambda state: ~jnp.all(decoder.done(state)), lambda state: decoder.round(params, state),
-        state,
-      )  # fmt: skip
-
     self._init = started.setdefault(drafted, jax.jit(decoder.init))
-    self._loop = jax.jit(loop, donate_argnums=1)
+    self._loop = jax.jit(functools.partial(sample.finish, decoder), donate_argnums=1)
     self._rng = jax.random.key(0)
     self.compile_seconds = 0.0
 

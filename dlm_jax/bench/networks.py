@@ -2,16 +2,15 @@
 """What is decoded in a comparison: networks and prompts, of checkpoints or made up from configs."""
 
 import dataclasses
-import pathlib
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from dlm_jax import experiment, models, pipeline, sample
 from dlm_jax.bench.decode import Network
 from dlm_jax.bench.weights import random_params
 from dlm_jax.data import loader
+from dlm_jax.decoding import requests
 from dlm_jax.errors import InputError
 
 
@@ -73,12 +72,7 @@ def from_checkpoint(
 
 
 def _lines(file):
-  try:
-    lines = pathlib.Path(file).read_text(encoding="utf-8").splitlines()
-  except OSError as error:
-    raise InputError(f"--prompts={file} cannot be read: {error.strerror}.") from None
-  except UnicodeDecodeError:
-    raise InputError(f"--prompts={file} is not UTF-8 text.") from None
+  lines = requests.read_text(file, f"--prompts={file}").splitlines()
   return [line for line in lines if line.strip()]
 
 
@@ -119,7 +113,7 @@ def from_config(
 
 
 def _random(model, storage):
-  storage = storage or ("stacked" if jax.default_backend() == "cpu" else "fused")
+  storage = storage or models.default_storage()
   try:
     fields = dataclasses.replace(model.config, storage=storage, remat="none")
   except ValueError as error:

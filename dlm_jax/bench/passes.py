@@ -73,7 +73,7 @@ def read_rate(dtype: str, repeats: int) -> float:
   That is a pass's own kind of reading; nothing but a few numbers is written.
   """
   rows, columns = (2048, 4096) if jax.default_backend() == "cpu" else (2**15, 2**15)
-  matrix = weights._uniform(jax.random.key(0, impl="rbg"), (rows, columns), jnp.dtype(dtype), 1.0)
+  matrix = weights.uniform(jax.random.key(0, impl="rbg"), (rows, columns), jnp.dtype(dtype), 1.0)
   total = lambda matrix: jnp.sum(matrix, axis=1, dtype=jnp.float32)  # noqa: E731
   return matrix.nbytes / measure.timed(total, matrix, repeats=repeats).seconds
 

@@ -7,9 +7,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 from jax.typing import DTypeLike
 
-from dlm_jax.arrays import Params
+from dlm_jax.arrays import Params, RngKey
 
 
 def random_params(model: Any, dtype: DTypeLike, seed: int = 0) -> Params:
@@ -35,12 +36,13 @@ def random_params(model: Any, dtype: DTypeLike, seed: int = 0) -> Params:
     fan_in = leaf.shape[-1] if name == "embedding" else leaf.shape[-2]
     # This generator has no counters to hold in memory, and is the fastest one.
     rng = jax.random.key(seed + number, impl="rbg")
-    values.append(_uniform(rng, leaf.shape, jnp.dtype(dtype), 1 / math.sqrt(fan_in)))
+    values.append(uniform(rng, leaf.shape, jnp.dtype(dtype), 1 / math.sqrt(fan_in)))
   return jax.tree.unflatten(structure, values)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _uniform(rng, shape, dtype, bound):
+def uniform(rng: RngKey, shape: tuple[int, ...], dtype: jnp.dtype, bound: float) -> Array:
+  """Return numbers uniform on ±bound, made on the device in the type asked for."""
   return jax.random.uniform(rng, shape, dtype, -bound, bound)
 
 

@@ -2,7 +2,6 @@
 """`dlm-jax sample`: texts from a trained model."""
 
 import json
-import pathlib
 import sys
 import time
 
@@ -11,6 +10,7 @@ import numpy as np
 
 from dlm_jax import assets, convert, pipeline, viz
 from dlm_jax.cli import flags
+from dlm_jax.decoding import requests
 from dlm_jax.errors import InputError, hint
 
 # Flags of one kind of network alone; what is not given is left to it.
@@ -128,14 +128,7 @@ def _summary(result, seconds):
 
 def _text(prompt: str) -> str:
   """Return a prompt, or what the file behind an @ holds."""
-  if not prompt.startswith("@"):
-    return prompt
-  try:
-    return pathlib.Path(prompt[1:]).read_text(encoding="utf-8")
-  except OSError as error:
-    raise InputError(f"--prompt={prompt} cannot be read: {error.strerror}.") from None
-  except UnicodeDecodeError:
-    raise InputError(f"--prompt={prompt} is not UTF-8 text.") from None
+  return requests.read_text(prompt[1:], f"--prompt={prompt}") if prompt.startswith("@") else prompt
 
 
 def _stop(text: str) -> int | str:

@@ -139,6 +139,24 @@ def speculative(
   return sample.SpeculativeOptions(target=block, verify=verify, **more)
 
 
+def read_text(path: str, flag: str) -> str:
+  """Return the text of a file of prompts.
+
+  Args:
+    path: of the file.
+    flag: how it was named, for the message.
+
+  Raises:
+    InputError: it cannot be read, or is not UTF-8.
+  """
+  try:
+    return pathlib.Path(path).read_text(encoding="utf-8")
+  except OSError as error:
+    raise InputError(f"{flag} cannot be read: {error.strerror}.") from None
+  except UnicodeDecodeError:
+    raise InputError(f"{flag} is not UTF-8 text.") from None
+
+
 def encode(
   source: pathlib.Path,
   words: tokenizers.Tokenizer,

@@ -7,7 +7,7 @@ from dlm_jax.models.decoder import Decoder, DecoderConfig
 from dlm_jax.models.denoiser import Denoiser
 from dlm_jax.models.discriminator import Critic, Discriminator
 from dlm_jax.models.dit import DiT, DiTConfig
-from dlm_jax.models.storage import STORAGES, regroup
+from dlm_jax.models.storage import STORAGES, default_storage, regroup
 
 __all__ = [
   "KV",
@@ -23,6 +23,7 @@ __all__ = [
   "DiTConfig",
   "Discriminator",
   "commit",
+  "default_storage",
   "next_token_logits",
   "regroup",
   "rollback",
