@@ -96,8 +96,8 @@ def test_random_weights_exist_in_one_type_only(storage, monkeypatch):
   """Nothing as large as a weight is made in float32, and the logits are not all alike."""
   config = dataclasses.replace(SMALL, storage=storage, dtype="bfloat16", dim=64)
   model, made = models.Decoder(config), []
-  original = weights._uniform
-  monkeypatch.setattr(weights, "_uniform", lambda *a: made.append(a[2]) or original(*a))
+  original = weights.uniform
+  monkeypatch.setattr(weights, "uniform", lambda *a: made.append(a[2]) or original(*a))
   params = weights.random_params(model, "bfloat16")
   assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("bfloat16")}
   assert set(made) == {jnp.dtype("bfloat16")} and len(made) >= 6

@@ -12,22 +12,13 @@ import pytest
 import tiny_decoder as tiny
 
 from dlm_jax import mesh
-from dlm_jax.convert import hf_qwen3
 from dlm_jax.models import Cache, Decoder, DecoderConfig, commit, masks
 from dlm_jax.models.grouped_attention import attend_grouped
 
 
 def _recorded(golden, name):
   vectors, config = golden(name)
-  model = Decoder(
-    DecoderConfig(
-      vocab_size=config["V"], dim=config["H"], layers=config["nl"], heads=config["nh"],
-      kv_heads=config["nkv"], head_dim=config["hd"], mlp_dim=config["inter"],
-      rope_theta=config["theta"], eps=config["rms_norm_eps"], dtype="float32",
-    )
-  )  # fmt: skip
-  tensors = {k.removeprefix("params/"): v for k, v in vectors.items() if k.startswith("params/")}
-  return vectors, config, model, hf_qwen3.from_tensors(model, tensors)
+  return vectors, config, *tiny.recorded(vectors, config)
 
 
 def _close(actual, wanted, tolerance=2e-5):

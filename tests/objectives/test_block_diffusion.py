@@ -18,7 +18,7 @@ from tiny_runs import quick  # noqa: F401
 
 from dlm_jax import models, process, schedules
 from dlm_jax.convert import hf_qwen3
-from dlm_jax.models import Cache, Decoder, DecoderConfig, attention, commit, dit, layers, masks
+from dlm_jax.models import Cache, attention, commit, dit, layers, masks
 from dlm_jax.objectives import ar, block_diffusion
 from dlm_jax.objectives._documents import number_documents, number_padding, positions_between
 from dlm_jax.objectives._intervals import candidates, quietest
@@ -69,14 +69,7 @@ SDAR_FILES = [f"sdar_train_{kind}__{x}" for kind in ("single", "packed") for x i
 def _sdar(load, name):
   """Return (vectors, config, model, params, the process, a batch with the recorded noise)."""
   vectors, config = load(name)
-  model = Decoder(
-    DecoderConfig(
-      vocab_size=config["V"], dim=config["H"], layers=config["nl"], heads=config["nh"],
-      kv_heads=config["nkv"], head_dim=config["hd"], mlp_dim=config["inter"], length=config["L"],
-      rope_theta=config["theta"], dtype="float32",
-    )
-  )  # fmt: skip
-  tensors = {k.removeprefix("params/"): v for k, v in vectors.items() if k.startswith("params/")}
+  model, params = tiny.recorded(vectors, config, length=config["L"])
   proc = process.Absorbing(vocab_size=config["V"], mask_id=config["mask_token_id"], schedule=LINEAR)
   position = jnp.asarray(vectors["position_ids"], jnp.int32)
   document = jax.vmap(number_documents)(position)
@@ -93,7 +86,7 @@ def _sdar(load, name):
     "count": jnp.full(len(tokens), valid.sum() / len(tokens)), "position": position,
     "document": document,
   }  # fmt: skip
-  return vectors, config, model, hf_qwen3.from_tensors(model, tensors), proc, batch
+  return vectors, config, model, params, proc, batch
 
 
 @pytest.mark.parametrize("name", SDAR_FILES)

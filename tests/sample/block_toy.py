@@ -111,34 +111,3 @@ def decode_uncached(model, params, options, prompt, key, window, limit=None):
       end, reason = len(prompt) + int(stops[0]) + 1, 1
       break
   return tokens[:end], steps[:end], log_probs[:end], passes, reason
-
-
-def recorded(vectors, config):
-  """Return the decoder of a golden file of SDAR and its parameters."""
-  model = models.Decoder(
-    models.DecoderConfig(
-      vocab_size=config["V"], dim=config["H"], layers=config["nl"], heads=config["nh"],
-      kv_heads=config["nkv"], head_dim=config["hd"], mlp_dim=config["inter"],
-      rope_theta=config["theta"], dtype="float32",
-    )
-  )  # fmt: skip
-
-  def stack(name):
-    layers = [vectors[f"params/model.layers.{i}.{name}.weight"] for i in range(config["nl"])]
-    return jnp.stack([jnp.asarray(layer.T if layer.ndim == 2 else layer) for layer in layers])
-
-  attention = {
-    ours: {"kernel": stack(f"self_attn.{theirs}_proj")}
-    for ours, theirs in (("q", "q"), ("k", "k"), ("v", "v"), ("out", "o"))
-  }
-  attention |= {name: {"scale": stack(f"self_attn.{name}")} for name in ("q_norm", "k_norm")}
-  mlp = {name: {"kernel": stack(f"mlp.{name}_proj")} for name in ("gate", "up", "down")}
-  norms = {"norm1": "input_layernorm", "norm2": "post_attention_layernorm"}
-  blocks = {"attention": attention, "mlp": mlp}
-  blocks |= {ours: {"scale": stack(theirs)} for ours, theirs in norms.items()}
-  return model, {
-    "blocks": blocks,
-    "embed": {"embedding": jnp.asarray(vectors["params/model.embed_tokens.weight"])},
-    "norm": {"scale": jnp.asarray(vectors["params/model.norm.weight"])},
-    "project": {"kernel": jnp.asarray(vectors["params/lm_head.weight"].T)},
-  }

@@ -15,9 +15,8 @@ import speculative_toy as toy
 import tiny_decoder as tiny
 
 from dlm_jax import sample
-from dlm_jax.convert import hf_qwen3
 from dlm_jax.errors import InputError
-from dlm_jax.models import Cache, Decoder, DecoderConfig, commit, masks
+from dlm_jax.models import Cache, Decoder, commit, masks
 from dlm_jax.sample import _draft, _progress
 
 pytestmark = pytest.mark.slow  # minutes of compilation; `pytest -m slow`
@@ -27,18 +26,9 @@ pytestmark = pytest.mark.slow  # minutes of compilation; `pytest -m slow`
 
 def _recorded(golden, name, trees):
   vectors, config = golden(name)
-  model = Decoder(
-    DecoderConfig(
-      vocab_size=config["V"], dim=config["H"], layers=config["nl"], heads=config["nh"],
-      kv_heads=config["nkv"], head_dim=config["hd"], mlp_dim=config["inter"],
-      rope_theta=config["theta"], dtype="float32",
-    )
-  )  # fmt: skip
-  params = {}
-  for tree in trees:
-    tensors = {k.removeprefix(tree + "/"): v for k, v in vectors.items() if k.startswith(tree)}
-    params[tree] = hf_qwen3.from_tensors(model, tensors)
-  return vectors, config, model, params
+  found = {tree: tiny.recorded(vectors, config, tree) for tree in trees}
+  model = found[trees[0]][0]
+  return vectors, config, model, {tree: params for tree, (_, params) in found.items()}
 
 
 def _recorded_rule(config, case, **options):

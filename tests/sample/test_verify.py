@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 import tiny_decoder as tiny
 
-from dlm_jax.convert import hf_qwen3
-from dlm_jax.models import Cache, Decoder, DecoderConfig, commit, masks
+from dlm_jax.models import Cache, commit, masks
 from dlm_jax.sample import _verify
 
 pytestmark = pytest.mark.slow  # minutes of compilation; `pytest -m slow`
@@ -106,15 +105,7 @@ def _deviation(layers, steps, carried, batch=24, **options):
 
 def _recorded(golden, name):
   vectors, config = golden(name)
-  model = Decoder(
-    DecoderConfig(
-      vocab_size=config["V"], dim=config["H"], layers=config["nl"], heads=config["nh"],
-      kv_heads=config["nkv"], head_dim=config["hd"], mlp_dim=config["inter"],
-      rope_theta=config["theta"], dtype="float32",
-    )
-  )  # fmt: skip
-  tensors = {k.removeprefix("target/"): v for k, v in vectors.items() if k.startswith("target/")}
-  return vectors, config, model, hf_qwen3.from_tensors(model, tensors)
+  return vectors, config, *tiny.recorded(vectors, config, "target")
 
 
 def _prefilled(model, params, tokens, slots):
