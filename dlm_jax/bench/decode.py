@@ -20,6 +20,7 @@ import numpy as np
 from dlm_jax import models, sample, tables
 from dlm_jax.arrays import Params
 from dlm_jax.errors import InputError
+from dlm_jax.evaluate import generative, likelihood
 
 
 class Network(NamedTuple):
@@ -45,6 +46,8 @@ class Arm:
     conditional: accepted over tested tokens: a token is tested if nothing before it failed.
     same: share of prompts with the text of the first arm, the target's static decode.
     length: mean tokens of the texts, stop token included.
+    genppl: a judge's perplexity of the texts given their prompts; None without a judge.
+    entropy: mean over texts of the entropy of a text's own token histogram, nats; None likewise.
     compile_seconds: of the loop, its first run included.
   """
 
@@ -59,6 +62,8 @@ class Arm:
   conditional: float | None
   same: float
   length: float
+  genppl: float | None
+  entropy: float | None
   compile_seconds: float
 
 
@@ -74,18 +79,19 @@ def ways(rule: sample.BlockOptions, *, drafted: bool, threshold: float = 0.9) ->
   """Return what is compared: static, dynamic, and with a draft SimSD in both layouts and stacked.
 
   Args:
-    rule: gives block length, steps, mask and stop ids; its strategy is set, its temperature 0.
+    rule: gives all but the strategy, which is set. Above temperature 0 SimSD accepts by rejection.
     drafted: whether there is a draft.
     threshold: of the dynamic strategy.
   """
-  static = dataclasses.replace(rule, strategy="low_confidence_static", temperature=0.0)
+  static = dataclasses.replace(rule, strategy="low_confidence_static")
   dynamic = dataclasses.replace(static, strategy="low_confidence_dynamic", threshold=threshold)
   found = [_Way("static", True, static), _Way(f"dynamic {threshold:g}", False, dynamic)]
   if not drafted:
     return found
   options = sample.SpeculativeOptions
+  acceptance = "rejection" if rule.temperature else "greedy_match"
   for layout in ("published", "unified"):
-    approximate = options(target=static, verify="simsd", layout=layout)
+    approximate = options(target=static, verify="simsd", layout=layout, acceptance=acceptance)
     found.append(_Way(f"SimSD {layout}", False, approximate))
   return [*found, _Way("stacked", True, options(target=static, verify="stacked"))]
 
@@ -100,6 +106,7 @@ def bench_decode(
   max_new_tokens: int,
   repeats: int,
   threshold: float = 0.9,
+  judge: likelihood.Judge | None = None,
 ) -> list[Arm]:
   """Compare ways of decoding.
 
@@ -112,6 +119,7 @@ def bench_decode(
     max_new_tokens: the most tokens per text.
     repeats: timed runs per prompt.
     threshold: of the dynamic strategy.
+    judge: of the texts; must read at least a prompt and its text.
 
   Raises:
     InputError: a prompt is too long for the network, or a number is not positive.
@@ -129,7 +137,8 @@ def bench_decode(
       f"{target.model.config.length} positions."
     )
   rows, lengths = sample.pad_prompts(prompts)
-  inputs = [(rows[i][None], lengths[i][None]) for i in range(len(prompts))]
+  keys = jax.random.split(jax.random.key(0), len(prompts))
+  inputs = [(rows[i][None], lengths[i][None], keys[i]) for i in range(len(prompts))]
   endless = dataclasses.replace(rule, stop_ids=())
   found = ways(endless, drafted=draft is not None, threshold=threshold)
   started: dict[bool, Any] = {}
@@ -138,9 +147,10 @@ def bench_decode(
   texts = [
     [cut(runner.text(*one, max_new_tokens), rule.stop_ids) for one in inputs] for runner in runners
   ]
+  scores = [score(judge, prompts, text) if judge else (None, None) for text in texts]
   return [
-    _arm(way, runner, times, text, texts[0], new_tokens)
-    for way, runner, times, text in zip(found, runners, timed, texts, strict=True)
+    _arm(way, runner, times, text, texts[0], new_tokens, *both)
+    for way, runner, times, text, both in zip(found, runners, timed, texts, scores, strict=True)
   ]
 
 
@@ -148,6 +158,25 @@ def cut(ids: Sequence[int], stop_ids: Sequence[int]) -> list[int]:
   """Return the tokens up to the first stop id, that one included."""
   ends = [i + 1 for i, token in enumerate(ids) if token in stop_ids]
   return list(ids[: min(ends, default=len(ids))])
+
+
+def score(
+  judge: likelihood.Judge, prompts: Sequence[Sequence[int]], texts: Sequence[Sequence[int]]
+) -> tuple[float, float]:
+  """Return a judge's perplexity of texts given their prompts, and the texts' mean entropy in nats.
+
+  Args:
+    judge: a next-token network of the same vocabulary.
+    prompts: ids, at least one each.
+    texts: ids that follow them.
+  """
+  rows_NL, lengths_N = sample.pad_prompts([[*a, *b] for a, b in zip(prompts, texts, strict=True)])
+  place_L = np.arange(1, rows_NL.shape[1])
+  starts_N = np.array([len(prompt) for prompt in prompts])
+  judged_NM = (place_L >= starts_N[:, None]) & (place_L < np.asarray(lengths_N)[:, None])
+  nats_NM = likelihood.token_nll(judge, np.asarray(rows_NL), batch_size=min(16, len(prompts)))
+  spread = np.concatenate([generative.entropies(np.asarray([text])) for text in texts])
+  return float(np.exp(nats_NM[judged_NM].mean())), float(spread.mean())
 
 
 class _Runner:
@@ -167,17 +196,16 @@ class _Runner:
 
     self._init = started.setdefault(drafted, jax.jit(decoder.init))
     self._loop = jax.jit(functools.partial(sample.finish, decoder), donate_argnums=1)
-    self._rng = jax.random.key(0)
     self.compile_seconds = 0.0
 
-  def start(self, prompt_1P, lengths_1, new_tokens):
+  def start(self, prompt_1P, lengths_1, rng, new_tokens):
     """Return the state after the prompt's pass."""
     limit_1 = lengths_1 + new_tokens
-    return jax.block_until_ready(self._init(self.params, prompt_1P, self._rng, lengths_1, limit_1))
+    return jax.block_until_ready(self._init(self.params, prompt_1P, rng, lengths_1, limit_1))
 
-  def compile(self, prompt_1P, lengths_1, new_tokens):
+  def compile(self, prompt_1P, lengths_1, rng, new_tokens):
     """Compile both parts and run them once; return the final state."""
-    state = self.start(prompt_1P, lengths_1, new_tokens)
+    state = self.start(prompt_1P, lengths_1, rng, new_tokens)
     begin = time.perf_counter()
     state = self.finish(state)
     self.compile_seconds = time.perf_counter() - begin
@@ -187,9 +215,9 @@ class _Runner:
     """Run the loop; the state is used up."""
     return jax.block_until_ready(self._loop(self.params, state))
 
-  def text(self, prompt_1P, lengths_1, new_tokens) -> list[int]:
+  def text(self, prompt_1P, lengths_1, rng, new_tokens) -> list[int]:
     """Return the ids that follow a prompt."""
-    progress = self.finish(self.start(prompt_1P, lengths_1, new_tokens)).progress
+    progress = self.finish(self.start(prompt_1P, lengths_1, rng, new_tokens)).progress
     start, stop = int(progress.prompt_B[0]), int(progress.length_B[0])
     return np.asarray(progress.tokens_BW)[0, start:stop].tolist()
 
@@ -237,7 +265,7 @@ def _count(states) -> dict[str, int]:
   return total
 
 
-def _arm(way, runner, times, texts, reference, new_tokens) -> Arm:
+def _arm(way, runner, times, texts, reference, new_tokens, genppl, entropy) -> Arm:
   emitted = new_tokens * len(texts)
   rates = [emitted / seconds for seconds in times.loops]
   rate, counts = statistics.median(rates), times.counts
@@ -248,7 +276,8 @@ def _arm(way, runner, times, texts, reference, new_tokens) -> Arm:
     acceptance=counts["accepted"] / counts["drafted"] if counts["drafted"] else None,
     conditional=counts["accepted"] / counts["decided"] if counts["drafted"] else None,
     same=statistics.fmean(a == b for a, b in zip(texts, reference, strict=True)),
-    length=statistics.fmean(map(len, texts)), compile_seconds=runner.compile_seconds,
+    length=statistics.fmean(map(len, texts)), genppl=genppl, entropy=entropy,
+    compile_seconds=runner.compile_seconds,
   )  # fmt: skip
 
 
@@ -256,15 +285,15 @@ def table(arms: Sequence[Arm]) -> str:
   """Return the arms as a table."""
   header = (
     "arm", "exact", "tok/s", "±", "× static", "with prompt", "target passes", "draft passes",
-    "acceptance", "conditional", "same text", "mean length",
+    "acceptance", "conditional", "same text", "mean length", "GenPPL", "entropy",
   )  # fmt: skip
-  share = lambda x: "" if x is None else f"{x:.3f}"  # noqa: E731
+  known = lambda x, digits=3: "" if x is None else f"{x:.{digits}f}"  # noqa: E731
   cells = [
     (
       arm.name, "yes" if arm.exact else "no", f"{arm.rate:.1f}", f"{100 * arm.spread:.0f} %",
       f"{arm.rate / arms[0].rate:.2f}", f"{arm.end_to_end:.1f}", f"{arm.target_passes:.3f}",
-      f"{arm.draft_passes:.3f}", share(arm.acceptance), share(arm.conditional),
-      f"{100 * arm.same:.0f} %", f"{arm.length:.1f}",
+      f"{arm.draft_passes:.3f}", known(arm.acceptance), known(arm.conditional),
+      f"{100 * arm.same:.0f} %", f"{arm.length:.1f}", known(arm.genppl, 1), known(arm.entropy, 2),
     )
     for arm in arms
   ]  # fmt: skip

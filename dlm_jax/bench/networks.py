@@ -6,21 +6,23 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dlm_jax import experiment, models, pipeline, sample
+from dlm_jax import evaluators, experiment, models, pipeline, sample
 from dlm_jax.bench.decode import Network
 from dlm_jax.bench.weights import random_params
 from dlm_jax.data import loader
 from dlm_jax.decoding import requests
 from dlm_jax.errors import InputError
+from dlm_jax.evaluate import likelihood
 
 
 class Task(NamedTuple):
-  """What to decode with what; the rule has block length, mask and stop ids."""
+  """What to decode with what; the rule has block length, temperature, mask and stop ids."""
 
   target: Network
   draft: Network | None
   prompts: list[list[int]]
   rule: sample.BlockOptions
+  judge: likelihood.Judge | None = None
 
 
 def from_checkpoint(
@@ -34,7 +36,10 @@ def from_checkpoint(
   chat: bool = False,
   max_new_tokens: int,
   block_length: int | None = None,
+  temperature: float = 0.0,
+  dtype: str | None = None,
   storage: str | None = None,
+  judge: str = "",
 ) -> Task:
   """Return trained networks with prompts from a file or of a validation split.
 
@@ -48,12 +53,15 @@ def from_checkpoint(
     chat: a line is what a user says.
     max_new_tokens: that the network has to have room for.
     block_length: None: what the checkpoint names.
+    temperature: of both networks.
+    dtype: of products; None: what sampling takes.
     storage: of parameters, see `models.regroup`; None: what sampling takes.
+    judge: workdir or model directory of a next-token network with the same tokenizer, or "".
 
   Raises:
     InputError: there are no prompts, or see `pipeline.open_decoder` and `TextDecoder.plan`.
   """
-  pipe = pipeline.open_decoder(path, draft=draft, storage=storage)
+  pipe = pipeline.open_decoder(path, draft=draft, dtype=dtype, storage=storage)
   prompts = _lines(file)[:count] if file else []
   if not file and data:
     rows_NL = loader.evaluation_groups(data, "validation", count)[0]
@@ -63,12 +71,17 @@ def from_checkpoint(
       "there are no prompts: give --prompts=FILE, one per line, or --data=DIR, a packed dataset."
     )
   block = {} if block_length is None else {"block_length": block_length}
-  plan = pipe.plan(prompts, chat=chat, max_new_tokens=max_new_tokens, **block)
+  plan = pipe.plan(
+    prompts, chat=chat, max_new_tokens=max_new_tokens, temperature=temperature, **block
+  )
   lengths_B = np.asarray(plan.lengths_B)
   rows = [row[:n].tolist() for row, n in zip(np.asarray(plan.prompt_BP), lengths_B, strict=True)]
+  reader = evaluators.load_judge(judge, pipe.tokenizer) if judge else None
+  if reader is not None and reader.retokenise is not None:
+    raise InputError(f"judge {judge} has another tokenizer; take one trained on the same tokens.")
   pipe.load_weights()
   drafting = None if pipe.draft is None else Network(*pipe.draft.loaded)
-  return Task(Network(*pipe.loaded), drafting, rows, plan.rule)
+  return Task(Network(*pipe.loaded), drafting, rows, plan.rule, reader and reader.judge)
 
 
 def _lines(file):
@@ -83,6 +96,8 @@ def from_config(
   count: int,
   length: int,
   block_length: int | None = None,
+  temperature: float = 0.0,
+  dtype: str | None = None,
   storage: str | None = None,
 ) -> Task:
   """Return random networks and prompts: speeds mean something, texts and acceptance do not.
@@ -93,6 +108,8 @@ def from_config(
     count: prompts.
     length: of each, tokens.
     block_length: None: what the target's objective names.
+    temperature: of both networks.
+    dtype: of products and weights; None: the configs'.
     storage: of parameters, see `models.regroup`; None: what sampling takes.
 
   Raises:
@@ -102,20 +119,22 @@ def from_config(
   size = block_length or config.objective.get("block_length")
   if not size:
     raise InputError("the config names no block length; give --block_length.")
-  made = [_random(one, storage) for one in networks]
+  made = [_random(one, dtype, storage) for one in networks]
   model = made[0].model
   proc = experiment.make_process(config, model)
   if proc is None:
     raise InputError(f"process.name={config.process.name!r} has no mask; take a config with one.")
   prompts_BP = np.random.default_rng(0).integers(0, proc.mask_id, (count, length))
-  rule = sample.BlockOptions(block_length=size, mask_id=proc.mask_id)
+  rule = sample.BlockOptions(block_length=size, mask_id=proc.mask_id, temperature=temperature)
   return Task(made[0], made[1] if draft is not None else None, prompts_BP.tolist(), rule)
 
 
-def _random(model, storage):
+def _random(model, dtype, storage):
   storage = storage or models.default_storage()
   try:
-    fields = dataclasses.replace(model.config, storage=storage, remat="none")
+    fields = dataclasses.replace(
+      model.config, storage=storage, dtype=dtype or model.config.dtype, remat="none"
+    )
   except ValueError as error:
     raise InputError(str(error)) from None
   model = model.clone(config=fields)

@@ -29,6 +29,8 @@ def main(argv: list[str]) -> None:
     raise InputError("--draft is of `bench decode` and `bench passes`.")
   if options.checkpoint and options.what != "decode":
     raise InputError("--checkpoint is of `bench decode`.")
+  if options.judge and not options.checkpoint:
+    raise InputError("--judge is of `bench decode --checkpoint`: random weights write no text.")
   config = flags.load_config(options)
   if config is None:
     return
@@ -106,12 +108,13 @@ def _passes(options, config, device) -> dict[str, Any]:
 def _decode(options, config, device) -> dict[str, Any]:
   """Compare ways of decoding."""
   shared = {"count": options.num_prompts, "block_length": options.block_length,
+            "temperature": options.temperature, "dtype": options.dtype,
             "storage": options.storage or None}  # fmt: skip
   if options.checkpoint:
     task = networks.from_checkpoint(
       options.checkpoint, options.draft or None, file=options.prompts, data=options.data,
       length=options.prompt_length, chat=options.chat, max_new_tokens=options.max_new_tokens,
-      **shared,
+      judge=options.judge, **shared,
     )  # fmt: skip
   else:
     draft = experiment.load_config(options.draft) if options.draft else None
@@ -119,15 +122,16 @@ def _decode(options, config, device) -> dict[str, Any]:
   arms = decode.bench_decode(
     task.target, task.draft, task.prompts, task.rule, new_tokens=options.new_tokens,
     max_new_tokens=options.max_new_tokens, repeats=options.repeats, threshold=options.threshold,
+    judge=task.judge,
   )  # fmt: skip
   name = options.checkpoint or f"{options.config} with random weights"
   print(
     f"{name} on {device}, jax {jax.__version__}: {len(task.prompts)} prompts one at a time, blocks "
-    f"of {task.rule.block_length}, {task.target.model.config.dtype}, {options.new_tokens} new "
-    "tokens timed\n"
+    f"of {task.rule.block_length}, {task.target.model.config.dtype}, temperature "
+    f"{task.rule.temperature:g}, {options.new_tokens} new tokens timed\n"
   )
   print(decode.table(arms))
-  keys = ("new_tokens", "max_new_tokens", "threshold", "repeats")
+  keys = ("new_tokens", "max_new_tokens", "temperature", "threshold", "repeats", "judge")
   return {
     "checkpoint": options.checkpoint, "draft": options.draft, "prompts": len(task.prompts),
     "block_length": task.rule.block_length, "dtype": task.target.model.config.dtype,
@@ -172,6 +176,9 @@ dlm-jax bench decode --checkpoint=SDAR-8B-Chat-b8 --draft=SDAR-1.7B-Chat-b8 --pr
   add("--new_tokens", type=int, default=128, metavar="N", help="emitted in timed runs")
   add("--max_new_tokens", type=int, default=256, metavar="N", help="in runs that may stop")
   add("--block_length", type=int, metavar="N", help="default: what checkpoint or config names")
+  add("--temperature", type=float, default=0.0, metavar="T")
   add("--threshold", type=float, default=0.9, metavar="P", help="of the dynamic arm")
+  add("--judge", default="", metavar="PATH", help="next-token network that reads the texts")
+  add("--dtype", choices=("float32", "bfloat16"), help="of products; default: as in sampling")
   add("--storage", default="", help="stacked, layers or fused: how parameters are kept")
   return parser

@@ -11,6 +11,7 @@ import functools
 from typing import Any
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -222,8 +223,21 @@ def _lookup_backward(gradient, residual, cotangent):
 lookup.defvjp(_lookup_forward, _lookup_backward)
 
 
+@flax.struct.dataclass
+class FewTokens:
+  """Soft tokens of which a few entries hold all the weight.
+
+  Attributes:
+    ids: int [..., J], which; different ones.
+    logits: float [..., J]; their softmax mixes the embeddings.
+  """
+
+  ids: Any
+  logits: Any
+
+
 class Embedding(nn.Module):
-  """Hold a [V, D] table; take ids, or logits over V of which the softmax is mixed."""
+  """Hold a [V, D] table; take ids, or logits over V or of `FewTokens`, whose softmax is mixed."""
 
   vocab_size: int
   dim: int
@@ -235,6 +249,10 @@ class Embedding(nn.Module):
     self.embedding = self.param("embedding", init, (self.vocab_size, self.dim))
 
   def __call__(self, tokens) -> Float[Array, "B L D"]:
+    if isinstance(tokens, FewTokens):
+      rows = lookup(self.embedding, tokens.ids, "segment")  # J times as many as positions
+      mix = jax.nn.softmax(tokens.logits.astype(jnp.float32), axis=-1)
+      return jnp.sum(mix[..., None] * rows.astype(jnp.float32), axis=-2)
     if jnp.issubdtype(tokens.dtype, jnp.integer):
       return lookup(self.embedding, tokens, self.gradient)
     mix = jax.nn.softmax(tokens.astype(jnp.float32), axis=-1)

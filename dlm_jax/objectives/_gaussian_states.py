@@ -5,6 +5,10 @@ A soft state w = α̃ p + σ̃ ξ is a dense [B, L, V] array. It is made, turned
 softmax(w/τ) E and thrown away chunk by chunk, and made again in the backward pass: noise has a key
 per position, so nothing but embeddings of width D is ever kept.
 
+At the temperatures in use a few entries of w hold all of the softmax (`GaussianDuality.enough`: 8
+at V = 50,258 and τ = 1e-3). Then only these are kept: of predictions found once, among all; of data
+drawn from their own law, without any dense array.
+
 Reference: Duo, arXiv 2506.10892, section 4; IDLM, arXiv 2602.19066, section 3.
 """
 
@@ -12,12 +16,16 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from dlm_jax.arrays import Params, Scalar
 from dlm_jax.models import DiT
+from dlm_jax.models.layers import FewTokens
 from dlm_jax.objectives.state import map_positions
 from dlm_jax.process import GaussianDuality, Uniform
+
+KEPT = "soft_entries"  # which entries of w matter, and their noise
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,12 +35,15 @@ class Relaxation:
   Attributes:
     duality: the Gaussian process behind it.
     tau: temperature of the soft input; Duo's curriculum changes it while running.
+    few: how many of the largest entries of w hold softmax(w/τ) at any τ in use; None: all are
+      needed. See `GaussianDuality.enough`.
     path_gradient: whether gradients flow from the soft state to the prediction it was made from.
       False is the "DMD-like" ablation, reported to diverge.
   """
 
   duality: GaussianDuality
   tau: Scalar | float = 1e-3
+  few: int | None = None
   path_gradient: bool = True
 
   @property
@@ -49,9 +60,35 @@ class Relaxation:
     w_BKV = jax.vmap(self.duality.diffuse)(p0_BKV, noise_BKV, t_B)
     return jnp.where(valid_BK[..., None], w_BKV, p0_BKV)
 
-  def soften(self, w_BKV: Float[Array, "B K V"]) -> Float[Array, "B K V"]:
-    """Return soft tokens of w."""
-    return self.duality.temper(w_BKV, self.tau)
+  def diffuse_data(
+    self, x0_BK: Int[Array, "B K"], rng_B: Key[Array, "B"], position_BK: Int[Array, "B K"],
+    t_B: Float[Array, "B"], valid_BK: Bool[Array, "B K"],
+  ) -> tuple[Int[Array, "B K J"], Float[Array, "B K J"]]:  # fmt: skip
+    """Return ids and values of the entries of w that matter, of data; `few` must be set."""
+    ids_BKJ, w_BKJ = jax.vmap(self.duality.diffuse_data, in_axes=(0, 0, 0, 0, None))(
+      rng_B, x0_BK, position_BK, t_B, self.few
+    )
+    return ids_BKJ, jnp.where(valid_BK[..., None], w_BKJ, ids_BKJ == x0_BK[..., None])
+
+  def select(
+    self, p0_BKV: Float[Array, "B K V"], w_BKV: Float[Array, "B K V"], t_B: Float[Array, "B"],
+    valid_BK: Bool[Array, "B K"],
+  ) -> tuple[Int[Array, "B K J"], Float[Array, "B K J"]]:  # fmt: skip
+    """Return ids and values of the largest entries of w, the largest first; `few` must be set.
+
+    Differentiable in p₀ at these entries; what to keep for that is named `KEPT`.
+    """
+    signal_B11 = self.duality.coefficients(t_B)[0][:, None, None]
+    slope_BK1 = jnp.where(valid_BK[..., None], signal_B11, 1.0)
+    largest_BKJ, ids_BKJ = jax.lax.top_k(jax.lax.stop_gradient(w_BKV), self.few)
+    ids_BKJ = checkpoint_name(ids_BKJ, KEPT)
+    p0_BKJ = jnp.take_along_axis(p0_BKV, ids_BKJ, axis=-1)
+    rest_BKJ = largest_BKJ - slope_BK1 * jax.lax.stop_gradient(p0_BKJ)
+    return ids_BKJ, slope_BK1 * p0_BKJ + checkpoint_name(rest_BKJ, KEPT)
+
+  def soften(self, w: Float[Array, "B K _"]) -> Float[Array, "B K _"]:
+    """Return soft tokens of w, or of its entries that matter."""
+    return self.duality.temper(w, self.tau)
 
 
 def _positions(tokens_BL):
@@ -64,12 +101,20 @@ def embed_data(
 ) -> tuple[Int[Array, "B L"], Float[Array, "B L D"]]:  # fmt: skip
   """Return hard states argmax w of diffused data, and the soft ones' embeddings under `params`."""
 
+  def embed_few(x0_BK, position_BK, valid_BK):
+    ids_BKJ, w_BKJ = relaxation.diffuse_data(x0_BK, rng_B, position_BK, t_B, valid_BK)
+    soft = FewTokens(ids_BKJ, relaxation.soften(w_BKJ))
+    first_BK1 = jnp.argmax(w_BKJ, -1, keepdims=True)
+    z_BK = jnp.take_along_axis(ids_BKJ, first_BK1, axis=-1)[..., 0]
+    return z_BK.astype(x0_BL.dtype), model.apply({"params": params}, soft, method="embedded")
+
   def embed(x0_BK, position_BK, valid_BK):
     one_hot_BKV = jax.nn.one_hot(x0_BK, model.config.vocab_size)
     w_BKV = relaxation.diffuse(one_hot_BKV, rng_B, position_BK, t_B, valid_BK)
     embedded = model.apply({"params": params}, relaxation.soften(w_BKV), method="embedded")
     return jnp.argmax(w_BKV, -1).astype(x0_BL.dtype), embedded
 
+  embed = embed if relaxation.few is None else embed_few
   return map_positions(embed, (x0_BL, _positions(x0_BL), valid_BL), chunk)
 
 
@@ -97,8 +142,12 @@ def embed_predictions(
     if not relaxation.path_gradient:
       p_BKV = jax.lax.stop_gradient(p_BKV)
     w_BKV = relaxation.diffuse(p_BKV, rng_B, position_BK, t_B, valid_BK)
-    soft_BKV = relaxation.soften(w_BKV)
-    embedded = tuple(model.apply({"params": tree}, soft_BKV, method="embedded") for tree in trees)
-    return jnp.argmax(jax.lax.stop_gradient(w_BKV), -1).astype(jnp.int32), embedded
+    if relaxation.few is None:
+      z_BK, soft = jnp.argmax(jax.lax.stop_gradient(w_BKV), -1), relaxation.soften(w_BKV)
+    else:
+      ids_BKJ, w_BKJ = relaxation.select(p_BKV, w_BKV, t_B, valid_BK)
+      z_BK, soft = ids_BKJ[..., 0], FewTokens(ids_BKJ, relaxation.soften(w_BKJ))
+    embedded = tuple(model.apply({"params": tree}, soft, method="embedded") for tree in trees)
+    return z_BK.astype(jnp.int32), embedded
 
-  return map_positions(embed, (_positions(valid_BL), valid_BL, *arrays), chunk)
+  return map_positions(embed, (_positions(valid_BL), valid_BL, *arrays), chunk, keep=(KEPT,))

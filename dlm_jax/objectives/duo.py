@@ -53,6 +53,11 @@ class Curriculum:
   tau_log10_start: float
   tau_log10_end: float
 
+  @property
+  def few(self) -> int | None:
+    """How many entries hold the softmax at any temperature of the curriculum."""
+    return self.duality.enough(10.0 ** max(self.tau_log10_start, self.tau_log10_end))
+
   def tau(self, step: Int[Array, "*shape"] | int) -> Float[Array, "*shape"]:
     """Return the temperature of a step's soft inputs; 1e-10 once the curriculum is over."""
     step = jnp.asarray(step)
@@ -93,12 +98,15 @@ def hard_inputs(
 
 def soft_inputs(
   params: Params, batch: Batch, rng_B: Key[Array, "B"], *, model: DiT, duality: GaussianDuality,
-  tau: Float[Array, ""] | float, chunk: int | None,
+  tau: Float[Array, ""] | float, chunk: int | None, few: int | None = None,
 ) -> tuple[Int[Array, "B L"], Float[Array, "B L D"]]:  # fmt: skip
-  """Return argmax w of diffused tokens, prompts kept, and the embeddings of softmax(w/τ)."""
+  """Return argmax w of diffused tokens, prompts kept, and the embeddings of softmax(w/τ).
+
+  `few`: see `Relaxation`.
+  """
   return embed_data(
     params, batch["tokens"], rng_B, batch["t"], valid_tokens(batch), model=model,
-    relaxation=Relaxation(duality=duality, tau=tau), chunk=chunk,
+    relaxation=Relaxation(duality=duality, tau=tau, few=few), chunk=chunk,
   )  # fmt: skip
 
 
@@ -153,7 +161,7 @@ def loss(
     soft, duality = step < curriculum.end, curriculum.duality
     soften = functools.partial(
       soft_inputs, params, batch, rng_noise_B, model=model, duality=duality,
-      tau=curriculum.tau(step), chunk=chunk,
+      tau=curriculum.tau(step), chunk=chunk, few=curriculum.few,
     )  # fmt: skip
     inputs = jax.lax.cond(soft, soften, harden)
     schedules = (duality.process.schedule, process.schedule)

@@ -306,7 +306,9 @@ def make(
     duality = GaussianDuality(
       vocab_size=process.vocab_size, gamma_min=gamma_min, gamma_max=gamma_max
     )
-    relaxation = Relaxation(duality=duality, tau=tau, path_gradient=path_gradient)
+    relaxation = Relaxation(
+      duality=duality, tau=tau, few=duality.enough(tau), path_gradient=path_gradient
+    )
     process = relaxation.process
     chunk = positions_per_chunk(chunk, model.config.length, process.vocab_size)
   if chunk and model.config.length % chunk:

@@ -208,17 +208,21 @@ def over_micro_batches(function: Callable[[Batch], Any], batch: Batch, count: in
   return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:]), pieces)
 
 
-def map_positions(function: Callable, arrays: tuple[Array, ...], chunk: int | None) -> Any:
+def map_positions(
+  function: Callable, arrays: tuple[Array, ...], chunk: int | None, keep: tuple[str, ...] = ()
+) -> Any:
   """Apply a function of [B, L, …] arrays in chunks of positions, recomputed in the backward pass.
 
   Args:
     function: (*arrays) -> tree of arrays [B, K, …].
     arrays: [B, L, …] each.
     chunk: positions at a time; must divide L. None applies the function once, to everything.
+    keep: names, given by `checkpoint_name`, of what is not computed again.
   """
   if chunk is None or chunk >= arrays[0].shape[1]:
     return function(*arrays)
-  body = jax.checkpoint(lambda pieces: function(*pieces))
+  policy = jax.checkpoint_policies.save_only_these_names(*keep)
+  body = jax.checkpoint(lambda pieces: function(*pieces), policy=policy)
   return in_chunks(lambda carry, pieces: (carry, body(pieces)), (), arrays, chunk)[1]
 
 

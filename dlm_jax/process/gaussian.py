@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 from scipy import special
 
 from dlm_jax.arrays import RngKey, Scalar
+from dlm_jax.process import extremes
 from dlm_jax.process.uniform import Uniform
 from dlm_jax.schedules import Derived, Times
 
@@ -144,9 +145,46 @@ class GaussianDuality:
     self, p0_LV: Float[Array, "L V"], noise_LV: Float[Array, "L V"], t: Scalar
   ) -> Float[Array, "L V"]:
     """Return w = α̃ p₀ + σ̃ ξ; differentiable in p₀. Its argmax is the hard state."""
-    gamma = self.process.schedule.gamma(t)
-    signal, spread = jnp.sqrt(jax.nn.sigmoid(-gamma)), jnp.sqrt(jax.nn.sigmoid(gamma))
+    signal, spread = self.coefficients(t)
     return signal * p0_LV + spread * noise_LV
+
+  def coefficients(self, t: Times) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"]]:
+    """Return α̃ and σ̃."""
+    gamma = self.process.schedule.gamma(t)
+    return jnp.sqrt(jax.nn.sigmoid(-gamma)), jnp.sqrt(jax.nn.sigmoid(gamma))
+
+  def enough(self, tau: float) -> int | None:
+    """Return how many of the largest entries of w hold softmax(w/τ); None if they are not few."""
+    return extremes.enough(self.vocab_size, special.expit(self.gamma_min) ** 0.5, tau)
+
+  def diffuse_data(
+    self, rng: RngKey, x0_L: Int[Array, "L"], positions_L: Int[Array, "L"], t: Scalar, count: int
+  ) -> tuple[Int[Array, "L J"], Float[Array, "L J"]]:
+    """Draw the entries of w that matter for one-hot data: the token's and the largest others.
+
+    In law those of `diffuse` with `noise`, for 2 k + 1 random numbers a position instead of V.
+
+    Args:
+      rng: key; a position has its own.
+      x0_L: clean tokens.
+      positions_L: their positions.
+      t: time.
+      count: k, the others; see `enough`.
+
+    Returns:
+      Ids, the token's own first, and values; J = k + 1.
+    """
+    signal, spread = self.coefficients(t)
+
+    def one(position, token):
+      own, largest, which = jax.random.split(jax.random.fold_in(rng, position), 3)
+      values = extremes.largest_normals(largest, self.vocab_size - 1, count)
+      ids = extremes.distinct(which, self.vocab_size - 1, count)
+      ids = jnp.concatenate([token[None], ids + (ids >= token)])
+      mine = signal + spread * jax.random.normal(own, (1,))
+      return ids, jnp.concatenate([mine, spread * values])
+
+    return jax.vmap(one)(positions_L, x0_L)
 
   def temper(self, w: Float[Array, "*batch V"], tau: Scalar | float) -> Float[Array, "*batch V"]:
     """Return the soft tokens (w − max w)/τ, of which a network mixes embeddings by softmax.

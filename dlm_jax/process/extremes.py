@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The largest of many normals, drawn without the others.
+
+A soft token softmax(w/τ) of V normals w looks dense and is not: at τ = 1e-3 all but a few entries
+are less than float32 can add to 1. So a few entries say all, and if w has no data in it but for one
+token they can be drawn from their own law, with k numbers instead of V.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+from scipy import special
+
+from dlm_jax.arrays import RngKey
+
+_MOST = 32  # entries; beyond that dense arrays are as good
+_ROUNDING = 2.0**-24
+
+
+def enough(vocab_size: int, spread: float, tau: float) -> int | None:
+  """Return how many of the largest entries hold a softmax; None if they are not few.
+
+  Around the largest of V normals of deviation σ the spacings are independent exponentials with
+  rates j λ, j = 1, 2, … from the top (Rényi), λ = hazard/σ. So the weight of number j + 1 over that
+  of the largest has mean
+
+    E e^(−Σ spacings/τ) = Π_{i ≤ j} i/(i + r) = 1/C(j + r, j),   r = 1/(λ τ).
+
+  k is the least for which these means, from j = k on, sum to less than 2⁻²⁴.
+
+  Args:
+    vocab_size: V.
+    spread: σ, the least in use.
+    tau: temperature, the largest in use.
+  """
+  top = special.ndtri(1 - 0.01 / vocab_size)  # a level that is rarely passed: hazards rise with it
+  hazard = math.exp(-(top**2) / 2) / math.sqrt(2 * math.pi) / (0.01 / vocab_size)
+  r = spread / (hazard * tau)
+  means = [1 / special.binom(j + r, j) for j in range(1, 3 * _MOST)]
+  for k in range(1, _MOST + 1):
+    if sum(means[k - 1 :]) < _ROUNDING:
+      return k if k * 64 <= vocab_size else None
+  return None
+
+
+def largest_normals(rng: RngKey, total: int, count: int) -> Float[Array, "k"]:
+  """Draw the k largest of so many independent standard normals, the largest first; float32.
+
+  Uniforms' order statistics from the top: U₍₁₎ = u₁^(1/n), U₍₂₎ = U₍₁₎ u₂^(1/(n−1)), …, as sums of
+  logarithms, so that 1 − U, of order 1/n, keeps its digits.
+
+  Args:
+    rng: key.
+    total: n.
+    count: k ≤ n.
+  """
+  log_u = -jnp.cumsum(jax.random.exponential(rng, (count,)) / (total - jnp.arange(count)))
+  return -jax.scipy.special.ndtri(-jnp.expm1(log_u))
+
+
+def distinct(rng: RngKey, total: int, count: int) -> Int[Array, "k"]:
+  """Draw k different numbers of 0 … n − 1, in order of drawing, each sequence alike.
+
+  Number j is uniform among those not drawn yet: one of n − j, moved past every smaller one drawn.
+  """
+
+  def step(drawn, number_and_key):
+    j, key = number_and_key
+    number = jax.random.randint(key, (), 0, total - j)
+    # i of the drawn lie below the i-th smallest, c: among the rest it stands before number c − i
+    number += jnp.sum(drawn - jnp.arange(count) <= number)
+    return jnp.sort(drawn.at[-1].set(number)), number
+
+  nothing = jnp.full(count, 2 * total + count, jnp.int32)  # never moved past
+  return jax.lax.scan(step, nothing, (jnp.arange(count), jax.random.split(rng, count)))[1]

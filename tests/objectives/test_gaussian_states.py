@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Soft inputs from a few entries of the state: the embeddings and gradients of all of them."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+
+from dlm_jax import process
+from dlm_jax.objectives import _gaussian_states as states
+from dlm_jax.objectives import duo, idlm
+
+V, L, B = 1024, 4, 3
+
+
+@pytest.fixture(scope="module")
+def network():
+  return tiny.network(vocab_size=V, time_conditioning=True)
+
+
+def _relaxation(few=True):
+  duality = process.GaussianDuality(vocab_size=V)
+  return states.Relaxation(duality=duality, tau=1e-3, few=duality.enough(1e-3) if few else None)
+
+
+def _predictions(network, relaxation, sharpness, valid, chunk=2):
+  """Return (hard states, embeddings), and a gradient, of predictions as sharp as told."""
+  model, params = network
+  hidden = jax.random.normal(jax.random.key(1), (B, L, 8))
+  table = sharpness * jax.random.normal(jax.random.key(2), (8, V))
+  keys, t = jax.random.split(jax.random.key(3), B), jnp.asarray([0.0, 0.4, 1.0])
+  weights = jax.random.normal(jax.random.key(4), (B, L, 8))
+
+  def run(table, hidden, params):
+    def predict(h, free):  # a prompt's token is given
+      return jnp.where(free[..., None], jax.nn.softmax(h @ table), jax.nn.one_hot(5, V))
+
+    z, (x,) = states.embed_predictions(
+      predict, (hidden, valid), (params,), keys, t, valid, model=model, relaxation=relaxation,
+      chunk=chunk,
+    )  # fmt: skip
+    return jnp.sum(x * weights), (z, x)
+
+  run = jax.value_and_grad(run, argnums=(0, 1, 2), has_aux=True)
+  return run, (table, hidden, params)
+
+
+@pytest.mark.parametrize("sharpness", [0.0, 0.5, 3.0])
+def test_few_entries_of_predictions_are_all(network, sharpness):
+  valid = jnp.arange(L)[None] >= jnp.asarray([0, 1, 2])[:, None]
+  found = []
+  for few in (True, False):
+    run, arguments = _predictions(network, _relaxation(few), sharpness, valid)
+    ((_, (z, x)), gradients) = jax.jit(run)(*arguments)
+    found.append((z, x, gradients))
+  (z, x, gradients), (z_all, x_all, gradients_all) = found
+  np.testing.assert_array_equal(z, z_all)
+  np.testing.assert_allclose(x, x_all, rtol=0, atol=2e-5)
+  for ours, wanted in zip(*map(jax.tree.leaves, (gradients, gradients_all)), strict=True):
+    scale = max(1e-3, float(jnp.abs(wanted).max()))
+    np.testing.assert_allclose(ours, wanted, rtol=0, atol=3e-3 * scale)
+
+
+def test_entries_are_found_once(network):
+  """The backward pass makes the prediction again, but neither noise nor the search."""
+  valid = jnp.ones((B, L), bool)
+  run, arguments = _predictions(network, _relaxation(), 0.5, valid)
+  text = str(jax.make_jaxpr(run)(*arguments))
+  assert text.count("top_k") == 1 and text.count("erf_inv") == 1
+  run, arguments = _predictions(network, _relaxation(few=False), 0.5, valid)
+  assert str(jax.make_jaxpr(run)(*arguments)).count("erf_inv") == 2
+
+
+def test_data_need_no_dense_array(network):
+  """Neither forward nor backward, apart from the table's own gradient."""
+  model, params = network
+  x0, t = tiny.tokens(batch=B), jnp.asarray([0.0, 0.4, 1.0])
+  keys, valid = jax.random.split(jax.random.key(3), B), jnp.arange(L)[None] >= jnp.ones((B, 1))
+
+  def run(params):
+    return states.embed_data(
+      params, x0, keys, t, valid, model=model, relaxation=_relaxation(), chunk=2
+    )
+
+  z, x = jax.jit(run)(params)
+  table = params["embed"]["embedding"]
+  np.testing.assert_array_equal(z[:, 0], x0[:, 0])
+  np.testing.assert_allclose(x[:, 0], table[x0[:, 0]], rtol=1e-6)
+  assert (z[:, 1:] != x0[:, 1:]).any()
+  text = str(jax.make_jaxpr(jax.grad(lambda p: run(p)[1].sum()))(params))
+  assert re.search(rf"\[{V},8\]", text)
+  assert not re.search(rf"\[(?!8,)[\d,]+,{V}\]", text), "other than of the head's own gradient"
+
+
+def test_objectives_use_few_entries_where_they_are_few(monkeypatch):
+  """IDLM and Duo choose by vocabulary and temperature."""
+  seen, original = [], states.Relaxation
+  monkeypatch.setattr(idlm, "Relaxation", lambda **x: seen.append(x["few"]) or original(**x))
+  for size, tau in ((V, 1e-3), (V, 0.1), (16, 1e-3)):
+    model, _ = tiny.network(vocab_size=size, time_conditioning=True)
+    idlm.make(
+      model=model, process=process.Uniform(vocab_size=size),
+      optimizers=dict.fromkeys(idlm.TRAINED, optax.sgd(0.1)), tau=tau,
+    )  # fmt: skip
+  assert seen == [7, None, None]
+  curriculum = duo.Curriculum(
+    duality=process.GaussianDuality(vocab_size=V), start=0, end=9, tau_log10_start=-3.0,
+    tau_log10_end=-4.0,
+  )  # fmt: skip
+  assert curriculum.few == curriculum.duality.enough(1e-3) == 7
