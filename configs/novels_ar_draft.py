@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Autoregressive decoder of the Qwen3 kind, 8 M parameters: where `novels_sdar_draft` starts.
 
-The data of `novels_teacher`. The embedding has a row for the mask, which is never a target. Meant
-to take about three minutes on one H100. Not run by us.
+The data of `novels_teacher`. The embedding has a row for the mask, which is never a target.
+
+3,500 steps took 215 s on one H100: validation perplexity 36.5 (step 2,100); see docs/decoding.md.
 
 Reference: Qwen3, arXiv 2505.09388.
 

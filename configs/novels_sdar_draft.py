@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Block diffusion with SDAR's noise, 8 M parameters, blocks of four tokens; a draft for decoding.
 
-Continues `novels_ar_draft` on the data of `novels_teacher`. Meant to take about three minutes on
-one H100. Blocks of eight are trained the same way, from the same start. Not run by us.
+Continues `novels_ar_draft` on the data of `novels_teacher`. Blocks of eight are trained the same
+way, from the same start.
+
+2,200 steps took 149 s on one H100: validation bound 58.9 per token, with blocks of eight 63.4
+(step 2,000); see docs/decoding.md.
 
 Reference: SDAR, arXiv 2510.06303.
 

@@ -23,7 +23,7 @@ from dlm_jax.arrays import Params, Scalar
 from dlm_jax.models import DiT
 from dlm_jax.models.layers import FewTokens
 from dlm_jax.objectives.state import map_positions
-from dlm_jax.process import GaussianDuality, Uniform
+from dlm_jax.process import GaussianDuality, Uniform, extremes
 
 KEPT = "soft_entries"  # which entries of w matter, and their noise
 
@@ -80,7 +80,7 @@ class Relaxation:
     """
     signal_B11 = self.duality.coefficients(t_B)[0][:, None, None]
     slope_BK1 = jnp.where(valid_BK[..., None], signal_B11, 1.0)
-    largest_BKJ, ids_BKJ = jax.lax.top_k(jax.lax.stop_gradient(w_BKV), self.few)
+    largest_BKJ, ids_BKJ = extremes.largest(jax.lax.stop_gradient(w_BKV), self.few)
     ids_BKJ = checkpoint_name(ids_BKJ, KEPT)
     p0_BKJ = jnp.take_along_axis(p0_BKV, ids_BKJ, axis=-1)
     rest_BKJ = largest_BKJ - slope_BK1 * jax.lax.stop_gradient(p0_BKJ)

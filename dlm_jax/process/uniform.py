@@ -92,14 +92,7 @@ class Uniform:
 
     Reference: Duo, arXiv 2506.10892, appendix; in this form IDLM, arXiv 2602.19066, appendix C.
     """
-    alpha, dalpha = self.schedule.alpha(t), self.schedule.dalpha(t)
-    c = self.vocab_size * alpha / (1 - alpha)
-    excess_LV, log_ratio_LV = _ratios(c, p0_LV, log_x0_LV)
-    # q = (1 − α)/V · (1 + c p₀)
-    kl_L = (1 - alpha) / self.vocab_size * jnp.sum((1 + c * p0_LV) * log_ratio_LV, axis=-1)
-    at_z = lambda x_LV: jnp.sum(self._one_hot(xt_L, x_LV.dtype) * x_LV, axis=-1)  # noqa: E731
-    rate_L = -dalpha / (alpha * (1 - alpha) * (1 + c * at_z(p0_LV)))
-    return rate_L * (kl_L + at_z(excess_LV - log_ratio_LV))
+    return _nelbo(log_x0_LV, p0_LV, xt_L, self.schedule.alpha(t), self.schedule.dalpha(t))
 
   def posterior(
     self, log_x0_LV: Float[Array, "L V"], xt_L: Int[Array, "L"], s: Scalar, t: Scalar
@@ -121,6 +114,48 @@ class Uniform:
 
   def _one_hot(self, ids_L, dtype):
     return jax.nn.one_hot(ids_L, self.vocab_size, dtype=dtype)
+
+
+@jax.custom_vjp
+def _nelbo(log_x0_LV, p0_LV, xt_L, alpha, dalpha):
+  """Return `Uniform.nll_soft`; its gradient keeps no array but the two it is given."""
+  return _nelbo_forward(log_x0_LV, p0_LV, xt_L, alpha, dalpha)[0]
+
+
+def _nelbo_forward(log_x0_LV, p0_LV, xt_L, alpha, dalpha):
+  size = p0_LV.shape[-1]
+  c = size * alpha / (1 - alpha)
+  excess_LV, log_ratio_LV = _ratios(c, p0_LV, log_x0_LV)
+  # q = (1 − α)/V · (1 + c p₀)
+  kl_L = (1 - alpha) / size * jnp.sum((1 + c * p0_LV) * log_ratio_LV, axis=-1)
+  at_z = lambda x_LV: jnp.sum(jax.nn.one_hot(xt_L, size, dtype=x_LV.dtype) * x_LV, axis=-1)  # noqa: E731
+  rate_L = -dalpha / (alpha * (1 - alpha) * (1 + c * at_z(p0_LV)))
+  value_L = rate_L * (kl_L + at_z(excess_LV - log_ratio_LV))
+  return value_L, (log_x0_LV, p0_LV, xt_L, alpha, rate_L, value_L)
+
+
+def _nelbo_backward(residual, cotangent_L):
+  """With ρ = (1 + c p)/(1 + c f), rate r ∝ 1/(1 + c p(z)) and share k = (1 − α)/V · c:
+
+  ∂/∂log f = −r [ k ρ f + 1_z c f (ρ − 1)/(1 + c f) ],
+  ∂/∂p     =  r [ k (1 + log ρ) + 1_z c (ρ − 1)/(1 + c p) ] − 1_z value · c/(1 + c p).
+  """
+  log_x0_LV, p0_LV, xt_L, alpha, rate_L, value_L = residual
+  size = p0_LV.shape[-1]
+  c = size * alpha / (1 - alpha)
+  share = alpha  # (1 − α)/V · c
+  excess_LV, log_ratio_LV = _ratios(c, p0_LV, log_x0_LV)
+  f_LV = jnp.exp(log_x0_LV)
+  here_LV = jax.nn.one_hot(xt_L, size, dtype=p0_LV.dtype)
+  weight_L1, value_L1 = (cotangent_L * rate_L)[:, None], (cotangent_L * value_L)[:, None]
+  at_z_LV = here_LV * c * excess_LV * f_LV / (1 + c * f_LV)
+  of_log_LV = -weight_L1 * (share * (1 + excess_LV) * f_LV + at_z_LV)
+  at_z_LV = here_LV * c / (1 + c * p0_LV) * (weight_L1 * excess_LV - value_L1)
+  of_p0_LV = weight_L1 * share * (1 + log_ratio_LV) + at_z_LV
+  return of_log_LV.astype(log_x0_LV.dtype), of_p0_LV.astype(p0_LV.dtype), None, None, None
+
+
+_nelbo.defvjp(_nelbo_forward, _nelbo_backward)
 
 
 def _ratios(c, p0_LV, log_x0_LV):

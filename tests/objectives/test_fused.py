@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_runs import quick  # noqa: F401
 
 from dlm_jax.objectives._fused import sum_positions
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import special, stats
+from tiny_runs import quick  # noqa: F401
 
 from dlm_jax.process import GaussianDuality, extremes
 
@@ -113,3 +114,15 @@ def test_a_position_draws_alike_in_any_chunk():
   assert all(
     len(set(row)) == 8 and row[0] == i for i, row in enumerate(np.asarray(whole[0]).tolist())
   )
+
+
+@pytest.mark.parametrize(("size", "count"), [(1000, 3), (128, 2), (300, 7), (20, 20)])
+def test_largest_entries(size, count):
+  """Across tiles and within one, padding and minus infinities included."""
+  values = np.random.default_rng(0).normal(size=(4, 5, size)).astype(np.float32)
+  values[0, 0, :count] += 9  # all in one tile
+  values[0, 1, count:] = -np.inf
+  found, places = extremes.largest(jnp.asarray(values), count)
+  wanted = np.argsort(-values, axis=-1, kind="stable")[..., :count]
+  np.testing.assert_array_equal(places, wanted)
+  np.testing.assert_array_equal(found, np.take_along_axis(values, wanted, -1))

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import tiny_decoder
+from tiny_runs import quick  # noqa: F401
 
 from dlm_jax import sample
 from dlm_jax.sample import _select

@@ -13,13 +13,13 @@ import pytest
 import scipy.stats
 import speculative_toy as toy
 import tiny_decoder as tiny
+from tiny_runs import quick  # noqa: F401
 
 from dlm_jax import sample
 from dlm_jax.errors import InputError
 from dlm_jax.models import Cache, Decoder, commit, masks
 from dlm_jax.sample import _draft, _progress
 
-pytestmark = pytest.mark.slow  # minutes of compilation; `pytest -m slow`
 
 # --- recorded ---------------------------------------------------------------------------------
 
@@ -38,7 +38,9 @@ def _recorded_rule(config, case, **options):
   )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["simsd_draft__a", "simsd_draft__b"])
+@pytest.mark.parametrize(
+  "name", ["simsd_draft__a", pytest.param("simsd_draft__b", marks=pytest.mark.slow)]
+)
 def test_recorded_drafts(golden, name):
   """9.3-e: tokens, steps and probabilities of drafted blocks of the release, early stop included.
 
@@ -153,7 +155,9 @@ def _decoder(layers, **options):
   return sample.speculative_decoder(model, model, options, WINDOW)
 
 
-@pytest.mark.parametrize("fill", ["truncate", "target_argmax"])
+@pytest.mark.parametrize(
+  "fill", [pytest.param("truncate", marks=pytest.mark.slow), "target_argmax"]
+)
 def test_rounds_progress_and_the_cache_is_clean(fill):
   """9.3-f: each round decides a token; caches hold the emitted text, whatever was rejected."""
   model, params = toy.network()

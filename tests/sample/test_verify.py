@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_decoder as tiny
+from tiny_runs import quick  # noqa: F401
 
 from dlm_jax.models import Cache, commit, masks
 from dlm_jax.sample import _verify
 
-pytestmark = pytest.mark.slow  # minutes of compilation; `pytest -m slow`
 
 SIZE, MASK_ID = 4, tiny.V - 1
 EXACT = 2e-4  # of logits that vary by several units, float32
