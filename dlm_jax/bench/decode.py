@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -106,7 +106,7 @@ def bench_decode(
   max_new_tokens: int,
   repeats: int,
   threshold: float = 0.9,
-  judge: likelihood.Judge | None = None,
+  judge: Callable[..., Any] | None = None,
 ) -> list[Arm]:
   """Compare ways of decoding.
 
@@ -119,7 +119,7 @@ def bench_decode(
     max_new_tokens: the most tokens per text.
     repeats: timed runs per prompt.
     threshold: of the dynamic strategy.
-    judge: of the texts; must read at least a prompt and its text.
+    judge: of the texts, see `score`.
 
   Raises:
     InputError: a prompt is too long for the network, or a number is not positive.
@@ -161,12 +161,12 @@ def cut(ids: Sequence[int], stop_ids: Sequence[int]) -> list[int]:
 
 
 def score(
-  judge: likelihood.Judge, prompts: Sequence[Sequence[int]], texts: Sequence[Sequence[int]]
+  judge: Callable[..., Any], prompts: Sequence[Sequence[int]], texts: Sequence[Sequence[int]]
 ) -> tuple[float, float]:
   """Return a judge's perplexity of texts given their prompts, and the texts' mean entropy in nats.
 
   Args:
-    judge: a next-token network of the same vocabulary.
+    judge: an `evaluate.Judge` of the same vocabulary, or any judge(tokens_BL) -> logits_BLV.
     prompts: ids, at least one each.
     texts: ids that follow them.
   """

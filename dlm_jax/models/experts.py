@@ -36,6 +36,9 @@ class Experts(nn.Module):
   Tokens are sorted by expert and every expert's run is one group of a ragged product: no capacity,
   nothing is dropped, and a token's result does not depend on its neighbours.
 
+  XLA's ragged product on GPUs multiplies by every expert and masks: it reads them all, in 0.53 ms
+  for 4 tokens at 128 experts of 2048 × 768 (H100, 1.2 GB), and for 512 works in 2.1 GB.
+
   Attributes:
     experts: E.
     chosen: experts per token.

@@ -181,6 +181,7 @@ def test_arms_are_compared_with_the_static_decode(arms):
   assert [arm.name for arm in arms] == names
   assert [arm.exact for arm in arms] == [True, False, False, False, True]
   static, *_, stacked = arms
+  assert static.genppl is None and static.entropy is None, "no judge"
   assert static.same == stacked.same == 1.0 and stacked.length == static.length
   assert all(arm.rate > arm.end_to_end > 0 and arm.compile_seconds > 0 for arm in arms)
   assert static.length < 14, "some text stops"
@@ -197,6 +198,39 @@ def test_texts_are_cut_where_decoding_stops():
     tokens, info = run(params)
     found.append(np.asarray(tokens)[0, 2 : int(info.lengths_B[0])].tolist())
   assert decode.cut(found[1], _RULE.stop_ids) == found[0] and len(found[0]) < len(found[1])
+
+
+def test_texts_are_judged_given_their_prompts():
+  """A judge that expects token + 1 with probability 1/2: only what follows the prompt counts."""
+  size = 8
+
+  def judge(tokens_BL):
+    likely = jax.nn.one_hot((tokens_BL + 1) % size, size)
+    return jnp.log(0.5 * likely + 0.5 * (1 - likely) / (size - 1))
+
+  prompts, texts = [[1, 5, 3], [2]], [[4, 5], [3, 3, 3, 4]]
+  genppl, entropy = decode.score(judge, prompts, texts)
+  nats = [np.log(2)] * 4 + [np.log(14)] * 2  # 3 after 3, twice, is not expected
+  assert genppl == pytest.approx(np.exp(np.mean(nats)), rel=1e-5)
+  uneven = -(0.75 * np.log(0.75) + 0.25 * np.log(0.25))
+  assert entropy == pytest.approx((np.log(2) + uneven) / 2, rel=1e-6)
+
+
+def test_drawn_texts():
+  """Above temperature 0 stacked is exact too, each prompt has its own noise, SimSD rejects."""
+  model, params = tiny.make(SMALL)
+  one = decode.Network(model, params)
+  draft = decode.Network(model, tiny.make(SMALL, seed=1)[1])
+  rule = dataclasses.replace(_RULE, temperature=1.0, stop_ids=())
+  simsd = decode.ways(rule, drafted=True)[2].options
+  assert simsd.acceptance == "rejection" and simsd.target.temperature == 1.0
+  judge = lambda tokens: jnp.zeros((*tokens.shape, model.config.vocab_size))  # noqa: E731
+  found = decode.bench_decode(
+    one, draft, [[5], [5]], rule, new_tokens=6, max_new_tokens=6, repeats=1, judge=judge
+  )
+  assert found[0].same == found[-1].same == 1.0
+  assert found[0].genppl == pytest.approx(model.config.vocab_size, rel=1e-4)
+  assert all(arm.genppl and arm.entropy for arm in found)
 
 
 def test_passes_and_acceptance(arms):
@@ -280,7 +314,9 @@ def test_checkpoints_from_the_command_line(capsys, tmp_path):
   text, content = _bench(
     capsys, tmp_path, "decode", f"--checkpoint={target}", f"--draft={draft}", "--new_tokens=6",
     f"--prompts={tmp_path / 'prompts.txt'}", "--num_prompts=2", "--max_new_tokens=6", "--repeats=1",
+    "--temperature=0.5", "--dtype=float32",
   )  # fmt: skip
+  assert "float32, temperature 0.5" in text and content["temperature"] == 0.5
   assert content["prompts"] == 2 and len(content["rows"]) == 5
   assert content["rows"][-1]["same"] == 1.0 and "| stacked" in text
 
@@ -296,6 +332,7 @@ def test_checkpoints_from_the_command_line(capsys, tmp_path):
     (["decode", *_fields(), "--prompt_length=60"], "do not fit the network's 64 positions"),
     (["trunk", "--draft=sdar_1b7"], "--draft is of `bench decode`"),
     (["passes", "--checkpoint=x"], "--checkpoint is of `bench decode`"),
+    (["decode", *_fields(), "--judge=x"], "--judge is of `bench decode --checkpoint`"),
   ],
 )
 def test_bad_input(tiny_limits, capsys, arguments, word):

@@ -20,7 +20,6 @@ from dlm_jax.errors import InputError
 from dlm_jax.models import Cache, Decoder, commit, masks
 from dlm_jax.sample import _draft, _progress
 
-
 # --- recorded ---------------------------------------------------------------------------------
 
 

@@ -14,7 +14,6 @@ from tiny_runs import quick  # noqa: F401
 
 from dlm_jax import sample
 
-
 ROWS, WINDOW = 27, 22  # three times every prompt length or more
 # 9 rules, six of them slow, × 27 rows (prompts, keys, limits) × 5 drafts: 405 texts, 1,215 in all
 RULES = {

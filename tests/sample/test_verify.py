@@ -14,7 +14,6 @@ from tiny_runs import quick  # noqa: F401
 from dlm_jax.models import Cache, commit, masks
 from dlm_jax.sample import _verify
 
-
 SIZE, MASK_ID = 4, tiny.V - 1
 EXACT = 2e-4  # of logits that vary by several units, float32
 
