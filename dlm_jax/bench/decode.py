@@ -47,6 +47,7 @@ class Arm:
     same: share of prompts with the text of the first arm, the target's static decode.
     length: mean tokens of the texts, stop token included.
     genppl: a judge's perplexity of the texts given their prompts; None without a judge.
+    genppl_se: its standard error over texts.
     entropy: mean over texts of the entropy of a text's own token histogram, nats; None likewise.
     compile_seconds: of the loop, its first run included.
   """
@@ -63,6 +64,7 @@ class Arm:
   same: float
   length: float
   genppl: float | None
+  genppl_se: float | None
   entropy: float | None
   compile_seconds: float
 
@@ -147,10 +149,10 @@ def bench_decode(
   texts = [
     [cut(runner.text(*one, max_new_tokens), rule.stop_ids) for one in inputs] for runner in runners
   ]
-  scores = [score(judge, prompts, text) if judge else (None, None) for text in texts]
+  scores = [score(judge, prompts, text) if judge else (None, None, None) for text in texts]
   return [
-    _arm(way, runner, times, text, texts[0], new_tokens, *both)
-    for way, runner, times, text, both in zip(found, runners, timed, texts, scores, strict=True)
+    _arm(way, runner, times, text, texts[0], new_tokens, *scored)
+    for way, runner, times, text, scored in zip(found, runners, timed, texts, scores, strict=True)
   ]
 
 
@@ -162,8 +164,11 @@ def cut(ids: Sequence[int], stop_ids: Sequence[int]) -> list[int]:
 
 def score(
   judge: Callable[..., Any], prompts: Sequence[Sequence[int]], texts: Sequence[Sequence[int]]
-) -> tuple[float, float]:
-  """Return a judge's perplexity of texts given their prompts, and the texts' mean entropy in nats.
+) -> tuple[float, float, float]:
+  """Return a judge's perplexity of texts given their prompts, its error, and the texts' entropy.
+
+  Unlike `evaluate.genppl`, every token of a text counts, an end of text too. The error is over
+  texts; the entropy is the mean of `evaluate.entropies`, nats.
 
   Args:
     judge: an `evaluate.Judge` of the same vocabulary, or any judge(tokens_BL) -> logits_BLV.
@@ -176,7 +181,10 @@ def score(
   judged_NM = (place_L >= starts_N[:, None]) & (place_L < np.asarray(lengths_N)[:, None])
   nats_NM = likelihood.token_nll(judge, np.asarray(rows_NL), batch_size=min(16, len(prompts)))
   spread = np.concatenate([generative.entropies(np.asarray([text])) for text in texts])
-  return float(np.exp(nats_NM[judged_NM].mean())), float(spread.mean())
+  total_N, count_N = (nats_NM * judged_NM).sum(1), judged_NM.sum(1).astype(np.float64)
+  with np.errstate(over="ignore"):
+    genppl = float(np.exp(total_N.sum() / count_N.sum()))
+  return genppl, genppl * likelihood.ratio_error(total_N, count_N), float(spread.mean())
 
 
 class _Runner:
@@ -265,7 +273,7 @@ def _count(states) -> dict[str, int]:
   return total
 
 
-def _arm(way, runner, times, texts, reference, new_tokens, genppl, entropy) -> Arm:
+def _arm(way, runner, times, texts, reference, new_tokens, genppl, genppl_se, entropy) -> Arm:
   emitted = new_tokens * len(texts)
   rates = [emitted / seconds for seconds in times.loops]
   rate, counts = statistics.median(rates), times.counts
@@ -276,9 +284,14 @@ def _arm(way, runner, times, texts, reference, new_tokens, genppl, entropy) -> A
     acceptance=counts["accepted"] / counts["drafted"] if counts["drafted"] else None,
     conditional=counts["accepted"] / counts["decided"] if counts["drafted"] else None,
     same=statistics.fmean(a == b for a, b in zip(texts, reference, strict=True)),
-    length=statistics.fmean(map(len, texts)), genppl=genppl, entropy=entropy,
+    length=statistics.fmean(map(len, texts)), genppl=genppl, genppl_se=genppl_se,
+    entropy=entropy,
     compile_seconds=runner.compile_seconds,
   )  # fmt: skip
+
+
+def _error(arm):
+  return "" if arm.genppl is None else generative.plus_minus(arm.genppl, arm.genppl_se)
 
 
 def table(arms: Sequence[Arm]) -> str:
@@ -293,7 +306,7 @@ def table(arms: Sequence[Arm]) -> str:
       arm.name, "yes" if arm.exact else "no", f"{arm.rate:.1f}", f"{100 * arm.spread:.0f} %",
       f"{arm.rate / arms[0].rate:.2f}", f"{arm.end_to_end:.1f}", f"{arm.target_passes:.3f}",
       f"{arm.draft_passes:.3f}", known(arm.acceptance), known(arm.conditional),
-      f"{100 * arm.same:.0f} %", f"{arm.length:.1f}", known(arm.genppl, 1), known(arm.entropy, 2),
+      f"{100 * arm.same:.0f} %", f"{arm.length:.1f}", _error(arm), known(arm.entropy, 2),
     )
     for arm in arms
   ]  # fmt: skip

@@ -71,17 +71,28 @@ def from_checkpoint(
       "there are no prompts: give --prompts=FILE, one per line, or --data=DIR, a packed dataset."
     )
   block = {} if block_length is None else {"block_length": block_length}
-  plan = pipe.plan(
-    prompts, chat=chat, max_new_tokens=max_new_tokens, temperature=temperature, **block
-  )
+  asked = {"chat": chat, "max_new_tokens": max_new_tokens, "temperature": temperature, **block}
+  plan = pipe.plan(prompts, verify=None if pipe.draft is None else "none", **asked)
   lengths_B = np.asarray(plan.lengths_B)
   rows = [row[:n].tolist() for row, n in zip(np.asarray(plan.prompt_BP), lengths_B, strict=True)]
-  reader = evaluators.load_judge(judge, pipe.tokenizer) if judge else None
-  if reader is not None and reader.retokenise is not None:
-    raise InputError(f"judge {judge} has another tokenizer; take one trained on the same tokens.")
+  reader = _judge(judge, pipe.tokenizer, int(lengths_B.max()) + max_new_tokens) if judge else None
   pipe.load_weights()
   drafting = None if pipe.draft is None else Network(*pipe.draft.loaded)
-  return Task(Network(*pipe.loaded), drafting, rows, plan.rule, reader and reader.judge)
+  return Task(Network(*pipe.loaded), drafting, rows, plan.rule, reader)
+
+
+def _judge(path, tokenizer, length):
+  """Return a judge of texts of a tokenizer that reads so many tokens."""
+  reader = evaluators.load_judge(path, tokenizer)
+  if reader.retokenise is not None:
+    raise InputError(f"judge {path} has another tokenizer; take one trained on the same tokens.")
+  most = reader.judge.model.config.length
+  if length > most:
+    raise InputError(
+      f"judge {path} reads {most} tokens, and prompt and text can have {length}; lower "
+      "--prompt_length or --max_new_tokens."
+    )
+  return reader.judge
 
 
 def _lines(file):
@@ -119,13 +130,12 @@ def from_config(
   size = block_length or config.objective.get("block_length")
   if not size:
     raise InputError("the config names no block length; give --block_length.")
-  made = [_random(one, dtype, storage) for one in networks]
-  model = made[0].model
-  proc = experiment.make_process(config, model)
+  proc = experiment.make_process(config, networks[0])
   if proc is None:
     raise InputError(f"process.name={config.process.name!r} has no mask; take a config with one.")
   prompts_BP = np.random.default_rng(0).integers(0, proc.mask_id, (count, length))
   rule = sample.BlockOptions(block_length=size, mask_id=proc.mask_id, temperature=temperature)
+  made = [_random(one, dtype, storage) for one in networks]
   return Task(made[0], made[1] if draft is not None else None, prompts_BP.tolist(), rule)
 
 

@@ -29,6 +29,9 @@ def main(argv: list[str]) -> None:
     raise InputError("--draft is of `bench decode` and `bench passes`.")
   if options.checkpoint and options.what != "decode":
     raise InputError("--checkpoint is of `bench decode`.")
+  for name in ("temperature", "dtype", "judge"):
+    if getattr(options, name) and options.what != "decode":
+      raise InputError(f"--{name} is of `bench decode`.")
   if options.judge and not options.checkpoint:
     raise InputError("--judge is of `bench decode --checkpoint`: random weights write no text.")
   config = flags.load_config(options)
@@ -179,6 +182,7 @@ dlm-jax bench decode --checkpoint=SDAR-8B-Chat-b8 --draft=SDAR-1.7B-Chat-b8 --pr
   add("--temperature", type=float, default=0.0, metavar="T")
   add("--threshold", type=float, default=0.9, metavar="P", help="of the dynamic arm")
   add("--judge", default="", metavar="PATH", help="next-token network that reads the texts")
-  add("--dtype", choices=("float32", "bfloat16"), help="of products; default: as in sampling")
+  add("--dtype", choices=("float32", "bfloat16"),
+      help="of products; default: as in sampling, or the config's")  # fmt: skip
   add("--storage", default="", help="stacked, layers or fused: how parameters are kept")
   return parser

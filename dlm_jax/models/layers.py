@@ -250,7 +250,8 @@ class Embedding(nn.Module):
 
   def __call__(self, tokens) -> Float[Array, "B L D"]:
     if isinstance(tokens, FewTokens):
-      rows = lookup(self.embedding, tokens.ids, "segment")  # J times as many as positions
+      # J rows per position, few of them alike: sums by "segment" would gather all over a mesh
+      rows = lookup(self.embedding, tokens.ids, "scatter")
       mix = jax.nn.softmax(tokens.logits.astype(jnp.float32), axis=-1)
       return jnp.sum(mix[..., None] * rows.astype(jnp.float32), axis=-2)
     if jnp.issubdtype(tokens.dtype, jnp.integer):

@@ -3,11 +3,11 @@
 
 A soft state w = α̃ p + σ̃ ξ is a dense [B, L, V] array. It is made, turned into embeddings
 softmax(w/τ) E and thrown away chunk by chunk, and made again in the backward pass: noise has a key
-per position, so nothing but embeddings of width D is ever kept.
+per position, so nothing but embeddings of width D is kept.
 
-At the temperatures in use a few entries of w hold all of the softmax (`GaussianDuality.enough`: 8
-at V = 50,258 and τ = 1e-3). Then only these are kept: of predictions found once, among all; of data
-drawn from their own law, without any dense array.
+At small temperatures a few entries of w hold all of the softmax but for rounding, on average
+(`GaussianDuality.enough`: 8 at V = 50,258 and τ = 1e-3). Then these are kept too: of predictions
+found once, among all; of data drawn from their own law, without any dense array.
 
 Reference: Duo, arXiv 2506.10892, section 4; IDLM, arXiv 2602.19066, section 3.
 """
@@ -25,7 +25,7 @@ from dlm_jax.models.layers import FewTokens
 from dlm_jax.objectives.state import map_positions
 from dlm_jax.process import GaussianDuality, Uniform, extremes
 
-KEPT = "soft_entries"  # which entries of w matter, and their noise
+KEPT = "soft_entries"  # which entries of w matter, and what is known of them
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,8 +35,8 @@ class Relaxation:
   Attributes:
     duality: the Gaussian process behind it.
     tau: temperature of the soft input; Duo's curriculum changes it while running.
-    few: how many of the largest entries of w hold softmax(w/τ) at any τ in use; None: all are
-      needed. See `GaussianDuality.enough`.
+    few: how many of the largest entries of w hold softmax(w/τ) at any τ in use, besides a datum's
+      own; None: all are needed. See `GaussianDuality.enough`.
     path_gradient: whether gradients flow from the soft state to the prediction it was made from.
       False is the "DMD-like" ablation, reported to diverge.
   """
@@ -61,14 +61,15 @@ class Relaxation:
     return jnp.where(valid_BK[..., None], w_BKV, p0_BKV)
 
   def diffuse_data(
-    self, x0_BK: Int[Array, "B K"], rng_B: Key[Array, "B"], position_BK: Int[Array, "B K"],
+    self, rng_B: Key[Array, "B"], x0_BK: Int[Array, "B K"], position_BK: Int[Array, "B K"],
     t_B: Float[Array, "B"], valid_BK: Bool[Array, "B K"],
   ) -> tuple[Int[Array, "B K J"], Float[Array, "B K J"]]:  # fmt: skip
     """Return ids and values of the entries of w that matter, of data; `few` must be set."""
     ids_BKJ, w_BKJ = jax.vmap(self.duality.diffuse_data, in_axes=(0, 0, 0, 0, None))(
       rng_B, x0_BK, position_BK, t_B, self.few
     )
-    return ids_BKJ, jnp.where(valid_BK[..., None], w_BKJ, ids_BKJ == x0_BK[..., None])
+    w_BKJ = jnp.where(valid_BK[..., None], w_BKJ, ids_BKJ == x0_BK[..., None])
+    return checkpoint_name(ids_BKJ, KEPT), checkpoint_name(w_BKJ, KEPT)
 
   def select(
     self, p0_BKV: Float[Array, "B K V"], w_BKV: Float[Array, "B K V"], t_B: Float[Array, "B"],
@@ -82,7 +83,7 @@ class Relaxation:
     slope_BK1 = jnp.where(valid_BK[..., None], signal_B11, 1.0)
     largest_BKJ, ids_BKJ = extremes.largest(jax.lax.stop_gradient(w_BKV), self.few)
     ids_BKJ = checkpoint_name(ids_BKJ, KEPT)
-    p0_BKJ = jnp.take_along_axis(p0_BKV, ids_BKJ, axis=-1)
+    p0_BKJ = checkpoint_name(jnp.take_along_axis(p0_BKV, ids_BKJ, axis=-1), KEPT)
     rest_BKJ = largest_BKJ - slope_BK1 * jax.lax.stop_gradient(p0_BKJ)
     return ids_BKJ, slope_BK1 * p0_BKJ + checkpoint_name(rest_BKJ, KEPT)
 
@@ -102,7 +103,7 @@ def embed_data(
   """Return hard states argmax w of diffused data, and the soft ones' embeddings under `params`."""
 
   def embed_few(x0_BK, position_BK, valid_BK):
-    ids_BKJ, w_BKJ = relaxation.diffuse_data(x0_BK, rng_B, position_BK, t_B, valid_BK)
+    ids_BKJ, w_BKJ = relaxation.diffuse_data(rng_B, x0_BK, position_BK, t_B, valid_BK)
     soft = FewTokens(ids_BKJ, relaxation.soften(w_BKJ))
     first_BK1 = jnp.argmax(w_BKJ, -1, keepdims=True)
     z_BK = jnp.take_along_axis(ids_BKJ, first_BK1, axis=-1)[..., 0]
@@ -115,7 +116,7 @@ def embed_data(
     return jnp.argmax(w_BKV, -1).astype(x0_BL.dtype), embedded
 
   embed = embed if relaxation.few is None else embed_few
-  return map_positions(embed, (x0_BL, _positions(x0_BL), valid_BL), chunk)
+  return map_positions(embed, (x0_BL, _positions(x0_BL), valid_BL), chunk, keep=(KEPT,))
 
 
 def embed_predictions(

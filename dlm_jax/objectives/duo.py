@@ -55,7 +55,7 @@ class Curriculum:
 
   @property
   def few(self) -> int | None:
-    """How many entries hold the softmax at any temperature of the curriculum."""
+    """How many entries hold the softmax at any temperature of the curriculum; None above 3e-3."""
     return self.duality.enough(10.0 ** max(self.tau_log10_start, self.tau_log10_end))
 
   def tau(self, step: Int[Array, "*shape"] | int) -> Float[Array, "*shape"]:

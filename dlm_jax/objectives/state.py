@@ -217,7 +217,7 @@ def map_positions(
     function: (*arrays) -> tree of arrays [B, K, …].
     arrays: [B, L, …] each.
     chunk: positions at a time; must divide L. None applies the function once, to everything.
-    keep: names, given by `checkpoint_name`, of what is not computed again.
+    keep: names, given by `checkpoint_name`, of what is not computed again in chunks.
   """
   if chunk is None or chunk >= arrays[0].shape[1]:
     return function(*arrays)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The largest of many normals, drawn without the others.
 
-A soft token softmax(w/τ) of V normals w looks dense and is not: at τ = 1e-3 all but a few entries
-are less than float32 can add to 1. So a few entries say all, and if w has no data in it but for one
+A soft token softmax(w/τ) of V normals w looks dense and is not: at τ = 1e-3 the largest 8 of 50,258
+hold all but 1e-9 of it on average. So a few entries say all, and if w has no data in it but for one
 token they can be drawn from their own law, with k numbers instead of V.
 """
 
@@ -17,6 +17,7 @@ from dlm_jax.arrays import RngKey
 
 _MOST = 32  # entries; beyond that dense arrays are as good
 _ROUNDING = 2.0**-24
+_SMALLEST = 2.0**-24  # of an exponential: generators return 0 once in 2²³ draws
 _BLOCK = 128  # entries per tile of `largest`
 
 
@@ -29,18 +30,25 @@ def enough(vocab_size: int, spread: float, tau: float) -> int | None:
 
     E e^(−Σ spacings/τ) = Π_{i ≤ j} i/(i + r) = 1/C(j + r, j),   r = 1/(λ τ).
 
-  k is the least for which these means, from j = k on, sum to less than 2⁻²⁴.
+  k ≥ 2 is the least for which these means, from j = k on, sum to less than 2⁻²⁴: a bound on the
+  mean over draws, which single ones exceed. A shift by data only helps: where n = Σ Q_i entries are
+  expected above a level, their density is Σ I(Q_i)/σ with I = φ∘Φ⁻¹ concave: at most V I(n/V)/σ.
 
   Args:
     vocab_size: V.
     spread: σ, the least in use.
     tau: temperature, the largest in use.
+
+  Raises:
+    ValueError: a temperature that is not positive.
   """
+  if not tau > 0:
+    raise ValueError(f"tau={tau} must be positive.")
   top = special.ndtri(1 - 0.01 / vocab_size)  # a level that is rarely passed: hazards rise with it
   hazard = math.exp(-(top**2) / 2) / math.sqrt(2 * math.pi) / (0.01 / vocab_size)
   r = spread / (hazard * tau)
   means = [1 / special.binom(j + r, j) for j in range(1, 3 * _MOST)]
-  for k in range(1, _MOST + 1):
+  for k in range(2, _MOST + 1):
     if sum(means[k - 1 :]) < _ROUNDING:
       return k if k * 64 <= vocab_size else None
   return None
@@ -57,7 +65,8 @@ def largest_normals(rng: RngKey, total: int, count: int) -> Float[Array, "k"]:
     total: n.
     count: k ≤ n.
   """
-  log_u = -jnp.cumsum(jax.random.exponential(rng, (count,)) / (total - jnp.arange(count)))
+  draws = jnp.maximum(jax.random.exponential(rng, (count,)), _SMALLEST)
+  log_u = -jnp.cumsum(draws / (total - jnp.arange(count)))
   return -jax.scipy.special.ndtri(-jnp.expm1(log_u))
 
 
@@ -88,8 +97,8 @@ def largest(
   2,048 rows).
 
   Args:
-    values: any rows.
-    count: k, at most V.
+    values: rows with at least k finite entries each.
+    count: k.
   """
   size = values.shape[-1]
   tiles = -(-size // _BLOCK)
@@ -105,11 +114,14 @@ def largest(
 
 
 def _one_by_one(values, count):
-  """Return the largest entries by taking the maximum away, k times."""
-  found, places, every = [], [], jnp.arange(values.shape[-1], dtype=jnp.int32)
+  """Return the largest entries by taking the maximum away, k times; no place comes twice."""
+  axis = values.ndim - 1
+  every = jax.lax.broadcasted_iota(jnp.int32, (1,) * axis + values.shape[-1:], axis)
+  rest = jnp.maximum(values, jnp.finfo(values.dtype).min)  # what is taken away is below all others
+  places = []
   for _ in range(count):
-    place = jnp.argmax(values, axis=-1, keepdims=True).astype(jnp.int32)
-    found.append(jnp.take_along_axis(values, place, axis=-1))
+    place = jnp.argmax(rest, axis=axis, keepdims=True).astype(jnp.int32)
     places.append(place)
-    values = jnp.where(every == place, -jnp.inf, values)
-  return jnp.concatenate(found, axis=-1), jnp.concatenate(places, axis=-1)
+    rest = jnp.where(every == place, -jnp.inf, rest)
+  places = jnp.concatenate(places, axis=axis)
+  return jnp.take_along_axis(values, places, axis=axis), places

@@ -88,7 +88,8 @@ class Uniform:
 
     a KL and an Itakura–Saito term, algebraically the published formula; with c = Vα/(1 − α) the
     ratios are (1 + c p₀)/(1 + c f), which `_ratios` forms so that float32 keeps six digits at
-    V = 50,258 where the direct formula needs float64. Differentiable in p₀ as well.
+    V = 50,258 where the direct formula needs float64. Differentiable in p₀ as well; reverse mode
+    only, and constant in t.
 
     Reference: Duo, arXiv 2506.10892, appendix; in this form IDLM, arXiv 2602.19066, appendix C.
     """
@@ -118,7 +119,7 @@ class Uniform:
 
 @jax.custom_vjp
 def _nelbo(log_x0_LV, p0_LV, xt_L, alpha, dalpha):
-  """Return `Uniform.nll_soft`; its gradient keeps no array but the two it is given."""
+  """Return `Uniform.nll_soft`; its gradient keeps no [L, V] array but the two it is given."""
   return _nelbo_forward(log_x0_LV, p0_LV, xt_L, alpha, dalpha)[0]
 
 
@@ -135,23 +136,23 @@ def _nelbo_forward(log_x0_LV, p0_LV, xt_L, alpha, dalpha):
 
 
 def _nelbo_backward(residual, cotangent_L):
-  """With ρ = (1 + c p)/(1 + c f), rate r ∝ 1/(1 + c p(z)) and share k = (1 − α)/V · c:
+  """Return the two gradients. With ρ = (1 + c p)/(1 + c f), r the rate, which is ∝ 1/(1 + c p(z)),
+  n the value, and (1 − α)/V · c = α:
 
-  ∂/∂log f = −r [ k ρ f + 1_z c f (ρ − 1)/(1 + c f) ],
-  ∂/∂p     =  r [ k (1 + log ρ) + 1_z c (ρ − 1)/(1 + c p) ] − 1_z value · c/(1 + c p).
+  ∂n/∂log f = −r [ α ρ f + 1_z c f (ρ − 1)/(1 + c f) ],
+  ∂n/∂p     =  r [ α (1 + log ρ) + 1_z c (ρ − 1)/(1 + c p) ] − 1_z n c/(1 + c p).
   """
   log_x0_LV, p0_LV, xt_L, alpha, rate_L, value_L = residual
   size = p0_LV.shape[-1]
   c = size * alpha / (1 - alpha)
-  share = alpha  # (1 − α)/V · c
   excess_LV, log_ratio_LV = _ratios(c, p0_LV, log_x0_LV)
   f_LV = jnp.exp(log_x0_LV)
   here_LV = jax.nn.one_hot(xt_L, size, dtype=p0_LV.dtype)
   weight_L1, value_L1 = (cotangent_L * rate_L)[:, None], (cotangent_L * value_L)[:, None]
   at_z_LV = here_LV * c * excess_LV * f_LV / (1 + c * f_LV)
-  of_log_LV = -weight_L1 * (share * (1 + excess_LV) * f_LV + at_z_LV)
+  of_log_LV = -weight_L1 * (alpha * (1 + excess_LV) * f_LV + at_z_LV)
   at_z_LV = here_LV * c / (1 + c * p0_LV) * (weight_L1 * excess_LV - value_L1)
-  of_p0_LV = weight_L1 * share * (1 + log_ratio_LV) + at_z_LV
+  of_p0_LV = weight_L1 * alpha * (1 + log_ratio_LV) + at_z_LV
   return of_log_LV.astype(log_x0_LV.dtype), of_p0_LV.astype(p0_LV.dtype), None, None, None
 
 

@@ -102,7 +102,7 @@ class BlockOptions:
         f"mask_id={self.mask_id} and stop_ids={self.stop_ids} must be token ids, 0 or more, and "
         "the mask must not be a stop id."
       )
-    if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+    if not self.temperature >= 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
       raise InputError(
         f"temperature={self.temperature} must be 0 or more, top_k={self.top_k} 0 (off) or more, "
         f"and top_p={self.top_p} in (0, 1]."

@@ -209,9 +209,9 @@ def test_texts_are_judged_given_their_prompts():
     return jnp.log(0.5 * likely + 0.5 * (1 - likely) / (size - 1))
 
   prompts, texts = [[1, 5, 3], [2]], [[4, 5], [3, 3, 3, 4]]
-  genppl, entropy = decode.score(judge, prompts, texts)
+  genppl, error, entropy = decode.score(judge, prompts, texts)
   nats = [np.log(2)] * 4 + [np.log(14)] * 2  # 3 after 3, twice, is not expected
-  assert genppl == pytest.approx(np.exp(np.mean(nats)), rel=1e-5)
+  assert genppl == pytest.approx(np.exp(np.mean(nats)), rel=1e-5) and 0 < error < genppl
   uneven = -(0.75 * np.log(0.75) + 0.25 * np.log(0.25))
   assert entropy == pytest.approx((np.log(2) + uneven) / 2, rel=1e-6)
 
@@ -332,6 +332,9 @@ def test_checkpoints_from_the_command_line(capsys, tmp_path):
     (["decode", *_fields(), "--prompt_length=60"], "do not fit the network's 64 positions"),
     (["trunk", "--draft=sdar_1b7"], "--draft is of `bench decode`"),
     (["passes", "--checkpoint=x"], "--checkpoint is of `bench decode`"),
+    (["trunk", "--dtype=float32"], "--dtype is of `bench decode`"),
+    (["passes", *_fields(), "--temperature=1"], "--temperature is of `bench decode`"),
+    (["decode", *_fields(), "--temperature=nan"], "temperature=nan must be 0 or more"),
     (["decode", *_fields(), "--judge=x"], "--judge is of `bench decode --checkpoint`"),
   ],
 )

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Soft inputs from a few entries of the state: the embeddings and gradients of all of them."""
 
+import functools
 import re
 
 import jax
@@ -73,6 +74,43 @@ def test_entries_are_found_once(network):
   assert str(jax.make_jaxpr(run)(*arguments)).count("erf_inv") == 1
   run, arguments = _predictions(network, _relaxation(few=False), 0.5, valid)
   assert str(jax.make_jaxpr(run)(*arguments)).count("erf_inv") == 2
+
+
+def test_a_constant_prediction_is_made_once(network):
+  """The fake's update needs no gradient of the student's prediction, nor that prediction again."""
+  model, params = network
+  table = jax.random.normal(jax.random.key(2), (8, V))
+  keys, t = jax.random.split(jax.random.key(3), B), jnp.asarray([0.0, 0.4, 1.0])
+  hidden = jax.random.normal(jax.random.key(1), (B, L, 8))
+
+  def run(params):
+    predict = lambda h: jax.nn.softmax(jnp.arccos(h @ table))  # noqa: E731
+    _, (x,) = states.embed_predictions(
+      predict, (hidden,), (params,), keys, t, jnp.ones((B, L), bool), model=model,
+      relaxation=_relaxation(), chunk=2,
+    )  # fmt: skip
+    return jnp.sum(x)
+
+  assert str(jax.make_jaxpr(jax.grad(run))(params)).count("= acos") == 1
+
+
+def test_duo_trains_on_few_entries(network):
+  """The soft phase inside its branch, with gradients, in chunks and whole."""
+  model, params = network
+  curriculum = duo.Curriculum(
+    duality=process.GaussianDuality(vocab_size=V), start=0, end=9, tau_log10_start=-3.0,
+    tau_log10_end=-4.0,
+  )  # fmt: skip
+  found = []
+  for chunk in (None, 2):
+    loss = functools.partial(
+      duo.loss, batch=tiny.batch(), model=model, process=process.Uniform(vocab_size=V),
+      curriculum=curriculum, step=jnp.asarray(3), chunk=chunk,
+    )  # fmt: skip
+    found.append(jax.jit(jax.value_and_grad(loss, has_aux=True))(params))
+  for one, other in zip(*map(jax.tree.leaves, found), strict=True):
+    scale = max(1e-3, float(jnp.abs(one).max()))
+    np.testing.assert_allclose(one, other, rtol=0, atol=2e-4 * scale)
 
 
 def test_data_need_no_dense_array(network):

@@ -35,6 +35,15 @@ def test_spacings_are_as_fine_as_the_temperature():
   np.testing.assert_allclose(ours, reference, rtol=0, atol=5e-6)
 
 
+def test_no_draw_is_infinite(monkeypatch):
+  """Generators of exponentials return 0 once in 2²³ draws; then the largest would be infinite."""
+  key = jax.random.split(jax.random.key(5), 2**20)[82083]
+  assert np.isfinite(extremes.largest_normals(key, 50_257, 8)).all()
+  monkeypatch.setattr(jax.random, "exponential", lambda rng, shape: jnp.zeros(shape))
+  values = extremes.largest_normals(key, 50_257, 8)
+  assert np.isfinite(values).all() and values[0] < 8
+
+
 def test_distinct_numbers_come_in_every_order():
   orders = {order: i for i, order in enumerate(itertools.permutations(range(5), 3))}
   keys = jax.random.split(jax.random.key(0), 12_000)
@@ -54,7 +63,10 @@ def test_soft_tokens_need_more_and_hard_ones_less():
   duality = GaussianDuality(vocab_size=50_258)
   counts = [duality.enough(tau) for tau in (1e-10, 1e-4, 1e-3, 3e-3)]
   assert counts == sorted(counts) and counts[0] <= 2
-  assert duality.enough(0.1) is None
+  assert duality.enough(0.1) is None and counts[0] == 2
+  for tau in (0.0, -1e-3):
+    with pytest.raises(ValueError, match="must be positive"):
+      duality.enough(tau)
 
 
 @pytest.mark.parametrize("shape", ["flat", "peaked", "some"])
@@ -121,7 +133,7 @@ def test_largest_entries(size, count):
   """Across tiles and within one, padding and minus infinities included."""
   values = np.random.default_rng(0).normal(size=(4, 5, size)).astype(np.float32)
   values[0, 0, :count] += 9  # all in one tile
-  values[0, 1, count:] = -np.inf
+  values[0, 1, count:] = -np.inf  # all other tiles have none
   found, places = extremes.largest(jnp.asarray(values), count)
   wanted = np.argsort(-values, axis=-1, kind="stable")[..., :count]
   np.testing.assert_array_equal(places, wanted)
