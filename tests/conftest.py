@@ -16,7 +16,18 @@ import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-GOLDEN = pathlib.Path(__file__).parent / "golden"
+HERE = pathlib.Path(__file__).parent
+GOLDEN = HERE / "golden"
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m selects
+def pytest_collection_modifyitems(items):
+  """Mark the tests that slow.txt names."""
+  lines = (HERE / "slow.txt").read_text().splitlines()
+  starts = tuple(line for line in lines if line and not line.startswith("#"))
+  for item in items:
+    if item.nodeid.startswith(starts):
+      item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture
