@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Eight fake CPU devices, strict rank promotion, golden vectors."""
 
+import gc
 import json
 import os
 import pathlib
@@ -18,6 +19,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 HERE = pathlib.Path(__file__).parent
 GOLDEN = HERE / "golden"
+MOST_MAPS = 12_000
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects
@@ -36,6 +38,19 @@ def pytest_xdist_make_scheduler(config, log):
   from xdist.scheduler import LoadFileScheduling
 
   return LoadFileScheduling(config, log)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget():
+  """Drop compiled programs after a file once a process maps many of them.
+
+  Each takes several mappings of memory; Linux allows 65,530 of them, then XLA crashes.
+  """
+  yield
+  maps = pathlib.Path("/proc/self/maps")
+  if maps.exists() and len(maps.read_bytes().splitlines()) > MOST_MAPS:
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture
