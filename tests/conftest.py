@@ -32,14 +32,6 @@ def pytest_collection_modifyitems(items):
       item.add_marker(pytest.mark.slow)
 
 
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config, log):
-  """Give a file to one worker, largest first: its tests share compiled programs and fixtures."""
-  from xdist.scheduler import LoadFileScheduling
-
-  return LoadFileScheduling(config, log)
-
-
 @pytest.fixture(autouse=True, scope="module")
 def forget():
   """Drop compiled programs after a file once a process maps many of them.
