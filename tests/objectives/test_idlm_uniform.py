@@ -259,3 +259,4 @@ def test_memory_stays_below_two_dense_arrays():
 
   weights = sum(x.size for x in jax.tree.leaves(params)) * 4
   assert temporary(8) < 2 * dense + 6 * weights
+  assert temporary(length) > 2 * dense + 6 * weights
