@@ -91,7 +91,7 @@ def ways(rule: sample.BlockOptions, *, drafted: bool, threshold: float = 0.9) ->
   if not drafted:
     return found
   options = sample.SpeculativeOptions
-  acceptance = "rejection" if rule.temperature else "greedy_match"
+  acceptance = sample.fitting_acceptance(static, "simsd")
   for layout in ("published", "unified"):
     approximate = options(target=static, verify="simsd", layout=layout, acceptance=acceptance)
     found.append(_Way(f"SimSD {layout}", False, approximate))
@@ -180,11 +180,9 @@ def score(
   starts_N = np.array([len(prompt) for prompt in prompts])
   judged_NM = (place_L >= starts_N[:, None]) & (place_L < np.asarray(lengths_N)[:, None])
   nats_NM = likelihood.token_nll(judge, np.asarray(rows_NL), batch_size=min(16, len(prompts)))
+  found = generative.perplexity(nats_NM, judged_NM)
   spread = np.concatenate([generative.entropies(np.asarray([text])) for text in texts])
-  total_N, count_N = (nats_NM * judged_NM).sum(1), judged_NM.sum(1).astype(np.float64)
-  with np.errstate(over="ignore"):
-    genppl = float(np.exp(total_N.sum() / count_N.sum()))
-  return genppl, genppl * likelihood.ratio_error(total_N, count_N), float(spread.mean())
+  return found["genppl"], found["genppl_se"], float(spread.mean())
 
 
 class _Runner:

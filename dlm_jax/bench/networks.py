@@ -72,7 +72,7 @@ def from_checkpoint(
     )
   block = {} if block_length is None else {"block_length": block_length}
   asked = {"chat": chat, "max_new_tokens": max_new_tokens, "temperature": temperature, **block}
-  plan = pipe.plan(prompts, verify=None if pipe.draft is None else "none", **asked)
+  plan = pipe.plan(prompts, verify="none", **asked)
   lengths_B = np.asarray(plan.lengths_B)
   rows = [row[:n].tolist() for row, n in zip(np.asarray(plan.prompt_BP), lengths_B, strict=True)]
   reader = _judge(judge, pipe.tokenizer, int(lengths_B.max()) + max_new_tokens) if judge else None

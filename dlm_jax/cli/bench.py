@@ -27,9 +27,7 @@ def main(argv: list[str]) -> None:
     raise InputError("--option is of `bench sample`.")
   if options.draft and options.what not in ("decode", "passes"):
     raise InputError("--draft is of `bench decode` and `bench passes`.")
-  if options.checkpoint and options.what != "decode":
-    raise InputError("--checkpoint is of `bench decode`.")
-  for name in ("temperature", "dtype", "judge"):
+  for name in ("checkpoint", "temperature", "dtype", "judge"):
     if getattr(options, name) and options.what != "decode":
       raise InputError(f"--{name} is of `bench decode`.")
   if options.judge and not options.checkpoint:

@@ -10,7 +10,6 @@ from dlm_jax import sample
 from dlm_jax.data import chat as chats
 from dlm_jax.data import tokenizers
 from dlm_jax.errors import InputError, hint
-from dlm_jax.sample.simsd import STACKED_MOST
 
 VERIFY = ("stacked", "simsd", "none")
 _SHORTEST = 32  # prompts are padded to this or a power of two above: they share a program
@@ -135,10 +134,8 @@ def speculative(
   if not drafted or verify == "none":
     return None
   more = {} if layout is None else {"layout": layout}
-  wide = block.block_length > STACKED_MOST
-  if block.temperature > 0 and (verify == "simsd" or (verify is None and wide)):
-    more["acceptance"] = "rejection"
-  return sample.SpeculativeOptions(target=block, verify=verify, **more)
+  acceptance = sample.fitting_acceptance(block, verify)
+  return sample.SpeculativeOptions(target=block, verify=verify, acceptance=acceptance, **more)
 
 
 def read_text(path: str, flag: str) -> str:

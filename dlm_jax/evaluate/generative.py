@@ -116,16 +116,23 @@ def genppl(
   tokens_BL = np.asarray(tokens_BL)
   nats_BM = token_nll(judge, tokens_BL, batch_size=batch_size, mask_NL=mask_BL)
   counts_BM = counted(tokens_BL, eos_id) & ~np.isin(tokens_BL, given_ids)[:, 1:]
+  return perplexity(nats_BM, counts_BM)
+
+
+def perplexity(
+  nats_BM: Float[np.ndarray, "B M"], counts_BM: Bool[np.ndarray, "B M"]
+) -> dict[str, float]:
+  """Return what `genppl` does, of the targets that count."""
   total_B, count_B = (nats_BM * counts_BM).sum(axis=1), counts_BM.sum(axis=1).astype(np.float64)
   tokens = int(count_B.sum())
   nll = float(total_B.sum() / tokens) if tokens else float("nan")
-  perplexity = math.exp(nll) if nll < 700 else nll * math.inf
+  value = math.exp(nll) if nll < 700 else nll * math.inf
   return {
-    "genppl": perplexity,
-    "genppl_se": perplexity * ratio_error(total_B, count_B),
+    "genppl": value,
+    "genppl_se": value * ratio_error(total_B, count_B),
     "nll": nll,
     "tokens": tokens,
-    "samples": len(tokens_BL),
+    "samples": len(nats_BM),
   }
 
 

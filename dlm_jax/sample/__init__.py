@@ -8,7 +8,7 @@ from dlm_jax.sample._generate import evaluations, generate
 from dlm_jax.sample._progress import LENGTH, RUNNING, STOP
 from dlm_jax.sample._rule import BlockOptions, Revealed, hitting_times, reveal
 from dlm_jax.sample.block import block_decoder
-from dlm_jax.sample.simsd import SpeculativeOptions, speculative_decoder
+from dlm_jax.sample.simsd import SpeculativeOptions, fitting_acceptance, speculative_decoder
 
 __all__ = [
   "LENGTH",
@@ -24,10 +24,11 @@ __all__ = [
   "draw",
   "evaluations",
   "finish",
+  "fitting_acceptance",
   "generate",
   "grids",
   "hitting_times",
   "pad_prompts",
   "reveal",
   "speculative_decoder",
-]  # fmt: skip
+]

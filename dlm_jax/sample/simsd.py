@@ -77,8 +77,7 @@ class SpeculativeOptions:
     if self.draft is None:
       object.__setattr__(self, "draft", self.target)
     if self.verify is None:
-      small = self.target.block_length <= STACKED_MOST
-      object.__setattr__(self, "verify", "stacked" if small else "simsd")
+      object.__setattr__(self, "verify", _default_verify(self.target))
     check_choice("verify", self.verify, VERIFICATIONS)
     check_choice("layout", self.layout, masks.LAYOUTS)
     check_choice("acceptance", self.acceptance, ACCEPTANCES)
@@ -116,6 +115,21 @@ class SpeculativeOptions:
   def exact(self) -> bool:
     """Whether the text is the target's own, token for token; up to float32 rounding."""
     return self.verify == "stacked"
+
+
+def _default_verify(target):
+  return "stacked" if target.block_length <= STACKED_MOST else "simsd"
+
+
+def fitting_acceptance(target: BlockOptions, verify: str | None = None) -> str:
+  """Return the acceptance that goes with a rule of both networks: "rejection" of drawn tokens.
+
+  Args:
+    target: the rule.
+    verify: see `SpeculativeOptions`; "stacked" has no choice but the default.
+  """
+  drawn = target.temperature > 0 and (verify or _default_verify(target)) == "simsd"
+  return "rejection" if drawn else "greedy_match"
 
 
 @flax.struct.dataclass
