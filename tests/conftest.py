@@ -1,16 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Eight fake CPU devices, strict rank promotion, golden vectors."""
+"""Eight fake CPU devices, strict rank promotion, programs compiled once, golden vectors."""
 
 import gc
 import json
 import os
 import pathlib
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
   os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
   ).strip()
+# Compilation takes most of the time: workers and subprocesses inherit this folder and share it.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+  COMPILED = tempfile.TemporaryDirectory(prefix="dlm_jax_compiled_")
+  os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax
 import pytest

@@ -14,7 +14,6 @@ import textwrap
 import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from dlm_jax import experiment, training
 from dlm_jax.data import builder
@@ -88,32 +87,18 @@ def documents() -> list[str]:
   return ["".join(lines[i : i + 30]) for i in range(0, len(lines), 30)]
 
 
-QUICK = {
-  "jax_disable_most_optimizations": True,  # tiny networks that run a few times
-  "jax_compilation_cache_dir": str(pathlib.Path(_FOLDER.name) / "compiled"),
-  "jax_persistent_cache_min_compile_time_secs": 0.0,
-  "jax_persistent_cache_min_entry_size_bytes": -1,
-}
-
-
 @pytest.fixture(autouse=True, scope="module")
 def quick():
-  """Compile without optimisation, and every program once per process; import it to use it."""
-  before = {name: jax.config.values[name] for name in QUICK}
-  try:
-    for name, value in QUICK.items():
-      jax.config.update(name, value)
-    compilation_cache.reset_cache()  # or jax sticks to what it found at its first compilation
-    yield
-  finally:
-    for name, value in before.items():
-      jax.config.update(name, value)
-    compilation_cache.reset_cache()
+  """Compile without optimisation: tiny networks run a few times; import it to use it."""
+  before = jax.config.values["jax_disable_most_optimizations"]
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", before)
 
 
 def environment() -> dict[str, str]:
-  """Return the environment of a subprocess that shares our devices and compiled programs."""
-  return {**os.environ, **{name.upper(): str(value) for name, value in QUICK.items()}}
+  """Return the environment of a subprocess that compiles as we do."""
+  return {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "true"}
 
 
 @functools.cache

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from tiny_runs import quick  # noqa: F401
 
 from dlm_jax.objectives import Objective, draw_batch, output_params, update
 from dlm_jax.objectives.state import make_state, split_each, stratified_times
