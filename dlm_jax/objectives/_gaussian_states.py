@@ -19,13 +19,14 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from dlm_jax import rows
 from dlm_jax.arrays import Params, Scalar
 from dlm_jax.models import DiT
 from dlm_jax.models.layers import FewTokens
 from dlm_jax.objectives.state import map_positions
 from dlm_jax.process import GaussianDuality, Uniform, extremes
 
-KEPT = "soft_entries"  # which entries of w matter, and what is known of them
+KEPT = rows.KEPT  # which entries of w matter, and what is known of them
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,20 +73,20 @@ class Relaxation:
     return checkpoint_name(ids_BKJ, KEPT), checkpoint_name(w_BKJ, KEPT)
 
   def select(
-    self, p0_BKV: Float[Array, "B K V"], w_BKV: Float[Array, "B K V"], t_B: Float[Array, "B"],
-    valid_BK: Bool[Array, "B K"],
+    self, logits_BKV: Float[Array, "B K V"], w_BKV: Float[Array, "B K V"],
+    x0_BK: Int[Array, "B K"], t_B: Float[Array, "B"], valid_BK: Bool[Array, "B K"],
   ) -> tuple[Int[Array, "B K J"], Float[Array, "B K J"]]:  # fmt: skip
     """Return ids and values of the largest entries of w, the largest first; `few` must be set.
 
-    Differentiable in p₀ at these entries; what to keep for that is named `KEPT`.
+    Differentiable in the logits of p₀; what to keep for that is named `KEPT`.
     """
     signal_B11 = self.duality.coefficients(t_B)[0][:, None, None]
-    slope_BK1 = jnp.where(valid_BK[..., None], signal_B11, 1.0)
     largest_BKJ, ids_BKJ = extremes.largest(jax.lax.stop_gradient(w_BKV), self.few)
     ids_BKJ = checkpoint_name(ids_BKJ, KEPT)
-    p0_BKJ = checkpoint_name(jnp.take_along_axis(p0_BKV, ids_BKJ, axis=-1), KEPT)
-    rest_BKJ = largest_BKJ - slope_BK1 * jax.lax.stop_gradient(p0_BKJ)
-    return ids_BKJ, slope_BK1 * p0_BKJ + checkpoint_name(rest_BKJ, KEPT)
+    p0_BKJ = checkpoint_name(rows.softmax_at(logits_BKV, ids_BKJ), KEPT)
+    rest_BKJ = checkpoint_name(largest_BKJ - signal_B11 * jax.lax.stop_gradient(p0_BKJ), KEPT)
+    w_BKJ = signal_B11 * p0_BKJ + rest_BKJ
+    return ids_BKJ, jnp.where(valid_BK[..., None], w_BKJ, ids_BKJ == x0_BK[..., None])
 
   def soften(self, w: Float[Array, "B K _"]) -> Float[Array, "B K _"]:
     """Return soft tokens of w, or of its entries that matter."""
@@ -120,35 +121,38 @@ def embed_data(
 
 
 def embed_predictions(
-  predict, arrays: tuple[Array, ...], trees: tuple[Params, ...], rng_B: Key[Array, "B"],
-  t_B: Float[Array, "B"], valid_BL: Bool[Array, "B L"], *, model: DiT, relaxation: Relaxation,
-  chunk: int | None,
+  predict, arrays: tuple[Array, ...], trees: tuple[Params, ...], x0_BL: Int[Array, "B L"],
+  rng_B: Key[Array, "B"], t_B: Float[Array, "B"], valid_BL: Bool[Array, "B L"], *, model: DiT,
+  relaxation: Relaxation, chunk: int | None,
 ) -> tuple[Int[Array, "B L"], tuple[Float[Array, "B L D"], ...]]:  # fmt: skip
   """Return hard states argmax w of diffused predictions, and embeddings of w/τ under each tree.
 
   Gradients flow through the embeddings to whatever `predict` closes over; none through argmax.
 
   Args:
-    predict: (*chunks of arrays) -> p [B, K, V], on the simplex.
+    predict: (*chunks of arrays) -> logits [B, K, V] of p.
     arrays: [B, L, …], what `predict` reads.
     trees: parameters whose embedding tables are read.
+    x0_BL: tokens; read where not valid.
     rng_B: keys of the noise.
     t_B: times of the states.
-    valid_BL: False where p stays as it is.
+    valid_BL: False where the state is the token, without noise.
     model, relaxation, chunk: see `idlm.make`.
   """
 
-  def embed(position_BK, valid_BK, *pieces):
-    p_BKV = predict(*pieces)
+  def embed(x0_BK, position_BK, valid_BK, *pieces):
+    logits_BKV = predict(*pieces)
     if not relaxation.path_gradient:
-      p_BKV = jax.lax.stop_gradient(p_BKV)
+      logits_BKV = jax.lax.stop_gradient(logits_BKV)
+    one_hot_BKV = jax.nn.one_hot(x0_BK, model.config.vocab_size, dtype=logits_BKV.dtype)
+    p_BKV = jnp.where(valid_BK[..., None], jax.nn.softmax(logits_BKV), one_hot_BKV)
     w_BKV = relaxation.diffuse(p_BKV, rng_B, position_BK, t_B, valid_BK)
     if relaxation.few is None:
       z_BK, soft = jnp.argmax(jax.lax.stop_gradient(w_BKV), -1), relaxation.soften(w_BKV)
     else:
-      ids_BKJ, w_BKJ = relaxation.select(p_BKV, w_BKV, t_B, valid_BK)
+      ids_BKJ, w_BKJ = relaxation.select(logits_BKV, w_BKV, x0_BK, t_B, valid_BK)
       z_BK, soft = ids_BKJ[..., 0], FewTokens(ids_BKJ, relaxation.soften(w_BKJ))
     embedded = tuple(model.apply({"params": tree}, soft, method="embedded") for tree in trees)
     return z_BK.astype(jnp.int32), embedded
 
-  return map_positions(embed, (_positions(valid_BL), valid_BL, *arrays), chunk, keep=(KEPT,))
+  return map_positions(embed, (x0_BL, _positions(valid_BL), valid_BL, *arrays), chunk, keep=(KEPT,))

@@ -171,14 +171,10 @@ def _read(params, sample, batch, trees, dropouts, *, model, process, chunk, rela
   if relaxation is None:
     z_BL, inputs, method = sample.z, (sample.z,) * len(trees), "trunk"
   else:
-
-    def predict(hidden, x_gen, *clean):
-      p = _probs(params, hidden, sigma_gen_B, x_gen, model, process)
-      return _keep_prompt(p, *clean)
-
     z_BL, inputs = embed_predictions(
-      predict, (sample.hidden, sample.x_gen, *_clean(batch)), trees, sample.rng_noise, batch["t"],
-      valid_tokens(batch), model=model, relaxation=relaxation, chunk=chunk,
+      lambda hidden: _logits(params, hidden, sigma_gen_B, model), (sample.hidden,), trees,
+      sample.x_gen, sample.rng_noise, batch["t"], valid_tokens(batch), model=model,
+      relaxation=relaxation, chunk=chunk,
     )  # fmt: skip
     method = "body"
   hidden = tuple(
@@ -203,12 +199,12 @@ def cross_entropy(
     relaxation=relaxation,
   )  # fmt: skip
 
-  def nll(head, fake, hidden, x_gen, z, *clean):
-    p = _keep_prompt(_probs(student, hidden, sigma_gen_B, x_gen, model, process), *clean)
-    log_fake = _log_estimate(head, fake, sigma_B, z, model, process)
-    return jax.vmap(process.nll_soft)(log_fake, z, p, batch["t"]), ()
+  def nll(head, fake, hidden, x_gen, z):
+    predicted = _logits(student, hidden, sigma_gen_B, model)
+    logits = _logits(head, fake, sigma_B, model)
+    return jax.vmap(process.nll_predicted)(logits, z, predicted, x_gen, batch["t"]), ()
 
-  fixed = (sample.hidden, sample.x_gen, z_BL, *_clean(batch))
+  fixed = (sample.hidden, sample.x_gen, z_BL)
   weights_BL = _weights(batch, z_BL.shape)
   return sum_positions(nll, head_params(params), (fake_BLD,), fixed, weights_BL, chunk)[0]
 
@@ -230,19 +226,25 @@ def gap(
     chunk=chunk, relaxation=relaxation,
   )  # fmt: skip
 
-  def difference(head, hidden, teacher_hidden, fake_hidden, x_gen, z, *clean):
-    p = _keep_prompt(_probs(head, hidden, sigma_gen_B, x_gen, model, process), *clean)
-    log_teacher = _log_estimate(teacher, teacher_hidden, sigma_B, z, model, process)
-    log_fake = _log_estimate(fake, fake_hidden, sigma_B, z, model, process)
-    nll_soft = jax.vmap(process.nll_soft)
-    gap = nll_soft(log_teacher, z, p, batch["t"]) - nll_soft(log_fake, z, p, batch["t"])
+  def difference(head, hidden, teacher_hidden, fake_hidden, x_gen, z):
+    predicted = _logits(head, hidden, sigma_gen_B, model)
+    judges = [
+      _logits(tree, x, sigma_B, model)
+      for tree, x in ((teacher, teacher_hidden), (fake, fake_hidden))
+    ]
+    nll = lambda logits: jax.vmap(process.nll_predicted)(  # noqa: E731
+      logits, z, predicted, x_gen, batch["t"]
+    )
+    gap = nll(judges[0]) - nll(judges[1])
+    p = jnp.exp(jax.vmap(process.log_x0)(predicted, x_gen))
+    log_teacher, log_fake = (jax.vmap(process.log_estimate)(logits, z) for logits in judges)
     advantage, entropy = log_teacher - log_fake, -jnp.sum(jax.scipy.special.xlogy(p, p), -1)
     mean = jnp.sum(p * advantage, -1)
     variance = jnp.maximum(jnp.sum(p * advantage**2, -1) - mean**2, 0)
     return gap, (variance, entropy)
 
   # Only a soft state carries gradients through the trunks of teacher and fake.
-  arrays = (sample.hidden, teacher_BLD, fake_BLD, sample.x_gen, z_BL, *_clean(batch))
+  arrays = (sample.hidden, teacher_BLD, fake_BLD, sample.x_gen, z_BL)
   moving = 1 if relaxation is None else 3
   value, (variance_BL, entropy_BL) = sum_positions(
     difference, head_params(params), arrays[:moving], arrays[moving:],
@@ -341,27 +343,8 @@ def make(
   return Objective(init, step, output="student", batches=2)
 
 
-def _log_estimate(params, hidden, sigma_B, xt, model, process):
-  logits = model.apply({"params": params}, hidden, sigma_B, method="head")
-  return jax.vmap(process.log_estimate)(logits, xt)
-
-
-def _probs(params, hidden, sigma_B, x_gen, model, process):
-  logits = model.apply({"params": params}, hidden, sigma_B, method="head")
-  return jnp.exp(jax.vmap(process.log_x0)(logits, x_gen))
-
-
-def _clean(batch):
-  """Return what `_keep_prompt` needs: tokens and where they are no prompt; nothing without one."""
-  return (batch["tokens"], batch["valid"]) if "valid" in batch and "tokens" in batch else ()
-
-
-def _keep_prompt(p, tokens=None, valid=None):
-  """Return p with the prompt's own tokens as one-hot rows."""
-  if valid is None:
-    return p
-  one_hot = jax.nn.one_hot(tokens, p.shape[-1], dtype=p.dtype)
-  return jnp.where(valid[..., None], p, one_hot)
+def _logits(params, hidden, sigma_B, model):
+  return model.apply({"params": params}, hidden, sigma_B, method="head")
 
 
 def _weights(batch, shape):

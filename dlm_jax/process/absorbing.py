@@ -117,6 +117,22 @@ class Absorbing:
     expected_L = jnp.sum(p0_LV * log_x0_LV, axis=-1)
     return jnp.where(xt_L == self.mask_id, -self.schedule.weight(t) * expected_L, 0.0)
 
+  def nll_predicted(
+    self, logits_LV: Float[Array, "L V"], xt_L: Int[Array, "L"],
+    data_logits_LV: Float[Array, "L V"], data_xt_L: Int[Array, "L"], t: Scalar,
+  ) -> Float[Array, "L"]:  # fmt: skip
+    """Return `nll_soft` for data that a network predicts, of both networks' logits.
+
+    Args:
+      logits_LV: of the network whose loss it is.
+      xt_L: the state it reads.
+      data_logits_LV: of the network whose prediction is the data.
+      data_xt_L: the state that one read: revealed tokens are data as they are.
+      t: time of xₜ.
+    """
+    p0_LV = jnp.exp(self.log_x0(data_logits_LV, data_xt_L))
+    return self.nll_soft(self.log_estimate(logits_LV, xt_L), xt_L, p0_LV, t)
+
   def posterior(
     self, log_x0_LV: Float[Array, "L V"], xt_L: Int[Array, "L"], s: Scalar, t: Scalar
   ) -> Float[Array, "L V"]:

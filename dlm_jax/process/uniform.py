@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from dlm_jax import draw
 from dlm_jax.arrays import RngKey, Scalar
+from dlm_jax.process import _uniform_nelbo as nelbo
 from dlm_jax.schedules import LogLinear, Schedule
 
 
@@ -87,13 +88,32 @@ class Uniform:
       −α'/(V α q(z)) · [ KL(q‖q^θ) + r − 1 − log r ],   r = q(z)/q^θ(z):
 
     a KL and an Itakura–Saito term, algebraically the published formula; with c = Vα/(1 − α) the
-    ratios are (1 + c p₀)/(1 + c f), which `_ratios` forms so that float32 keeps six digits at
-    V = 50,258 where the direct formula needs float64. Differentiable in p₀ as well; reverse mode
+    ratios are (1 + c p₀)/(1 + c f), formed so that float32 keeps six digits at V = 50,258 where the
+    direct formula needs float64. Differentiable in p₀ as well; reverse mode
     only, and constant in t.
 
     Reference: Duo, arXiv 2506.10892, appendix; in this form IDLM, arXiv 2602.19066, appendix C.
     """
-    return _nelbo(log_x0_LV, p0_LV, xt_L, self.schedule.alpha(t), self.schedule.dalpha(t))
+    return nelbo.soft(log_x0_LV, p0_LV, xt_L, self.schedule.alpha(t), self.schedule.dalpha(t))
+
+  def nll_predicted(
+    self, logits_LV: Float[Array, "L V"], xt_L: Int[Array, "L"],
+    data_logits_LV: Float[Array, "L V"], data_xt_L: Int[Array, "L"], t: Scalar,
+  ) -> Float[Array, "L"]:  # fmt: skip
+    """Return the NELBO integrand for data that a network predicts, of both networks' logits.
+
+    `nll_soft(log_estimate(logits), xₜ, softmax(data_logits), t)`, differentiable in both logits.
+
+    Args:
+      logits_LV: of the network whose loss it is.
+      xt_L: the state it reads.
+      data_logits_LV: of the network whose prediction is the data.
+      data_xt_L: the state that one read; it says nothing here.
+      t: time of xₜ.
+    """
+    del data_xt_L
+    alpha, dalpha = self.schedule.alpha(t), self.schedule.dalpha(t)
+    return nelbo.between(logits_LV, data_logits_LV, xt_L, alpha, dalpha)
 
   def posterior(
     self, log_x0_LV: Float[Array, "L V"], xt_L: Int[Array, "L"], s: Scalar, t: Scalar
@@ -115,61 +135,3 @@ class Uniform:
 
   def _one_hot(self, ids_L, dtype):
     return jax.nn.one_hot(ids_L, self.vocab_size, dtype=dtype)
-
-
-@jax.custom_vjp
-def _nelbo(log_x0_LV, p0_LV, xt_L, alpha, dalpha):
-  """Return `Uniform.nll_soft`; its gradient keeps no [L, V] array but the two it is given."""
-  return _nelbo_forward(log_x0_LV, p0_LV, xt_L, alpha, dalpha)[0]
-
-
-def _nelbo_forward(log_x0_LV, p0_LV, xt_L, alpha, dalpha):
-  size = p0_LV.shape[-1]
-  c = size * alpha / (1 - alpha)
-  excess_LV, log_ratio_LV = _ratios(c, p0_LV, log_x0_LV)
-  # q = (1 − α)/V · (1 + c p₀)
-  kl_L = (1 - alpha) / size * jnp.sum((1 + c * p0_LV) * log_ratio_LV, axis=-1)
-  at_z = lambda x_LV: jnp.sum(jax.nn.one_hot(xt_L, size, dtype=x_LV.dtype) * x_LV, axis=-1)  # noqa: E731
-  rate_L = -dalpha / (alpha * (1 - alpha) * (1 + c * at_z(p0_LV)))
-  value_L = rate_L * (kl_L + at_z(excess_LV - log_ratio_LV))
-  return value_L, (log_x0_LV, p0_LV, xt_L, alpha, rate_L, value_L)
-
-
-def _nelbo_backward(residual, cotangent_L):
-  """Return the two gradients. With ρ = (1 + c p)/(1 + c f), r the rate, which is ∝ 1/(1 + c p(z)),
-  n the value, and (1 − α)/V · c = α:
-
-  ∂n/∂log f = −r [ α ρ f + 1_z c f (ρ − 1)/(1 + c f) ],
-  ∂n/∂p     =  r [ α (1 + log ρ) + 1_z c (ρ − 1)/(1 + c p) ] − 1_z n c/(1 + c p).
-  """
-  log_x0_LV, p0_LV, xt_L, alpha, rate_L, value_L = residual
-  size = p0_LV.shape[-1]
-  c = size * alpha / (1 - alpha)
-  excess_LV, log_ratio_LV = _ratios(c, p0_LV, log_x0_LV)
-  f_LV = jnp.exp(log_x0_LV)
-  here_LV = jax.nn.one_hot(xt_L, size, dtype=p0_LV.dtype)
-  weight_L1, value_L1 = (cotangent_L * rate_L)[:, None], (cotangent_L * value_L)[:, None]
-  at_z_LV = here_LV * c * excess_LV * f_LV / (1 + c * f_LV)
-  of_log_LV = -weight_L1 * (alpha * (1 + excess_LV) * f_LV + at_z_LV)
-  at_z_LV = here_LV * c / (1 + c * p0_LV) * (weight_L1 * excess_LV - value_L1)
-  of_p0_LV = weight_L1 * alpha * (1 + log_ratio_LV) + at_z_LV
-  return of_log_LV.astype(log_x0_LV.dtype), of_p0_LV.astype(p0_LV.dtype), None, None, None
-
-
-_nelbo.defvjp(_nelbo_forward, _nelbo_backward)
-
-
-def _ratios(c, p0_LV, log_x0_LV):
-  """Return ρ − 1 and log ρ of ρ = (1 + c p)/(1 + c f), f = exp(log_x0), without cancellation.
-
-  ρ − 1 = c (p − f)/(1 + c f), of which log1p is accurate where ρ is near 1; elsewhere log ρ is. A
-  difference of two log1p would keep the rounding of numbers near 18, and 1 − f is read off log f
-  where f is close to 1.
-  """
-  f_LV = jnp.exp(log_x0_LV)
-  difference_LV = jnp.where(f_LV > 0.5, (p0_LV - 1) - jnp.expm1(log_x0_LV), p0_LV - f_LV)
-  excess_LV = c * difference_LV / (1 + c * f_LV)
-  near_LV = jnp.abs(excess_LV) < 0.5
-  near_log_LV = jnp.log1p(jnp.where(near_LV, excess_LV, 0.0))
-  ratio_LV = (1 + c * p0_LV) / (1 + c * f_LV)
-  return excess_LV, jnp.where(near_LV, near_log_LV, jnp.log(ratio_LV))

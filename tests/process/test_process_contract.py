@@ -14,7 +14,8 @@ from dlm_jax import process, schedules
 
 V, L = 6, 4
 METHODS = (
-  "prior", "corrupt", "corrupt_probs", "log_x0", "log_estimate", "nll", "nll_soft", "posterior",
+  "prior", "corrupt", "corrupt_probs", "log_x0", "log_estimate", "nll", "nll_soft", "nll_predicted",
+  "posterior",
 )  # fmt: skip
 
 
@@ -143,6 +144,29 @@ def test_soft_loss_of_certain_data_is_the_loss(proc, t):
   log_x0 = proc.log_x0(_logits(), xt)
   soft = proc.nll_soft(log_x0, xt, jax.nn.one_hot(CLEAN, V), t)
   np.testing.assert_allclose(soft, proc.nll(log_x0, xt, CLEAN, t), rtol=1e-4, atol=1e-5)
+
+
+@every_process
+@pytest.mark.parametrize("t", TIMES)
+def test_loss_of_predicted_data(proc, t):
+  """Of two networks' logits: the soft loss of what the second predicts, and its gradients."""
+  xt, data_xt = (proc.corrupt(jax.random.key(i), CLEAN, t) for i in (1, 2))
+  logits, data_logits = _logits(), _logits() * jnp.linspace(-1, 2, V)[None]
+
+  def soft(logits, data_logits):
+    p0 = jnp.exp(proc.log_x0(data_logits, data_xt))
+    return proc.nll_soft(proc.log_estimate(logits, xt), xt, p0, t)
+
+  predicted = lambda x, y: proc.nll_predicted(x, xt, y, data_xt, t)  # noqa: E731
+  np.testing.assert_allclose(
+    predicted(logits, data_logits), soft(logits, data_logits), rtol=1e-4, atol=1e-6
+  )
+  gradients = [
+    jax.grad(lambda x, y, f=f: f(x, y).sum(), argnums=(0, 1))(logits, data_logits)
+    for f in (predicted, soft)
+  ]
+  for ours, wanted in zip(*gradients, strict=True):
+    np.testing.assert_allclose(ours, wanted, rtol=1e-4, atol=1e-4 * np.abs(wanted).max())
 
 
 @every_process

@@ -2,6 +2,7 @@
 """The uniform process against enumeration (V ≤ 5, L ≤ 3), the published loss and golden vectors."""
 
 import dataclasses
+import functools
 import itertools
 
 import jax
@@ -246,6 +247,29 @@ def test_gradients_follow_finite_differences():
         np.testing.assert_allclose(gradient[place], slope, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("alpha", [0.02, 0.7, 0.98])
+def test_loss_of_two_networks_logits(alpha):
+  """Of softmaxes of logits: the same value, and gradients in closed form, cotangents included."""
+  with jax.enable_x64(True):
+    proc = process.Uniform(vocab_size=6, schedule=_At(alpha, jnp.float64))
+    rng = np.random.default_rng(7)
+    logits, data, z, weight = (
+      jnp.asarray(x)
+      for x in (*rng.normal(size=(2, 40, 6)) * 3, rng.integers(0, 6, 40), rng.normal(size=40))
+    )
+
+    def closed(logits, data):
+      return jnp.sum(weight * proc.nll_predicted(logits, z, data, z, 0.5))
+
+    def plain(logits, data):
+      log_f = proc.log_estimate(logits, z)
+      return jnp.sum(weight * proc.nll_soft(log_f, z, jax.nn.softmax(data), 0.5))
+
+    ours, wanted = (jax.value_and_grad(f, argnums=(0, 1))(logits, data) for f in (closed, plain))
+    for a, b in zip(*map(jax.tree.leaves, (ours, wanted)), strict=True):
+      np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11)
+
+
 @pytest.mark.parametrize("name", ["log_linear", "cosine", "polynomial"])
 def test_nelbo_of_an_exact_denoiser_is_the_entropy(name):
   """∫₀¹ Σ_l E[nll_l] dt = H(x₀) − I(x₀; x₁) over two dependent tokens: the weight is right.
@@ -299,12 +323,13 @@ class _At(schedules.Schedule):
   """One α, so that both sides see the same float32 number."""
 
   value: float
+  dtype: type = jnp.float32
 
   def alpha(self, t):
-    return jnp.float32(self.value) + 0 * t
+    return self.dtype(self.value) + 0 * t
 
   def dalpha(self, t):
-    return jnp.float32(-1) + 0 * t
+    return self.dtype(-1) + 0 * t
 
 
 def _relative_error(log_f, z, p0, t):
@@ -403,3 +428,29 @@ def test_a_vocabulary_of_one():
   with pytest.raises(ValueError, match="vocab_size=1") as error:
     process.Uniform(vocab_size=1)
   assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+  "distance,of_value,of_gradient", [(3.0, 3e-6, 3e-5), (0.1, 3e-5, 2e-5), (1e-3, 1e-3, 5e-2)]
+)
+def test_float32_of_two_networks_logits(distance, of_value, of_gradient):
+  """Value and gradients against float64, of predictions far from each other and close."""
+  rng = np.random.default_rng(3)
+  logits = rng.normal(size=(6, 50_258)) * 3
+  data = logits + distance * rng.normal(size=logits.shape)
+  logits, data = (x.astype(np.float32) for x in (logits, data))
+  z = np.where(np.arange(6) % 2 == 0, data.argmax(-1), rng.integers(0, 50_258, 6))
+  for alpha in (0.1, 0.9):
+    found = []
+    for dtype in (jnp.float32, jnp.float64):
+      with jax.enable_x64(dtype is jnp.float64):
+        proc = process.Uniform(vocab_size=50_258, schedule=_At(float(np.float32(alpha)), dtype))
+        states = jnp.asarray(z, jnp.int32)
+        loss = functools.partial(proc.nll_predicted, xt_L=states, data_xt_L=states, t=0.5)
+        loss = lambda x, y, loss=loss: loss(x, data_logits_LV=y)  # noqa: E731
+        value, pull = jax.vjp(jax.jit(loss), jnp.asarray(logits, dtype), jnp.asarray(data, dtype))
+        found.append([f64(value), *map(f64, pull(jnp.ones_like(value)))])
+    for ours, wanted in zip(*found, strict=True):
+      ours, wanted = (x.reshape(len(z), -1) for x in (ours, wanted))
+      error = np.linalg.norm(ours - wanted, axis=-1) / np.linalg.norm(wanted, axis=-1)
+      assert error.max() < (of_value if ours.shape[1] == 1 else of_gradient)

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The NELBO integrand of the uniform process, and its gradients, in as few passes as can be.
+
+With p the data's law, f the prediction, z the state, c = V α/(1 − α), ρ = (1 + c p)/(1 + c f) and
+the rate r = −α'/(α (1 − α) (1 + c p(z))),
+
+  n = r [ (1 − α)/V Σ (1 + c p) log ρ + ρ(z) − 1 − log ρ(z) ],
+  ∂n/∂log f = −r [ α ρ f + 1_z h ],                h = c f (ρ − 1)/(1 + c f),
+  ∂n/∂p     =  r [ α (1 + log ρ) ] + 1_z k,        k = c (r (ρ − 1) − n)/(1 + c p).
+
+Automatic differentiation keeps and reads several [L, V] arrays for these. Here nothing is kept but
+the arguments and numbers per position. Where both laws are softmaxes of logits (`between`), the
+means that a softmax's gradient takes away are sums of the forward pass, which reads logits anyway:
+
+  ∂n/∂logits      = r [ f (α (X + 1 − ρ) + h(z)) − 1_z h ],       X = Σ f (ρ − 1),
+  ∂n/∂data logits = p [ r α (log ρ − T) + 1_z k − p(z) k(z) ],    T = Σ p log ρ.
+
+The arguments of both: [L, V] float arrays, states [L], and α and α' at the time, constants.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from dlm_jax import rows
+
+
+@jax.custom_vjp
+def soft(log_f_LV, p_LV, z_L, alpha, dalpha):
+  """Return n [L] of log-probabilities and data on the simplex."""
+  return _soft_forward(log_f_LV, p_LV, z_L, alpha, dalpha)[0]
+
+
+def _soft_forward(log_f_LV, p_LV, z_L, alpha, dalpha):
+  c = p_LV.shape[-1] * alpha / (1 - alpha)
+  f_LV = jnp.exp(log_f_LV)
+  excess_LV, log_ratio_LV = _ratios(c, p_LV, f_LV, _difference(p_LV, log_f_LV, f_LV))
+  sum_L = jnp.sum((1 + c * p_LV) * log_ratio_LV, axis=-1)
+  at_z = lambda x_LV: jnp.sum(jnp.where(_here(z_L, x_LV), x_LV, 0.0), axis=-1)  # noqa: E731
+  rate_L = -dalpha / (alpha * (1 - alpha) * (1 + c * at_z(p_LV)))
+  value_L = rate_L * ((1 - alpha) / p_LV.shape[-1] * sum_L + at_z(excess_LV - log_ratio_LV))
+  return value_L, (log_f_LV, p_LV, z_L, alpha, rate_L, value_L)
+
+
+def _soft_backward(residual, cotangent_L):
+  log_f_LV, p_LV, z_L, alpha, rate_L, value_L = residual
+  c = p_LV.shape[-1] * alpha / (1 - alpha)
+  f_LV = jnp.exp(log_f_LV)
+  excess_LV, log_ratio_LV = _ratios(c, p_LV, f_LV, _difference(p_LV, log_f_LV, f_LV))
+  weight_L1, value_L1 = (cotangent_L * rate_L)[:, None], (cotangent_L * value_L)[:, None]
+  here_LV = _here(z_L, p_LV)
+  h_LV = jnp.where(here_LV, c * excess_LV * f_LV / (1 + c * f_LV), 0.0)
+  k_LV = jnp.where(here_LV, c / (1 + c * p_LV) * (weight_L1 * excess_LV - value_L1), 0.0)
+  of_log_f_LV = -weight_L1 * (alpha * (1 + excess_LV) * f_LV + h_LV)
+  of_p_LV = weight_L1 * alpha * (1 + log_ratio_LV) + k_LV
+  return of_log_f_LV.astype(log_f_LV.dtype), of_p_LV.astype(p_LV.dtype), None, None, None
+
+
+soft.defvjp(_soft_forward, _soft_backward)
+
+
+@jax.custom_vjp
+def between(logits_LV, data_logits_LV, z_L, alpha, dalpha):
+  """Return n [L] of f = softmax(logits) and p = softmax(data_logits)."""
+  return _between_forward(logits_LV, data_logits_LV, z_L, alpha, dalpha)[0]
+
+
+def _between_forward(logits_LV, data_logits_LV, z_L, alpha, dalpha):
+  c = logits_LV.shape[-1] * alpha / (1 - alpha)
+  shift, data_shift = rows.normaliser(logits_LV), rows.normaliser(data_logits_LV)
+  of_logs = lambda p, f: _of_logs(c, p - data_shift[0] - data_shift[1], f - shift[0] - shift[1])  # noqa: E731
+  p_LV, f_LV, excess_LV, log_ratio_LV = of_logs(data_logits_LV, logits_LV)
+  total = lambda x_LV: jnp.sum(x_LV, axis=-1, keepdims=True)  # noqa: E731
+  # less c Σ (p − f), which is 0: every term is positive, and of second order where p is near f
+  sum_L1 = total((1 + c * p_LV) * log_ratio_LV - (1 + c * f_LV) * excess_LV)
+  mean_log_ratio_L1, mean_excess_L1 = total(p_LV * log_ratio_LV), total(f_LV * excess_LV)
+  at_z = lambda x_LV: jnp.take_along_axis(x_LV, z_L[:, None], axis=-1)  # noqa: E731
+  p_L1, f_L1, excess_L1, log_ratio_L1 = of_logs(at_z(data_logits_LV), at_z(logits_LV))
+  rate_L1 = -dalpha / (alpha * (1 - alpha) * (1 + c * p_L1))
+  kl_L1 = (1 - alpha) / logits_LV.shape[-1] * sum_L1
+  value_L1 = rate_L1 * (kl_L1 + excess_L1 - log_ratio_L1)
+  h_L1 = c * f_L1 * excess_L1 / (1 + c * f_L1)
+  k_L1 = c * (rate_L1 * excess_L1 - value_L1) / (1 + c * p_L1)
+  numbers = (shift, data_shift, mean_log_ratio_L1, mean_excess_L1, p_L1, rate_L1, h_L1, k_L1)
+  return value_L1[:, 0], (logits_LV, data_logits_LV, z_L, alpha, numbers)
+
+
+def _between_backward(residual, cotangent_L):
+  logits_LV, data_logits_LV, z_L, alpha, numbers = residual
+  shift, data_shift, mean_log_ratio_L1, mean_excess_L1, at_z_L1, rate_L1, h_L1, k_L1 = numbers
+  c = logits_LV.shape[-1] * alpha / (1 - alpha)
+  log_p_LV = data_logits_LV - data_shift[0] - data_shift[1]
+  log_f_LV = logits_LV - shift[0] - shift[1]
+  p_LV, f_LV, excess_LV, log_ratio_LV = _of_logs(c, log_p_LV, log_f_LV)
+  cotangent_L1, here_LV = cotangent_L[:, None], _here(z_L, logits_LV)
+  weight_L1 = cotangent_L1 * rate_L1
+  of_f_LV = alpha * (mean_excess_L1 - excess_LV) + h_L1
+  of_logits_LV = weight_L1 * (f_LV * of_f_LV - jnp.where(here_LV, h_L1, 0.0))
+  of_p_LV = weight_L1 * alpha * (log_ratio_LV - mean_log_ratio_L1)
+  of_data_logits_LV = p_LV * (of_p_LV + cotangent_L1 * k_L1 * (here_LV - at_z_L1))
+  dtypes = logits_LV.dtype, data_logits_LV.dtype
+  return of_logits_LV.astype(dtypes[0]), of_data_logits_LV.astype(dtypes[1]), None, None, None
+
+
+between.defvjp(_between_forward, _between_backward)
+
+
+def _here(z_L, like_LV):
+  return jnp.arange(like_LV.shape[-1])[None] == z_L[:, None]
+
+
+def _difference(p, log_f, f):
+  """Return p − f; where f is close to 1, 1 − f is read off log f."""
+  return jnp.where(f > 0.5, (p - 1) - jnp.expm1(log_f), p - f)
+
+
+def _of_logs(c, log_p, log_f):
+  """Return p, f, ρ − 1 and log ρ of two logarithms."""
+  p, f, step = jnp.exp(log_p), jnp.exp(log_f), log_p - log_f
+  difference = jnp.maximum(p, f) * -jnp.expm1(-jnp.abs(step))
+  return p, f, *_ratios(c, p, f, jnp.where(step > 0, difference, -difference))
+
+
+def _ratios(c, p, f, difference):
+  """Return ρ − 1 and log ρ without cancellation, for the accurate difference p − f.
+
+  The larger of ρ and 1/ρ is 1 + y, y = c |p − f|/(1 + c min(p, f)): log1p(c p) − log1p(c f) would
+  keep the rounding of numbers near 18.
+  """
+  y = c * jnp.abs(difference) / (1 + c * jnp.minimum(p, f))
+  log_y, above = jnp.log1p(y), difference > 0
+  return jnp.where(above, y, -y / (1 + y)), jnp.where(above, log_y, -log_y)
