@@ -22,6 +22,7 @@ FLOORS = {
   "placement": 0,
   "schedules": 0,
   "draw": 0,
+  "rows": 0,
   "tables": 0,
   "process": 1,
   "models": 2,
