@@ -26,17 +26,17 @@ def softmax_at(
 
 
 def _softmax_at_forward(logits, ids):
-  top, log_sum = (checkpoint_name(x, KEPT) for x in normaliser(logits))
-  entries = jnp.exp(jnp.take_along_axis(logits, ids, axis=-1) - top - log_sum)
-  return entries, (logits, ids, top, log_sum)
+  shift = checkpoint_name(normaliser(logits), KEPT)
+  entries = jnp.exp(log_probs(jnp.take_along_axis(logits, ids, axis=-1), shift))
+  return entries, (logits, ids, shift, entries)
 
 
 def _softmax_at_backward(residual, cotangent):
-  logits, ids, top, log_sum = residual
-  weighted = cotangent * jnp.exp(jnp.take_along_axis(logits, ids, axis=-1) - top - log_sum)
+  logits, ids, shift, entries = residual
+  weighted = cotangent * entries
   axis = logits.ndim - 1
   every = jax.lax.broadcasted_iota(jnp.int32, (1,) * axis + logits.shape[-1:], axis)
-  dense = -weighted.sum(axis=-1, keepdims=True) * jnp.exp(logits - top - log_sum)
+  dense = -weighted.sum(axis=-1, keepdims=True) * jnp.exp(log_probs(logits, shift))
   for j in range(ids.shape[-1]):
     dense += jnp.where(every == ids[..., j, None], weighted[..., j, None], 0.0)
   return dense.astype(logits.dtype), None
@@ -45,12 +45,19 @@ def _softmax_at_backward(residual, cotangent):
 softmax_at.defvjp(_softmax_at_forward, _softmax_at_backward)
 
 
-def normaliser(
-  logits: Float[Array, "*rows V"],
-) -> tuple[Float[Array, "*rows 1"], Float[Array, "*rows 1"]]:
-  """Return m = max and l = log Σ exp(logits − m); log p = logits − m − l, in this order.
+Shift = tuple[Float[Array, "*rows 1"], Float[Array, "*rows 1"]]
+
+
+def normaliser(logits: Float[Array, "*rows V"]) -> Shift:
+  """Return m = max and l = log Σ exp(logits − m) of each row, for `log_probs`.
 
   A single number m + l near 15 would round every probability by 1e-6.
   """
   top = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
   return top, jnp.log(jnp.sum(jnp.exp(logits - top), axis=-1, keepdims=True))
+
+
+def log_probs(logits: Float[Array, "*rows J"], shift: Shift) -> Float[Array, "*rows J"]:
+  """Return log p = logits − m − l, in this order, of rows or of entries of them."""
+  top, log_sum = shift
+  return logits - top - log_sum

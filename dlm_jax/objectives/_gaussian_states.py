@@ -19,14 +19,12 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from dlm_jax import rows
 from dlm_jax.arrays import Params, Scalar
 from dlm_jax.models import DiT
 from dlm_jax.models.layers import FewTokens
 from dlm_jax.objectives.state import map_positions
 from dlm_jax.process import GaussianDuality, Uniform, extremes
-
-KEPT = rows.KEPT  # which entries of w matter, and what is known of them
+from dlm_jax.rows import KEPT, softmax_at
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,8 +71,8 @@ class Relaxation:
     return checkpoint_name(ids_BKJ, KEPT), checkpoint_name(w_BKJ, KEPT)
 
   def select(
-    self, logits_BKV: Float[Array, "B K V"], w_BKV: Float[Array, "B K V"],
-    x0_BK: Int[Array, "B K"], t_B: Float[Array, "B"], valid_BK: Bool[Array, "B K"],
+    self, logits_BKV: Float[Array, "B K V"], w_BKV: Float[Array, "B K V"], t_B: Float[Array, "B"],
+    valid_BK: Bool[Array, "B K"],
   ) -> tuple[Int[Array, "B K J"], Float[Array, "B K J"]]:  # fmt: skip
     """Return ids and values of the largest entries of w, the largest first; `few` must be set.
 
@@ -83,10 +81,10 @@ class Relaxation:
     signal_B11 = self.duality.coefficients(t_B)[0][:, None, None]
     largest_BKJ, ids_BKJ = extremes.largest(jax.lax.stop_gradient(w_BKV), self.few)
     ids_BKJ = checkpoint_name(ids_BKJ, KEPT)
-    p0_BKJ = checkpoint_name(rows.softmax_at(logits_BKV, ids_BKJ), KEPT)
-    rest_BKJ = checkpoint_name(largest_BKJ - signal_B11 * jax.lax.stop_gradient(p0_BKJ), KEPT)
-    w_BKJ = signal_B11 * p0_BKJ + rest_BKJ
-    return ids_BKJ, jnp.where(valid_BK[..., None], w_BKJ, ids_BKJ == x0_BK[..., None])
+    p0_BKJ = checkpoint_name(softmax_at(logits_BKV, ids_BKJ), KEPT)
+    moving_BKJ = jnp.where(valid_BK[..., None], signal_B11 * p0_BKJ, 0.0)
+    rest_BKJ = largest_BKJ - jax.lax.stop_gradient(moving_BKJ)
+    return ids_BKJ, moving_BKJ + checkpoint_name(rest_BKJ, KEPT)
 
   def soften(self, w: Float[Array, "B K _"]) -> Float[Array, "B K _"]:
     """Return soft tokens of w, or of its entries that matter."""
@@ -150,7 +148,7 @@ def embed_predictions(
     if relaxation.few is None:
       z_BK, soft = jnp.argmax(jax.lax.stop_gradient(w_BKV), -1), relaxation.soften(w_BKV)
     else:
-      ids_BKJ, w_BKJ = relaxation.select(logits_BKV, w_BKV, x0_BK, t_B, valid_BK)
+      ids_BKJ, w_BKJ = relaxation.select(logits_BKV, w_BKV, t_B, valid_BK)
       z_BK, soft = ids_BKJ[..., 0], FewTokens(ids_BKJ, relaxation.soften(w_BKJ))
     embedded = tuple(model.apply({"params": tree}, soft, method="embedded") for tree in trees)
     return z_BK.astype(jnp.int32), embedded

@@ -73,7 +73,7 @@ class Sample(NamedTuple):
   """What one run of the student leaves for the losses.
 
   Attributes:
-    x_gen: its input, really corrupted data; of a soft input the argmax.
+    x_gen: its input, really corrupted data; of a soft input the argmax. A prompt's own tokens.
     hidden: its trunk output; the gradient path to the student starts here.
     z: a prediction drawn per position, then corrupted to time t; constant. None if the state is
       soft: it is made from the prediction where it is read.
@@ -228,16 +228,14 @@ def gap(
 
   def difference(head, hidden, teacher_hidden, fake_hidden, x_gen, z):
     predicted = _logits(head, hidden, sigma_gen_B, model)
-    judges = [
-      _logits(tree, x, sigma_B, model)
-      for tree, x in ((teacher, teacher_hidden), (fake, fake_hidden))
-    ]
+    of_teacher = _logits(teacher, teacher_hidden, sigma_B, model)
+    of_fake = _logits(fake, fake_hidden, sigma_B, model)
     nll = lambda logits: jax.vmap(process.nll_predicted)(  # noqa: E731
       logits, z, predicted, x_gen, batch["t"]
     )
-    gap = nll(judges[0]) - nll(judges[1])
+    gap = nll(of_teacher) - nll(of_fake)
     p = jnp.exp(jax.vmap(process.log_x0)(predicted, x_gen))
-    log_teacher, log_fake = (jax.vmap(process.log_estimate)(logits, z) for logits in judges)
+    log_teacher, log_fake = (jax.vmap(process.log_estimate)(x, z) for x in (of_teacher, of_fake))
     advantage, entropy = log_teacher - log_fake, -jnp.sum(jax.scipy.special.xlogy(p, p), -1)
     mean = jnp.sum(p * advantage, -1)
     variance = jnp.maximum(jnp.sum(p * advantage**2, -1) - mean**2, 0)

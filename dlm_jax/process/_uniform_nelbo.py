@@ -32,8 +32,7 @@ def soft(log_f_LV, p_LV, z_L, alpha, dalpha):
 
 def _soft_forward(log_f_LV, p_LV, z_L, alpha, dalpha):
   c = p_LV.shape[-1] * alpha / (1 - alpha)
-  f_LV = jnp.exp(log_f_LV)
-  excess_LV, log_ratio_LV = _ratios(c, p_LV, f_LV, _difference(p_LV, log_f_LV, f_LV))
+  _, excess_LV, log_ratio_LV = _of_data(c, p_LV, log_f_LV)
   sum_L = jnp.sum((1 + c * p_LV) * log_ratio_LV, axis=-1)
   at_z = lambda x_LV: jnp.sum(jnp.where(_here(z_L, x_LV), x_LV, 0.0), axis=-1)  # noqa: E731
   rate_L = -dalpha / (alpha * (1 - alpha) * (1 + c * at_z(p_LV)))
@@ -44,8 +43,7 @@ def _soft_forward(log_f_LV, p_LV, z_L, alpha, dalpha):
 def _soft_backward(residual, cotangent_L):
   log_f_LV, p_LV, z_L, alpha, rate_L, value_L = residual
   c = p_LV.shape[-1] * alpha / (1 - alpha)
-  f_LV = jnp.exp(log_f_LV)
-  excess_LV, log_ratio_LV = _ratios(c, p_LV, f_LV, _difference(p_LV, log_f_LV, f_LV))
+  f_LV, excess_LV, log_ratio_LV = _of_data(c, p_LV, log_f_LV)
   weight_L1, value_L1 = (cotangent_L * rate_L)[:, None], (cotangent_L * value_L)[:, None]
   here_LV = _here(z_L, p_LV)
   h_LV = jnp.where(here_LV, c * excess_LV * f_LV / (1 + c * f_LV), 0.0)
@@ -67,14 +65,14 @@ def between(logits_LV, data_logits_LV, z_L, alpha, dalpha):
 def _between_forward(logits_LV, data_logits_LV, z_L, alpha, dalpha):
   c = logits_LV.shape[-1] * alpha / (1 - alpha)
   shift, data_shift = rows.normaliser(logits_LV), rows.normaliser(data_logits_LV)
-  of_logs = lambda p, f: _of_logs(c, p - data_shift[0] - data_shift[1], f - shift[0] - shift[1])  # noqa: E731
-  p_LV, f_LV, excess_LV, log_ratio_LV = of_logs(data_logits_LV, logits_LV)
+  of_logits = lambda p, f: _of_logs(c, rows.log_probs(p, data_shift), rows.log_probs(f, shift))  # noqa: E731
+  p_LV, f_LV, excess_LV, log_ratio_LV = of_logits(data_logits_LV, logits_LV)
   total = lambda x_LV: jnp.sum(x_LV, axis=-1, keepdims=True)  # noqa: E731
   # less c Σ (p − f), which is 0: every term is positive, and of second order where p is near f
   sum_L1 = total((1 + c * p_LV) * log_ratio_LV - (1 + c * f_LV) * excess_LV)
   mean_log_ratio_L1, mean_excess_L1 = total(p_LV * log_ratio_LV), total(f_LV * excess_LV)
   at_z = lambda x_LV: jnp.take_along_axis(x_LV, z_L[:, None], axis=-1)  # noqa: E731
-  p_L1, f_L1, excess_L1, log_ratio_L1 = of_logs(at_z(data_logits_LV), at_z(logits_LV))
+  p_L1, f_L1, excess_L1, log_ratio_L1 = of_logits(at_z(data_logits_LV), at_z(logits_LV))
   rate_L1 = -dalpha / (alpha * (1 - alpha) * (1 + c * p_L1))
   kl_L1 = (1 - alpha) / logits_LV.shape[-1] * sum_L1
   value_L1 = rate_L1 * (kl_L1 + excess_L1 - log_ratio_L1)
@@ -88,8 +86,7 @@ def _between_backward(residual, cotangent_L):
   logits_LV, data_logits_LV, z_L, alpha, numbers = residual
   shift, data_shift, mean_log_ratio_L1, mean_excess_L1, at_z_L1, rate_L1, h_L1, k_L1 = numbers
   c = logits_LV.shape[-1] * alpha / (1 - alpha)
-  log_p_LV = data_logits_LV - data_shift[0] - data_shift[1]
-  log_f_LV = logits_LV - shift[0] - shift[1]
+  log_p_LV, log_f_LV = rows.log_probs(data_logits_LV, data_shift), rows.log_probs(logits_LV, shift)
   p_LV, f_LV, excess_LV, log_ratio_LV = _of_logs(c, log_p_LV, log_f_LV)
   cotangent_L1, here_LV = cotangent_L[:, None], _here(z_L, logits_LV)
   weight_L1 = cotangent_L1 * rate_L1
@@ -108,24 +105,28 @@ def _here(z_L, like_LV):
   return jnp.arange(like_LV.shape[-1])[None] == z_L[:, None]
 
 
-def _difference(p, log_f, f):
-  """Return p − f; where f is close to 1, 1 − f is read off log f."""
-  return jnp.where(f > 0.5, (p - 1) - jnp.expm1(log_f), p - f)
+def _of_data(c, p, log_f):
+  """Return f, ρ − 1 and log ρ of p itself; where f is close to 1, 1 − f is read off log f."""
+  f = jnp.exp(log_f)
+  difference = jnp.where(f > 0.5, (p - 1) - jnp.expm1(log_f), p - f)
+  return f, c * difference / (1 + c * f), _log_ratio(c, p, f, difference)
 
 
 def _of_logs(c, log_p, log_f):
-  """Return p, f, ρ − 1 and log ρ of two logarithms."""
+  """Return p, f, ρ − 1 and log ρ of two logarithms.
+
+  ρ − 1 is made of log ρ, so that compilers store the latter alone of what the passes share.
+  """
   p, f, step = jnp.exp(log_p), jnp.exp(log_f), log_p - log_f
-  difference = jnp.maximum(p, f) * -jnp.expm1(-jnp.abs(step))
-  return p, f, *_ratios(c, p, f, jnp.where(step > 0, difference, -difference))
+  difference = jnp.sign(step) * jnp.maximum(p, f) * -jnp.expm1(-jnp.abs(step))
+  log_ratio = _log_ratio(c, p, f, difference)
+  return p, f, jnp.expm1(log_ratio), log_ratio
 
 
-def _ratios(c, p, f, difference):
-  """Return ρ − 1 and log ρ without cancellation, for the accurate difference p − f.
+def _log_ratio(c, p, f, difference):
+  """Return log ρ without cancellation, for the accurate difference p − f.
 
   The larger of ρ and 1/ρ is 1 + y, y = c |p − f|/(1 + c min(p, f)): log1p(c p) − log1p(c f) would
   keep the rounding of numbers near 18.
   """
-  y = c * jnp.abs(difference) / (1 + c * jnp.minimum(p, f))
-  log_y, above = jnp.log1p(y), difference > 0
-  return jnp.where(above, y, -y / (1 + y)), jnp.where(above, log_y, -log_y)
+  return jnp.sign(difference) * jnp.log1p(c * jnp.abs(difference) / (1 + c * jnp.minimum(p, f)))

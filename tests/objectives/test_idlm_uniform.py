@@ -242,7 +242,7 @@ def test_uniform_states_need_a_time_conditioned_network():
 
 def test_memory_stays_below_two_dense_arrays():
   """With chunks the compiled pair never holds two [B, L, V] float32 arrays."""
-  length, size, batch = 128, 4096, 4
+  length, size, batch = 64, 4096, 4
   model, params = _tiny(length, size)
   txs = {name: optax.sgd(0.1) for name in idlm.TRAINED}
   dense = 4 * batch * length * size

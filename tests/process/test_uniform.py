@@ -2,7 +2,6 @@
 """The uniform process against enumeration (V ≤ 5, L ≤ 3), the published loss and golden vectors."""
 
 import dataclasses
-import functools
 import itertools
 
 import jax
@@ -446,8 +445,7 @@ def test_float32_of_two_networks_logits(distance, of_value, of_gradient):
       with jax.enable_x64(dtype is jnp.float64):
         proc = process.Uniform(vocab_size=50_258, schedule=_At(float(np.float32(alpha)), dtype))
         states = jnp.asarray(z, jnp.int32)
-        loss = functools.partial(proc.nll_predicted, xt_L=states, data_xt_L=states, t=0.5)
-        loss = lambda x, y, loss=loss: loss(x, data_logits_LV=y)  # noqa: E731
+        loss = lambda x, y, p=proc, z=states: p.nll_predicted(x, z, y, z, 0.5)  # noqa: E731
         value, pull = jax.vjp(jax.jit(loss), jnp.asarray(logits, dtype), jnp.asarray(data, dtype))
         found.append([f64(value), *map(f64, pull(jnp.ones_like(value)))])
     for ours, wanted in zip(*found, strict=True):
