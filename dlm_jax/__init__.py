@@ -11,7 +11,7 @@ __all__ = ["load"]
 def __getattr__(name: str):
   """Import `load` on first use, so that `import dlm_jax.sample` stays light."""
   if name == "load":
-    from dlm_jax.pipeline import load
+    from dlm_jax.text.load import load
 
     return load
   raise AttributeError(f"module 'dlm_jax' has no attribute {name!r}")

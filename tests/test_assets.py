@@ -10,11 +10,14 @@ import numpy as np
 import pytest
 
 import dlm_jax
-from dlm_jax import assets, convert, evaluators, experiment, models, pretrained
+from dlm_jax import assets, convert, models
 from dlm_jax.cli.main import main
+from dlm_jax.convert import places
 from dlm_jax.data import builder, sources
 from dlm_jax.errors import InputError
 from dlm_jax.evaluate import likelihood
+from dlm_jax.evaluate.judge import load_judge
+from dlm_jax.quickstart import shipped
 
 NOVELS_PERPLEXITY = 60  # the judge's on held-out novels is 40, the teacher's bound 60
 HERE = pathlib.Path(assets.__file__).parent
@@ -82,7 +85,7 @@ def test_one_changed_byte_is_refused(tmp_path, monkeypatch, file):
   with pytest.raises(InputError, match="is damaged: its SHA-256 differs"):
     assets.path(name)
   with pytest.raises(InputError, match="damaged"):
-    experiment.network_directory(f"shipped:{name}")
+    places.network_directory(f"shipped:{name}")
   (copy / file).unlink()
   with pytest.raises(InputError, match="damaged"):
     assets.path(name)
@@ -115,7 +118,7 @@ def held_out(pipe):
 
 @pytest.fixture(scope="module")
 def judge(pipe):
-  return evaluators.load_judge("shipped:judge", pipe.tokenizer)
+  return load_judge("shipped:judge", pipe.tokenizer)
 
 
 def test_the_judge_knows_held_out_text(judge, held_out):
@@ -144,7 +147,7 @@ def novels():
 
 @pytest.fixture(scope="module")
 def novels_judge(novels):
-  return evaluators.load_judge("shipped:novels-judge", novels["teacher"].tokenizer)
+  return load_judge("shipped:novels-judge", novels["teacher"].tokenizer)
 
 
 def test_the_novels_pair_is_a_pair(novels):
@@ -164,7 +167,7 @@ def test_the_novels_pair_is_a_pair(novels):
 
 def test_the_novels_know_held_out_text(novels, novels_judge):
   """As the configs say; the texts are not among those that they were trained on."""
-  rows = pretrained.held_out(novels["teacher"])
+  rows = shipped.held_out(novels["teacher"])
   assert rows.shape[1] == 256 and 150 < len(rows) < 256
   scores = likelihood.ar_perplexity(novels_judge.judge, rows[:8], batch_size=8)
   assert scores["perplexity"] < NOVELS_PERPLEXITY

@@ -14,7 +14,9 @@ from dlm_jax.configs import common
 from ml_collections import ConfigDict
 from tiny_runs import quick  # noqa: F401
 
-from dlm_jax import experiment, mesh
+from dlm_jax import mesh
+from dlm_jax.experiment import build
+from dlm_jax.experiment.config import list_configs, load_config
 from dlm_jax.train import loop
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -42,7 +44,7 @@ def _module(name):
 
 
 def _tiny(name):
-  config = experiment.load_config(name)
+  config = load_config(name)
   small = {"data.length": 8, "model.dim": 8, "model.layers": 1, "model.heads": 2}
   if config.model.name == "decoder":
     small |= {"model.kv_heads": 1, "model.head_dim": 4, "model.mlp_dim": 12, "process.mask_id": -1}
@@ -61,18 +63,18 @@ def _tiny(name):
     small["objective.trained_layers"] = 1
   if config.objective.get("curriculum_end"):
     small["objective.curriculum_end"] = 1  # one step on soft inputs, one on hard tokens
-  return experiment.load_config(name, {field: str(value) for field, value in small.items()})
+  return load_config(name, {field: str(value) for field, value in small.items()})
 
 
 def test_the_listing_is_the_folder():
-  assert experiment.list_configs() == NAMES and "owt_idlm" in NAMES
+  assert list_configs() == NAMES and "owt_idlm" in NAMES
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_docstring_says_how_to_run_it(name):
   text = _module(name).__doc__
   assert f"--config={name}" in text and "dlm-jax train" in text
-  config = experiment.load_config(name)
+  config = load_config(name)
   if config.teacher.path:
     assert re.search(r"Reference: .*arXiv \d{4}\.\d{5}", text)
   assert len(text.splitlines()[0]) > 20
@@ -80,7 +82,7 @@ def test_docstring_says_how_to_run_it(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_values_have_the_types_of_the_base(name):
-  base, config = common.base(), experiment.load_config(name)
+  base, config = common.base(), load_config(name)
   assert config.is_locked
   for group in base:
     if group in ("data", "objective", "seed"):
@@ -91,15 +93,15 @@ def test_values_have_the_types_of_the_base(name):
       assert part in TREES[config.objective.name] and set(config[group][part]) <= fields
     for field in base[group]:
       assert type(config[group][field]) is type(base[group][field]), f"{group}.{field}"
-  experiment.loop_config(config)
+  build.loop_config(config)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_full_size_network_builds(name):
-  config = experiment.load_config(name)
+  config = load_config(name)
   vocab = 50257 if config.model.vocab_size else 4096 if name.startswith("novels") else 2048
-  model = experiment.make_model(config, vocab)
-  shapes = jax.eval_shape(model.init, jax.random.key(0), *experiment.model_inputs(model))["params"]
+  model = build.make_model(config, vocab)
+  shapes = jax.eval_shape(model.init, jax.random.key(0), *build.model_inputs(model))["params"]
   count = sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
   if name.startswith("owt"):
     assert count == 169_627_218
@@ -119,7 +121,7 @@ def test_full_size_network_builds(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_two_tiny_steps(name):
-  built = experiment.build(_tiny(name), 40, devices=jax.devices()[:1])
+  built = build.experiment(_tiny(name), 40, devices=jax.devices()[:1])
   objective = built.objective
   rng = np.random.default_rng(0)
   shapes = built.shapes.trees[objective.output]
@@ -147,7 +149,7 @@ def test_two_tiny_steps(name):
 def _fields():
   yield "", "seed"
   for name in NAMES:
-    config = experiment.load_config(name)
+    config = load_config(name)
     for group in config:
       if group not in ("seed", "data") or name == "quickstart_teacher":
         yield from ((group, field) for field in (config[group] if group != "seed" else ()))

@@ -7,8 +7,8 @@ import shlex
 
 import pytest
 
-from dlm_jax import experiment
 from dlm_jax.cli import main as cli
+from dlm_jax.experiment.config import list_configs, load_config
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -54,7 +54,7 @@ def test_commands_name_what_exists(command):
     elif argument.startswith("--config="):
       name = argument.partition("=")[2]
   if name:
-    experiment.load_config(name, overrides)
+    load_config(name, overrides)
 
 
 def test_there_are_commands():
@@ -75,6 +75,6 @@ def test_ci_runs_the_readmes_test_command():
 
 
 def test_configs_that_the_readme_names_exist():
-  known = set(experiment.list_configs())
+  known = set(list_configs())
   named = set(re.findall(r"`((?:novels|owt|quickstart)_\w+)`", README))
   assert named and named <= known

@@ -15,8 +15,9 @@ import jax
 import numpy as np
 import pytest
 
-from dlm_jax import experiment, training
 from dlm_jax.data import builder
+from dlm_jax.experiment import build, run
+from dlm_jax.experiment.config import load_config
 
 _FOLDER = tempfile.TemporaryDirectory(prefix="dlm_jax_tiny_")
 SHAPE = {
@@ -73,7 +74,7 @@ class Tiny:
 
   def config(self, kind: str, **changes: str):
     """Return the locked config of a tiny run."""
-    return experiment.load_config(CONFIGS[kind], self.overrides(kind, **changes))
+    return load_config(CONFIGS[kind], self.overrides(kind, **changes))
 
   def flags(self, kind: str, **changes: str) -> list[str]:
     """Return the same as command-line flags."""
@@ -116,7 +117,7 @@ def make() -> Tiny:
   config = tiny.config("teacher")
   with config.unlocked():
     config.data.options.tests = None  # an option of the standard library; our corpus is a file
-  experiment.prepare(config, progress=False)
+  build.prepare(config, progress=False)
   for kind, directory in (("teacher", tiny.teacher), ("judge", tiny.judge)):
     export(tiny.config(kind), directory / "final")
   return tiny
@@ -125,7 +126,7 @@ def make() -> Tiny:
 def export(config, directory: pathlib.Path, seed: int = 0) -> None:
   """Write a network with random parameters, as training would."""
   tokenizer = builder.open_dataset(config.data.directory).tokenizer()
-  built = experiment.build(config, tokenizer.vocab_size, devices=jax.devices()[:1])
+  built = build.experiment(config, tokenizer.vocab_size, devices=jax.devices()[:1])
   rng = np.random.default_rng(seed)
   state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), built.shapes)
   tree = built.objective.output
@@ -134,7 +135,7 @@ def export(config, directory: pathlib.Path, seed: int = 0) -> None:
     state.trees[tree],
   )
   state = state.replace(trees={**state.trees, tree: params}, ema={tree: params})
-  training.export(directory, built, state, 0, tokenizer)
+  run.export(directory, built, state, 0, tokenizer)
 
 
 def metrics(workdir: pathlib.Path) -> list[dict]:

@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from dlm_jax import models, sample, tables
+from dlm_jax import models, sample
 from dlm_jax.arrays import Params
 from dlm_jax.errors import InputError
-from dlm_jax.evaluate import generative, likelihood
+from dlm_jax.evaluate import generative, likelihood, tables
 
 
 class Network(NamedTuple):

@@ -6,13 +6,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dlm_jax import evaluators, experiment, models, pipeline, sample
+from dlm_jax import models, sample
 from dlm_jax.bench.decode import Network
 from dlm_jax.bench.weights import random_params
 from dlm_jax.data import loader
-from dlm_jax.decoding import requests
 from dlm_jax.errors import InputError
 from dlm_jax.evaluate import likelihood
+from dlm_jax.evaluate.judge import load_judge
+from dlm_jax.experiment import build
+from dlm_jax.text import load, requests
 
 
 class Task(NamedTuple):
@@ -59,9 +61,9 @@ def from_checkpoint(
     judge: workdir or model directory of a next-token network with the same tokenizer, or "".
 
   Raises:
-    InputError: there are no prompts, or see `pipeline.open_decoder` and `TextDecoder.plan`.
+    InputError: there are no prompts, or see `text.load.open_decoder` and `TextDecoder.plan`.
   """
-  pipe = pipeline.open_decoder(path, draft=draft, dtype=dtype, storage=storage)
+  pipe = load.open_decoder(path, draft=draft, dtype=dtype, storage=storage)
   prompts = _lines(file)[:count] if file else []
   if not file and data:
     rows_NL = loader.evaluation_groups(data, "validation", count)[0]
@@ -83,7 +85,7 @@ def from_checkpoint(
 
 def _judge(path, tokenizer, length):
   """Return a judge of texts of a tokenizer that reads so many tokens."""
-  reader = evaluators.load_judge(path, tokenizer)
+  reader = load_judge(path, tokenizer)
   if reader.retokenise is not None:
     raise InputError(f"judge {path} has another tokenizer; take one trained on the same tokens.")
   most = reader.judge.model.config.length
@@ -130,7 +132,7 @@ def from_config(
   size = block_length or config.objective.get("block_length")
   if not size:
     raise InputError("the config names no block length; give --block_length.")
-  proc = experiment.make_process(config, networks[0])
+  proc = build.make_process(config, networks[0])
   if proc is None:
     raise InputError(f"process.name={config.process.name!r} has no mask; take a config with one.")
   prompts_BP = np.random.default_rng(0).integers(0, proc.mask_id, (count, length))
@@ -157,7 +159,7 @@ def make_decoder(config: Any) -> models.Decoder:
   Raises:
     InputError: the config is of another network.
   """
-  model = experiment.make_model(config, experiment.vocabulary(config))
+  model = build.make_model(config, build.vocabulary(config))
   if not isinstance(model, models.Decoder):
     raise InputError(f"model.name={config.model.name!r} is not 'decoder'; choose such a config.")
   return model

@@ -11,9 +11,10 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from dlm_jax import models, tables
+from dlm_jax import models
 from dlm_jax.bench import measure, speedup, weights
 from dlm_jax.errors import InputError, hint
+from dlm_jax.evaluate import tables
 
 # How the layers run: (storage of parameters, layers per turn of the scan, 0 for all).
 VARIANTS = {

@@ -9,11 +9,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dlm_jax import experiment, mesh, models, sample, training
+from dlm_jax import mesh, models, sample
 from dlm_jax.bench import limits, measure
 from dlm_jax.bench.limits import Limits
 from dlm_jax.data import loader
 from dlm_jax.errors import InputError
+from dlm_jax.experiment import build
+from dlm_jax.experiment.run import open_data
 from dlm_jax.models import attention
 from dlm_jax.train import loop
 
@@ -67,7 +69,7 @@ def bench_attention(
   config: Any, vocab_size: int, batches: Sequence[int], ceiling: Limits, repeats: int
 ) -> list[Row]:
   """Time attention, forward and with its gradient, on every back end of this platform."""
-  cfg = experiment.make_model(config, vocab_size).config
+  cfg = build.make_model(config, vocab_size).config
   backends = {"xla", attention.choose("auto", jnp.dtype(cfg.dtype), cfg.length)}
   rows = []
   for batch in batches:
@@ -138,7 +140,7 @@ def bench_train(
     config = config.copy_and_resolve_references()
     config.unlock()
     config.loader.batch_size = batch
-    built = experiment.build(config.lock(), vocab_size)
+    built = build.experiment(config.lock(), vocab_size)
     timing = _step(built, batch, repeats)
     cfg, name = built.model.config, config.objective.name
     tokens = batch * cfg.length * built.objective.batches
@@ -165,7 +167,7 @@ def bench_loader(
 ) -> list[Row]:
   """Time batches of a prepared dataset, read for the first time, on the host."""
   del vocab_size, ceiling
-  training.open_data(config)
+  open_data(config)
   rows = []
   for batch in batches:
     stream = loader.make(config.data.directory, "train", batch_size=batch, seed=config.seed)
@@ -195,8 +197,8 @@ def _products(name, batch, timing, count, ceiling):
 
 def _denoiser(config, vocab_size):
   """Return a network with random parameters, cast as for sampling, and its process."""
-  model = experiment.make_model(config, vocab_size).rolled()
-  proc = experiment.make_process(config, model)
+  model = build.make_model(config, vocab_size).rolled()
+  proc = build.make_process(config, model)
   # A head of zeros makes every prediction uniform: draws and truncation would be timed on ties.
   params = jax.tree.map(
     lambda x: x if x.any() else 0.02 * jax.random.normal(jax.random.key(2), x.shape),
@@ -206,7 +208,7 @@ def _denoiser(config, vocab_size):
 
 
 def _parameters(model):
-  inputs = experiment.model_inputs(model)
+  inputs = build.model_inputs(model)
   return jax.jit(lambda rng: model.init(rng, *inputs)["params"])(jax.random.key(0))
 
 

@@ -8,11 +8,13 @@ from typing import Any
 
 import jax
 
-from dlm_jax import experiment, tables
 from dlm_jax.bench import decode, limits, networks, passes, programs
 from dlm_jax.cli import flags
 from dlm_jax.errors import InputError
+from dlm_jax.evaluate import tables
 from dlm_jax.evaluate.likelihood import check_counts
+from dlm_jax.experiment import build
+from dlm_jax.experiment.config import load_config
 
 _BLOCKS = (4, 8, 16, 32)  # block lengths of public checkpoints
 
@@ -53,7 +55,7 @@ def _programs(options, config, device) -> dict[str, Any]:
   """Time programs of training and sampling."""
   sampling = options.what == "sample"
   more = {"steps": options.steps, "options": dict(options.option)} if sampling else {}
-  vocab_size = experiment.vocabulary(config)
+  vocab_size = build.vocabulary(config)
   ceiling = limits.measure(config.model.dtype, options.repeats)
   run = programs.BENCHES[options.what]
   rows = run(config, vocab_size, options.batch_size, ceiling, options.repeats, **more)
@@ -79,7 +81,7 @@ def _passes(options, config, device) -> dict[str, Any]:
   """Time passes of one row, and say what they mean for decoding with a draft."""
   timed = {"target": networks.make_decoder(config)}
   if options.draft:
-    timed["draft"] = networks.make_decoder(experiment.load_config(options.draft))
+    timed["draft"] = networks.make_decoder(load_config(options.draft))
   ceiling = limits.measure(config.model.dtype, options.repeats)
   read = passes.read_rate(config.model.dtype, options.repeats)
   rows = passes.bench_passes(
@@ -118,7 +120,7 @@ def _decode(options, config, device) -> dict[str, Any]:
       judge=options.judge, **shared,
     )  # fmt: skip
   else:
-    draft = experiment.load_config(options.draft) if options.draft else None
+    draft = load_config(options.draft) if options.draft else None
     task = networks.from_config(config, draft, length=options.prompt_length, **shared)
   arms = decode.bench_decode(
     task.target, task.draft, task.prompts, task.rule, new_tokens=options.new_tokens,

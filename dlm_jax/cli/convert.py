@@ -3,9 +3,12 @@
 
 import pathlib
 
-from dlm_jax import convert, pipeline, training
+from dlm_jax import convert
 from dlm_jax.cli import flags
+from dlm_jax.convert import places
 from dlm_jax.errors import InputError
+from dlm_jax.experiment.run import make_workdir
+from dlm_jax.text import denoiser
 
 
 def main(argv: list[str]) -> None:
@@ -28,21 +31,21 @@ dlm-jax convert --checkpoint=data/idlm/last.ckpt --tokenizer=data/gpt2 --out=mod
   out = pathlib.Path(namespace.out)
   if out.exists() and any(out.iterdir()):
     raise InputError(f"--out={out} is not empty; choose a new directory.")
-  source = pipeline.find_network(namespace.checkpoint)
+  source = places.find_network(namespace.checkpoint)
   decoder = convert.is_decoder(source)
   kept = {"params_dtype": namespace.dtype} if decoder else {}
   model, params, proc = convert.load(source, weights=namespace.weights or None, **kept)
   if not hasattr(model.config, "dim"):
     raise InputError(f"{source} is a GPT-2 network; it is already in the Hugging Face layout.")
-  tokenizer = pipeline.load_tokenizer(source, namespace.tokenizer)
+  tokenizer = denoiser.load_tokenizer(source, namespace.tokenizer)
   if decoder:
     _check_rows(source, tokenizer, model)
   elif proc is not None:
-    pipeline.check_vocabulary(source, tokenizer, proc)
+    denoiser.check_vocabulary(source, tokenizer, proc)
   extra = convert.read_config(source).get("dlm_jax", {})
   extra = {key: value for key, value in extra.items() if key != "process"}
   extra["tokenizer_fingerprint"] = tokenizer.fingerprint
-  training.make_workdir(out)
+  make_workdir(out)
   block = {"block_length": convert.block_length(source)} if decoder else {}
   convert.save(out, model, params, proc, dtype=namespace.dtype, extra=extra, **block)
   tokenizer.save(out)

@@ -7,11 +7,14 @@ from typing import Any
 
 import jax
 
-from dlm_jax import convert, evaluators, experiment, models, pipeline
+from dlm_jax import convert, models
 from dlm_jax.cli import flags
+from dlm_jax.convert import places
 from dlm_jax.data import builder, loader
 from dlm_jax.errors import InputError
 from dlm_jax.evaluate import blocks, frontier, generative, likelihood, proteins
+from dlm_jax.evaluate.judge import check_tokenizer, load_judge
+from dlm_jax.text import denoiser
 
 
 def main(argv: list[str]) -> None:
@@ -51,7 +54,7 @@ dlm-jax evaluate --checkpoint=runs/novels_idlm --judge=runs/novels_judge --steps
   if dataset is not None:
     scores |= _likelihood(flags_, dataset)
   if dataset is not None and dataset.info.packing == "documents":
-    source = experiment.network_directory(flags_.checkpoint)
+    source = places.network_directory(flags_.checkpoint)
     if flags_.samples and convert.is_denoiser(source):
       scores |= _proteins(flags_)
   elif flags_.judge:
@@ -61,10 +64,10 @@ dlm-jax evaluate --checkpoint=runs/novels_idlm --judge=runs/novels_judge --steps
 
 
 def _likelihood(flags_, dataset) -> dict[str, float]:
-  directory = experiment.network_directory(flags_.checkpoint)
+  directory = places.network_directory(flags_.checkpoint)
   dtype = {} if jax.default_backend() != "cpu" else {"dtype": "float32"}
   model, params, proc = convert.load(directory, **dtype)
-  evaluators.check_tokenizer(directory, dataset.tokenizer(), model.config.vocab_size, proc)
+  check_tokenizer(directory, dataset.tokenizer(), model.config.vocab_size, proc)
   size = min(flags_.batch_size, flags_.sequences)
   if size < 1:
     raise InputError("--sequences and --batch_size must be positive.")
@@ -129,8 +132,8 @@ def _proteins(flags_) -> dict[str, Any]:
 
 def _draw(flags_, data: str = ""):
   """Return the model, its judge if one is named, and samples; of proteins as long as in `data`."""
-  pipe = pipeline.load_denoiser(flags_.checkpoint)
-  judge = evaluators.load_judge(flags_.judge, pipe.tokenizer) if flags_.judge else None
+  pipe = denoiser.load_denoiser(flags_.checkpoint)
+  judge = load_judge(flags_.judge, pipe.tokenizer) if flags_.judge else None
   sampler, batch = pipe.sampler(data, **dict(flags_.option)), min(flags_.batch_size, flags_.samples)
   tokens_NL, _ = frontier.draw_samples(sampler, flags_.steps, flags_.samples, batch, flags_.seed)
   return pipe, judge, tokens_NL

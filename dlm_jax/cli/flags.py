@@ -7,7 +7,7 @@ import re
 import sys
 from typing import Any
 
-from dlm_jax import experiment
+from dlm_jax.experiment import config as experiments
 
 _OUTER_COMMA = re.compile(r",(?![^()]*\))")
 
@@ -71,7 +71,7 @@ def add_option(parser: Parser, examples: str) -> None:
 
 def load_config(namespace: argparse.Namespace):
   """Return the locked config; None after printing it for --print_config."""
-  config = experiment.load_config(namespace.config, namespace.overrides)
+  config = experiments.load_config(namespace.config, namespace.overrides)
   if namespace.print_config:
     print(config)
     return None
@@ -100,7 +100,7 @@ def option(text: str) -> tuple[str, Any]:
   name, equals, content = text.partition("=")
   if not name or not equals:
     raise argparse.ArgumentTypeError(f"{text!r}: write NAME=VALUE")
-  return name, experiment.parse_literal(content)
+  return name, experiments.parse_literal(content)
 
 
 def named_path(text: str) -> tuple[str, str, dict[str, Any]]:
@@ -111,4 +111,4 @@ def named_path(text: str) -> tuple[str, str, dict[str, Any]]:
   (name, _, path), *options = (part.partition("=") for part in _OUTER_COMMA.split(text))
   if not (name and path) or not all(key and sign for key, sign, _ in options):
     raise argparse.ArgumentTypeError(f"{text!r}: write NAME=PATH or NAME=PATH,option=value,…")
-  return name, path, {key: experiment.parse_literal(content) for key, _, content in options}
+  return name, path, {key: experiments.parse_literal(content) for key, _, content in options}

@@ -5,12 +5,16 @@ import argparse
 import math
 import pathlib
 
-from dlm_jax import convert, evaluators, experiment, pipeline
+from dlm_jax import convert
 from dlm_jax.cli import flags
+from dlm_jax.convert import places
 from dlm_jax.errors import InputError
 from dlm_jax.evaluate import frontier, matched
+from dlm_jax.evaluate.frontier import sweep_progress
+from dlm_jax.evaluate.judge import load_judge
 from dlm_jax.evaluate.likelihood import check_counts
-from dlm_jax.training import make_workdir
+from dlm_jax.experiment.run import make_workdir
+from dlm_jax.text import denoiser
 
 
 def main(argv: list[str]) -> None:
@@ -21,8 +25,8 @@ def main(argv: list[str]) -> None:
     matched.check_temperatures(options.temperatures or [1.0])
   check_counts(samples=options.samples, batch_size=options.batch_size)
   samplers, tokenizer, fingerprints = _samplers(options)
-  judge = evaluators.load_judge(options.judge, tokenizer)
-  judge_hash = convert.fingerprint(experiment.network_directory(options.judge))
+  judge = load_judge(options.judge, tokenizer)
+  judge_hash = convert.fingerprint(places.network_directory(options.judge))
   make_workdir(pathlib.Path(options.workdir))
   context = {"judge": judge_hash, "weights": fingerprints}
   context |= {"lengths": options.data} if options.data else {}
@@ -31,7 +35,7 @@ def main(argv: list[str]) -> None:
     "seed": options.seed, "context": context, "path": f"{options.workdir}/frontier.jsonl",
   }  # fmt: skip
   rounds = len(samplers) * (1 + len(set(options.temperatures)))
-  with evaluators.sweep_progress(rounds * sum(set(options.nfes))) as on_row:
+  with sweep_progress(rounds * sum(set(options.nfes))) as on_row:
     rows, warm = frontier.sweep(samplers, options.nfes, on_row=on_row, **settings), []
     if options.temperatures:
       settings["on_row"] = on_row
@@ -60,13 +64,13 @@ def _samplers(options):
   for name, path, sampling in options.model:
     if name in samplers:
       raise InputError(f"--model={name}=… is given twice; every name needs its own.")
-    pipe = pipeline.load_denoiser(path, options.tokenizer or None)
+    pipe = denoiser.load_denoiser(path, options.tokenizer or None)
     if tokenizer is not None and pipe.tokenizer.fingerprint != tokenizer.fingerprint:
       raise InputError(f"--model={name}={path} has another tokenizer than the first model.")
     tokenizer = pipe.tokenizer
     samplers[name] = pipe.sampler(options.data, **sampling)
     samplers[name].check()
-    fingerprints[name] = convert.fingerprint(experiment.network_directory(path))
+    fingerprints[name] = convert.fingerprint(places.network_directory(path))
   return samplers, tokenizer, fingerprints
 
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """`dlm-jax prepare`: corpus → packed token records."""
 
-from dlm_jax import experiment
 from dlm_jax.cli import flags
 from dlm_jax.data import tokenizers
+from dlm_jax.experiment import build
 
 
 def main(argv: list[str]) -> None:
@@ -21,7 +21,7 @@ dlm-jax prepare --config=owt_teacher --config.data.tokenizer=data/gpt2 --config.
   config = flags.load_config(parser.parse(argv))
   if config is None:
     return
-  prepared = experiment.prepare(config)
+  prepared = build.prepare(config)
   print(prepared.message)
   rows = tokenizers.load(prepared.directory)
   for name, split in prepared.info.splits.items():

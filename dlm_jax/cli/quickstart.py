@@ -4,9 +4,9 @@
 import argparse
 import pathlib
 
-from dlm_jax import pretrained, quickstart
 from dlm_jax.cli import flags
 from dlm_jax.errors import InputError
+from dlm_jax.quickstart import distil, shipped
 
 _OF_TRAINING = ("from_scratch", "methods", "teacher_steps", "judge_steps")
 
@@ -20,12 +20,12 @@ def main(argv: list[str]) -> int:
   if options.pop("pretrained", False):
     _check_no_training(options)
     folder = pathlib.Path(workdir or "runs/pretrained")
-    pretrained.run(pretrained.Options(workdir=folder, **options))
+    shipped.run(shipped.Options(workdir=folder, **options))
     return 0
   folder = pathlib.Path(workdir or "runs/quickstart")
   if "methods" in options:
     options["methods"] = tuple(options["methods"].split(","))
-  if not quickstart.run(quickstart.Options(workdir=folder, **options)):
+  if not distil.run(distil.Options(workdir=folder, **options)):
     print(f"interrupted; run `dlm-jax quickstart --workdir={folder}` again to resume.")
     return 130
   return 0

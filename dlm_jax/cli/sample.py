@@ -8,10 +8,11 @@ import time
 import jax
 import numpy as np
 
-from dlm_jax import assets, convert, pipeline, viz
+from dlm_jax import assets, convert
 from dlm_jax.cli import flags
-from dlm_jax.decoding import requests
+from dlm_jax.convert import places
 from dlm_jax.errors import InputError, hint
+from dlm_jax.text import denoiser, load, requests, viz
 
 # Flags of one kind of network alone; what is not given is left to it.
 _DENOISER = (
@@ -31,7 +32,7 @@ def main(argv: list[str]) -> None:
   path = _source(given.pop("checkpoint", ""), given.pop("model", ""))
   tokenizer = given.pop("tokenizer", None)
   given["prompt"] = [_text(prompt) for prompt in given.get("prompt", [])]
-  decodes = convert.is_decoder(pipeline.find_network(path))
+  decodes = convert.is_decoder(places.find_network(path))
   for name in _DENOISER if decodes else _DECODER:
     if name in given:
       other = "decodes blocks" if decodes else "is no decoder of blocks"
@@ -53,7 +54,7 @@ def _denoise(path, tokenizer, options):
     for name in ("temperature", "nucleus"):
       if options.pop(name, 1.0) != 1.0:
         raise InputError(f"--{name} does not combine with --precision=legacy.")
-  pipe = pipeline.load_denoiser(path, tokenizer)
+  pipe = denoiser.load_denoiser(path, tokenizer)
   if show:
     _, trace_KBL = pipe.tokens(**{**options, "num": 1}, return_trace=True)
     trace_KL = np.asarray(jax.device_get(trace_KBL))[:, 0]
@@ -73,7 +74,7 @@ def _decode(path, tokenizer, options):
     options["top_p"] = options.pop("nucleus")
   if "stop" in options:
     options["stop"] = [_stop(one) for one in options["stop"] if one != "none"]
-  pipe = pipeline.open_decoder(path, tokenizer, draft=options.pop("draft", None))
+  pipe = load.open_decoder(path, tokenizer, draft=options.pop("draft", None))
   plan = pipe.plan(prompts, **options)
   pipe.load_weights()
   print(plan.mode, file=sys.stderr)

@@ -3,8 +3,10 @@
 
 import pathlib
 
-from dlm_jax import experiment, mesh, training
+from dlm_jax import mesh
 from dlm_jax.cli import flags
+from dlm_jax.experiment import build
+from dlm_jax.experiment.run import train
 
 
 def main(argv: list[str]) -> None:
@@ -32,13 +34,13 @@ dlm-jax train --config=owt_teacher --dry_run
   if namespace.distributed:
     mesh.start_distributed()
   if namespace.dry_run:
-    from dlm_jax import dry_run
+    from dlm_jax.experiment import dry_run
 
-    print(dry_run.describe(config, vocab_size=experiment.vocabulary(config)))
+    print(dry_run.describe(config, vocab_size=build.vocabulary(config)))
     return
   if not namespace.workdir:
     parser.error("--workdir is required")
-  result = training.train(config, namespace.workdir, wandb=namespace.wandb_project)
+  result = train(config, namespace.workdir, wandb=namespace.wandb_project)
   where = pathlib.Path(namespace.workdir)
   if result.reason == "interrupted":
     print(f"interrupted at step {result.step}; run the same command to resume.")

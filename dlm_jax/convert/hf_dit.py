@@ -22,7 +22,7 @@ from jax import Array
 
 from dlm_jax import models
 from dlm_jax.arrays import Params
-from dlm_jax.convert import families, files, paths
+from dlm_jax.convert import families, files, trees
 from dlm_jax.errors import InputError
 from dlm_jax.models import discriminator
 
@@ -145,7 +145,7 @@ def to_tensors(model: Network, params: Params) -> dict[str, Array]:
   """Return a tree like the parameters (gradients too) under public names and orientation."""
   tensors = {}
   for name, ours, layer, transposed in _entries(model):
-    value = paths.read(params, ours)
+    value = trees.read(params, ours)
     value = value if layer is None else value[layer]
     tensors[_PREFIX + name] = jnp.asarray(value.T if transposed else value)
   return tensors
@@ -178,7 +178,7 @@ def from_tensors(
   params: Params = {}
   for ours, values in columns.items():
     stacked = ours.startswith("blocks/")
-    paths.write(params, ours, jnp.asarray(np.stack(values) if stacked else values[0]))
+    trees.write(params, ours, jnp.asarray(np.stack(values) if stacked else values[0]))
   return params
 
 
@@ -206,30 +206,30 @@ def _shapes(model) -> dict[str, tuple[int, ...]]:
     )
   wanted = {}
   for name, ours, layer, transposed in _entries(model):
-    shape = paths.read(shapes, ours).shape[layer is not None :]
+    shape = trees.read(shapes, ours).shape[layer is not None :]
     wanted[name] = shape[::-1] if transposed else shape
   return wanted
 
 
 def _match(model, tensors: Mapping[str, Any], source) -> dict[str, Any]:
   """Return the student's tensors without prefix, after checking every name and shape of a file."""
-  trees: dict[str, dict[str, str]] = {"": {}}  # tree -> bare name -> name in the file
+  by_tree: dict[str, dict[str, str]] = {"": {}}  # tree -> bare name -> name in the file
   for stored in sorted(tensors.keys() - _UNUSED):
     tree = next((tree for tree in _OTHER_TREES if stored.startswith(tree)), "")
     name = stored.removeprefix(tree).removeprefix(_PREFIX).removeprefix(_PREFIX)
-    names = trees.setdefault(tree, {})
+    names = by_tree.setdefault(tree, {})
     if name in names:
       raise InputError(f"{source}: tensor {stored} is there twice, also as {names[name]}.")
     names[name] = stored
   wanted = _shapes(model)
-  for tree, names in trees.items():
+  for tree, names in by_tree.items():
     shapes = wanted
     if tree == "discriminator.":
       shapes = _shapes(models.Discriminator(model.config, trained_layers=1))
     _check_tree(source, tree, names, tensors, shapes)
     if _BUFFER in names:
       _check_rotary(source, names[_BUFFER], tensors[names[_BUFFER]], model.config)
-  return {name: tensors[trees[""][name]] for name in wanted}
+  return {name: tensors[by_tree[""][name]] for name in wanted}
 
 
 def _check_tree(source, tree, names, tensors, wanted):

@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from dlm_jax import mesh as meshes
 from dlm_jax import models, process
 from dlm_jax.arrays import Params
-from dlm_jax.convert import decoder_config, files, paths
+from dlm_jax.convert import decoder_config, files, trees
 from dlm_jax.convert.tensors import Tensors
 from dlm_jax.errors import InputError, hint
 
@@ -85,16 +85,16 @@ def load(
     shardings = meshes.param_shardings(mesh, axes, shapes)
   params: Params = {}
   for name, ours, index, transposed in wanted:
-    sharding = None if shardings is None else paths.read(shardings, ours)
+    sharding = None if shardings is None else trees.read(shardings, ours)
     value = tensors.place(name, _of_tensor(sharding, len(index), transposed))
     if index:
       old = _find(params, ours)
       if old is None:
-        old = _zeros(paths.read(shapes, ours).shape, params_dtype, sharding)
+        old = _zeros(trees.read(shapes, ours).shape, params_dtype, sharding)
       value = _insert(sharding, transposed)(old, value, tuple(jnp.asarray(i) for i in index))
     else:
       value = _oriented(sharding, transposed, params_dtype)(value)
-    paths.write(params, ours, value)
+    trees.write(params, ours, value)
   return model, params, proc
 
 
@@ -162,7 +162,7 @@ def _check(directory, model, tensors, wanted, shapes):
   for name, ours, index, transposed in wanted:
     if name not in tensors:
       raise InputError(f"{directory}: tensor {name} is missing.")
-    shape = paths.read(shapes, ours).shape[len(index) :]
+    shape = trees.read(shapes, ours).shape[len(index) :]
     shape = shape[::-1] if transposed else shape
     if tensors.shape(name) != shape:
       hint_ = "; is it transposed?" if tensors.shape(name) == shape[::-1] else "."
@@ -192,7 +192,7 @@ def from_tensors(model: models.Decoder, tensors: dict[str, Any], dtype: str = "f
     columns.setdefault(ours, []).append(value.T if transposed else value)
   params: Params = {}
   for ours, leaf in _leaves(_shapes(model)):
-    paths.write(params, ours, jnp.asarray(np.stack(columns[ours]).reshape(leaf.shape), dtype))
+    trees.write(params, ours, jnp.asarray(np.stack(columns[ours]).reshape(leaf.shape), dtype))
   return params
 
 
@@ -205,7 +205,7 @@ def to_tensors(model: models.Decoder, params: Params) -> dict[str, jax.Array]:
 
 
 def _tensor(params, ours, index, transposed):
-  value = jnp.asarray(paths.read(params, ours)[index])
+  value = jnp.asarray(trees.read(params, ours)[index])
   return value.T if transposed else value
 
 
@@ -263,7 +263,7 @@ def _groups(model, itemsize, shard_bytes):
   shapes, groups, sizes, room = _shapes(model), [], [], -1
   for entry in _entries(model.config):
     _, ours, index, _ = entry
-    size = int(np.prod(paths.read(shapes, ours).shape[len(index) :], dtype=np.int64)) * itemsize
+    size = int(np.prod(trees.read(shapes, ours).shape[len(index) :], dtype=np.int64)) * itemsize
     if room < size:
       groups.append([])
       room = shard_bytes

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The frontier: quality against the number of network evaluations (NFE), for several models."""
 
+import contextlib
 import csv
 import dataclasses
 import itertools
@@ -15,16 +16,16 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
+from tqdm.auto import tqdm
 
-from dlm_jax import tables
 from dlm_jax.errors import InputError
-from dlm_jax.evaluate import generative
+from dlm_jax.evaluate import generative, tables
 from dlm_jax.evaluate._samplers import ProteinSampler, Sampler
 from dlm_jax.evaluate.likelihood import check_counts
 
 __all__ = [
   "ProteinSampler", "Reference", "Sampler", "SamplerFactory", "checked_nfes", "draw_samples",
-  "sweep", "table", "write",
+  "sweep", "sweep_progress", "table", "write",
 ]  # fmt: skip
 Row = dict[str, Any]
 COLUMNS = (
@@ -306,3 +307,19 @@ def _write_csv(rows, path):
     for row in rows:
       nested = {name: json.dumps(row[name]) for name in ("options", "context")}
       writer.writerow(row | nested)
+
+
+@contextlib.contextmanager
+def sweep_progress(total: int):
+  """Show a sweep's progress in network evaluations; yields what `frontier.sweep` calls per row."""
+  with tqdm(total=total, unit="NFE", desc="frontier", dynamic_ncols=True) as bar:
+
+    def on_row(row, number, count):
+      del number, count
+      bar.update(row["nfe"])
+      bar.set_postfix_str(
+        f"{row['name']} at {row['nfe']}: GenPPL {row['genppl']:.1f}, entropy {row['entropy']:.2f} "
+        f"({row['samples']} samples)"
+      )
+
+    yield on_row

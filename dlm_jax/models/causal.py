@@ -8,12 +8,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from dlm_jax.arrays import Params
+from dlm_jax.mesh import split_batch
 from dlm_jax.models import masks
 from dlm_jax.models.attention import Attention
 from dlm_jax.models.decoder import Decoder
 from dlm_jax.models.dit import check_config, scan_layers
 from dlm_jax.models.layers import MLP, Embedding, LayerNorm, Network, dropout, rotary_tables
-from dlm_jax.placement import split_batch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

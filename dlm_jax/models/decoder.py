@@ -11,13 +11,13 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from dlm_jax.mesh import split_batch
 from dlm_jax.models.cache import KV, Cache
 from dlm_jax.models.dit import check_fields, scan_layers
 from dlm_jax.models.experts import Experts, GatedMLP
 from dlm_jax.models.grouped_attention import GroupedAttention
 from dlm_jax.models.layers import Embedding, Linear, Network, RMSNorm, rotary_at
 from dlm_jax.models.storage import STORAGES, Layers
-from dlm_jax.placement import split_batch
 
 _SIZES = (
   "vocab_size", "dim", "layers", "heads", "kv_heads", "head_dim", "mlp_dim", "length", "unroll",

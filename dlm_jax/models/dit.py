@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from dlm_jax.arrays import Params
+from dlm_jax.mesh import split_batch
 from dlm_jax.models.attention import IMPLEMENTATIONS, Attention
 from dlm_jax.models.layers import (
   MLP,
@@ -20,7 +21,6 @@ from dlm_jax.models.layers import (
   rotary_tables,
   timestep_features,
 )
-from dlm_jax.placement import split_batch
 
 _CHOICES = {
   "dtype": ("float32", "bfloat16", "float16"),

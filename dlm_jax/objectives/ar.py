@@ -9,7 +9,8 @@ from jaxtyping import Array, Float
 
 from dlm_jax.arrays import Metrics, Params
 from dlm_jax.models import Causal, Decoder, next_token_logits
-from dlm_jax.objectives.state import Batch, Objective, make_state, update
+from dlm_jax.objectives.batch import Batch
+from dlm_jax.objectives.state import Objective, make_state, update
 
 TRAINED = ("model",)  # trees with an optimiser
 

@@ -16,17 +16,10 @@ from jaxtyping import Array, Float, Int, Key
 
 from dlm_jax.arrays import Metrics, Params
 from dlm_jax.models import DiT
-from dlm_jax.objectives import _rounds
-from dlm_jax.objectives._chunks import positions_per_chunk
-from dlm_jax.objectives.state import (
-  Batch,
-  Objective,
-  make_state,
-  map_positions,
-  split_each,
-  token_mean,
-  update,
-)
+from dlm_jax.objectives import rounds
+from dlm_jax.objectives.batch import Batch, split_each, token_mean
+from dlm_jax.objectives.positions import map_positions, positions_per_chunk
+from dlm_jax.objectives.state import Objective, make_state, update
 from dlm_jax.process import GaussianDuality, Uniform
 
 TRAINED = ("student",)  # trees with an optimiser
@@ -97,7 +90,7 @@ def consistency(
     log_student = jax.vmap(process.log_x0)(logits, zt_BK)
     logits = model.apply({"params": teacher}, teacher_BKD, sigma_s_B, method="head")
     log_teacher = jax.lax.stop_gradient(jax.vmap(process.log_x0)(logits, zs_BK))
-    return _rounds.divergence(log_student, log_teacher, divergence)
+    return rounds.divergence(log_student, log_teacher, divergence)
 
   return map_positions(compare, (student_BLD, teacher_BLD, pair.zt, pair.zs), chunk)
 
@@ -162,8 +155,8 @@ def make(
     raise ValueError("model.name must be dit: a denoiser is distilled.")
   if not model.config.time_conditioning:
     raise ValueError("a uniform process needs model.time_conditioning=True.")
-  _rounds.check_divergence(divergence, DIVERGENCES)
-  _rounds.check_round(update_teacher_every)
+  rounds.check_divergence(divergence, DIVERGENCES)
+  rounds.check_round(update_teacher_every)
   duality = GaussianDuality(vocab_size=process.vocab_size, gamma_min=gamma_min, gamma_max=gamma_max)
   chunk = positions_per_chunk(chunk, model.config.length, process.vocab_size)
   shared = {"model": model, "duality": duality, "divergence": divergence, "chunk": chunk}
@@ -177,7 +170,7 @@ def make(
 
   def step(state, batch):
     delta = step_size(state.step, every=update_teacher_every, num_steps=num_steps)
-    state = _rounds.refresh_teacher(state, update_teacher_every)
+    state = rounds.refresh_teacher(state, update_teacher_every)
     student_loss = functools.partial(loss, teacher=state.trees["teacher"], delta=delta, **shared)
     state, metrics, _ = update(
       state, "student", student_loss, batch, optimizers["student"], accumulate=accumulate,
@@ -190,4 +183,4 @@ def make(
 
 def step_size(step: Int[Array, ""], *, every: int, num_steps: int) -> Float[Array, ""]:
   """Return δ = 2ⁿ/T with n = ⌊step/every⌋, at most 1."""
-  return _rounds.doubled(step, every, num_steps) / num_steps
+  return rounds.doubled(step, every, num_steps) / num_steps

@@ -17,18 +17,10 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from dlm_jax.arrays import Metrics, Params
 from dlm_jax.models import DiT
-from dlm_jax.objectives._chunks import positions_per_chunk
-from dlm_jax.objectives._gaussian_states import Relaxation, embed_data
-from dlm_jax.objectives.state import (
-  Batch,
-  Objective,
-  make_state,
-  map_positions,
-  split_each,
-  token_mean,
-  update,
-  valid_tokens,
-)
+from dlm_jax.objectives.batch import Batch, split_each, token_mean, valid_tokens
+from dlm_jax.objectives.gaussian_states import Relaxation, embed_data
+from dlm_jax.objectives.positions import map_positions, positions_per_chunk
+from dlm_jax.objectives.state import Objective, make_state, update
 from dlm_jax.process import GaussianDuality, Uniform
 from dlm_jax.schedules import Derived, Schedule, Times
 

@@ -36,19 +36,10 @@ from dlm_jax import draw
 from dlm_jax.arrays import Metrics, Params
 from dlm_jax.models import DiT
 from dlm_jax.models.dit import head_params
-from dlm_jax.objectives._chunks import positions_per_chunk
-from dlm_jax.objectives._fused import sum_positions
-from dlm_jax.objectives._gaussian_states import Relaxation, embed_data, embed_predictions
-from dlm_jax.objectives.state import (
-  Batch,
-  Objective,
-  make_state,
-  map_positions,
-  split_each,
-  stratified_times,
-  update,
-  valid_tokens,
-)
+from dlm_jax.objectives.batch import Batch, split_each, stratified_times, valid_tokens
+from dlm_jax.objectives.gaussian_states import Relaxation, embed_data, embed_predictions
+from dlm_jax.objectives.positions import map_positions, positions_per_chunk, sum_positions
+from dlm_jax.objectives.state import Objective, make_state, update
 from dlm_jax.process import Absorbing, GaussianDuality, Uniform
 
 TIME_COUPLINGS = ("same_order", "permuted")

@@ -10,15 +10,8 @@ from jaxtyping import Array, Float
 
 from dlm_jax.arrays import Metrics, Params
 from dlm_jax.models import DiT
-from dlm_jax.objectives.state import (
-  Batch,
-  Objective,
-  make_state,
-  split_each,
-  token_mean,
-  update,
-  valid_tokens,
-)
+from dlm_jax.objectives.batch import Batch, split_each, token_mean, valid_tokens
+from dlm_jax.objectives.state import Objective, make_state, update
 from dlm_jax.process import Absorbing
 
 TRAINED = ("model",)  # trees with an optimiser

@@ -18,16 +18,10 @@ from jaxtyping import Array, Float, Int, Key
 from dlm_jax import draw
 from dlm_jax.arrays import Metrics, Params
 from dlm_jax.models import DiT
-from dlm_jax.objectives import _rounds
-from dlm_jax.objectives._chunks import positions_per_chunk
-from dlm_jax.objectives.state import (
-  Batch,
-  Objective,
-  make_state,
-  map_positions,
-  split_each,
-  update,
-)
+from dlm_jax.objectives import rounds
+from dlm_jax.objectives.batch import Batch, split_each
+from dlm_jax.objectives.positions import map_positions, positions_per_chunk
+from dlm_jax.objectives.state import Objective, make_state, update
 from dlm_jax.process import Absorbing
 
 TRAINED = ("student",)  # trees with an optimiser
@@ -132,7 +126,7 @@ def position_loss(
     teacher: its parameters.
     model: the network of both.
     process: the forward process.
-    divergence: "kl-bwd", "kl-fwd", "mse" or "tvd", see `_rounds.divergence`.
+    divergence: "kl-bwd", "kl-fwd", "mse" or "tvd", see `rounds.divergence`.
     dropout_B: keys of dropout in the student.
     chunk: see `make`.
   """
@@ -145,7 +139,7 @@ def position_loss(
     log_teacher = target(
       teacher, hidden, steps.times, chosen_BK, xt_BK, model=model, process=process
     )
-    each_BK = _rounds.divergence(log_student, jax.lax.stop_gradient(log_teacher), divergence)
+    each_BK = rounds.divergence(log_student, jax.lax.stop_gradient(log_teacher), divergence)
     return jnp.where(xt_BK == process.mask_id, each_BK, 0.0)
 
   return map_positions(compare, (student_BLD, xt_BL, steps.chosen, *steps.hidden), chunk)
@@ -235,8 +229,8 @@ def make(
   """
   if not isinstance(model, DiT):
     raise ValueError("model.name must be dit: a denoiser is distilled.")
-  _rounds.check_divergence(divergence, _rounds.DIVERGENCES)
-  _rounds.check_round(update_teacher_every)
+  rounds.check_divergence(divergence, rounds.DIVERGENCES)
+  rounds.check_round(update_teacher_every)
   if num_distill_steps < 1:
     raise ValueError(f"objective.num_distill_steps={num_distill_steps} must be at least 1.")
   if not 1 <= min_num_steps <= num_steps_original:
@@ -259,9 +253,9 @@ def make(
 
   def step(state, batch):
     most = num_steps_original / min_num_steps
-    growth = _rounds.doubled(state.step, update_teacher_every, most)
+    growth = rounds.doubled(state.step, update_teacher_every, most)
     delta = (1 - eps) / num_steps_original * growth
-    state = _rounds.refresh_teacher(state, update_teacher_every)
+    state = rounds.refresh_teacher(state, update_teacher_every)
     student_loss = functools.partial(loss, teacher=state.trees["teacher"], delta=delta, **shared)
     state, metrics, _ = update(
       state, "student", student_loss, corrupt(batch, process=process, eps=eps),

@@ -12,12 +12,12 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array
 
-from dlm_jax.arrays import Metrics, Params, RngKey
+from dlm_jax.arrays import Metrics, Params
 from dlm_jax.models import Critic
+from dlm_jax.objectives.batch import Batch
 
-Batch = dict[str, Any]
 Loss = Callable[[Params, Batch], tuple[Array, tuple[Metrics, Any]]]
 
 
@@ -87,58 +87,6 @@ def output_params(state: TrainState, objective: Objective) -> Params:
   return state.ema.get(objective.output, state.trees[objective.output])
 
 
-def stratified_times(rng_B: Key[Array, "B"], eps: float) -> Float[Array, "B"]:
-  """Draw one time per sequence, stratified over the batch: t = (1 − ε) u + ε, u_i ∈ [i/B, (i+1)/B).
-
-  Sequence i owns stratum i, so a time depends on its own key and place only.
-  """
-  size = rng_B.shape[0]
-  u_B = jax.vmap(jax.random.uniform)(rng_B)
-  return (1 - eps) * ((u_B + jnp.arange(size)) / size) + eps
-
-
-def draw_batch(
-  tokens_BL: Int[Array, "B L"], rng: RngKey, *, eps: float = 1e-3, valid_BL=None
-) -> Batch:
-  """Add one key and one stratified time per sequence to tokens.
-
-  Args:
-    tokens_BL: the global batch; cut into micro-batches only afterwards.
-    rng: this batch's key.
-    eps: smallest time.
-    valid_BL: bool, False on prompt positions, which are never corrupted nor scored.
-
-  Returns:
-    {"tokens", "rng" (B keys), "t" (float32 [B])} and "valid" if given.
-  """
-  rng_B = jax.vmap(lambda i: jax.random.fold_in(rng, i))(jnp.arange(tokens_BL.shape[0]))
-  rng_B, rng_time_B = split_each(rng_B, 2)
-  batch = {"tokens": tokens_BL, "rng": rng_B, "t": stratified_times(rng_time_B, eps)}
-  return batch if valid_BL is None else {**batch, "valid": valid_BL}
-
-
-def split_each(rng_B: Key[Array, "B"], count: int) -> tuple[Key[Array, "B"], ...]:
-  """Split every sequence's key; return `count` arrays of keys."""
-  keys = jax.vmap(lambda rng: jax.random.split(rng, count))(rng_B)
-  return tuple(keys[:, i] for i in range(count))
-
-
-def fold_each(rng_B: Key[Array, "B"], tag: Int[Array, ""] | int) -> Key[Array, "B"]:
-  """Fold a number into every sequence's key."""
-  return jax.vmap(jax.random.fold_in, (0, None))(rng_B, tag)
-
-
-def valid_tokens(batch: Batch) -> Bool[Array, "B L"]:
-  """Return where tokens are scored: everywhere without prompts."""
-  return batch["valid"] if "valid" in batch else jnp.ones(batch["tokens"].shape, bool)
-
-
-def token_mean(loss_BL: Float[Array, "B L"], batch: Batch) -> Float[Array, ""]:
-  """Return the mean over sequences of the mean over their valid tokens; 0 for one without any."""
-  valid_BL = valid_tokens(batch)
-  return ((loss_BL * valid_BL).sum(1) / jnp.maximum(valid_BL.sum(1), 1)).mean()
-
-
 def update(
   state: TrainState,
   tree: str,
@@ -194,63 +142,6 @@ def apply_gradients(
   return state, {f"{tree}/{name}": value for name, value in metrics.items()}
 
 
-def over_micro_batches(function: Callable[[Batch], Any], batch: Batch, count: int) -> Any:
-  """Map a function of a batch over its micro-batches, those of `update`; keep the order of rows.
-
-  Args:
-    function: batch -> tree of arrays whose leading axis is the batch.
-    batch: arrays with the batch as leading axis.
-    count: number of micro-batches.
-  """
-  if count == 1:
-    return function(batch)
-  pieces = jax.lax.map(function, jax.tree.map(lambda x: _cut(x, count), batch))
-  return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:]), pieces)
-
-
-def map_positions(
-  function: Callable, arrays: tuple[Array, ...], chunk: int | None, keep: tuple[str, ...] = ()
-) -> Any:
-  """Apply a function of [B, L, …] arrays in chunks of positions, recomputed in the backward pass.
-
-  Args:
-    function: (*arrays) -> tree of arrays [B, K, …].
-    arrays: [B, L, …] each.
-    chunk: positions at a time; must divide L. None applies the function once, to everything.
-    keep: names, given by `checkpoint_name`, of what is not computed again in chunks.
-  """
-  if chunk is None or chunk >= arrays[0].shape[1]:
-    return function(*arrays)
-  policy = jax.checkpoint_policies.save_only_these_names(*keep)
-  body = jax.checkpoint(lambda pieces: function(*pieces), policy=policy)
-  return in_chunks(lambda carry, pieces: (carry, body(pieces)), (), arrays, chunk)[1]
-
-
-def in_chunks(step: Callable, carry: Any, arrays: Any, chunk: int | None) -> tuple[Any, Any]:
-  """Scan over chunks of positions; one step does it where the chunk is None or holds them all.
-
-  Args:
-    step: (carry, pieces) -> (carry, tree of arrays [B, K, …]).
-    carry: what the first step gets.
-    arrays: tree of [B, L, …].
-    chunk: positions at a time; must divide L.
-  """
-  length = jax.tree.leaves(arrays)[0].shape[1]
-  if chunk is None or chunk >= length:
-    return step(carry, arrays)
-  if length % chunk:
-    raise ValueError(f"objective.chunk={chunk} does not divide the sequence length {length}.")
-
-  def cut(x):
-    return jnp.swapaxes(x.reshape(x.shape[0], length // chunk, chunk, *x.shape[2:]), 0, 1)
-
-  def join(x):
-    return jnp.swapaxes(x, 0, 1).reshape(x.shape[1], length, *x.shape[3:])
-
-  carry, pieces = jax.lax.scan(step, carry, jax.tree.map(cut, arrays))
-  return carry, jax.tree.map(join, pieces)
-
-
 def _accumulate(grad, params, batch, count):
   """Average values, metrics and gradients over strided micro-batches under `lax.scan`."""
   micro = jax.tree.map(lambda x: _cut(x, count), batch)
@@ -271,3 +162,17 @@ def _accumulate(grad, params, batch, count):
 def _cut(x, count):
   """Return [count, B / count, …]: micro-batch j holds the rows j, j + count, …"""
   return jnp.swapaxes(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 0, 1)
+
+
+def over_micro_batches(function: Callable[[Batch], Any], batch: Batch, count: int) -> Any:
+  """Map a function of a batch over its micro-batches, those of `update`; keep the order of rows.
+
+  Args:
+    function: batch -> tree of arrays whose leading axis is the batch.
+    batch: arrays with the batch as leading axis.
+    count: number of micro-batches.
+  """
+  if count == 1:
+    return function(batch)
+  pieces = jax.lax.map(function, jax.tree.map(lambda x: _cut(x, count), batch))
+  return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:]), pieces)

@@ -21,7 +21,7 @@ The arguments of both: [L, V] float arrays, states [L], and α and α' at the ti
 import jax
 import jax.numpy as jnp
 
-from dlm_jax import rows
+from dlm_jax.process.softmax_rows import log_probs, normaliser
 
 
 @jax.custom_vjp
@@ -64,8 +64,11 @@ def between(logits_LV, data_logits_LV, z_L, alpha, dalpha):
 
 def _between_forward(logits_LV, data_logits_LV, z_L, alpha, dalpha):
   c = logits_LV.shape[-1] * alpha / (1 - alpha)
-  shift, data_shift = rows.normaliser(logits_LV), rows.normaliser(data_logits_LV)
-  of_logits = lambda p, f: _of_logs(c, rows.log_probs(p, data_shift), rows.log_probs(f, shift))  # noqa: E731
+  shift, data_shift = normaliser(logits_LV), normaliser(data_logits_LV)
+
+  def of_logits(p, f):
+    return _of_logs(c, log_probs(p, data_shift), log_probs(f, shift))
+
   p_LV, f_LV, excess_LV, log_ratio_LV = of_logits(data_logits_LV, logits_LV)
   total = lambda x_LV: jnp.sum(x_LV, axis=-1, keepdims=True)  # noqa: E731
   # less c Σ (p − f), which is 0: every term is positive, and of second order where p is near f
@@ -86,7 +89,10 @@ def _between_backward(residual, cotangent_L):
   logits_LV, data_logits_LV, z_L, alpha, numbers = residual
   shift, data_shift, mean_log_ratio_L1, mean_excess_L1, at_z_L1, rate_L1, h_L1, k_L1 = numbers
   c = logits_LV.shape[-1] * alpha / (1 - alpha)
-  log_p_LV, log_f_LV = rows.log_probs(data_logits_LV, data_shift), rows.log_probs(logits_LV, shift)
+  log_p_LV, log_f_LV = (
+    log_probs(data_logits_LV, data_shift),
+    log_probs(logits_LV, shift),
+  )
   p_LV, f_LV, excess_LV, log_ratio_LV = _of_logs(c, log_p_LV, log_f_LV)
   cotangent_L1, here_LV = cotangent_L[:, None], _here(z_L, logits_LV)
   weight_L1 = cotangent_L1 * rate_L1

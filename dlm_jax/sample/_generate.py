@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Int
 
 from dlm_jax.arrays import RngKey
 from dlm_jax.errors import InputError
-from dlm_jax.placement import split_batch
+from dlm_jax.mesh import split_batch
 from dlm_jax.process import Absorbing, Uniform
 from dlm_jax.sample import _analytic, _ancestral, _legacy, _psi, _rgas, _uniform
 

@@ -9,9 +9,10 @@ import tiny_runs
 import tiny_sdar
 from tiny_runs import quick  # noqa: F401
 
-from dlm_jax import decoding, pipeline
 from dlm_jax.cli import sample as cli
 from dlm_jax.cli.main import main
+from dlm_jax.text import load
+from dlm_jax.text.decoder import TextDecoder
 
 pytestmark = pytest.mark.slow  # minutes of compilation; `pytest -m slow`
 
@@ -40,7 +41,7 @@ FEW = ("--max_new_tokens=6", "--stop=none")
 
 def test_text_goes_to_stdout_and_the_rest_to_stderr(run, folder):
   out, err = run("--prompt=It was", *FEW)
-  texts = pipeline.open_decoder(folder / "target").generate(
+  texts = load.open_decoder(folder / "target").generate(
     "It was", max_new_tokens=6, stop=()
   ).texts  # fmt: skip
   assert out == texts[0] + "\n"
@@ -84,7 +85,7 @@ def test_flags_reach_the_request(folder, monkeypatch, tmp_path, capsys):
     seen.update(request, prompts=prompts)
     raise KeyboardInterrupt
 
-  monkeypatch.setattr(decoding.TextDecoder, "plan", plan)
+  monkeypatch.setattr(TextDecoder, "plan", plan)
   (tmp_path / "ask.txt").write_text("from a file", encoding="utf-8")
   main([
     "sample", f"--checkpoint={folder / 'target'}", f"--prompt=@{tmp_path / 'ask.txt'}",
@@ -113,7 +114,7 @@ def fails(capsys, monkeypatch):
 
   def run(checkpoint, *arguments, weights=False):
     if not weights:
-      monkeypatch.setattr(decoding.TextDecoder, "loaded", property(lambda _: pytest.fail("read")))
+      monkeypatch.setattr(TextDecoder, "loaded", property(lambda _: pytest.fail("read")))
     assert main(["sample", f"--checkpoint={checkpoint}", *map(str, arguments)]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("dlm-jax sample: ") and err.count("\n") == 1, err

@@ -20,8 +20,12 @@ from dlm_jax import models, process, schedules
 from dlm_jax.convert import hf_qwen3
 from dlm_jax.models import Cache, attention, commit, dit, layers, masks
 from dlm_jax.objectives import ar, block_diffusion
-from dlm_jax.objectives._documents import number_documents, number_padding, positions_between
-from dlm_jax.objectives._intervals import candidates, quietest
+from dlm_jax.objectives.block_diffusion.documents import (
+  number_documents,
+  number_padding,
+  positions_between,
+)
+from dlm_jax.objectives.block_diffusion.intervals import candidates, quietest
 from dlm_jax.process import BlockNoise
 from dlm_jax.process.block import number_blocks
 

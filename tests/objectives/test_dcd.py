@@ -13,7 +13,7 @@ import tiny
 from tiny_runs import quick  # noqa: F401
 
 from dlm_jax import process
-from dlm_jax.objectives import _rounds, dcd
+from dlm_jax.objectives import dcd, rounds
 
 DUALITY = process.GaussianDuality(vocab_size=tiny.V, gamma_min=-4.0, gamma_max=-1.0)
 network = functools.partial(tiny.network, time_conditioning=True)
@@ -83,7 +83,7 @@ def test_golden_loss(golden, variant, kind):
   log_student, log_teacher = (
     jnp.asarray(vectors[f"{k}_log_probs"]) for k in ("student", "teacher")
   )
-  mean = lambda x: _rounds.divergence(x, log_teacher, kind).mean()  # noqa: E731
+  mean = lambda x: rounds.divergence(x, log_teacher, kind).mean()  # noqa: E731
   recorded.close(
     jax.jit(jax.grad(mean))(log_student), vectors[f"grad_mean_loss_wrt_student_log_probs/{kind}"]
   )
@@ -112,7 +112,7 @@ def test_gradient_on_logits_in_closed_form(kind):
   rng = np.random.default_rng(0)
   x, y = (jnp.asarray(rng.normal(size=(5, tiny.V)), jnp.float32) for _ in range(2))
   log_q = jax.nn.log_softmax(y)
-  gradient = jax.grad(lambda x: _rounds.divergence(jax.nn.log_softmax(x), log_q, kind).sum())(x)
+  gradient = jax.grad(lambda x: rounds.divergence(jax.nn.log_softmax(x), log_q, kind).sum())(x)
   p, q = np.asarray(jax.nn.softmax(x), np.float64), np.asarray(jnp.exp(log_q), np.float64)
   a = np.log(p) - np.log(q)
   wanted = p * (a - (p * a).sum(-1, keepdims=True)) if kind == "kl-bwd" else p - q

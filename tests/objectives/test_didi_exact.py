@@ -12,8 +12,8 @@ from tiny_runs import quick  # noqa: F401
 
 from dlm_jax.models import DiT, DiTConfig
 from dlm_jax.objectives import didi_instruct
-from dlm_jax.objectives._options import DiDiOptions
-from dlm_jax.objectives._rollout import Path, rollout
+from dlm_jax.objectives.didi_instruct.options import DiDiOptions
+from dlm_jax.objectives.didi_instruct.rollout import Path, rollout
 from dlm_jax.process import Absorbing
 
 V, L, MASK, T = 4, 2, 3, 0.45

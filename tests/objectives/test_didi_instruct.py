@@ -14,9 +14,15 @@ from tiny_runs import quick  # noqa: F401
 
 from dlm_jax.errors import InputError
 from dlm_jax.models import discriminator
-from dlm_jax.objectives import _rewards, didi_instruct, draw_batch
-from dlm_jax.objectives._options import DiDiOptions
-from dlm_jax.objectives._rollout import rollout, sample
+from dlm_jax.objectives import didi_instruct, draw_batch
+from dlm_jax.objectives.didi_instruct.options import DiDiOptions
+from dlm_jax.objectives.didi_instruct.rewards import (
+  beta_times,
+  masked_mean,
+  normalise_groups,
+  omega,
+)
+from dlm_jax.objectives.didi_instruct.rollout import rollout, sample
 from dlm_jax.schedules import LogLinear
 
 # --- rewards ------------------------------------------------------------------------------------
@@ -27,16 +33,16 @@ def test_group_normalisation_by_hand():
   rewards = jnp.array([-1.0, 1.0, 3.0, 5.0, 10.0, 10.0, 10.0, 10.0])
   std = np.sqrt((9 + 1 + 1 + 9) / 3)
   wanted = [-3 / std, -1 / std, 1 / std, 3 / std, 0, 0, 0, 0]
-  np.testing.assert_allclose(_rewards.normalise_groups(rewards, 4), wanted, rtol=1e-6)
+  np.testing.assert_allclose(normalise_groups(rewards, 4), wanted, rtol=1e-6)
 
 
 def test_pairs_and_the_largest_advantage():
   np.testing.assert_allclose(
-    _rewards.normalise_groups(jnp.array([0.0, 4.0]), 2), [-(0.5**0.5), 0.5**0.5], rtol=1e-6
+    normalise_groups(jnp.array([0.0, 4.0]), 2), [-(0.5**0.5), 0.5**0.5], rtol=1e-6
   )
-  top = _rewards.normalise_groups(jnp.array([0.0, 0.0, 0.0, 9.0]), 4)
+  top = normalise_groups(jnp.array([0.0, 0.0, 0.0, 9.0]), 4)
   np.testing.assert_allclose(top[-1], 3 / 4**0.5, rtol=1e-6)  # (G − 1)/√G
-  many = _rewards.normalise_groups(jnp.zeros(16).at[0].set(5.0), 16)
+  many = normalise_groups(jnp.zeros(16).at[0].set(5.0), 16)
   np.testing.assert_allclose(many[0], 3.0)  # clipped: (G − 1)/√G = 3.75
 
 
@@ -44,7 +50,7 @@ def test_sequences_without_a_mask_are_left_out():
   """Of 1, 3 and one that does not count: mean 2, deviation √2; alone in its group: nothing."""
   rewards = jnp.array([1.0, 0.0, 3.0, 7.0, 0.0, 0.0])
   counted = jnp.array([True, False, True, True, False, False])
-  ours = _rewards.normalise_groups(rewards, 3, counted_B=counted)
+  ours = normalise_groups(rewards, 3, counted_B=counted)
   np.testing.assert_allclose(ours, [-(0.5**0.5), 0, 0.5**0.5, 0, 0, 0], rtol=1e-6)
 
 
@@ -56,7 +62,7 @@ def test_a_group_of_one_is_refused():
 def test_reward_counts_masked_positions_only():
   logits = jnp.array([[1.0, 2.0, 30.0], [5.0, 6.0, 7.0]])
   masked = jnp.array([[True, False, True], [False, False, False]])
-  np.testing.assert_allclose(_rewards.masked_mean(logits, masked, 8.0), [4.5, 0.0])
+  np.testing.assert_allclose(masked_mean(logits, masked, 8.0), [4.5, 0.0])
 
 
 # --- times and weights --------------------------------------------------------------------------
@@ -65,7 +71,7 @@ def test_reward_counts_masked_positions_only():
 @pytest.mark.parametrize(("a", "b"), [(1, 1), (2, 2), (5, 2)])
 def test_times_are_beta(a, b):
   u = (jnp.arange(4000) + 0.5) / 4000
-  t, density = _rewards.beta_times(u, a, b)
+  t, density = beta_times(u, a, b)
   assert scipy.stats.kstest(np.asarray(t, np.float64), scipy.stats.beta(a, b).cdf).statistic < 2e-3
   inside = (t > 0.01) & (t < 0.99)
   wanted = scipy.stats.beta(a, b).pdf(np.asarray(t, np.float64))
@@ -74,9 +80,9 @@ def test_times_are_beta(a, b):
 
 def test_omega():
   t = jnp.array([0.02, 0.1, 0.5, 0.98])
-  ours = _rewards.omega(t, LogLinear(), "elbo", (0.1, 10.0))
+  ours = omega(t, LogLinear(), "elbo", (0.1, 10.0))
   np.testing.assert_allclose(ours, [10, 10, 2, 1 / 0.98], rtol=1e-5)
-  np.testing.assert_array_equal(_rewards.omega(t, LogLinear(), "constant", (0.1, 10.0)), 1)
+  np.testing.assert_array_equal(omega(t, LogLinear(), "constant", (0.1, 10.0)), 1)
 
 
 def _times(**options):

@@ -16,10 +16,12 @@ import pytest
 from tiny_runs import quick  # noqa: F401
 
 from dlm_jax.models import DiT, DiTConfig
-from dlm_jax.objectives import _rewards, didi_instruct, draw_batch, mdlm
-from dlm_jax.objectives._options import DiDiOptions
-from dlm_jax.objectives._rollout import rollout
-from dlm_jax.objectives.state import fold_each, make_state, output_params, update
+from dlm_jax.objectives import didi_instruct, draw_batch, mdlm
+from dlm_jax.objectives.batch import fold_each
+from dlm_jax.objectives.didi_instruct.options import DiDiOptions
+from dlm_jax.objectives.didi_instruct.rewards import normalise_groups
+from dlm_jax.objectives.didi_instruct.rollout import rollout
+from dlm_jax.objectives.state import make_state, output_params, update
 from dlm_jax.process import Absorbing
 
 L, V, MASK, BATCH, STEPS = 3, 3, 2, 128, 120
@@ -133,7 +135,7 @@ def _distil_exactly(teacher, rng, **options):
     at_noisy = jax.vmap(lambda t, z: _noise(t)[:, z])(batch["t"], noisy @ place)
     q_B, p_B = jnp.sum(at_noisy * laws, 1), at_noisy @ jnp.asarray(LAW, jnp.float32)
     reward = jnp.log(p_B) - jnp.log(q_B)
-    advantage = _rewards.normalise_groups(
+    advantage = normalise_groups(
       jax.lax.stop_gradient(reward), options.group_size, options.advantage_clip,
       counted_B=jnp.any(noisy == MASK, axis=1),
     )  # fmt: skip

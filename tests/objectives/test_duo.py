@@ -14,7 +14,7 @@ from tiny_runs import quick  # noqa: F401
 
 from dlm_jax import process
 from dlm_jax.objectives import duo
-from dlm_jax.objectives.state import split_each
+from dlm_jax.objectives.batch import split_each
 
 DUALITY = process.GaussianDuality(vocab_size=tiny.V, gamma_min=-3.5, gamma_max=-1.75)
 CURRICULUM = duo.Curriculum(

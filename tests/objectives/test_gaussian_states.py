@@ -13,8 +13,8 @@ import tiny
 from tiny_runs import quick  # noqa: F401
 
 from dlm_jax import process
-from dlm_jax.objectives import _gaussian_states as states
 from dlm_jax.objectives import duo, idlm
+from dlm_jax.objectives import gaussian_states as states
 
 V, L, B = 1024, 4, 3
 

@@ -16,8 +16,8 @@ from dlm_jax import process
 from dlm_jax.convert import hf_dit
 from dlm_jax.models import DiT, DiTConfig
 from dlm_jax.objectives import draw_batch, idlm
-from dlm_jax.objectives._gaussian_states import Relaxation
-from dlm_jax.objectives.state import split_each
+from dlm_jax.objectives.batch import split_each
+from dlm_jax.objectives.gaussian_states import Relaxation
 
 
 class Recorded:

@@ -15,13 +15,13 @@ from safetensors import safe_open
 from tiny_runs import quick  # noqa: F401
 
 from dlm_jax import process
-from dlm_jax.objectives import _rounds, sdtt
+from dlm_jax.objectives import rounds, sdtt
 
 M = tiny.MASK
 TARGETS = "teacher_log_prob_targets"
 # These losses see the mask's column, where float32 numbers near −1e6 are 1/16 apart.
 ROUNDING = {"mse": 5e-3, "tvd": 5e-3}
-every_kind = pytest.mark.parametrize("kind", _rounds.DIVERGENCES)
+every_kind = pytest.mark.parametrize("kind", rounds.DIVERGENCES)
 
 
 # --- recorded values ----------------------------------------------------------------------------
@@ -126,7 +126,7 @@ def test_golden_loss(reference, kind):
     wanted = reference.vectors[f"loss/{kind}_f64"]
     np.testing.assert_allclose(value, wanted, rtol=ROUNDING.get(kind, 5e-5))
   rows = (jnp.asarray(reference.vectors[k]) for k in ("student_log_probs", TARGETS))
-  each = _rounds.divergence(*rows, kind)
+  each = rounds.divergence(*rows, kind)
   np.testing.assert_allclose(np.asarray(each)[masked].mean(), wanted, rtol=1e-5)
 
 
@@ -137,7 +137,7 @@ def test_golden_gradient(reference, kind):
 
   def mean(logits):
     log_student = jax.vmap(reference.process.log_x0)(logits, reference.xt)
-    each = _rounds.divergence(log_student, targets, kind)
+    each = rounds.divergence(log_student, targets, kind)
     return jnp.where(masked, each, 0.0).sum() / masked.sum()
 
   logits = reference.model.apply(
@@ -244,7 +244,7 @@ def test_chunks_change_nothing(options):
 
 def test_steps_double_until_few_are_left():
   growth = [
-    float(_rounds.doubled(jnp.asarray(n, jnp.int32), 10, 1024 / 8)) for n in range(0, 120, 5)
+    float(rounds.doubled(jnp.asarray(n, jnp.int32), 10, 1024 / 8)) for n in range(0, 120, 5)
   ]
   assert growth[:6] == [1, 1, 2, 2, 4, 4]
   assert growth[14] == growth[-1] == 128

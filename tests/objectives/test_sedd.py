@@ -14,7 +14,7 @@ from tiny_runs import quick  # noqa: F401
 
 from dlm_jax import process, schedules
 from dlm_jax.objectives import mdlm, sedd
-from dlm_jax.objectives.state import split_each
+from dlm_jax.objectives.batch import split_each
 
 M = tiny.MASK
 

@@ -11,7 +11,8 @@ import pytest
 from tiny_runs import quick  # noqa: F401
 
 from dlm_jax.objectives import Objective, draw_batch, output_params, update
-from dlm_jax.objectives.state import make_state, split_each, stratified_times
+from dlm_jax.objectives.batch import split_each, stratified_times
+from dlm_jax.objectives.state import make_state
 
 B, L = 8, 3
 TOKENS = jnp.arange(B * L, dtype=jnp.int32).reshape(B, L)

@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a path to a network means: shipped, a workdir's best or final one, a directory, a file."""
+
+import pathlib
+
+from dlm_jax.errors import InputError
+
+
+def shipped(path: str) -> str:
+  """Resolve "shipped:NAME" to the directory of a network that comes with the package."""
+  if not path.startswith("shipped:"):
+    return path
+  from dlm_jax import assets
+
+  return str(assets.path(path.removeprefix("shipped:")))
+
+
+def network_directory(path: str) -> pathlib.Path:
+  """Return the model directory that a path means: itself, or the best or final one of a workdir.
+
+  Raises:
+    InputError: there is none.
+  """
+  folder = pathlib.Path(shipped(path))
+  for candidate in (folder, folder / "best", folder / "final"):
+    if (candidate / "config.json").exists():
+      return candidate
+  raise InputError(
+    f"{path} holds no network: expected config.json and model.safetensors in it, in best/ or in "
+    "final/."
+  )
+
+
+def find_network(path: str | pathlib.Path) -> pathlib.Path:
+  """Return the model directory or file of weights that a path means.
+
+  Raises:
+    InputError: there is none.
+  """
+  file = pathlib.Path(path)
+  return file if file.is_file() else network_directory(str(path))

@@ -1,0 +1,288 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a configuration to the things it names.
+
+Everything that can be wrong with a configuration is found here, before anything is compiled.
+"""
+
+import dataclasses
+import importlib
+import pathlib
+import pkgutil
+import typing
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict, FrozenConfigDict
+
+from dlm_jax import mesh, models, objectives, process, schedules
+from dlm_jax.convert import places
+from dlm_jax.data import builder, sources, tokenizers
+from dlm_jax.errors import InputError, hint
+from dlm_jax.train import optim
+from dlm_jax.train.loop import LoopConfig
+
+PROCESSES = {
+  "absorbing": process.Absorbing,
+  "absorbing_score": process.AbsorbingScore,
+  "uniform": process.Uniform,
+}
+_MODELS = {
+  "dit": (models.DiT, models.DiTConfig),
+  "causal": (models.Causal, models.CausalConfig),
+  "decoder": (models.Decoder, models.DecoderConfig),
+}
+
+
+def open_source(config: ConfigDict) -> sources.Source:
+  """Open the corpus named by `config.data`."""
+  return sources.open_source(config.data.source, **config.data.options.to_dict())
+
+
+def make_tokenizer(config: ConfigDict, source: sources.Source) -> tokenizers.Tokenizer:
+  """Return the tokenizer named by `config.data.tokenizer`; "bpe:SIZE" trains one on the corpus."""
+  name = config.data.tokenizer
+  if not name.startswith("bpe:"):
+    return tokenizers.load(places.shipped(name))
+  if not name[4:].isdigit():
+    raise InputError(f"data.tokenizer={name!r}: write bpe:SIZE, e.g. bpe:4096.")
+  return tokenizers.train_bpe(source.documents("train"), int(name[4:]))
+
+
+def prepare(config: ConfigDict, progress: bool = True) -> builder.Prepared:
+  """Tokenise and pack the corpus of a config into `config.data.directory`."""
+  if not config.data.directory:
+    raise InputError("data.directory is empty; say where to write: --config.data.directory=DIR.")
+  source = open_source(config)
+  tokenizer = make_tokenizer(config, source)
+  return builder.prepare(
+    source, tokenizer, config.data.length, config.data.directory, packing=config.data.packing,
+    buckets=config.data.buckets, progress=progress,
+  )  # fmt: skip
+
+
+def vocabulary(config: ConfigDict) -> int:
+  """Return the tokens of a config's data without the mask: as prepared, else as the config says."""
+  if config.data.directory and pathlib.Path(config.data.directory).exists():
+    return builder.open_dataset(config.data.directory).info.vocab_size
+  if config.model.vocab_size:
+    masks = config.model.name in ("dit", "decoder")
+    return (
+      config.process.mask_id if config.process.mask_id >= 0 else config.model.vocab_size - masks
+    )
+  if config.data.tokenizer.startswith("bpe:"):
+    return int(config.data.tokenizer[4:])
+  return tokenizers.load(places.shipped(config.data.tokenizer)).vocab_size
+
+
+def make_model(config: ConfigDict, vocab_size: int) -> models.DiT | models.Causal | models.Decoder:
+  """Build the network; `vocab_size` is what the data needs, the mask not included.
+
+  A decoder has a row for the mask from the start, also where it is trained without: what is trained
+  on blocks later is the same network. It may have rows to spare, as public ones do.
+  """
+  options = config.model.to_dict()
+  name = options.pop("name")
+  if name not in _MODELS:
+    raise InputError(
+      f"model.name={name!r} is unknown{hint(name, _MODELS)}; found: {', '.join(_MODELS)}."
+    )
+  network, fields = _MODELS[name]
+  uniform = config.process.name == "uniform"
+  masks = name == "decoder" or (name == "dit" and not uniform)
+  needed = vocab_size + masks  # an absorbing process adds the mask
+  asked = options.pop("vocab_size") or needed
+  padded = uniform and name == "dit" and asked == needed + 1  # public networks have a [PAD] row
+  spare = name == "decoder" and asked > needed
+  if asked != needed and not padded and not spare:
+    raise InputError(f"model.vocab_size={asked}, but the data needs {needed}; use {needed} or 0.")
+  if name == "decoder":
+    options |= _decoder_sizes(config.model)
+  known = {field.name for field in dataclasses.fields(fields)}
+  options = {key: value for key, value in options.items() if key in known}
+  try:
+    return network(fields(vocab_size=asked, length=config.data.length, **options))
+  except ValueError as error:
+    raise InputError(str(error)) from None
+
+
+def _decoder_sizes(c: ConfigDict) -> dict[str, int]:
+  """Return the sizes that 0 leaves to others."""
+  return {
+    "kv_heads": c.kv_heads or c.heads,
+    "head_dim": c.head_dim or c.dim // max(c.heads, 1),
+    "mlp_dim": c.mlp_dim or c.mlp_ratio * c.dim,
+  }
+
+
+def make_process(
+  config: ConfigDict, model, given_ids: tuple[int, ...] = ()
+) -> process.Absorbing | process.Uniform | None:
+  """Build the forward process; None for an autoregressive network, "none" for such a decoder.
+
+  An absorbing one never predicts the given ids.
+  """
+  name, decoder = config.process.name, isinstance(model, models.Decoder)
+  if isinstance(model, models.Causal) or (decoder and name == "none"):
+    return None
+  if name not in PROCESSES:
+    raise InputError(
+      f"process.name={name!r} is unknown{hint(name, PROCESSES)}; found: {', '.join(PROCESSES)}."
+    )
+  size = model.config.vocab_size
+  try:
+    power = {"power": config.process.power} if config.process.schedule == "polynomial" else {}
+    schedule = schedules.make(config.process.schedule, eps=config.process.eps, **power)
+  except ValueError as error:
+    raise InputError(f"process.{error}") from None
+  if name == "uniform":
+    if not model.config.time_conditioning:
+      raise InputError("process.name='uniform' needs model.time_conditioning=True.")
+    if given_ids:
+      raise InputError(
+        "process.name='uniform' would draw the special ids of this data; use 'absorbing'."
+      )
+    return process.Uniform(vocab_size=size, schedule=schedule)
+  mask_id = config.process.mask_id
+  if mask_id >= 0 and not decoder:
+    raise InputError(f"process.mask_id={mask_id}: only of a decoder can it be any but the last id.")
+  mask_id = mask_id if mask_id >= 0 else size - 1
+  try:
+    return PROCESSES[name](
+      vocab_size=size, mask_id=mask_id, schedule=schedule, blocked=tuple(given_ids)
+    )
+  except ValueError as error:
+    raise InputError(f"process.{error}") from None
+
+
+def list_objectives() -> list[str]:
+  """Return the names of the packaged training methods: what in the folder has a `make`."""
+  names = sorted(module.name for module in pkgutil.iter_modules(objectives.__path__))
+  modules = {name: importlib.import_module(f"dlm_jax.objectives.{name}") for name in names}
+  return [name for name, module in modules.items() if hasattr(module, "make")]
+
+
+def make_objective(config: ConfigDict, model, proc) -> objectives.Objective:
+  """Build the training method: a file of dlm_jax/objectives, or a user's own module."""
+  options = config.objective.to_dict()
+  name = options.pop("name")
+  if "." in name:
+    try:
+      module = importlib.import_module(name)
+    except ImportError as error:
+      raise InputError(f"objective.name={name!r} cannot be imported: {error}.") from None
+  else:
+    known = list_objectives()
+    if name not in known:
+      raise InputError(
+        f"objective.name={name!r} is not a file in dlm_jax/objectives; found: {', '.join(known)}."
+        + hint(name, known)
+      )
+    module = importlib.import_module(f"dlm_jax.objectives.{name}")
+  wanted = typing.get_type_hints(module.make).get("model")
+  classes = typing.get_args(wanted) or (wanted,)
+  if all(isinstance(c, type) for c in classes) and not isinstance(model, classes):
+    names = " or a ".join(c.__name__ for c in classes)
+    raise InputError(
+      f"objective.name={name!r} trains a {names}, but model.name={config.model.name!r}."
+    )
+  group, batch = options.get("group_size", 1), config.loader.batch_size
+  if group > 1 and batch % group:
+    raise InputError(
+      f"loader.batch_size={batch} is not divisible by objective.group_size={group}; use "
+      f"{max(batch // group, 1) * group} or {(batch // group + 1) * group}."
+    )
+  if not 0 <= options.get("ema_decay", 0) < 1:
+    raise InputError(
+      f"objective.ema_decay={options['ema_decay']} must be in [0, 1); 0: no average."
+    )
+  options = {key: value or None if key in ("chunk", "ema_decay") else value
+             for key, value in options.items()}  # fmt: skip
+  optimizers = {
+    tree: optim.make(rates, config.train.steps)
+    for tree, rates in optim.per_tree(config.optim.to_dict(), module.TRAINED).items()
+  }
+  try:
+    return module.make(model=model, process=proc, optimizers=optimizers, **options)
+  except (TypeError, ValueError) as error:
+    raise InputError(f"objective {name!r}: {error}") from None
+
+
+def loop_config(config: ConfigDict) -> LoopConfig:
+  """Return how long to train and how often to do what."""
+  for field in ("steps", "log_every", "checkpoint_every", "keep"):
+    if config.train[field] < 1:
+      raise InputError(f"train.{field}={config.train[field]} must be at least 1.")
+  if config.evaluate.every < 0:
+    raise InputError(f"evaluate.every={config.evaluate.every} is negative; 0 evaluates never.")
+  return LoopConfig(
+    steps=config.train.steps,
+    log_every=config.train.log_every,
+    checkpoint_every=config.train.checkpoint_every,
+    evaluate_every=config.evaluate.every,
+    seed=config.seed,
+    max_seconds=config.train.max_seconds,
+  )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Experiment:
+  """What a config describes, built and checked; no parameters and no data yet.
+
+  Attributes:
+    config: the resolved configuration.
+    model, process, objective: built from it.
+    mesh: devices.
+    shapes: of the train state.
+    shardings: of the train state.
+  """
+
+  config: FrozenConfigDict
+  model: Any
+  process: Any
+  objective: objectives.Objective
+  mesh: jax.sharding.Mesh
+  shapes: objectives.TrainState
+  shardings: Any
+
+
+def experiment(
+  config: ConfigDict, vocab_size: int, devices=None, given_ids: tuple[int, ...] = ()
+) -> Experiment:
+  """Build everything that needs neither parameters nor data.
+
+  Args:
+    config: locked.
+    vocab_size: tokens of the data, the mask not included.
+    devices: all by default.
+    given_ids: ids of the data that are never noised, scored or predicted.
+  """
+  for group, field in (("objective", "accumulate"), ("evaluate", "samples"),
+                       ("evaluate", "batch_size"), ("evaluate", "patience")):  # fmt: skip
+    if config[group][field] < 1:
+      raise InputError(f"{group}.{field}={config[group][field]} must be at least 1.")
+  device_mesh = mesh.make(**config.mesh.to_dict(), devices=devices)
+  mesh.check_batch(device_mesh, config.loader.batch_size, config.objective.accumulate)
+  model = make_model(config, vocab_size)
+  proc = make_process(config, model, given_ids)
+  objective = make_objective(config, model, proc)
+  inputs = model_inputs(model)
+  params = jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
+  shapes = jax.eval_shape(objective.init, jax.random.key(0), params)
+  placed = mesh.param_shardings(device_mesh, model.axes(*inputs), params)
+  return Experiment(
+    config=FrozenConfigDict(config),
+    model=model,
+    process=proc,
+    objective=objective,
+    mesh=device_mesh,
+    shapes=shapes,
+    shardings=mesh.state_shardings(device_mesh, placed, shapes, objective.axes),
+  )
+
+
+def model_inputs(model) -> tuple[jax.Array, ...]:
+  """Return arguments to initialise a network with."""
+  tokens_BL = jnp.zeros((1, model.config.length), jnp.int32)
+  timed = isinstance(model, models.DiT)
+  return (tokens_BL, jnp.zeros((1,))) if timed else (tokens_BL,)

@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is measured during training: a student's samples, or a teacher's or judge's likelihood."""
+
+import math
+import pathlib
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from dlm_jax import mesh, models, sample
+from dlm_jax.data import loader, templates, tokenizers
+from dlm_jax.evaluate import blocks, frontier, generative, likelihood
+from dlm_jax.evaluate.judge import JudgeWithTokens, load_judge
+from dlm_jax.experiment.build import Experiment
+from dlm_jax.objectives import TrainState, output_params
+from dlm_jax.train.selection import Selection
+
+Export = Callable[[pathlib.Path, Experiment, TrainState, int], None]
+
+
+def make(
+  built: Experiment, tokenizer: tokenizers.Tokenizer, export: Export, workdir: pathlib.Path
+) -> "Samples | Likelihood | None":
+  """Return the evaluator of a run: samples if it distils a teacher, else held-out likelihood.
+
+  Args:
+    built: the run.
+    tokenizer: of its data.
+    export: writes a network: (directory, run, state, step).
+    workdir: the best network goes to workdir/best.
+  """
+  config = built.config
+  if not config.evaluate.every:
+    return None
+  likelihood.check_counts(
+    **{f"evaluate.{name}": config.evaluate[name] for name in ("samples", "batch_size", "patience")}
+  )
+  if not config.teacher.path:
+    return Likelihood(built, export, workdir, tokenizer.given_ids)
+  judge = load_judge(config.evaluate.judge, tokenizer)
+  return Samples(built, judge, export, workdir)
+
+
+class Samples:
+  """Measure samples during training; keep the best network in workdir/best, see `Selection`."""
+
+  def __init__(
+    self, built: Experiment, judge: JudgeWithTokens, export: Export, workdir: pathlib.Path
+  ):
+    options = built.config.evaluate
+    frontier.checked_nfes(options.nfes)
+    self._built, self._judge, self._export = built, judge, export
+    self._best = pathlib.Path(workdir) / "best"
+    self._selection = Selection(
+      max_entropy_drop=options.max_entropy_drop, patience=options.patience
+    )
+    self._reference: dict[str, float] = {}  # the teacher's entropy by NFE
+    batch = min(options.batch_size, options.samples)
+    self._rounds = -(-options.samples // batch)
+    self._templates = None
+    if judge.given_ids:
+      self._templates = templates.like_validation(
+        built.config.data.directory, options.samples, batch
+      )
+
+    def draw(denoiser, rng, nfe, prompt=None):
+      length = built.config.data.length if prompt is None else prompt.shape[1]
+      return sample.generate(
+        denoiser, built.process, rng, batch=batch, length=length, steps=nfe, prompt=prompt,
+        noise_removal=options.noise_removal,
+      )  # fmt: skip
+
+    # Split over the mesh; compiled once per NFE, not per evaluation. Every host reads all tokens.
+    self._draw = jax.jit(
+      mesh.over(built.mesh, draw), static_argnums=2, out_shardings=mesh.replicated(built.mesh)
+    )
+
+  @property
+  def stop(self) -> bool:
+    """Whether the entropy has collapsed."""
+    return self._selection.stop
+
+  def to_json(self) -> dict:
+    """Return what a checkpoint must keep."""
+    return {"selection": self._selection.to_json(), "reference": self._reference}
+
+  def from_json(self, state: dict) -> None:
+    """Take back what `to_json` returned."""
+    if state:
+      self._selection.from_json(state["selection"])
+      self._reference = state["reference"]
+
+  def __call__(self, step: int, state: TrainState) -> tuple[dict[str, float], bool]:
+    """Return scores, and whether the entropy has collapsed."""
+    params = output_params(state, self._built.objective)
+    measured = self._measure(params)
+    if not self._reference:
+      teacher = measured if step == 0 else self._measure(state.trees["teacher"])
+      self._reference = {nfe: quality.entropy for nfe, quality in teacher.items()}
+    genppl = math.exp(np.mean([math.log(q.genppl) for q in measured.values()]))
+    drop = max(self._reference[nfe] - q.entropy for nfe, q in measured.items())
+    # One host's rounding must not let it decide otherwise than the rest.
+    genppl, drop = (float(x) for x in mesh.from_first_host(np.array([genppl, drop])))
+    if self._selection.update(step, genppl, drop):
+      self._export(self._best, self._built, state, step)
+    scores = {"entropy_drop": drop}
+    for nfe, quality in measured.items():
+      scores |= {f"nfe{nfe}/genppl": quality.genppl, f"nfe{nfe}/entropy": quality.entropy}
+    return scores, self._selection.stop
+
+  def _measure(self, params) -> dict[str, generative.Quality]:
+    options = self._built.config.evaluate
+    denoiser = models.Denoiser(self._built.model.rolled(), params)
+    measured = {}
+    for nfe in options.nfes:
+      tokens_BL = self._samples(denoiser, nfe)
+      measured[str(nfe)] = self._judge.quality(tokens_BL, batch_size=options.batch_size)
+    return measured
+
+  def _samples(self, denoiser, nfe: int) -> np.ndarray:
+    """Draw all samples with so many evaluations; of proteins, as long as validation records."""
+
+    def draw(i, prompt_BL=None):
+      rng = jax.random.fold_in(jax.random.key(nfe), i)
+      return np.asarray(self._draw(denoiser, rng, nfe, prompt_BL))
+
+    if self._templates is not None:
+      return self._templates.draw(draw)
+    drawn = [draw(i) for i in range(self._rounds)]
+    return np.concatenate(drawn)[: self._built.config.evaluate.samples]
+
+
+class Likelihood:
+  """Measure held-out likelihood during training; keep the best network in workdir/best.
+
+  A denoiser's is the bound, of a decoder on blocks that at its block length; it varies by a per
+  cent with the noise drawn, always the same here.
+  """
+
+  def __init__(
+    self, built: Experiment, export: Export, workdir: pathlib.Path, given_ids: tuple[int, ...] = ()
+  ):
+    options = built.config.evaluate
+    size = min(options.batch_size, options.samples)
+    groups = loader.evaluation_groups(built.config.data.directory, "validation", options.samples)
+    self._tokens = groups if given_ids else groups[0]  # of text all have one length
+    self._given_ids = given_ids
+    self._built, self._export, self._size = built, export, size
+    self._directory = pathlib.Path(workdir) / "best"
+    self._best = math.inf
+
+  stop = False  # a likelihood never collapses
+
+  def to_json(self) -> dict:
+    """Return what a checkpoint must keep."""
+    return {"best": self._best if math.isfinite(self._best) else None}
+
+  def from_json(self, state: dict) -> None:
+    """Take back what `to_json` returned."""
+    best = state.get("best")
+    self._best = math.inf if best is None else best
+
+  def __call__(self, step: int, state: TrainState) -> tuple[dict[str, float], bool]:
+    """Return the validation perplexity (a denoiser's bound); never asks to stop."""
+    params = output_params(state, self._built.objective)
+    model = self._built.model.rolled()
+    scores = self._score(model, params)
+    perplexity = float(mesh.from_first_host(np.array(scores["perplexity"])))
+    if perplexity < self._best:
+      self._best = perplexity
+      self._export(self._directory, self._built, state, step)
+    return {"validation/perplexity": perplexity}, False
+
+  def _score(self, model, params) -> dict[str, float]:
+    proc, options = self._built.process, self._built.config.objective
+    shared = {"batch_size": self._size, "given_ids": self._given_ids}
+    if proc is None:
+      return likelihood.ar_perplexity(likelihood.Judge(model, params), self._tokens, **shared)
+    rng = jax.random.key(0)
+    if isinstance(model, models.Decoder):
+      return blocks.block_elbo(
+        model, params, proc, self._tokens, rng, block_length=options.block_length,
+        first_given=options.get("first_given", False), **shared,
+      )  # fmt: skip
+    return likelihood.elbo(models.Denoiser(model, params), proc, self._tokens, rng, **shared)

@@ -1,0 +1,281 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run a configured experiment: data, state, loop, evaluation, export."""
+
+import json
+import os
+import pathlib
+import shutil
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+
+from dlm_jax import convert, mesh, models
+from dlm_jax.convert import places
+from dlm_jax.data import builder, loader, tokenizers
+from dlm_jax.errors import InputError
+from dlm_jax.evaluate.judge import check_tokenizer
+from dlm_jax.experiment import build, evaluators
+from dlm_jax.experiment.build import Experiment
+from dlm_jax.objectives import TrainState, output_params
+from dlm_jax.train import checkpoint, loop
+from dlm_jax.train.checkpoint import Checkpoints
+from dlm_jax.train.writers import Writer
+
+
+def train(config, workdir: str | os.PathLike, *, label: str = "", wandb: str = "") -> loop.Result:
+  """Train what a config describes; called again on the same workdir it resumes.
+
+  Writes to `workdir`: config.json, metrics.jsonl, tensorboard/, checkpoints/, `final/` (the trained
+  network with its tokenizer, in the Hugging Face layout) and, with evaluation, `best/`.
+
+  Args:
+    config: locked `ConfigDict`.
+    workdir: created if needed.
+    label: shown in the progress line; default: the objective's name.
+    wandb: project to log to.
+
+  Raises:
+    InputError: anything the user can fix; nothing is left half-written.
+  """
+  workdir = pathlib.Path(workdir)
+  dataset = open_data(config)
+  tokenizer = dataset.tokenizer()
+  given_ids = dataset.info.given_ids
+  built = build.experiment(config, tokenizer.vocab_size, given_ids=given_ids)
+  given = load_start(config, built, tokenizer)
+  if given is None:
+    given = load_teacher(config, built, tokenizer)
+  loop_config = build.loop_config(config)
+  evaluator = evaluators.make(built, tokenizer, lambda *where: export(*where, tokenizer), workdir)
+  host, hosts = mesh.host_rows(built.mesh, config.loader.batch_size)
+  stream = loader.make(
+    config.data.directory, "train", batch_size=config.loader.batch_size, seed=config.seed,
+    host=host, hosts=hosts, together=built.objective.batches,
+  )  # fmt: skip
+  make_workdir(workdir)
+  resolved = json.loads(config.to_json())
+  _check_same_run(workdir, resolved)
+  with Checkpoints(workdir / "checkpoints", keep=config.train.keep, config=resolved) as checkpoints:
+    state = _start(built, given, checkpoints, stream, evaluator)
+    step = int(state.step)
+    with Writer(workdir, resume_from=step, wandb_project=wandb) as writer:
+      if step == 0 and given is not None and evaluator is not None:
+        writer.write(0, evaluator(0, state)[0])  # what it starts from: the reference
+      result = loop.run(
+        built.objective, state, stream, config=loop_config, mesh=built.mesh,
+        batch_size=config.loader.batch_size, given_ids=given_ids,
+        shardings=built.shardings, checkpoints=checkpoints, writer=writer, evaluator=evaluator,
+        label=label or config.objective.name,
+      )  # fmt: skip
+  if result.reason != "interrupted":
+    export(workdir / "final", built, result.state, result.step, tokenizer)
+  return result
+
+
+def open_data(config) -> builder.Dataset:
+  """Open the packed dataset of a config; tells how to make it if it is not there."""
+  directory = pathlib.Path(config.data.directory)
+  if not config.data.directory or not directory.exists():
+    raise InputError(
+      f"data.directory={config.data.directory!r} does not exist; write it first with "
+      "`dlm-jax prepare` and the same --config."
+    )
+  dataset = builder.open_dataset(directory)
+  if dataset.info.length != config.data.length:
+    raise InputError(
+      f"data.length={config.data.length}, but {directory} holds sequences of "
+      f"{dataset.info.length} tokens; use that or prepare another directory."
+    )
+  info, asked = dataset.info, config.data.buckets
+  if info.packing == "documents":
+    asked = tuple(asked) or (config.data.length,)
+  if (info.packing, info.buckets) != (config.data.packing, asked):
+    raise InputError(
+      f"data.packing={config.data.packing!r} with data.buckets={asked}, but {directory} was "
+      f"prepared with {info.packing!r} and {info.buckets}; use that or prepare another directory."
+    )
+  return dataset
+
+
+def make_workdir(workdir: pathlib.Path) -> None:
+  """Create a workdir and check that files can be written there."""
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    probe = workdir / f".write_test_{jax.process_index()}"
+    probe.write_text("")
+    probe.unlink(missing_ok=True)
+  except OSError as error:
+    raise InputError(f"workdir {workdir} cannot be written: {error.strerror}.") from None
+
+
+def load_teacher(config, built: Experiment, tokenizer: tokenizers.Tokenizer) -> Any:
+  """Return the teacher's parameters, or None if the config names none.
+
+  Raises:
+    InputError: its network or its tokenizer is not the one of this run.
+  """
+  if not config.teacher.path:
+    if "teacher" in built.shapes.trees:
+      raise InputError(
+        f"objective.name={config.objective.name!r} distils a teacher; name it with "
+        "--config.teacher.path=DIR."
+      )
+    return None
+  directory = places.network_directory(config.teacher.path)
+  model, params, theirs = convert.load(directory)
+  check_tokenizer(directory, tokenizer, model.config.vocab_size, theirs)
+  if theirs != built.process:
+    raise InputError(f"the process is {built.process}, but the teacher {directory} had {theirs}.")
+  _check_same_network(built.model, model, f"the teacher {directory}")
+  return params
+
+
+def load_start(config, built: Experiment, tokenizer: tokenizers.Tokenizer) -> Any:
+  """Return the parameters that a training continues from, or None if the config names none.
+
+  A decoder may have been trained otherwise: blocks start from a next-token network.
+
+  Raises:
+    InputError: its network or its tokenizer is not the one of this run, or the run distils.
+  """
+  if not config.start.path:
+    return None
+  if "teacher" in built.shapes.trees or config.teacher.path:
+    raise InputError(
+      f"start.path={config.start.path!r}: a distillation starts from its teacher; name that with "
+      "--config.teacher.path=DIR."
+    )
+  directory = places.network_directory(config.start.path)
+  placed = {"mesh": built.mesh} if convert.is_decoder(directory) else {}
+  model, params, theirs = convert.load(directory, **placed)
+  check_tokenizer(directory, tokenizer, model.config.vocab_size, theirs)
+  _check_same_network(built.model, model, str(directory))
+  masks = [getattr(p, "mask_id", None) for p in (built.process, theirs)]
+  if isinstance(model, models.Decoder):
+    if None not in masks and masks[0] != masks[1]:
+      raise InputError(f"process.mask_id={masks[0]}, but {directory} has {masks[1]}.")
+  elif theirs != built.process:
+    raise InputError(f"the process is {built.process}, but {directory} had {theirs}.")
+  return params
+
+
+_SHAPE = (
+  "vocab_size", "dim", "layers", "heads", "cond_dim", "mlp_ratio", "time_conditioning", "kv_heads",
+  "head_dim", "mlp_dim", "rope_theta", "eps", "tied", "experts", "experts_per_token", "expert_dim",
+)  # fmt: skip
+
+
+def _check_same_network(ours, theirs, whose: str):
+  """Refuse a network of another class or size."""
+  if type(ours) is not type(theirs):
+    raise InputError(
+      f"model.name means a {type(ours).__name__}; {whose} is a {type(theirs).__name__}."
+    )
+  for field in _SHAPE:
+    mine, other = (getattr(m.config, field, None) for m in (ours, theirs))
+    if mine != other and not (field == "mlp_dim" and ours.config.experts):
+      raise InputError(f"model.{field}={mine}, but {whose} has {other}.")
+
+
+# What makes a run this run. Of two groups, fields that change speed or frequency alone are free.
+_IDENTITY = (
+  "data", "evaluate", "loader", "model", "objective", "optim", "process", "seed", "start",
+  "teacher",
+)  # fmt: skip
+_FREE = {
+  "model": {"attention", "remat", "unroll", "embedding_gradient"},
+  "evaluate": {"every", "patience", "batch_size"},
+}
+
+
+def _check_same_run(workdir, resolved):
+  """Refuse to resume a run under a config that would make it another run."""
+  folder = workdir / "checkpoints"
+  if not (folder / "config.json").exists() or not any(f.name.isdigit() for f in folder.iterdir()):
+    return  # nothing was saved yet
+  before = checkpoint.read_config(folder)
+  for group in _IDENTITY:
+    old, new = (_fixed(group, config.get(group)) for config in (before, resolved))
+    if old != new:
+      raise InputError(
+        f"{workdir} holds a run with another config ({group}); resume it with the same one or "
+        "choose another --workdir."
+      )
+
+
+# Fields that runs of earlier versions do not have, with the value that they meant.
+_ADDED = {
+  "data": {"packing": "concatenate", "buckets": []},
+  "model": {
+    "kv_heads": 0, "head_dim": 0, "mlp_dim": 0, "rope_theta": 1e4, "tied": False, "experts": 0,
+    "experts_per_token": 0, "expert_dim": 0,
+  },
+  "process": {"mask_id": -1},
+  "start": {"path": ""},
+}  # fmt: skip
+
+
+def _fixed(group, fields):
+  if not isinstance(fields, dict):
+    return _ADDED.get(group, fields)
+  fields = {**_ADDED.get(group, {}), **fields}
+  return {key: value for key, value in fields.items() if key not in _FREE.get(group, ())}
+
+
+def _start(built, teacher, checkpoints, stream, evaluator) -> TrainState:
+  """Return the state to train from: the newest checkpoint, or a fresh one."""
+  if checkpoints.latest is not None:
+    like = jax.tree.map(
+      lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
+      built.shapes,
+      built.shardings,
+    )
+    state, extra = checkpoints.restore(like)
+    stream.seek(extra["loader"])
+    if evaluator is not None:
+      evaluator.from_json(extra.get("evaluator", {}))
+    return state
+  initialise = jax.jit(built.objective.init, out_shardings=built.shardings)
+  state = initialise(loop.init_key(built.config.seed), teacher)
+  if built.objective.check is not None:
+    built.objective.check(state)
+  return state
+
+
+def export(
+  directory: pathlib.Path, built: Experiment, state: TrainState,
+  step: int, tokenizer: tokenizers.Tokenizer,
+) -> None:  # fmt: skip
+  """Write the network to sample from, with its tokenizer, in the Hugging Face layout."""
+  params, critic = output_params(state, built.objective), None
+  if built.objective.critic is not None:
+    critic = built.objective.critic(state)
+  if jax.process_count() > 1:
+    params, critic = multihost_utils.process_allgather((params, critic), tiled=True)
+  if jax.process_index() == 0:
+    extra = {
+      "tokenizer_fingerprint": tokenizer.fingerprint,
+      "objective": built.config.objective.name,
+      "step": step,
+    }
+    if built.config.data.buckets:
+      extra["buckets"] = list(built.config.data.buckets)
+    if critic is not None:
+      extra["discriminator"] = {"trained_layers": critic.model.trained_layers}
+    # All files of a network appear together: a reader never sees new weights with an old config.
+    fresh, old = (directory.with_name(f".{directory.name}.{kind}") for kind in ("new", "old"))
+    for leftover in (fresh, old):
+      shutil.rmtree(leftover, ignore_errors=True)
+    options = {}
+    if isinstance(built.model, models.Decoder) and built.process is not None:
+      options = {"block_length": built.config.objective.get("block_length")}
+    params = jax.device_get(params)
+    convert.save(fresh, built.model, params, built.process, extra=extra, **options)
+    if critic is not None:
+      convert.save_discriminator(fresh, jax.device_get(critic))
+    tokenizer.save(fresh)
+    if directory.exists():
+      directory.rename(old)
+    fresh.rename(directory)
+    shutil.rmtree(old, ignore_errors=True)

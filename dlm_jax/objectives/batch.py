@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a method gets to see: records with a key and a time per sequence, and which tokens count."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from dlm_jax.arrays import RngKey
+
+Batch = dict[str, Any]
+
+
+def stratified_times(rng_B: Key[Array, "B"], eps: float) -> Float[Array, "B"]:
+  """Draw one time per sequence, stratified over the batch: t = (1 − ε) u + ε, u_i ∈ [i/B, (i+1)/B).
+
+  Sequence i owns stratum i, so a time depends on its own key and place only.
+  """
+  size = rng_B.shape[0]
+  u_B = jax.vmap(jax.random.uniform)(rng_B)
+  return (1 - eps) * ((u_B + jnp.arange(size)) / size) + eps
+
+
+def draw_batch(
+  tokens_BL: Int[Array, "B L"], rng: RngKey, *, eps: float = 1e-3, valid_BL=None
+) -> Batch:
+  """Add one key and one stratified time per sequence to tokens.
+
+  Args:
+    tokens_BL: the global batch; cut into micro-batches only afterwards.
+    rng: this batch's key.
+    eps: smallest time.
+    valid_BL: bool, False on prompt positions, which are never corrupted nor scored.
+
+  Returns:
+    {"tokens", "rng" (B keys), "t" (float32 [B])} and "valid" if given.
+  """
+  rng_B = jax.vmap(lambda i: jax.random.fold_in(rng, i))(jnp.arange(tokens_BL.shape[0]))
+  rng_B, rng_time_B = split_each(rng_B, 2)
+  batch = {"tokens": tokens_BL, "rng": rng_B, "t": stratified_times(rng_time_B, eps)}
+  return batch if valid_BL is None else {**batch, "valid": valid_BL}
+
+
+def split_each(rng_B: Key[Array, "B"], count: int) -> tuple[Key[Array, "B"], ...]:
+  """Split every sequence's key; return `count` arrays of keys."""
+  keys = jax.vmap(lambda rng: jax.random.split(rng, count))(rng_B)
+  return tuple(keys[:, i] for i in range(count))
+
+
+def fold_each(rng_B: Key[Array, "B"], tag: Int[Array, ""] | int) -> Key[Array, "B"]:
+  """Fold a number into every sequence's key."""
+  return jax.vmap(jax.random.fold_in, (0, None))(rng_B, tag)
+
+
+def valid_tokens(batch: Batch) -> Bool[Array, "B L"]:
+  """Return where tokens are scored: everywhere without prompts."""
+  return batch["valid"] if "valid" in batch else jnp.ones(batch["tokens"].shape, bool)
+
+
+def token_mean(loss_BL: Float[Array, "B L"], batch: Batch) -> Float[Array, ""]:
+  """Return the mean over sequences of the mean over their valid tokens; 0 for one without any."""
+  valid_BL = valid_tokens(batch)
+  return ((loss_BL * valid_BL).sum(1) / jnp.maximum(valid_BL.sum(1), 1)).mean()

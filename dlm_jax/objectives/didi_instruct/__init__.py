@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DiDi-Instruct: a student distilled on the integral KL, with a discriminator's rewards."""
+
+from dlm_jax.objectives.didi_instruct.method import (
+  TRAINED,
+  discriminator_loss,
+  draw_times,
+  make,
+  noised,
+  policy_loss,
+  reward,
+  share_prompts,
+)
+from dlm_jax.objectives.didi_instruct.options import DiDiOptions
+
+__all__ = [
+  "TRAINED",
+  "DiDiOptions",
+  "discriminator_loss",
+  "draw_times",
+  "make",
+  "noised",
+  "policy_loss",
+  "reward",
+  "share_prompts",
+]

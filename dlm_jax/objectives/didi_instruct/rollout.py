@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A masked student's path from masks to text in one or two steps, and the score of that path.
+
+A step from t to s reveals every mask with probability (αₛ − αₜ)/(1 − αₜ), whatever the network,
+and draws revealed tokens from p. So the score of a step is that of the tokens it revealed:
+
+  ∇ log P(xₛ | xₜ) = Σ over newly revealed positions of ∇ log p(xₛ | xₜ),
+
+and masks that stay contribute nothing. Tokens and score come from one run of the network: draws
+carry no gradient, log-probabilities do.
+
+Reference: DiDi-Instruct, arXiv 2509.25035, section 3.3.
+"""
+
+import itertools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+from dlm_jax import draw
+from dlm_jax.arrays import Params
+from dlm_jax.models import DiT
+from dlm_jax.objectives.batch import Batch, fold_each, split_each, valid_tokens
+from dlm_jax.objectives.positions import map_positions
+from dlm_jax.process import Absorbing
+
+
+class Terms(NamedTuple):
+  """What the student's loss is made of, per sequence; each the sum or a pair over the path.
+
+  Attributes:
+    log_prob: log-probability in nats of all tokens that the path revealed.
+    divergences: of the teacher per step, nats, mean over positions masked before the step.
+    entropy: of the student's predictions, nats, mean over the same and over the steps.
+  """
+
+  log_prob: Float[Array, "B"]
+  divergences: tuple[Float[Array, "B"], ...]
+  entropy: Float[Array, "B"]
+
+
+class Path(NamedTuple):
+  """States after the steps; `z` is the start where there is only one step."""
+
+  z: Int[Array, "B L"]
+  x0: Int[Array, "B L"]
+
+
+def start(batch: Batch, process: Absorbing) -> Int[Array, "B L"]:
+  """Return the state that generation starts from: masks, and prompts where not valid."""
+  return jnp.where(valid_tokens(batch), process.mask_id, batch["tokens"])
+
+
+def rollout(
+  params: Params, batch: Batch, *, model: DiT, process: Absorbing, teacher: Params | None,
+  two_steps: bool = True, t0: float = 1e-3, remask: float = 0.0, jeffreys: float = 0.0,
+  train: bool = True, path: Path | None = None, chunk: int | None = None,
+) -> tuple[Terms, Path]:  # fmt: skip
+  """Run the student from masks at t = 1 to text at t₀, through the state at "t_mid".
+
+  Args:
+    params: the student's; `Terms` are differentiable in them.
+    batch: with "tokens", "rng" and "t_mid".
+    model: network of student and teacher.
+    process: absorbing.
+    teacher: its parameters, constant; None leaves out the divergences, which are then 0.
+    two_steps: False goes from masks to text in one step.
+    t0: time of the last state; at 0 no mask is left.
+    remask: probability with which tokens of the intermediate state are masked again.
+    jeffreys: 0 is KL(teacher ‖ student), 1 KL(student ‖ teacher), between a mixture of both.
+    train: dropout in the student.
+    path: score this path, which the same batch gave, instead of drawing one.
+    chunk: positions whose [B, chunk, V] arrays are alive at a time; must divide L.
+  """
+  x_BL = start(batch, process)
+  ones_B = jnp.ones(x_BL.shape[:1])
+  times = [ones_B, batch["t_mid"], t0 * ones_B] if two_steps else [ones_B, t0 * ones_B]
+  states = [x_BL]
+  log_prob_B, divergences, entropies = 0.0, [], []
+  for k, (t_B, s_B) in enumerate(itertools.pairwise(times)):
+    rngs = tuple(fold_each(batch["rng"], 2 * k + i) for i in (0, 1))
+    last = k == len(times) - 2
+    known = None if path is None else (path.x0 if last else path.z)
+    x_BL, score_B, divergence_B, entropy_B = step(
+      params, states[-1], s_B, t_B, rngs[0], model=model, process=process, teacher=teacher,
+      jeffreys=jeffreys, remask=0.0 if last else remask, known=known, chunk=chunk,
+      dropout_B=rngs[1] if train else None,
+    )  # fmt: skip
+    states.append(x_BL)
+    log_prob_B += score_B
+    divergences.append(divergence_B)
+    entropies.append(entropy_B)
+  terms = Terms(log_prob_B, tuple(divergences), sum(entropies) / len(entropies))
+  return terms, Path(z=states[-2], x0=states[-1])
+
+
+def step(
+  params: Params, xt_BL: Int[Array, "B L"], s_B: Float[Array, "B"], t_B: Float[Array, "B"],
+  rng_B: Key[Array, "B"], *, model: DiT, process: Absorbing, teacher: Params | None,
+  jeffreys: float = 0.0, remask: float = 0.0, known: Int[Array, "B L"] | None = None,
+  dropout_B: Key[Array, "B"] | None = None, chunk: int | None = None,
+) -> tuple[Int[Array, "B L"], Float[Array, "B"], Float[Array, "B"], Float[Array, "B"]]:  # fmt: skip
+  """Take one reverse step; return the state at s, its score, the teacher's divergence, entropy.
+
+  Arguments as for `rollout`; `known` is a state at s to score instead of drawing one, and without a
+  teacher the divergence is 0.
+  """
+  sigma_B, masked_BL = process.schedule.sigma(t_B), xt_BL == process.mask_id
+  hidden = [model.apply({"params": params}, xt_BL, sigma_B, dropout_B, method="trunk")]
+  if teacher is not None:
+    hidden.append(model.apply({"params": teacher}, xt_BL, sigma_B, method="trunk"))
+
+  length = xt_BL.shape[1]
+  rng_reveal_B, rng_token_B = split_each(rng_B, 2)
+  uniform_BL2 = jax.vmap(lambda rng: draw.uniforms(rng, (length,)))(rng_token_B)
+  chance_BL2 = jax.vmap(lambda rng: jax.random.uniform(rng, (length, 2)))(rng_reveal_B)
+  reveal_B = jax.vmap(process.reveal_probability)(s_B, t_B)
+  new_BL = masked_BL & (chance_BL2[..., 0] < reveal_B[:, None]) & (chance_BL2[..., 1] >= remask)
+  if known is not None:
+    new_BL = masked_BL & (known != process.mask_id)
+
+  def score(hidden_BKD, xt_BK, uniform_BK2, token_BK, *teacher_hidden):
+    logits_BKV = model.apply({"params": params}, hidden_BKD, sigma_B, method="head")
+    log_p = jax.vmap(process.log_x0)(logits_BKV, xt_BK)
+    p = jnp.exp(log_p)
+    if known is None:
+      token_BK = draw.categorical(jax.lax.stop_gradient(p), uniform_BK2)
+    ids = jnp.arange(p.shape[-1])[None, None]
+    log_prob_BK = jnp.sum(jnp.where(ids == token_BK[..., None], log_p, 0.0), -1)
+    entropy_BK = -jnp.sum(p * log_p, -1)
+    if not teacher_hidden:
+      return token_BK, log_prob_BK, jnp.zeros_like(entropy_BK), entropy_BK
+    logits_BKV = model.apply({"params": teacher}, teacher_hidden[0], sigma_B, method="head")
+    log_q = jax.lax.stop_gradient(jax.vmap(process.log_x0)(logits_BKV, xt_BK))
+    divergence = (1 - jeffreys) * jnp.exp(log_q) - jeffreys * p
+    return token_BK, log_prob_BK, jnp.sum(divergence * (log_q - log_p), -1), entropy_BK
+
+  given_BL = xt_BL if known is None else known
+  arrays = (hidden[0], xt_BL, uniform_BL2, given_BL, *hidden[1:])
+  token_BL, log_prob_BL, divergence_BL, entropy_BL = map_positions(score, arrays, chunk)
+  xs_BL = jnp.where(new_BL, token_BL, xt_BL)
+  count_B = jnp.maximum(masked_BL.sum(1), 1)
+  mean = lambda x_BL: jnp.sum(jnp.where(masked_BL, x_BL, 0.0), 1) / count_B  # noqa: E731
+  log_prob_B = jnp.sum(jnp.where(new_BL, log_prob_BL, 0.0), 1)
+  return xs_BL, log_prob_B, mean(divergence_BL), mean(entropy_BL)
+
+
+def sample(
+  params: Params, batch: Batch, rng_B: Key[Array, "B"], steps: int, *, model: DiT,
+  process: Absorbing, chunk: int | None = None,
+) -> Int[Array, "B L"]:  # fmt: skip
+  """Draw clean text from a network by `steps` ancestral steps on a uniform grid down to 0."""
+  grid_K = jnp.linspace(1.0, 0.0, steps + 1)
+
+  def body(x_BL, inputs):
+    k, t, s = inputs
+    ones_B = jnp.ones(x_BL.shape[:1])
+    rng_k = fold_each(rng_B, k)
+    x_BL, *_ = step(
+      params, x_BL, s * ones_B, t * ones_B, rng_k, model=model, process=process, teacher=None,
+      chunk=chunk,
+    )  # fmt: skip
+    return x_BL, None
+
+  inputs = (jnp.arange(steps), grid_K[:-1], grid_K[1:])
+  return jax.lax.scan(body, start(batch, process), inputs)[0]

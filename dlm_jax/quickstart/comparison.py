@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Teacher and students side by side: frontier, reference, samples and report in one folder."""
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+import time
+from collections.abc import Callable
+
+import numpy as np
+from jaxtyping import Int
+
+from dlm_jax import convert
+from dlm_jax.convert import places
+from dlm_jax.errors import InputError
+from dlm_jax.evaluate import frontier
+from dlm_jax.evaluate.frontier import sweep_progress
+from dlm_jax.evaluate.judge import JudgeWithTokens, load_judge
+from dlm_jax.quickstart import report
+from dlm_jax.text import denoiser
+from dlm_jax.text.denoiser import Pipeline
+from dlm_jax.train.checkpoint import write_json
+
+METHODS = {"idlm": "inverse distillation (IDLM)", "didi": "DiDi-Instruct"}
+_GUIDED_NFE = 8  # guided samples cost about four times as much: the last two NFEs up to this
+_TILT = (5.0, 5.0)  # the published 30 … 40 narrows the quick start's student to 2.3 nats
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Comparison:
+  """What is compared, and how.
+
+  Attributes:
+    teacher: path of the teacher.
+    students: path of every student by the name to plot it under; at least one.
+    methods: what each student was distilled by, as a phrase.
+    judge: path of the autoregressive judge.
+    told: what the report begins with; "{made}" in it becomes the methods and their updates.
+    max_entropy_drop: rule by which the students were chosen, nats.
+    nfes: numbers of network evaluations.
+    samples: samples per row of the frontier.
+    shown: samples of each model in the report.
+    shown_nfe: at this number of evaluations.
+  """
+
+  teacher: str
+  students: dict[str, str]
+  methods: dict[str, str]
+  judge: str
+  told: str
+  max_entropy_drop: float
+  nfes: tuple[int, ...]
+  samples: int
+  shown: int
+  shown_nfe: int
+
+
+def check_sizes(nfes: tuple[int, ...], samples: int, shown: int) -> None:
+  """Raise InputError for an empty list of NFEs or a count below 1."""
+  frontier.checked_nfes(nfes)
+  if samples < 1 or shown < 1:
+    raise InputError("--samples and --shown must be at least 1.")
+
+
+def write(
+  workdir: pathlib.Path,
+  compared: Comparison,
+  held_out: Callable[[Pipeline], Int[np.ndarray, "N L"]],
+  clock: "Clock",
+) -> None:
+  """Sweep all models; write frontier.*, samples.json, summary.txt and report.md.
+
+  Args:
+    workdir: exists; rows in its frontier.jsonl are not measured again.
+    compared: the models.
+    held_out: returns real text in the teacher's tokens; its score is the reference.
+    clock: measures the sweep.
+
+  Raises:
+    InputError: a network is missing, or the judge has another tokenizer.
+  """
+  paths = {"teacher": compared.teacher, **compared.students}
+  pipes = {name: denoiser.load_denoiser(path) for name, path in paths.items()}
+  judge = load_judge(compared.judge, pipes["teacher"].tokenizer)
+  used = [places.network_directory(path) for path in (*paths.values(), compared.judge)]
+  settings = {
+    **judge.settings(), "samples": compared.samples, "batch_size": compared.samples,
+    "judge_batch_size": compared.samples, "path": workdir / "frontier.jsonl",
+    "context": {"weights": [convert.fingerprint(directory) for directory in used]},
+  }  # fmt: skip
+  with clock.measure("frontier"):
+    rows = _sweep(pipes, compared.nfes, settings)
+  reference = score(judge, held_out(pipes["teacher"]))
+  frontier.write(rows, workdir, reference=reference)
+  texts = {
+    name: pipe(steps=compared.shown_nfe, num=compared.shown, seed=1) for name, pipe in pipes.items()
+  }
+  report.write(
+    workdir, rows=rows, reference=reference, texts=texts, shown_nfe=compared.shown_nfe,
+    seconds=clock.seconds, told=compared.told.format(made=_made(compared)),
+    tokenizer=pipes["teacher"].tokenizer, max_entropy_drop=compared.max_entropy_drop,
+    students=compared.students,
+  )  # fmt: skip
+
+
+def score(judge: JudgeWithTokens, tokens_NL: Int[np.ndarray, "N L"]) -> frontier.Reference:
+  """Return what real text scores: GenPPL and entropy as of samples.
+
+  Args:
+    judge: of `evaluate.judge.load_judge`.
+    tokens_NL: held-out text in the generators' ids, as long as their samples.
+  """
+  count = len(tokens_NL)
+  quality = judge.quality(tokens_NL, batch_size=min(count, 64))
+  label = f"{count} validation texts"
+  return frontier.Reference(genppl=quality.genppl, entropy=quality.entropy, label=label)
+
+
+def _sweep(pipes, nfes, settings) -> list[frontier.Row]:
+  """Measure every model, and those with a discriminator once more with its guidance."""
+  plain = {name: pipe.sampler() for name, pipe in pipes.items()}
+  guided = {
+    f"{name}, guided": pipe.sampler(sampler="rgas", h=_TILT)
+    for name, pipe in pipes.items()
+    if pipe.critic is not None
+  }
+  few = sorted({nfe for nfe in nfes if nfe <= _GUIDED_NFE})[-2:] if guided else []
+  total = len(plain) * sum(set(nfes)) + len(guided) * sum(set(few))
+  with sweep_progress(total) as on_row:
+    rows = frontier.sweep(plain, nfes, on_row=on_row, **settings)
+    rows += frontier.sweep(guided, few, on_row=on_row, **settings) if few else []
+  return rows
+
+
+def _made(compared: Comparison) -> str:
+  """Say by which methods the students were made, and in how many updates."""
+  several, phrases = len(compared.students) > 1, []
+  for name, path in compared.students.items():
+    step = convert.read_config(places.network_directory(path))["dlm_jax"]["step"]
+    below = f", below: {name}" if several else ""
+    phrases.append(f"by {compared.methods[name]} ({step} student updates{below})")
+  return " and ".join(phrases)
+
+
+class Clock:
+  """Seconds spent per part, over interruptions.
+
+  Attributes:
+    seconds: by part.
+  """
+
+  def __init__(self, path: pathlib.Path):
+    self._path = path
+    self.seconds: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
+
+  @contextlib.contextmanager
+  def measure(self, name: str):
+    """Add the time of the block, also of one that is interrupted."""
+    started = time.monotonic()
+    try:
+      yield
+    finally:
+      self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
+      write_json(self._path, self.seconds)

@@ -1,0 +1,299 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Text from a network that decodes blocks, alone or with a small network that drafts for it.
+
+What is asked is checked before any weights are read.
+"""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from dlm_jax import convert, models, process, sample
+from dlm_jax.arrays import Params
+from dlm_jax.data import tokenizers
+from dlm_jax.errors import InputError
+from dlm_jax.text import requests
+from dlm_jax.text.requests import Plan
+
+_UNFINISHED = "\ufffd"  # a character of which not all bytes are there
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Generation:
+  """What prompts were continued with.
+
+  Attributes:
+    texts: of each prompt, without the prompt and without the stop token.
+    tokens: of each prompt, ids after the prompt, the stop token included.
+    info: what `sample.decode` knows about them, reveal steps and log-probabilities included.
+    target_passes: of the network, summed over prompts; those over the prompts are not counted.
+    draft_passes: of the draft, likewise.
+    mode: one line: how it was decoded, and whether that is exact.
+  """
+
+  texts: list[str]
+  tokens: list[list[int]]
+  info: sample.Info
+  target_passes: int
+  draft_passes: int
+  mode: str
+
+  @property
+  def count(self) -> int:
+    """Tokens in all."""
+    return sum(map(len, self.tokens))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextDecoder:
+  """A block-diffusion network with its tokenizer; weights are read when they are first needed.
+
+  Attributes:
+    model: the network; its parameters are `params`.
+    process: names the mask.
+    tokenizer: text ↔ ids.
+    source: directory of the weights.
+    block_length: that the checkpoint names, tokens; None: it names none.
+    draft: a smaller one of the same tokenizer that drafts for this one.
+    storage: how parameters are kept, see `models.regroup`.
+  """
+
+  model: models.Decoder
+  process: process.Absorbing
+  tokenizer: tokenizers.Tokenizer
+  source: pathlib.Path
+  block_length: int | None = None
+  draft: "TextDecoder | None" = None
+  storage: str = "stacked"
+
+  def __post_init__(self):
+    if self.draft is not None:
+      requests.check_pair(self, self.draft)
+
+  @functools.cached_property
+  def loaded(self) -> tuple[models.Decoder, Params]:
+    """The network and its parameters in the storage asked for.
+
+    Raises:
+      InputError: a tensor is missing, unknown, misshapen or unreadable.
+    """
+    dtype = self.model.config.dtype
+    model, params, _ = convert.load(self.source, params_dtype=dtype, dtype=dtype)
+    return models.regroup(model, params, self.storage, consume=True)
+
+  def load_weights(self) -> None:
+    """Read the weights, and those of the draft, now."""
+    for decoder in (self, self.draft):
+      if decoder is not None:
+        _ = decoder.loaded
+
+  @property
+  def params(self) -> Params:
+    """Parameters, of the dtype of the network's products."""
+    return self.loaded[1]
+
+  def generate(
+    self,
+    prompts: str | Sequence[str | Sequence[int]],
+    *,
+    seed: int = 0,
+    on_text: Callable[[int, str, bool], None] | None = None,
+    **request: Any,
+  ) -> Generation:
+    """Continue prompts.
+
+    Args:
+      prompts: texts, or token ids as they are; one text is one prompt.
+      seed: prompt i of a seed gets the same text whatever else is in the batch.
+      on_text: called as (number of the prompt, piece, whether that was all) whenever more of its
+        text is certain; pieces of a prompt add up to its text. The loop then runs on the host, one
+        round per step.
+      **request: see `plan`.
+
+    Raises:
+      InputError: see `plan`.
+
+    Example:
+      >>> import dlm_jax  # doctest: +SKIP
+      >>> pipe = dlm_jax.load("models/SDAR-8B-Chat-b8")  # doctest: +SKIP
+      >>> pipe.generate("2 + 2?", chat=True, max_new_tokens=64).texts[0]  # doctest: +SKIP
+    """
+    return self.run(self.plan(prompts, **request), seed=seed, on_text=on_text)
+
+  def plan(
+    self,
+    prompts: str | Sequence[str | Sequence[int]],
+    *,
+    chat: bool = False,
+    max_new_tokens: int = 128,
+    stop: Sequence[int | str] | None = None,
+    verify: str | None = None,
+    layout: str | None = None,
+    **options: Any,
+  ) -> Plan:
+    """Check a request; nothing is loaded or compiled.
+
+    Args:
+      prompts: as for `generate`. A text follows the separator of documents, unless the tokenizer
+        is that of a chat model.
+      chat: each prompt is what a user says; its turn is closed and the answer's opened.
+      max_new_tokens: the most tokens per prompt.
+      stop: ids, or texts of one token, that end a text; None: the tokenizer's; (): nothing does.
+      verify: with a draft: "stacked", "simsd", or "none" to leave it aside; None: "stacked" up to
+        eight tokens per block. See `sample.SpeculativeOptions`.
+      layout: of "simsd": "unified" (default) or "published".
+      **options: of `sample.BlockOptions`, e.g. strategy, threshold, steps, top_k. block_length is
+        the checkpoint's by default; temperature is 0, the most probable tokens.
+
+    Raises:
+      InputError: the request cannot be met.
+    """
+    here = (self.source, self.tokenizer)
+    asked = options.pop("block_length", None)
+    length = requests.block_length(self.source, self.block_length, asked)
+    stop_ids = requests.stop_ids(*here, self.process.mask_id, stop)
+    rule = requests.rule(length, self.process.mask_id, stop_ids, options)
+    speculative = requests.speculative(self.draft is not None, rule, verify, layout)
+    prompts = [prompts] if isinstance(prompts, str) else prompts
+    rows = requests.encode(*here, prompts, chat, rule.mask_id, self.model.config.vocab_size)
+    return requests.lay_out(self.source, rows, max_new_tokens, self.model.config, rule, speculative)
+
+  def run(
+    self, plan: Plan, *, seed: int = 0, on_text: Callable[[int, str, bool], None] | None = None
+  ) -> Generation:
+    """Decode what `plan` returned; arguments as for `generate`."""
+    draft = self.draft if plan.speculative is not None else None
+    model, params = self.loaded
+    if draft is not None:
+      params = {"target": params, "draft": draft.params}
+    draft_model = None if draft is None else draft.loaded[0]
+    program = _program(model, draft_model, plan.speculative or plan.rule, plan.window)
+    arguments = (params, plan.prompt_BP, jax.random.key(seed), plan.lengths_B, plan.limits_B)
+    if on_text is None:
+      tokens_BL, info = program.whole(*arguments)
+      follow = None
+    else:
+      follow = _Follow(self, plan, on_text)
+      tokens_BL, info = sample.decode(
+        program.decoder, *arguments[:3], lengths=plan.lengths_B, max_length=plan.limits_B,
+        on_round=follow,
+      )  # fmt: skip
+    rows = _rows(tokens_BL, info.prompt_B, info.lengths_B)
+    texts = [self._text(row, plan.rule.stop_ids) for row in rows]
+    if follow is not None:
+      follow.finish(texts)
+    drafted_B = info.counts.get("draft_passes", np.zeros(1, np.int32))
+    return Generation(
+      texts=texts, tokens=rows, info=info, target_passes=int(np.sum(info.passes_B)),
+      draft_passes=int(np.sum(drafted_B)), mode=plan.mode,
+    )  # fmt: skip
+
+  def _text(self, ids: Sequence[int], stop_ids: Sequence[int]) -> str:
+    """Return the text of decided ids; rows that no token has show as nothing."""
+    if ids and ids[-1] in stop_ids:
+      ids = ids[:-1]
+    return self.tokenizer.decode([i for i in ids if i < self.tokenizer.vocab_size])
+
+
+def open_decoder(
+  source: pathlib.Path, tokenizer: tokenizers.Tokenizer, **options: Any
+) -> TextDecoder:
+  """Open a block-diffusion checkpoint; its weights are read later.
+
+  Args:
+    source: a model directory.
+    tokenizer: text ↔ ids.
+    **options: of `TextDecoder`: draft and storage; and dtype, of matrix products.
+
+  Raises:
+    InputError: the network has no mask or fewer rows than the tokenizer has tokens, or was trained
+      with another tokenizer.
+  """
+  dtype = options.pop("dtype", "float32")
+  model, proc = convert.open_decoder(source, dtype=dtype)
+  if proc is None:
+    kind = convert.read_config(source)["model_type"]
+    raise InputError(
+      f"{source} is a {kind} network without a mask token, which predicts next tokens; decoding of "
+      "blocks needs one trained with a mask: mask_token_id in config.json names it."
+    )
+  rows = model.config.vocab_size
+  if tokenizer.vocab_size > rows:
+    raise InputError(
+      f"{source}: the tokenizer has {tokenizer.vocab_size} tokens and the network {rows} rows."
+    )
+  stored = convert.read_config(source).get("dlm_jax")
+  trained = stored.get("tokenizer_fingerprint") if isinstance(stored, dict) else None
+  if trained not in (None, tokenizer.fingerprint):
+    raise InputError(f"{source} was trained with another tokenizer; leave tokenizer out.")
+  return TextDecoder(
+    model=model, process=proc, tokenizer=tokenizer, source=pathlib.Path(source),
+    block_length=convert.block_length(source), **options,
+  )  # fmt: skip
+
+
+class _Program:
+  """A decoder with compiled parts, and as a whole."""
+
+  def __init__(self, decoder: sample.Decoder):
+    self.decoder = decoder._replace(init=jax.jit(decoder.init), round=jax.jit(decoder.round))
+
+    def whole(params, prompt_BP, rng, lengths_B, limits_B):
+      return sample.decode(
+        decoder, params, prompt_BP, rng, lengths=lengths_B, max_length=limits_B
+      )  # fmt: skip
+
+    self.whole = jax.jit(whole)
+
+
+@functools.lru_cache(maxsize=16)
+def _program(model, draft_model, options, window: int) -> _Program:
+  """Return a compiled decoder; the cache makes a second call of the same shape fast."""
+  if draft_model is None:
+    return _Program(sample.block_decoder(model, options, window))
+  return _Program(sample.speculative_decoder(model, draft_model, options, window))
+
+
+def _rows(tokens_BL, prompt_B, lengths_B) -> list[list[int]]:
+  return [
+    tokens_L[start:stop].tolist()
+    for tokens_L, start, stop in zip(
+      *map(np.asarray, (tokens_BL, prompt_B, lengths_B)), strict=True
+    )
+  ]
+
+
+class _Follow:
+  """Reports decided text piece by piece; an unfinished character waits for its other bytes."""
+
+  def __init__(self, decoder: TextDecoder, plan: Plan, on_text: Callable[[int, str, bool], None]):
+    self._decoder, self._plan, self._on_text = decoder, plan, on_text
+    self._told, self._ended = [""] * len(plan.lengths_B), [False] * len(plan.lengths_B)
+
+  def __call__(self, tokens_BL, lengths_B) -> None:
+    stop_ids, limits_B = self._plan.rule.stop_ids, np.asarray(self._plan.limits_B)
+    rows = _rows(tokens_BL, self._plan.lengths_B, lengths_B)
+    for number, row in enumerate(rows):
+      ended = lengths_B[number] >= limits_B[number] or bool(row and row[-1] in stop_ids)
+      self._tell(number, self._decoder._text(row, stop_ids), bool(ended))
+
+  def finish(self, texts: Sequence[str]) -> None:
+    """Report what is left."""
+    for number, text in enumerate(texts):
+      self._tell(number, text, True)
+
+  def _tell(self, number, text, ended):
+    if self._ended[number]:
+      return
+    if not ended:
+      text = text.rstrip(_UNFINISHED)
+    told = self._told[number]
+    piece = text[len(told) :] if text.startswith(told) else ""
+    if piece or ended:
+      self._told[number], self._ended[number] = told + piece, ended
+      self._on_text(number, piece, ended)

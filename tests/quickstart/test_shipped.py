@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`quickstart --pretrained` with a tiny budget: its files, again, and what it does not take."""
+
+import json
+
+import numpy as np
+import pytest
+from tiny_runs import quick  # noqa: F401
+
+from dlm_jax.cli.main import main
+from dlm_jax.quickstart import comparison, distil, shipped
+
+
+@pytest.fixture(autouse=True)
+def small_reference(monkeypatch):
+  """Score few held-out texts: the judge reads all of them for the report's line."""
+  held_out = shipped.held_out
+  monkeypatch.setattr(shipped, "held_out", lambda pipe: held_out(pipe)[:4])
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+  """Return the command line and its workdir; the first test below runs it."""
+  workdir = tmp_path_factory.mktemp("pretrained") / "run"
+  return [
+    "quickstart",
+    "--pretrained",
+    f"--workdir={workdir}",
+    "--nfes=1,2",
+    "--samples=4",
+  ], workdir
+
+
+def test_everything_is_written_without_training(done, capsys, monkeypatch):
+  arguments, workdir = done
+  monkeypatch.setattr(distil.training, "train", None)
+  assert main(arguments) == 0
+  rows = json.loads((workdir / "frontier.json").read_text())
+  assert [(row["name"], row["nfe"], row["samples"]) for row in rows["rows"]] == [
+    ("teacher", 1, 4), ("teacher", 2, 4), ("student", 1, 4), ("student", 2, 4),
+  ]  # fmt: skip
+  assert rows["reference"]["label"] == "4 validation texts"
+  assert np.isfinite(rows["reference"]["genppl"]) and rows["reference"]["entropy"] > 3
+  assert (workdir / "frontier.png").read_bytes().startswith(b"\x89PNG")
+  samples = json.loads((workdir / "samples.json").read_text())
+  assert samples["nfe"] == 8 and len(samples["teacher"]) == len(samples["student"]) == 8
+  report = (workdir / "report.md").read_text()
+  report = " ".join(report.split())  # it is wrapped
+  assert "English novels" in report and "by inverse distillation (IDLM) (" in report
+  assert "Teacher, student and judge: shipped with the package." in report
+  summary = (workdir / "summary.txt").read_text()
+  assert "dlm-jax sample --model=novels-student --steps=8" in summary
+  assert summary in capsys.readouterr().out
+
+
+def test_again_nothing_is_measured_again(done, monkeypatch):
+  arguments, workdir = done
+  before = (workdir / "frontier.json").read_text()
+  monkeypatch.setattr(comparison.frontier, "draw_samples", None)
+  assert main(arguments) == 0
+  assert (workdir / "frontier.json").read_text() == before
+
+
+@pytest.mark.parametrize(
+  "options, message",
+  [
+    (["--from_scratch"], "does not combine with --from_scratch;"),
+    (["--methods=idlm"], "does not combine with --methods;"),
+    (["--judge_steps=5", "--config.optim.lr=1"], "with --judge_steps, --config.optim.lr;"),
+    (["--samples=0"], "--samples and --shown must be at least 1"),
+    (["--nfes=0"], "NFE 0 is not a whole number"),
+  ],
+)
+def test_refused(tmp_path, capsys, options, message):
+  workdir = tmp_path / "run"
+  assert main(["quickstart", "--pretrained", f"--workdir={workdir}", *options]) == 2
+  line = capsys.readouterr().err
+  assert message in line and len(line.splitlines()) == 1
+  assert not workdir.exists()
