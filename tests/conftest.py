@@ -75,10 +75,15 @@ def golden_dit(golden):
     vectors, config = golden(name)
     model = DiT(
       DiTConfig(
-        vocab_size=config["V"], dim=config["H"], cond_dim=config["cond"], layers=config["nb"],
-        heads=config["nh"], length=config["L"], dtype="float32",
+        vocab_size=config["V"],
+        dim=config["H"],
+        cond_dim=config["cond"],
+        layers=config["nb"],
+        heads=config["nh"],
+        length=config["L"],
+        dtype="float32",
       )
-    )  # fmt: skip
+    )
     tensors = {k.removeprefix("params/"): v for k, v in vectors.items() if k.startswith("params/")}
     return vectors, config, model, hf_dit.from_tensors(model, tensors)
 

@@ -15,9 +15,13 @@ NOTEBOOKS = sorted((ROOT / "colabs").glob("*.ipynb"))
 # What the cell tagged "parameters" is replaced by.
 BUDGETS = {
   "few_step_sampling": {
-    "STEPS": (1, 2), "NFES": (1, 2), "SAMPLES": 2, "REAL_TEXTS": 2, "LENGTH": 48,
+    "STEPS": (1, 2),
+    "NFES": (1, 2),
+    "SAMPLES": 2,
+    "REAL_TEXTS": 2,
+    "LENGTH": 48,
   },
-}  # fmt: skip
+}
 _ASSIGNED = re.compile(r"^([A-Z_]+) = ", flags=re.MULTILINE)
 
 

@@ -164,8 +164,9 @@ def test_tokens_of_probability_1e_7_are_present_in_aggregate():
 
 def _gumbel_draws(probs, samples, chunk=1024):
   logits_V = jnp.log(jnp.asarray(probs, jnp.float32))
-  draw_one = jax.jit(lambda keys: jax.lax.map(lambda k: draw.gumbel_max(logits_V, k), keys,
-                                              batch_size=chunk))  # fmt: skip
+  draw_one = jax.jit(
+    lambda keys: jax.lax.map(lambda k: draw.gumbel_max(logits_V, k), keys, batch_size=chunk)
+  )
   return np.asarray(draw_one(jax.random.split(jax.random.key(17), samples)))
 
 

@@ -71,8 +71,9 @@ def _assert_equal(a, b):
 def _assert_close(a, b):
   jax.tree.map(
     lambda x, y: np.testing.assert_allclose(np.asarray(x), np.asarray(y), rtol=2e-4, atol=2e-4),
-    a, b,
-  )  # fmt: skip
+    a,
+    b,
+  )
 
 
 @pytest.fixture(scope="module")

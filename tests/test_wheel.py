@@ -61,13 +61,21 @@ def test_installed_elsewhere_it_samples(wheel, tmp_path):
   environment |= {"PYTHONPATH": str(target), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
   command = [sys.executable, "-m", "dlm_jax", "sample", "--model=novels-student"]
   answer = subprocess.run(
-    [*command, "--steps=2", "--length=32"], cwd=elsewhere, env=environment,
-    capture_output=True, text=True, check=False,
-  )  # fmt: skip
+    [*command, "--steps=2", "--length=32"],
+    cwd=elsewhere,
+    env=environment,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
   assert answer.returncode == 0, answer.stderr
   assert answer.stdout.startswith("──── 1 ────\n") and len(answer.stdout) > 40
   where = subprocess.run(
     [sys.executable, "-c", "import dlm_jax; print(dlm_jax.__file__)"],
-    cwd=elsewhere, env=environment, capture_output=True, text=True, check=True,
-  )  # fmt: skip
+    cwd=elsewhere,
+    env=environment,
+    capture_output=True,
+    text=True,
+    check=True,
+  )
   assert pathlib.Path(where.stdout.strip()).is_relative_to(target)

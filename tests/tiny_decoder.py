@@ -12,9 +12,16 @@ from dlm_jax.models import Decoder, DecoderConfig
 
 V = 40
 DENSE = DecoderConfig(
-  vocab_size=V, dim=32, layers=3, heads=4, kv_heads=2, head_dim=8, mlp_dim=48, length=64,
+  vocab_size=V,
+  dim=32,
+  layers=3,
+  heads=4,
+  kv_heads=2,
+  head_dim=8,
+  mlp_dim=48,
+  length=64,
   dtype="float32",
-)  # fmt: skip
+)
 EXPERTS = {"experts": 5, "experts_per_token": 2, "expert_dim": 16}
 
 
@@ -63,11 +70,18 @@ def recorded(vectors, config, tree="params", **fields):
   fields |= {"eps": config["rms_norm_eps"]} if "rms_norm_eps" in config else {}
   model = Decoder(
     DecoderConfig(
-      vocab_size=config["V"], dim=config["H"], layers=config["nl"], heads=config["nh"],
-      kv_heads=config["nkv"], head_dim=config["hd"], mlp_dim=config["inter"],
-      rope_theta=config["theta"], dtype="float32", **fields,
+      vocab_size=config["V"],
+      dim=config["H"],
+      layers=config["nl"],
+      heads=config["nh"],
+      kv_heads=config["nkv"],
+      head_dim=config["hd"],
+      mlp_dim=config["inter"],
+      rope_theta=config["theta"],
+      dtype="float32",
+      **fields,
     )
-  )  # fmt: skip
+  )
   start = f"{tree}/"
   tensors = {k.removeprefix(start): v for k, v in vectors.items() if k.startswith(start)}
   return model, hf_qwen3.from_tensors(model, tensors)

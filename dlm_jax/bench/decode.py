@@ -276,16 +276,22 @@ def _arm(way, runner, times, texts, reference, new_tokens, genppl, genppl_se, en
   rates = [emitted / seconds for seconds in times.loops]
   rate, counts = statistics.median(rates), times.counts
   return Arm(
-    name=way.name, exact=way.exact, rate=rate, spread=(max(rates) - min(rates)) / rate,
+    name=way.name,
+    exact=way.exact,
+    rate=rate,
+    spread=(max(rates) - min(rates)) / rate,
     end_to_end=emitted / statistics.median(times.wholes),
-    target_passes=counts["target"] / emitted, draft_passes=counts["draft"] / emitted,
+    target_passes=counts["target"] / emitted,
+    draft_passes=counts["draft"] / emitted,
     acceptance=counts["accepted"] / counts["drafted"] if counts["drafted"] else None,
     conditional=counts["accepted"] / counts["decided"] if counts["drafted"] else None,
     same=statistics.fmean(a == b for a, b in zip(texts, reference, strict=True)),
-    length=statistics.fmean(map(len, texts)), genppl=genppl, genppl_se=genppl_se,
+    length=statistics.fmean(map(len, texts)),
+    genppl=genppl,
+    genppl_se=genppl_se,
     entropy=entropy,
     compile_seconds=runner.compile_seconds,
-  )  # fmt: skip
+  )
 
 
 def _error(arm):
@@ -295,17 +301,39 @@ def _error(arm):
 def table(arms: Sequence[Arm]) -> str:
   """Return the arms as a table."""
   header = (
-    "arm", "exact", "tok/s", "±", "× static", "with prompt", "target passes", "draft passes",
-    "acceptance", "conditional", "same text", "mean length", "GenPPL", "entropy",
-  )  # fmt: skip
+    "arm",
+    "exact",
+    "tok/s",
+    "±",
+    "× static",
+    "with prompt",
+    "target passes",
+    "draft passes",
+    "acceptance",
+    "conditional",
+    "same text",
+    "mean length",
+    "GenPPL",
+    "entropy",
+  )
   known = lambda x, digits=3: "" if x is None else f"{x:.{digits}f}"  # noqa: E731
   cells = [
     (
-      arm.name, "yes" if arm.exact else "no", f"{arm.rate:.1f}", f"{100 * arm.spread:.0f} %",
-      f"{arm.rate / arms[0].rate:.2f}", f"{arm.end_to_end:.1f}", f"{arm.target_passes:.3f}",
-      f"{arm.draft_passes:.3f}", known(arm.acceptance), known(arm.conditional),
-      f"{100 * arm.same:.0f} %", f"{arm.length:.1f}", _error(arm), known(arm.entropy, 2),
+      arm.name,
+      "yes" if arm.exact else "no",
+      f"{arm.rate:.1f}",
+      f"{100 * arm.spread:.0f} %",
+      f"{arm.rate / arms[0].rate:.2f}",
+      f"{arm.end_to_end:.1f}",
+      f"{arm.target_passes:.3f}",
+      f"{arm.draft_passes:.3f}",
+      known(arm.acceptance),
+      known(arm.conditional),
+      f"{100 * arm.same:.0f} %",
+      f"{arm.length:.1f}",
+      _error(arm),
+      known(arm.entropy, 2),
     )
     for arm in arms
-  ]  # fmt: skip
+  ]
   return tables.markdown(header, cells, left=(0, 1))

@@ -70,9 +70,12 @@ def repeat(
     took.append((time.perf_counter() - start) / together)
   median = statistics.median(took)
   return Timing(
-    seconds=median, spread=(max(took) - min(took)) / median, repeats=repeats, memory=memory,
+    seconds=median,
+    spread=(max(took) - min(took)) / median,
+    repeats=repeats,
+    memory=memory,
     compile_seconds=compile_seconds,
-  )  # fmt: skip
+  )
 
 
 def memory(program: Any) -> int | None:

@@ -123,13 +123,21 @@ def bench_passes(
       for count in queries:
         timing = _time(model_, params, count, cache_length, repeats)
         read_bytes = weights.weight_bytes(model_.config, params, count)
-        rows.append(Pass(
-          network=network, variant=variant, queries=count, seconds=timing.seconds / _TOGETHER,
-          spread=timing.spread, weight_bytes=read_bytes,
-          cache_bytes=weights.cache_bytes(model_.config, cache_length),
-          limit=read_bytes / (copy / 2), read_limit=read_bytes / read, memory=timing.memory,
-          compile_seconds=timing.compile_seconds,
-        ))  # fmt: skip
+        rows.append(
+          Pass(
+            network=network,
+            variant=variant,
+            queries=count,
+            seconds=timing.seconds / _TOGETHER,
+            spread=timing.spread,
+            weight_bytes=read_bytes,
+            cache_bytes=weights.cache_bytes(model_.config, cache_length),
+            limit=read_bytes / (copy / 2),
+            read_limit=read_bytes / read,
+            memory=timing.memory,
+            compile_seconds=timing.compile_seconds,
+          )
+        )
     del params
   return rows
 
@@ -177,9 +185,11 @@ def speedups(
       continue
     for acceptance in acceptances:
       for folded in (True, False):
-        found.append(speedup.predict(
-          acceptance, size, target=target, verify=verify, draft=draft, folded=folded
-        ))  # fmt: skip
+        found.append(
+          speedup.predict(
+            acceptance, size, target=target, verify=verify, draft=draft, folded=folded
+          )
+        )
   return found
 
 
@@ -192,34 +202,62 @@ def _fastest(rows, network, queries):
 def table(rows: Sequence[Pass]) -> str:
   """Return the passes as a table."""
   header = (
-    "network", "layers run", "tokens", "ms", "±", "GB of weights", "GB of cache", "limit ms",
-    "ratio", "of read rate", "GiB", "compile s",
-  )  # fmt: skip
+    "network",
+    "layers run",
+    "tokens",
+    "ms",
+    "±",
+    "GB of weights",
+    "GB of cache",
+    "limit ms",
+    "ratio",
+    "of read rate",
+    "GiB",
+    "compile s",
+  )
   cells = [
     (
-      row.network, row.variant, str(row.queries), f"{1e3 * row.seconds:.3f}",
-      f"{100 * row.spread:.0f} %", f"{row.weight_bytes / 1e9:.3f}",
-      f"{row.cache_bytes / 1e9:.3f}", f"{1e3 * row.limit:.3f}", f"{row.ratio:.3f}",
-      f"{1 / row.read_ratio:.2f}", "" if row.memory is None else f"{row.memory / 2**30:.2f}",
+      row.network,
+      row.variant,
+      str(row.queries),
+      f"{1e3 * row.seconds:.3f}",
+      f"{100 * row.spread:.0f} %",
+      f"{row.weight_bytes / 1e9:.3f}",
+      f"{row.cache_bytes / 1e9:.3f}",
+      f"{1e3 * row.limit:.3f}",
+      f"{row.ratio:.3f}",
+      f"{1 / row.read_ratio:.2f}",
+      "" if row.memory is None else f"{row.memory / 2**30:.2f}",
       f"{row.compile_seconds:.0f}",
     )
     for row in rows
-  ]  # fmt: skip
+  ]
   return tables.markdown(header, cells, left=(0, 1))
 
 
 def speedup_table(rows: Sequence[speedup.Speedup]) -> str:
   """Return predicted decodes as a table."""
   header = (
-    "acceptance", "block", "rounds", "draft passes", "commits", "alone tok/s", "drafted tok/s",
+    "acceptance",
+    "block",
+    "rounds",
+    "draft passes",
+    "commits",
+    "alone tok/s",
+    "drafted tok/s",
     "ratio",
-  )  # fmt: skip
+  )
   cells = [
     (
-      f"{row.acceptance:g}", str(row.block_length), f"{row.rounds:.2f}", f"{row.steps:.2f}",
-      "folded" if row.folded else "separate", f"{row.alone:.1f}", f"{row.drafted:.1f}",
+      f"{row.acceptance:g}",
+      str(row.block_length),
+      f"{row.rounds:.2f}",
+      f"{row.steps:.2f}",
+      "folded" if row.folded else "separate",
+      f"{row.alone:.1f}",
+      f"{row.drafted:.1f}",
       f"{row.ratio:.2f}",
     )
     for row in rows
-  ]  # fmt: skip
+  ]
   return tables.markdown(header, cells, left=(4,))

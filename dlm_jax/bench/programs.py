@@ -88,9 +88,15 @@ def bench_attention(
 
 
 def bench_sample(
-  config: Any, vocab_size: int, batches: Sequence[int], ceiling: Limits, repeats: int, *,
-  steps: int = 16, options: dict[str, Any] | None = None,
-) -> list[Row]:  # fmt: skip
+  config: Any,
+  vocab_size: int,
+  batches: Sequence[int],
+  ceiling: Limits,
+  repeats: int,
+  *,
+  steps: int = 16,
+  options: dict[str, Any] | None = None,
+) -> list[Row]:
   """Time whole samples in one compiled call, over all devices, against so many trunk forwards."""
   del ceiling
   options = dict(options or {})
@@ -190,9 +196,14 @@ def _products(name, batch, timing, count, ceiling):
   """Return a row that compares operations per second with the machine's matrix products."""
   rate = count / timing.seconds
   return Row(
-    name=name, batch=batch, timing=timing, rate=rate, unit="FLOP/s", limit="matmul rate",
+    name=name,
+    batch=batch,
+    timing=timing,
+    rate=rate,
+    unit="FLOP/s",
+    limit="matmul rate",
     ratio=rate / ceiling.matmul,
-  )  # fmt: skip
+  )
 
 
 def _denoiser(config, vocab_size):

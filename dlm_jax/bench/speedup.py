@@ -74,6 +74,11 @@ def predict(
   alone = size / ((size + extra) * target)
   drafted = size / ((steps + extra) * draft + times * verify + extra * target)
   return Speedup(
-    acceptance=acceptance, block_length=size, rounds=times, steps=steps, folded=folded,
-    alone=alone, drafted=drafted,
-  )  # fmt: skip
+    acceptance=acceptance,
+    block_length=size,
+    rounds=times,
+    steps=steps,
+    folded=folded,
+    alone=alone,
+    drafted=drafted,
+  )

@@ -39,9 +39,11 @@ def main(argv: list[str]) -> None:
     return
   device = f"{jax.device_count()} × {jax.devices()[0].device_kind}"
   content = {
-    "config": options.config, "overrides": options.overrides, "device": device,
+    "config": options.config,
+    "overrides": options.overrides,
+    "device": device,
     "jax": jax.__version__,
-  }  # fmt: skip
+  }
   run = {"decode": _decode, "passes": _passes}.get(options.what, _programs)
   content |= run(options, config, device)
   if options.json:
@@ -85,9 +87,14 @@ def _passes(options, config, device) -> dict[str, Any]:
   ceiling = limits.measure(config.model.dtype, options.repeats)
   read = passes.read_rate(config.model.dtype, options.repeats)
   rows = passes.bench_passes(
-    timed, queries=options.queries, cache_length=options.cache_length,
-    variants=options.variants, copy=ceiling.copy, read=read, repeats=options.repeats,
-  )  # fmt: skip
+    timed,
+    queries=options.queries,
+    cache_length=options.cache_length,
+    variants=options.variants,
+    copy=ceiling.copy,
+    read=read,
+    repeats=options.repeats,
+  )
   print(
     f"{options.config} on {device}, jax {jax.__version__}: {ceiling.copy / 1e9:.4g} GB/s read and "
     f"written by a copy, {read / 1e9:.4g} GB/s read; {options.cache_length} cached tokens\n"
@@ -110,23 +117,39 @@ def _passes(options, config, device) -> dict[str, Any]:
 
 def _decode(options, config, device) -> dict[str, Any]:
   """Compare ways of decoding."""
-  shared = {"count": options.num_prompts, "block_length": options.block_length,
-            "temperature": options.temperature, "dtype": options.dtype,
-            "storage": options.storage or None}  # fmt: skip
+  shared = {
+    "count": options.num_prompts,
+    "block_length": options.block_length,
+    "temperature": options.temperature,
+    "dtype": options.dtype,
+    "storage": options.storage or None,
+  }
   if options.checkpoint:
     task = networks.from_checkpoint(
-      options.checkpoint, options.draft or None, file=options.prompts, data=options.data,
-      length=options.prompt_length, chat=options.chat, max_new_tokens=options.max_new_tokens,
-      judge=options.judge, **shared,
-    )  # fmt: skip
+      options.checkpoint,
+      options.draft or None,
+      file=options.prompts,
+      data=options.data,
+      length=options.prompt_length,
+      chat=options.chat,
+      max_new_tokens=options.max_new_tokens,
+      judge=options.judge,
+      **shared,
+    )
   else:
     draft = load_config(options.draft) if options.draft else None
     task = networks.from_config(config, draft, length=options.prompt_length, **shared)
   arms = decode.bench_decode(
-    task.target, task.draft, task.prompts, task.rule, new_tokens=options.new_tokens,
-    max_new_tokens=options.max_new_tokens, repeats=options.repeats, threshold=options.threshold,
+    task.target,
+    task.draft,
+    task.prompts,
+    task.rule,
+    new_tokens=options.new_tokens,
+    max_new_tokens=options.max_new_tokens,
+    repeats=options.repeats,
+    threshold=options.threshold,
     judge=task.judge,
-  )  # fmt: skip
+  )
   name = options.checkpoint or f"{options.config} with random weights"
   print(
     f"{name} on {device}, jax {jax.__version__}: {len(task.prompts)} prompts one at a time, blocks "
@@ -136,10 +159,14 @@ def _decode(options, config, device) -> dict[str, Any]:
   print(decode.table(arms))
   keys = ("new_tokens", "max_new_tokens", "temperature", "threshold", "repeats", "judge")
   return {
-    "checkpoint": options.checkpoint, "draft": options.draft, "prompts": len(task.prompts),
-    "block_length": task.rule.block_length, "dtype": task.target.model.config.dtype,
-    **{key: getattr(options, key) for key in keys}, "rows": list(map(dataclasses.asdict, arms)),
-  }  # fmt: skip
+    "checkpoint": options.checkpoint,
+    "draft": options.draft,
+    "prompts": len(task.prompts),
+    "block_length": task.rule.block_length,
+    "dtype": task.target.model.config.dtype,
+    **{key: getattr(options, key) for key in keys},
+    "rows": list(map(dataclasses.asdict, arms)),
+  }
 
 
 def _parser() -> flags.Parser:
@@ -165,11 +192,21 @@ dlm-jax bench decode --checkpoint=SDAR-8B-Chat-b8 --draft=SDAR-1.7B-Chat-b8 --pr
   add("--json", default="", metavar="FILE", help="all numbers, for machines")
   add = parser.add_argument_group("of passes and decode, for decoders of blocks").add_argument
   add("--draft", default="", metavar="NAME", help="config, or with --checkpoint a directory")
-  add("--queries", type=flags.integers, default=[1, 4, 16, 64], metavar="Q,Q,…",
-      help="tokens of a pass")  # fmt: skip
+  add(
+    "--queries",
+    type=flags.integers,
+    default=[1, 4, 16, 64],
+    metavar="Q,Q,…",
+    help="tokens of a pass",
+  )
   add("--cache_length", type=int, default=1024, metavar="N", help="tokens before a pass")
-  add("--variants", type=lambda text: text.split(","), default=list(passes.VARIANTS),
-      metavar="V,V,…", help=f"how layers run: {', '.join(passes.VARIANTS)}")  # fmt: skip
+  add(
+    "--variants",
+    type=lambda text: text.split(","),
+    default=list(passes.VARIANTS),
+    metavar="V,V,…",
+    help=f"how layers run: {', '.join(passes.VARIANTS)}",
+  )
   add("--checkpoint", default="", metavar="PATH", help="of decode: trained weights")
   add("--prompts", default="", metavar="FILE", help="a prompt per line")
   add("--chat", action="store_true", help="a prompt is what a user says")
@@ -182,7 +219,10 @@ dlm-jax bench decode --checkpoint=SDAR-8B-Chat-b8 --draft=SDAR-1.7B-Chat-b8 --pr
   add("--temperature", type=float, default=0.0, metavar="T")
   add("--threshold", type=float, default=0.9, metavar="P", help="of the dynamic arm")
   add("--judge", default="", metavar="PATH", help="next-token network that reads the texts")
-  add("--dtype", choices=("float32", "bfloat16"),
-      help="of products; default: as in sampling, or the config's")  # fmt: skip
+  add(
+    "--dtype",
+    choices=("float32", "bfloat16"),
+    help="of products; default: as in sampling, or the config's",
+  )
   add("--storage", default="", help="stacked, layers or fused: how parameters are kept")
   return parser

@@ -35,14 +35,18 @@ dlm-jax evaluate --checkpoint=runs/novels_idlm --judge=runs/novels_judge --steps
   parser.add_argument("--steps", type=int, default=16, help="network evaluations per sample")
   parser.add_argument("--samples", type=int, default=256, help="0 with proteins: likelihood only")
   parser.add_argument(
-    "--training", type=int, default=20_000,
+    "--training",
+    type=int,
+    default=20_000,
     help="of proteins: training sequences that samples are compared with",
-  )  # fmt: skip
+  )
   flags.add_option(parser, "sampler=rgas, temperature=0.9")
   parser.add_argument(
-    "--block_length", type=int, default=0,
+    "--block_length",
+    type=int,
+    default=0,
     help="of a decoder with a mask; 0: what it was trained with. The first token is not scored",
-  )  # fmt: skip
+  )
   parser.add_argument("--batch_size", type=int, default=32)
   parser.add_argument("--seed", type=int, default=0)
   parser.add_argument("--json", action="store_true")
@@ -74,9 +78,10 @@ def _likelihood(flags_, dataset) -> dict[str, float]:
   groups = loader.evaluation_groups(flags_.data, "validation", flags_.sequences)
   tokens = groups if dataset.info.packing == "documents" else groups[0]
   shared = {
-    "batch_size": size, "bytes_per_token": dataset.info.splits["validation"].bytes_per_token,
+    "batch_size": size,
+    "bytes_per_token": dataset.info.splits["validation"].bytes_per_token,
     "given_ids": dataset.info.given_ids,
-  }  # fmt: skip
+  }
   if proc is None:
     scores = likelihood.ar_perplexity(likelihood.Judge(model, params), tokens, **shared)
     what = "perplexity"
@@ -116,8 +121,9 @@ def _proteins(flags_) -> dict[str, Any]:
 
   compared = proteins.measure(
     [pipe.tokenizer.decode(row_L) for row_L in tokens_NL],
-    reference=texts("validation"), training=texts("train"),
-  )  # fmt: skip
+    reference=texts("validation"),
+    training=texts("train"),
+  )
   spread = generative.entropy(tokens_NL, pipe.tokenizer.given_ids)
   scores = {"steps": flags_.steps, **dataclasses.asdict(compared), **spread}
   lines = [f"entropy {generative.plus_minus(spread['entropy'], spread['entropy_se'], 2)} nats"]

@@ -55,18 +55,25 @@ class Parser(argparse.ArgumentParser):
 def add_config(parser: Parser, default: str | None = None) -> None:
   """Add --config and --print_config."""
   parser.add_argument(
-    "--config", default=default, required=default is None, metavar="NAME_OR_FILE",
+    "--config",
+    default=default,
+    required=default is None,
+    metavar="NAME_OR_FILE",
     help="packaged experiment or a Python file; fields: --config.optim.lr=3e-5",
-  )  # fmt: skip
+  )
   parser.add_argument("--print_config", action="store_true", help="show all fields and stop")
 
 
 def add_option(parser: Parser, examples: str) -> None:
   """Add --option, any option of the sampler."""
   parser.add_argument(
-    "--option", action="append", type=option, default=[], metavar="NAME=VALUE",
+    "--option",
+    action="append",
+    type=option,
+    default=[],
+    metavar="NAME=VALUE",
     help=f"of the sampler, repeat for several: {examples}",
-  )  # fmt: skip
+  )
 
 
 def load_config(namespace: argparse.Namespace):

@@ -31,9 +31,13 @@ def main(argv: list[str]) -> None:
   context = {"judge": judge_hash, "weights": fingerprints}
   context |= {"lengths": options.data} if options.data else {}
   settings = {
-    **judge.settings(), "samples": options.samples, "batch_size": options.batch_size,
-    "seed": options.seed, "context": context, "path": f"{options.workdir}/frontier.jsonl",
-  }  # fmt: skip
+    **judge.settings(),
+    "samples": options.samples,
+    "batch_size": options.batch_size,
+    "seed": options.seed,
+    "context": context,
+    "path": f"{options.workdir}/frontier.jsonl",
+  }
   rounds = len(samplers) * (1 + len(set(options.temperatures)))
   with sweep_progress(rounds * sum(set(options.nfes))) as on_row:
     rows, warm = frontier.sweep(samplers, options.nfes, on_row=on_row, **settings), []
@@ -85,9 +89,13 @@ dlm-jax frontier --model a=runs/s --model b=runs/s,nucleus=0.9 --judge=gpt2 --wo
 """,
   )
   parser.add_argument(
-    "--model", action="append", required=True, type=flags.named_path, metavar="NAME=PATH[,K=V]",
+    "--model",
+    action="append",
+    required=True,
+    type=flags.named_path,
+    metavar="NAME=PATH[,K=V]",
     help="repeat for several; options K=V are the sampler's: sampler=psi,kappa=cap,nucleus=0.9",
-  )  # fmt: skip
+  )
   parser.add_argument("--judge", required=True, help="autoregressive judge, or a GPT-2 directory")
   parser.add_argument("--tokenizer", default="", help="default: the one beside each network")
   parser.add_argument(
@@ -99,13 +107,19 @@ dlm-jax frontier --model a=runs/s --model b=runs/s,nucleus=0.9 --judge=gpt2 --wo
   parser.add_argument("--batch_size", type=int, default=64)
   parser.add_argument("--seed", type=int, default=0)
   parser.add_argument(
-    "--x", type=_axes, default=["nfe"], metavar="AXES",
+    "--x",
+    type=_axes,
+    default=["nfe"],
+    metavar="AXES",
     help="plot against: nfe, evaluations (of all networks), seconds; or several: nfe,seconds",
-  )  # fmt: skip
+  )
   parser.add_argument(
-    "--temperatures", type=flags.numbers, default=[], metavar="T,T,…",
+    "--temperatures",
+    type=flags.numbers,
+    default=[],
+    metavar="T,T,…",
     help="also compare at matched entropy, interpolated between these temperatures",
-  )  # fmt: skip
+  )
   parser.add_argument(
     "--entropy", type=float, help="nats to match; default: at every NFE what all models reach"
   )

@@ -57,13 +57,15 @@ dlm-jax quickstart --methods=idlm,didi --workdir=runs/both
   parser.argument_default = argparse.SUPPRESS
   parser.add_argument("--workdir", help="default: runs/quickstart, or runs/pretrained")
   parser.add_argument(
-    "--pretrained", action="store_true",
+    "--pretrained",
+    action="store_true",
     help="train nothing: compare the shipped teacher and student of English novels",
-  )  # fmt: skip
+  )
   parser.add_argument(
-    "--from_scratch", action="store_true",
+    "--from_scratch",
+    action="store_true",
     help="also train teacher and judge (two hours on two cores)",
-  )  # fmt: skip
+  )
   parser.add_argument(
     "--methods", help="idlm (default), didi or both: a student each, about 5 minutes more"
   )

@@ -16,12 +16,27 @@ from dlm_jax.text import denoiser, load, requests, viz
 
 # Flags of one kind of network alone; what is not given is left to it.
 _DENOISER = (
-  "num", "length", "sampler", "option", "noise_removal", "precision", "show_steps",
-)  # fmt: skip
+  "num",
+  "length",
+  "sampler",
+  "option",
+  "noise_removal",
+  "precision",
+  "show_steps",
+)
 _DECODER = (
-  "chat", "max_new_tokens", "stop", "block_length", "strategy", "threshold", "top_k", "draft",
-  "verify", "layout", "stream",
-)  # fmt: skip
+  "chat",
+  "max_new_tokens",
+  "stop",
+  "block_length",
+  "strategy",
+  "threshold",
+  "top_k",
+  "draft",
+  "verify",
+  "layout",
+  "stream",
+)
 
 
 def main(argv: list[str]) -> None:
@@ -184,8 +199,13 @@ dlm-jax sample --checkpoint=SDAR-8B-Chat-b8 --draft=SDAR-1.7B-Chat-b8 --chat --p
   add("--num", type=int, help="number of texts")
   add("--length", type=int, help="tokens, or residues; default: the model's")
   add("--sampler", help="ancestral, first_hitting, psi, analytic or rgas")
-  add("--option", action="append", type=flags.option, metavar="NAME=VALUE",
-      help="kappa=0.9, kappa=cap, eta=0.02 (psi); h=30,40, candidates=4 (rgas)")  # fmt: skip
+  add(
+    "--option",
+    action="append",
+    type=flags.option,
+    metavar="NAME=VALUE",
+    help="kappa=0.9, kappa=cap, eta=0.02 (psi); h=30,40, candidates=4 (rgas)",
+  )
   add("--noise_removal", metavar="HOW", help="ancestral, greedy or none")
   add("--precision", help="exact, or legacy: the public fp32 race")
   add("--show_steps", action="store_true", help="show the denoising of text 1")

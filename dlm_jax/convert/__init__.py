@@ -26,9 +26,18 @@ from dlm_jax.models import Critic, Decoder
 from dlm_jax.process import Absorbing
 
 __all__ = [
-  "block_length", "fingerprint", "is_decoder", "is_denoiser", "load", "load_discriminator",
-  "mask_id", "open_decoder", "read_config", "save", "save_discriminator",
-]  # fmt: skip
+  "block_length",
+  "fingerprint",
+  "is_decoder",
+  "is_denoiser",
+  "load",
+  "load_discriminator",
+  "mask_id",
+  "open_decoder",
+  "read_config",
+  "save",
+  "save_discriminator",
+]
 
 
 def read_config(path: pathlib.Path | str) -> dict[str, Any]:

@@ -156,9 +156,11 @@ def describe(model: models.Decoder, proc: Any, block_length: int | None) -> dict
     raise InputError(f"a decoder cannot be saved with the process {type(proc).__name__}.")
   kind = ("qwen3" if proc is None else "sdar") + ("_moe" if cfg.experts else "")
   names = {
-    "qwen3": "Qwen3ForCausalLM", "sdar": "SDARForCausalLM",
-    "qwen3_moe": "Qwen3MoeForCausalLM", "sdar_moe": "SDARMoeForCausalLM",
-  }  # fmt: skip
+    "qwen3": "Qwen3ForCausalLM",
+    "sdar": "SDARForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "sdar_moe": "SDARMoeForCausalLM",
+  }
   config = {"architectures": [names[kind]], "model_type": kind}
   config |= {public: getattr(cfg, ours) for public, ours in _FIELDS.items()}
   if cfg.experts:
@@ -166,9 +168,11 @@ def describe(model: models.Decoder, proc: Any, block_length: int | None) -> dict
     config["norm_topk_prob"] = cfg.normalize_gate
   config |= {key: value for key, value in _REQUIRED.items() if cfg.experts or key in _DENSE}
   config |= {
-    "rms_norm_eps": cfg.eps, "rope_theta": cfg.rope_theta, "rope_scaling": None,
+    "rms_norm_eps": cfg.eps,
+    "rope_theta": cfg.rope_theta,
+    "rope_scaling": None,
     "tie_word_embeddings": cfg.tied,
-  }  # fmt: skip
+  }
   if proc is not None:
     config["mask_token_id"] = proc.mask_id
   if block_length is not None:

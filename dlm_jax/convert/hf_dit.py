@@ -60,9 +60,12 @@ _SPECTRAL = tuple(
   (f"output_layer.main.{number}.{public}", f"output/{name}/{ours}", ours == "kernel")
   for number, name in ((0, "expand"), (2, "contract"))
   for public, ours in (
-    ("bias", "bias"), ("weight_orig", "kernel"), ("weight_u", "u"), ("weight_v", "v")
+    ("bias", "bias"),
+    ("weight_orig", "kernel"),
+    ("weight_u", "u"),
+    ("weight_v", "v"),
   )
-)  # fmt: skip
+)
 Network = models.DiT | models.Causal | models.Discriminator
 _LAYOUTS = {
   models.DiT: (_EMBED + _TIME, _BLOCK + _MODULATION, _OUTPUT),

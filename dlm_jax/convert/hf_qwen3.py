@@ -32,11 +32,13 @@ _OUTER = (
 _HEAD = ("lm_head.weight", "project/kernel", True)
 _LAYER = (
   ("input_layernorm", "norm1/scale", False),
-  *((f"self_attn.{theirs}_proj", f"attention/{ours}/kernel", True)
-    for theirs, ours in (("q", "q"), ("k", "k"), ("v", "v"), ("o", "out"))),
+  *(
+    (f"self_attn.{theirs}_proj", f"attention/{ours}/kernel", True)
+    for theirs, ours in (("q", "q"), ("k", "k"), ("v", "v"), ("o", "out"))
+  ),
   *((f"self_attn.{name}", f"attention/{name}/scale", False) for name in ("q_norm", "k_norm")),
   ("post_attention_layernorm", "norm2/scale", False),
-)  # fmt: skip
+)
 _PARTS = ("gate", "up", "down")
 _SHARD_BYTES = 5 * 10**9
 STORED = ("float32", "bfloat16")

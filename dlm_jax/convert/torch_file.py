@@ -29,9 +29,13 @@ from dlm_jax.errors import InputError
 # Objects of these packages are replaced by empty placeholders.
 INERT = ("omegaconf", "transformers", "tokenizers", "lightning", "pytorch_lightning")
 _INERT_NAMES = (  # how pickles spell bytes, types, … that we have no use for
-  "_codecs.encode", "builtins.bytes", "builtins.bytearray", "collections.defaultdict",
-  "torch.device", "typing.Any",
-)  # fmt: skip
+  "_codecs.encode",
+  "builtins.bytes",
+  "builtins.bytearray",
+  "collections.defaultdict",
+  "torch.device",
+  "typing.Any",
+)
 _DTYPES = {
   "float64": np.dtype(np.float64),
   "float32": np.dtype(np.float32),
@@ -59,9 +63,11 @@ _STORAGES = {
 _PLAIN = {
   "collections.OrderedDict": collections.OrderedDict,
   "torch.Size": tuple,
-  **{f"builtins.{t.__name__}": t
-     for t in (bool, complex, dict, float, frozenset, int, list, set, str, tuple)},
-}  # fmt: skip
+  **{
+    f"builtins.{t.__name__}": t
+    for t in (bool, complex, dict, float, frozenset, int, list, set, str, tuple)
+  },
+}
 
 
 class Tensor:

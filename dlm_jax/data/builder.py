@@ -150,10 +150,14 @@ class _Count:
       # A record is charged with L − 2 tokens of the stream: the dropped tail takes its bytes along.
       density = density * (wanted.length - 2) / wanted.length
     return SplitInfo(
-      records=len(self.lengths), tokens=sum(self.lengths), documents=self.documents,
-      text_bytes=self.text_bytes, bytes_per_token=density, bucket_records=buckets,
+      records=len(self.lengths),
+      tokens=sum(self.lengths),
+      documents=self.documents,
+      text_bytes=self.text_bytes,
+      bytes_per_token=density,
+      bucket_records=buckets,
       dropped=dropped,
-    )  # fmt: skip
+    )
 
 
 def _token_lists(source: Source, split: str, tokenizer: Tokenizer, count: _Count, bar):

@@ -60,10 +60,22 @@ def _decode(data: bytes, path: str | os.PathLike, offset: int = 0) -> str:
 
 # Not source text in the sense of a language model's corpus: packages of others, tests, demos,
 # things that some distributions leave out, and tables written by scripts.
-_SKIPPED_FOLDERS = frozenset({
-  "__pycache__", "dist-packages", "encodings", "ensurepip", "idle_test", "idlelib", "lib2to3",
-  "pydoc_data", "site-packages", "test", "tests", "turtledemo",
-})  # fmt: skip
+_SKIPPED_FOLDERS = frozenset(
+  {
+    "__pycache__",
+    "dist-packages",
+    "encodings",
+    "ensurepip",
+    "idle_test",
+    "idlelib",
+    "lib2to3",
+    "pydoc_data",
+    "site-packages",
+    "test",
+    "tests",
+    "turtledemo",
+  }
+)
 _SKIPPED_FILES = ("_sysconfigdata*.py", "_sysconfig_vars*.py", "html/entities.py", "stringprep.py")
 
 

@@ -80,9 +80,14 @@ def _done(state):
 def _init(model, options, window, params, prompt, rng, lengths=None, max_length=None):
   size = options.block_length
   progress = begin(
-    prompt, rng, lengths, max_length,
-    window=window, block_length=size, mask_id=options.mask_id,
-  )  # fmt: skip
+    prompt,
+    rng,
+    lengths,
+    max_length,
+    window=window,
+    block_length=size,
+    mask_id=options.mask_id,
+  )
   batch, width = progress.tokens_BW.shape
   capacity = max(width - size, 1)  # the last block is never stored
   cache = models.Cache.make(model.config, batch, capacity)
@@ -124,9 +129,13 @@ def _round(model, options, params, state):
       progress.rng_B, tokens_BK, masked_BK, logits_BKV, step, position_BK
     )
     progress = record(
-      progress, position_BK, revealed.revealed_K, revealed.tokens_K,
-      jnp.full_like(tokens_BK, step), revealed.log_prob_K,
-    )  # fmt: skip
+      progress,
+      position_BK,
+      revealed.revealed_K,
+      revealed.tokens_K,
+      jnp.full_like(tokens_BK, step),
+      revealed.log_prob_K,
+    )
     took_part_B = jnp.any(masked_BK, axis=-1).astype(jnp.int32)
     return progress.replace(passes_B=progress.passes_B + took_part_B), cache, step + 1
 

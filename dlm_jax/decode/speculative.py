@@ -227,9 +227,7 @@ def speculative_decoder(
     other = draft.init(params["draft"], prompt, rng, lengths, max_length)
     zero_B = jnp.zeros_like(state.start_B)
     counts = dict.fromkeys(("target_passes", "draft_passes", "drafted", "accepted"), zero_B)
-    return SpeculativeState(
-      state.progress, state.cache, other.cache, state.start_B, zero_B, counts
-    )  # fmt: skip
+    return SpeculativeState(state.progress, state.cache, other.cache, state.start_B, zero_B, counts)
 
   return Decoder(
     init=init,
@@ -259,9 +257,18 @@ def _round(target_model, draft_model, options, params, state):
   if not options.exact:  # fresh noise every round: what was rejected must not come back
     rng_B, rng_accept_B = _round_keys(rng_B, state.counts["target_passes"])
   draft = propose(
-    draft_model, params["draft"], options.draft, rng_B, progress, state.draft_cache, position_BK,
-    tokens_BK, masked_BK, state.step_B, want_probs=want_probs,
-  )  # fmt: skip
+    draft_model,
+    params["draft"],
+    options.draft,
+    rng_B,
+    progress,
+    state.draft_cache,
+    position_BK,
+    tokens_BK,
+    masked_BK,
+    state.step_B,
+    want_probs=want_probs,
+  )
   target = (target_model, params["target"], state.target_cache)
   if options.exact:
     out = _replay(target, before, options, rng_B, draft, position_BK, masked_BK, state.step_B)
@@ -311,9 +318,13 @@ def _replay(target, before, options, rng_B, draft, position_BK, masked_BK, step_
 def _judge(target, before, options, rng_B, draft, masked_BK):
   """Read the target's opinions from one pass and accept from left to right."""
   found = verify_simsd(
-    *target, draft.tokens_BK[:, None], draft.time_BK[:, None], mask_id=options.target.mask_id,
-    layout=options.layout, before=before,
-  )  # fmt: skip
+    *target,
+    draft.tokens_BK[:, None],
+    draft.time_BK[:, None],
+    mask_id=options.target.mask_id,
+    layout=options.layout,
+    before=before,
+  )
   logits_BKV = found.logits_BNKV[:, 0]
   gate = {"stop_ids": options.target.stop_ids, "eos_min_prob": options.eos_min_prob}
   if options.acceptance == "greedy_match":
@@ -325,9 +336,15 @@ def _judge(target, before, options, rng_B, draft, masked_BK):
     uniform_BQ = jax.vmap(uniform)(rng_B)
     probs_BKV = jax.nn.softmax(law(options.target, logits_BKV), axis=-1)
     verdict = rejection(
-      draft.tokens_BK, draft.probs_BKV, probs_BKV, masked_BK, uniform_BQ[:, :size],
-      uniform_BQ[:, size:], fill=options.fill, **gate,
-    )  # fmt: skip
+      draft.tokens_BK,
+      draft.probs_BKV,
+      probs_BKV,
+      masked_BK,
+      uniform_BQ[:, :size],
+      uniform_BQ[:, size:],
+      fill=options.fill,
+      **gate,
+    )
   log_probs_BKV = jax.nn.log_softmax(law(options.target, logits_BKV, filtered=False), axis=-1)
   at_tokens = jnp.take_along_axis(log_probs_BKV, verdict.tokens_BK[..., None], axis=-1)
   return Outcome(

@@ -77,9 +77,18 @@ def _panel(axes, rows, key, title, subtitle, reference):
     x, y = [row["x"] for row in points], np.array([row[key] for row in points], float)
     error = np.nan_to_num(np.array([row[f"{key}_se"] for row in points], float))
     axes.errorbar(
-      x, y, yerr=error, color=colour, marker=marker, markersize=5.5, linewidth=1.8,
-      elinewidth=1.3, markeredgecolor="white", markeredgewidth=0.8, zorder=3,
-    )  # fmt: skip
+      x,
+      y,
+      yerr=error,
+      color=colour,
+      marker=marker,
+      markersize=5.5,
+      linewidth=1.8,
+      elinewidth=1.3,
+      markeredgecolor="white",
+      markeredgewidth=0.8,
+      zorder=3,
+    )
   axes.set_xscale("log", base=2)
   if key == "genppl":
     axes.set_yscale("log")
@@ -172,9 +181,17 @@ def _label_column(axes, ends, halo, gap=13.0):
   for end, height, moved in zip(ends, heights, _spread(heights, gap), strict=True):
     text, colour, weight, x, y = end
     axes.annotate(
-      text, (x, y), (15, moved - height), textcoords="offset points", color=colour, va="center",
-      fontweight=weight, fontsize=9.5, annotation_clip=False, path_effects=_HALO if halo else None,
-    )  # fmt: skip
+      text,
+      (x, y),
+      (15, moved - height),
+      textcoords="offset points",
+      color=colour,
+      va="center",
+      fontweight=weight,
+      fontsize=9.5,
+      annotation_clip=False,
+      path_effects=_HALO if halo else None,
+    )
 
 
 def _spread(heights, gap):

@@ -76,9 +76,16 @@ class Sampler:
     guide = {} if critic is None else {"critic": critic}
     length = self.length if prompt is None else prompt.shape[1]
     return sample.generate(
-      denoiser, self.process, rng, batch=batch, length=length, steps=nfe, prompt=prompt, **guide,
+      denoiser,
+      self.process,
+      rng,
+      batch=batch,
+      length=length,
+      steps=nfe,
+      prompt=prompt,
+      **guide,
       **self.options,
-    )  # fmt: skip
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

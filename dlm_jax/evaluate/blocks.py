@@ -63,9 +63,13 @@ def block_elbo(
     block_length=block_length, batch_size=batch_size, samples_per_sequence=samples_per_sequence
   )
   noised = functools.partial(
-    _nats, model=model, noise=BlockNoise(process=process), block_length=block_length, eps=eps,
+    _nats,
+    model=model,
+    noise=BlockNoise(process=process),
+    block_length=block_length,
+    eps=eps,
     first_given=first_given,
-  )  # fmt: skip
+  )
   nats, counts = [], []
   for i, (ids_NL, valid_NL) in enumerate(likelihood.by_length(tokens_NL, given_ids)):
     likelihood.check_clean(ids_NL, process)
@@ -82,9 +86,14 @@ def block_elbo(
   if not count_N.sum():
     raise InputError(f"{len(nats_N)} sequences hold nothing to score; give longer ones.")
   return likelihood.summary(
-    "nelbo", nats_N, count_N, bytes_per_token, tokens=int(count_N.sum()), sequences=len(nats_N),
+    "nelbo",
+    nats_N,
+    count_N,
+    bytes_per_token,
+    tokens=int(count_N.sum()),
+    sequences=len(nats_N),
     evaluations=len(nats_N) * samples_per_sequence,
-  )  # fmt: skip
+  )
 
 
 def noised_rows(rng: RngKey, n: int, k: int):
@@ -103,9 +112,14 @@ def _nats(
 ):
   batch = {"tokens": tokens_BL, "valid": valid_BL, "rng": rng_B}
   noisy = block_diffusion.with_noise(
-    batch, noise=noise, block_length=block_length, interval=(eps, 1.0), first_given=first_given,
-    row_B=row_B, rows=rows,
-  )  # fmt: skip
+    batch,
+    noise=noise,
+    block_length=block_length,
+    interval=(eps, 1.0),
+    first_given=first_given,
+    row_B=row_B,
+    rows=rows,
+  )
   nll_BL = block_diffusion.token_nll(
     params, noisy, model=model, process=noise.process, block_length=block_length
   )

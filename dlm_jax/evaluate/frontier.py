@@ -24,14 +24,33 @@ from dlm_jax.evaluate._samplers import ProteinSampler, Sampler
 from dlm_jax.evaluate.likelihood import check_counts
 
 __all__ = [
-  "ProteinSampler", "Reference", "Sampler", "SamplerFactory", "checked_nfes", "draw_samples",
-  "sweep", "sweep_progress", "table", "write",
-]  # fmt: skip
+  "ProteinSampler",
+  "Reference",
+  "Sampler",
+  "SamplerFactory",
+  "checked_nfes",
+  "draw_samples",
+  "sweep",
+  "sweep_progress",
+  "table",
+  "write",
+]
 Row = dict[str, Any]
 COLUMNS = (
-  "name", "nfe", "evaluations", "genppl", "genppl_se", "entropy", "entropy_se", "samples", "tokens",
-  "seconds", "seed", "options", "context",
-)  # fmt: skip
+  "name",
+  "nfe",
+  "evaluations",
+  "genppl",
+  "genppl_se",
+  "entropy",
+  "entropy_se",
+  "samples",
+  "tokens",
+  "seconds",
+  "seed",
+  "options",
+  "context",
+)
 AXES = {  # what quality may be plotted against: the axis' title
   "nfe": "network evaluations per sample (NFE)",
   "evaluations": "true network evaluations per sample, of all networks",
@@ -178,8 +197,15 @@ def table(rows: Sequence[Row]) -> str:
   "all nets" counts true evaluations where a guide makes them more than the NFE.
   """
   guided = any(row["evaluations"] != row["nfe"] for row in rows)
-  header = ("model", "NFE", *(("all nets",) if guided else ()), "GenPPL", "entropy (nats)",
-            "samples", "seconds")  # fmt: skip
+  header = (
+    "model",
+    "NFE",
+    *(("all nets",) if guided else ()),
+    "GenPPL",
+    "entropy (nats)",
+    "samples",
+    "seconds",
+  )
   cells = [
     (
       row["name"],

@@ -73,9 +73,13 @@ def quality(
   """
   judged_BL, mask_BL = retokenised or (tokens_BL, None)
   judged = genppl(
-    judge, judged_BL, eos_id=eos_id, batch_size=batch_size, mask_BL=mask_BL,
+    judge,
+    judged_BL,
+    eos_id=eos_id,
+    batch_size=batch_size,
+    mask_BL=mask_BL,
     given_ids=() if retokenised else given_ids,
-  )  # fmt: skip
+  )
   judged = {key: judged[key] for key in ("genppl", "genppl_se", "samples", "tokens")}
   spread = entropy(tokens_BL, given_ids)
   return Quality(entropy=spread["entropy"], entropy_se=spread["entropy_se"], **judged)
@@ -290,11 +294,14 @@ def mauve(
   generated, reference = np.asarray(generated_ND), np.asarray(reference_MD)
   values = [
     package.compute_mauve(
-      p_features=reference, q_features=generated, mauve_scaling_factor=scaling, seed=seed,
+      p_features=reference,
+      q_features=generated,
+      mauve_scaling_factor=scaling,
+      seed=seed,
       verbose=False,
     ).mauve
     for seed in range(seeds)
-  ]  # fmt: skip
+  ]
   return {
     "mauve": float(np.mean(values)),
     "mauve_std": float(np.std(values)),

@@ -56,9 +56,13 @@ class JudgeWithTokens:
     """Return GenPPL and entropy of samples in the generator's ids."""
     translated = self.retokenise(tokens_BL) if self.retokenise else None
     return generative.quality(
-      self.judge, tokens_BL, eos_id=self.eos_id, batch_size=batch_size, retokenised=translated,
+      self.judge,
+      tokens_BL,
+      eos_id=self.eos_id,
+      batch_size=batch_size,
+      retokenised=translated,
       given_ids=self.given_ids,
-    )  # fmt: skip
+    )
 
 
 def load_judge(path: str, tokenizer: tokenizers.Tokenizer) -> JudgeWithTokens:

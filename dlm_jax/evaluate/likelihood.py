@@ -88,16 +88,27 @@ def elbo(
     rng_group = jax.random.fold_in(rng, i) if isinstance(tokens_NL, list) else rng
     nats.append(
       _sequence_nelbo(
-        denoiser, process, ids_NL, valid_NL, rng_group,
-        batch_size=batch_size, samples=samples_per_sequence, eps=eps,
+        denoiser,
+        process,
+        ids_NL,
+        valid_NL,
+        rng_group,
+        batch_size=batch_size,
+        samples=samples_per_sequence,
+        eps=eps,
       )
-    )  # fmt: skip
+    )
     counts.append(valid_NL.sum(axis=1))
   nats_N, count_N = np.concatenate(nats), np.concatenate(counts)
   return summary(
-    "nelbo", nats_N, count_N, bytes_per_token, tokens=int(count_N.sum()), sequences=len(nats_N),
+    "nelbo",
+    nats_N,
+    count_N,
+    bytes_per_token,
+    tokens=int(count_N.sum()),
+    sequences=len(nats_N),
     evaluations=len(nats_N) * samples_per_sequence,
-  )  # fmt: skip
+  )
 
 
 def by_length(tokens, given_ids):

@@ -17,9 +17,11 @@ from dlm_jax.evaluate import frontier
 
 
 def sweep(
-  samplers: Mapping[str, frontier.Sampler], nfes: Sequence[int], temperatures: Sequence[float],
+  samplers: Mapping[str, frontier.Sampler],
+  nfes: Sequence[int],
+  temperatures: Sequence[float],
   **options,
-) -> list[frontier.Row]:  # fmt: skip
+) -> list[frontier.Row]:
   """Measure every sampler at every temperature; rows of `frontier.sweep`, temperature in options.
 
   Args:

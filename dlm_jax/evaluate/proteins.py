@@ -121,8 +121,10 @@ def composition_kl(
   Frequencies are pooled over all sequences of a set, with `smoothing` added to the count of each
   of the 25 letters and of "anything else", in both sets.
   """
-  counts = [np.bincount(np.concatenate([_encode(s) for s in texts]), minlength=len(LETTERS) + 1)
-            for texts in (samples, reference)]  # fmt: skip
+  counts = [
+    np.bincount(np.concatenate([_encode(s) for s in texts]), minlength=len(LETTERS) + 1)
+    for texts in (samples, reference)
+  ]
   p, q = ((c + smoothing) / (c + smoothing).sum() for c in counts)
   return float(np.sum(p * np.log(p / q)))
 

@@ -56,9 +56,14 @@ def prepare(config: ConfigDict, progress: bool = True) -> builder.Prepared:
   source = open_source(config)
   tokenizer = make_tokenizer(config, source)
   return builder.prepare(
-    source, tokenizer, config.data.length, config.data.directory, packing=config.data.packing,
-    buckets=config.data.buckets, progress=progress,
-  )  # fmt: skip
+    source,
+    tokenizer,
+    config.data.length,
+    config.data.directory,
+    packing=config.data.packing,
+    buckets=config.data.buckets,
+    progress=progress,
+  )
 
 
 def vocabulary(config: ConfigDict) -> int:
@@ -196,8 +201,9 @@ def make_objective(config: ConfigDict, model, proc) -> objectives.Objective:
     raise InputError(
       f"objective.ema_decay={options['ema_decay']} must be in [0, 1); 0: no average."
     )
-  options = {key: value or None if key in ("chunk", "ema_decay") else value
-             for key, value in options.items()}  # fmt: skip
+  options = {
+    key: value or None if key in ("chunk", "ema_decay") else value for key, value in options.items()
+  }
   optimizers = {
     tree: optim.make(rates, config.train.steps)
     for tree, rates in optim.per_tree(config.optim.to_dict(), module.TRAINED).items()
@@ -257,8 +263,12 @@ def experiment(
     devices: all by default.
     given_ids: ids of the data that are never noised, scored or predicted.
   """
-  for group, field in (("objective", "accumulate"), ("evaluate", "samples"),
-                       ("evaluate", "batch_size"), ("evaluate", "patience")):  # fmt: skip
+  for group, field in (
+    ("objective", "accumulate"),
+    ("evaluate", "samples"),
+    ("evaluate", "batch_size"),
+    ("evaluate", "patience"),
+  ):
     if config[group][field] < 1:
       raise InputError(f"{group}.{field}={config[group][field]} must be at least 1.")
   device_mesh = mesh.make(**config.mesh.to_dict(), devices=devices)

@@ -67,9 +67,15 @@ class Samples:
     def draw(denoiser, rng, nfe, prompt=None):
       length = built.config.data.length if prompt is None else prompt.shape[1]
       return sample.generate(
-        denoiser, built.process, rng, batch=batch, length=length, steps=nfe, prompt=prompt,
+        denoiser,
+        built.process,
+        rng,
+        batch=batch,
+        length=length,
+        steps=nfe,
+        prompt=prompt,
         noise_removal=options.noise_removal,
-      )  # fmt: skip
+      )
 
     # Split over the mesh; compiled once per NFE, not per evaluation. Every host reads all tokens.
     self._draw = jax.jit(
@@ -180,7 +186,13 @@ class Likelihood:
     rng = jax.random.key(0)
     if isinstance(model, models.Decoder):
       return blocks.block_elbo(
-        model, params, proc, self._tokens, rng, block_length=options.block_length,
-        first_given=options.get("first_given", False), **shared,
-      )  # fmt: skip
+        model,
+        params,
+        proc,
+        self._tokens,
+        rng,
+        block_length=options.block_length,
+        first_given=options.get("first_given", False),
+        **shared,
+      )
     return likelihood.elbo(models.Denoiser(model, params), proc, self._tokens, rng, **shared)

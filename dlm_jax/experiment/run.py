@@ -50,9 +50,14 @@ def train(config, workdir: str | os.PathLike, *, label: str = "", wandb: str = "
   evaluator = evaluators.make(built, tokenizer, lambda *where: export(*where, tokenizer), workdir)
   host, hosts = mesh.host_rows(built.mesh, config.loader.batch_size)
   stream = loader.make(
-    config.data.directory, "train", batch_size=config.loader.batch_size, seed=config.seed,
-    host=host, hosts=hosts, together=built.objective.batches,
-  )  # fmt: skip
+    config.data.directory,
+    "train",
+    batch_size=config.loader.batch_size,
+    seed=config.seed,
+    host=host,
+    hosts=hosts,
+    together=built.objective.batches,
+  )
   make_workdir(workdir)
   resolved = json.loads(config.to_json())
   _check_same_run(workdir, resolved)
@@ -63,11 +68,19 @@ def train(config, workdir: str | os.PathLike, *, label: str = "", wandb: str = "
       if step == 0 and given is not None and evaluator is not None:
         writer.write(0, evaluator(0, state)[0])  # what it starts from: the reference
       result = loop.run(
-        built.objective, state, stream, config=loop_config, mesh=built.mesh,
-        batch_size=config.loader.batch_size, given_ids=given_ids,
-        shardings=built.shardings, checkpoints=checkpoints, writer=writer, evaluator=evaluator,
+        built.objective,
+        state,
+        stream,
+        config=loop_config,
+        mesh=built.mesh,
+        batch_size=config.loader.batch_size,
+        given_ids=given_ids,
+        shardings=built.shardings,
+        checkpoints=checkpoints,
+        writer=writer,
+        evaluator=evaluator,
         label=label or config.objective.name,
-      )  # fmt: skip
+      )
   if result.reason != "interrupted":
     export(workdir / "final", built, result.state, result.step, tokenizer)
   return result
@@ -161,9 +174,23 @@ def load_start(config, built: Experiment, tokenizer: tokenizers.Tokenizer) -> An
 
 
 _SHAPE = (
-  "vocab_size", "dim", "layers", "heads", "cond_dim", "mlp_ratio", "time_conditioning", "kv_heads",
-  "head_dim", "mlp_dim", "rope_theta", "eps", "tied", "experts", "experts_per_token", "expert_dim",
-)  # fmt: skip
+  "vocab_size",
+  "dim",
+  "layers",
+  "heads",
+  "cond_dim",
+  "mlp_ratio",
+  "time_conditioning",
+  "kv_heads",
+  "head_dim",
+  "mlp_dim",
+  "rope_theta",
+  "eps",
+  "tied",
+  "experts",
+  "experts_per_token",
+  "expert_dim",
+)
 
 
 def _check_same_network(ours, theirs, whose: str):
@@ -180,9 +207,17 @@ def _check_same_network(ours, theirs, whose: str):
 
 # What makes a run this run. Of two groups, fields that change speed or frequency alone are free.
 _IDENTITY = (
-  "data", "evaluate", "loader", "model", "objective", "optim", "process", "seed", "start",
+  "data",
+  "evaluate",
+  "loader",
+  "model",
+  "objective",
+  "optim",
+  "process",
+  "seed",
+  "start",
   "teacher",
-)  # fmt: skip
+)
 _FREE = {
   "model": {"attention", "remat", "unroll", "embedding_gradient"},
   "evaluate": {"every", "patience", "batch_size"},
@@ -208,12 +243,18 @@ def _check_same_run(workdir, resolved):
 _ADDED = {
   "data": {"packing": "concatenate", "buckets": []},
   "model": {
-    "kv_heads": 0, "head_dim": 0, "mlp_dim": 0, "rope_theta": 1e4, "tied": False, "experts": 0,
-    "experts_per_token": 0, "expert_dim": 0,
+    "kv_heads": 0,
+    "head_dim": 0,
+    "mlp_dim": 0,
+    "rope_theta": 1e4,
+    "tied": False,
+    "experts": 0,
+    "experts_per_token": 0,
+    "expert_dim": 0,
   },
   "process": {"mask_id": -1},
   "start": {"path": ""},
-}  # fmt: skip
+}
 
 
 def _fixed(group, fields):
@@ -244,9 +285,12 @@ def _start(built, teacher, checkpoints, stream, evaluator) -> TrainState:
 
 
 def export(
-  directory: pathlib.Path, built: Experiment, state: TrainState,
-  step: int, tokenizer: tokenizers.Tokenizer,
-) -> None:  # fmt: skip
+  directory: pathlib.Path,
+  built: Experiment,
+  state: TrainState,
+  step: int,
+  tokenizer: tokenizers.Tokenizer,
+) -> None:
   """Write the network to sample from, with its tokenizer, in the Hugging Face layout."""
   params, critic = output_params(state, built.objective), None
   if built.objective.critic is not None:

@@ -27,4 +27,4 @@ __all__ = [
   "next_token_logits",
   "regroup",
   "rollback",
-]  # fmt: skip
+]

@@ -20,8 +20,16 @@ from dlm_jax.models.layers import Embedding, Linear, Network, RMSNorm, rotary_at
 from dlm_jax.models.storage import STORAGES, Layers
 
 _SIZES = (
-  "vocab_size", "dim", "layers", "heads", "kv_heads", "head_dim", "mlp_dim", "length", "unroll",
-)  # fmt: skip
+  "vocab_size",
+  "dim",
+  "layers",
+  "heads",
+  "kv_heads",
+  "head_dim",
+  "mlp_dim",
+  "length",
+  "unroll",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,17 +112,26 @@ class DecoderBlock(nn.Module):
     dtype = jnp.dtype(cfg.dtype)
     x_BQD = split_batch(x_BQD)
     attention = GroupedAttention(
-      cfg.heads, cfg.kv_heads, cfg.head_dim, cfg.eps, dtype, cfg.storage == "fused",
+      cfg.heads,
+      cfg.kv_heads,
+      cfg.head_dim,
+      cfg.eps,
+      dtype,
+      cfg.storage == "fused",
       name="attention",
-    )  # fmt: skip
+    )
     past = None if past is None else (*past, seen_BS)
     h, kv = attention(RMSNorm(cfg.eps, name="norm1")(x_BQD), past, rope, visible_BQQ)
     x_BQD += h
     if cfg.experts:
       feed = Experts(
-        cfg.experts, cfg.experts_per_token, cfg.expert_dim, cfg.normalize_gate, dtype,
+        cfg.experts,
+        cfg.experts_per_token,
+        cfg.expert_dim,
+        cfg.normalize_gate,
+        dtype,
         name="experts",
-      )  # fmt: skip
+      )
     else:
       feed = GatedMLP(cfg.mlp_dim, dtype, cfg.storage == "fused", name="mlp")
     x_BQD += feed(RMSNorm(cfg.eps, name="norm2")(x_BQD))

@@ -118,9 +118,14 @@ class Discriminator(Network):
     return self.config.layers - self.trained_layers
 
   def __call__(
-    self, tokens, sigma_B: Float[Array, "B"], rng_B: Key[Array, "B"] | None = None, *,
-    advance: bool = False, frozen: bool = False,
-  ) -> Float[Array, "B L"]:  # fmt: skip
+    self,
+    tokens,
+    sigma_B: Float[Array, "B"],
+    rng_B: Key[Array, "B"] | None = None,
+    *,
+    advance: bool = False,
+    frozen: bool = False,
+  ) -> Float[Array, "B L"]:
     """Return a logit per position.
 
     Args:
@@ -137,9 +142,14 @@ class Discriminator(Network):
     return self.embed(tokens)
 
   def body(
-    self, x_BLD: Float[Array, "B L D"], sigma_B: Float[Array, "B"],
-    rng_B: Key[Array, "B"] | None = None, *, advance: bool = False, frozen: bool = False,
-  ) -> Float[Array, "B L"]:  # fmt: skip
+    self,
+    x_BLD: Float[Array, "B L D"],
+    sigma_B: Float[Array, "B"],
+    rng_B: Key[Array, "B"] | None = None,
+    *,
+    advance: bool = False,
+    frozen: bool = False,
+  ) -> Float[Array, "B L"]:
     """Return the logits of embeddings; other arguments as for a call."""
     cfg, c_BC = self.config, self.time(sigma_B)
     rope = rotary_tables(x_BLD.shape[1], cfg.dim // cfg.heads)

@@ -161,9 +161,14 @@ class Head(nn.Module):
     shift, scale = jnp.split(_modulation(2 * cfg.dim, "modulation")(c_BC)[:, None, :], 2, axis=-1)
     h = LayerNorm(name="norm")(hidden_BLD, shift, scale)
     project = Linear(
-      cfg.vocab_size, ("embed", "vocab"), use_bias=True, zeros=True,
-      dtype=jnp.dtype(cfg.dtype), out_dtype=jnp.float32, name="project",
-    )  # fmt: skip
+      cfg.vocab_size,
+      ("embed", "vocab"),
+      use_bias=True,
+      zeros=True,
+      dtype=jnp.dtype(cfg.dtype),
+      out_dtype=jnp.float32,
+      name="project",
+    )
     return project(h)
 
 
@@ -233,9 +238,11 @@ class DiT(Network):
     return self.embed(tokens)
 
   def body(
-    self, x_BLD: Float[Array, "B L D"], sigma_B: Float[Array, "B"],
+    self,
+    x_BLD: Float[Array, "B L D"],
+    sigma_B: Float[Array, "B"],
     rng_B: Key[Array, "B"] | None = None,
-  ) -> Float[Array, "B L D"]:  # fmt: skip
+  ) -> Float[Array, "B L D"]:
     """Return what `trunk` returns, from embeddings."""
     cfg = self.config
     rope = rotary_tables(x_BLD.shape[1], cfg.dim // cfg.heads)

@@ -81,7 +81,10 @@ class Experts(nn.Module):
     kernel = self.param(name, init, (self.experts, rows.shape[-1], features))
     precision = jax.lax.Precision.HIGHEST if rows.dtype == jnp.float32 else None
     out = jax.lax.ragged_dot(
-      rows, kernel.astype(rows.dtype), sizes, precision=precision,
+      rows,
+      kernel.astype(rows.dtype),
+      sizes,
+      precision=precision,
       preferred_element_type=jnp.float32,
-    )  # fmt: skip
+    )
     return out.astype(rows.dtype)

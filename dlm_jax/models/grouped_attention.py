@@ -65,17 +65,23 @@ def _precision(dtype):
 def _scores(q_BQGRC, k_BKGC, visible_BQK):
   """Return float32 scores; unseen ones are finite, so that gradients through them are 0."""
   scores_BGRQK = jnp.einsum(
-    "bqgrc,bkgc->bgrqk", q_BQGRC, k_BKGC.astype(q_BQGRC.dtype),
-    preferred_element_type=jnp.float32, precision=_precision(q_BQGRC.dtype),
-  )  # fmt: skip
+    "bqgrc,bkgc->bgrqk",
+    q_BQGRC,
+    k_BKGC.astype(q_BQGRC.dtype),
+    preferred_element_type=jnp.float32,
+    precision=_precision(q_BQGRC.dtype),
+  )
   return jnp.where(visible_BQK[:, None, None], scores_BGRQK, jnp.finfo(jnp.float32).min)
 
 
 def _mix(weights_BGRQK, v_BKGC):
   return jnp.einsum(
-    "bgrqk,bkgc->bgrqc", weights_BGRQK.astype(v_BKGC.dtype), v_BKGC,
-    preferred_element_type=jnp.float32, precision=_precision(v_BKGC.dtype),
-  )  # fmt: skip
+    "bgrqk,bkgc->bgrqc",
+    weights_BGRQK.astype(v_BKGC.dtype),
+    v_BKGC,
+    preferred_element_type=jnp.float32,
+    precision=_precision(v_BKGC.dtype),
+  )
 
 
 class GroupedAttention(nn.Module):

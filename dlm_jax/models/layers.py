@@ -44,9 +44,11 @@ class Network(nn.Module):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def matmul(
-  x: Float[Array, "*batch D"], kernel: Float[Array, "D F"], dtype: DTypeLike,
+  x: Float[Array, "*batch D"],
+  kernel: Float[Array, "D F"],
+  dtype: DTypeLike,
   out_dtype: DTypeLike = jnp.float32,
-) -> Float[Array, "*batch F"]:  # fmt: skip
+) -> Float[Array, "*batch F"]:
   """Multiply in `dtype`, accumulate in float32, return `out_dtype`.
 
   On a GPU a product that returns bfloat16 writes half the bytes: of the trunk of 170 M parameters,
@@ -58,9 +60,11 @@ def matmul(
   two cores). The kernel's gradient is float32 whatever `dtype`; that of x may be rounded to it.
   """
   out = jnp.dot(
-    x.astype(dtype), kernel.astype(dtype), precision=_precision(dtype),
+    x.astype(dtype),
+    kernel.astype(dtype),
+    precision=_precision(dtype),
     preferred_element_type=_written(out_dtype),
-  )  # fmt: skip
+  )
   return out.astype(out_dtype)
 
 
@@ -85,9 +89,11 @@ def _matmul_backward(dtype, out_dtype, residual, g):
   batch = tuple(range(x.ndim - 1))
   dot = functools.partial(jax.lax.dot_general, precision=_precision(dtype))
   grad_x = dot(
-    g, kernel.astype(dtype), (((x.ndim - 1,), (1,)), ((), ())),
+    g,
+    kernel.astype(dtype),
+    (((x.ndim - 1,), (1,)), ((), ())),
     preferred_element_type=_written(dtype),
-  )  # fmt: skip
+  )
   grad_kernel = dot(x, g, ((batch, batch), ((), ())), preferred_element_type=jnp.float32)
   return grad_x.astype(like_x.dtype), grad_kernel.astype(kernel.dtype)
 
@@ -263,9 +269,12 @@ class Embedding(nn.Module):
   def attend(self, hidden: Float[Array, "B L D"], dtype) -> Float[Array, "B L V"]:
     """Return float32 logits of a head that shares the table."""
     return jnp.einsum(
-      "bld,vd->blv", hidden.astype(dtype), self.embedding.astype(dtype),
-      preferred_element_type=jnp.float32, precision=_precision(dtype),
-    )  # fmt: skip
+      "bld,vd->blv",
+      hidden.astype(dtype),
+      self.embedding.astype(dtype),
+      preferred_element_type=jnp.float32,
+      precision=_precision(dtype),
+    )
 
 
 def _rows_uniform(rng, shape, dtype=jnp.float32):

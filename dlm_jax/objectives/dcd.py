@@ -44,9 +44,13 @@ def pair_times(
 
 
 def trajectory(
-  batch: Batch, rng_B: Key[Array, "B"], delta: Float[Array, ""] | float, *,
-  duality: GaussianDuality, chunk: int | None = None,
-) -> Pair:  # fmt: skip
+  batch: Batch,
+  rng_B: Key[Array, "B"],
+  delta: Float[Array, ""] | float,
+  *,
+  duality: GaussianDuality,
+  chunk: int | None = None,
+) -> Pair:
   """Draw both states of every sequence from one noise; prompts are kept."""
   x0_BL = batch["tokens"]
   t_B, s_B = pair_times(batch["t"], delta)
@@ -66,9 +70,16 @@ def trajectory(
 
 
 def consistency(
-  params: Params, pair: Pair, *, teacher: Params, model: DiT, process: Uniform,
-  divergence: str = "kl-bwd", dropout_B: Key[Array, "B"] | None = None, chunk: int | None = None,
-) -> Float[Array, "B L"]:  # fmt: skip
+  params: Params,
+  pair: Pair,
+  *,
+  teacher: Params,
+  model: DiT,
+  process: Uniform,
+  divergence: str = "kl-bwd",
+  dropout_B: Key[Array, "B"] | None = None,
+  chunk: int | None = None,
+) -> Float[Array, "B L"]:
   """Return the divergence of the student at (z_t, t) from the teacher at (z_s, s), in nats.
 
   Args:
@@ -96,9 +107,16 @@ def consistency(
 
 
 def loss(
-  params: Params, batch: Batch, *, model: DiT, duality: GaussianDuality, teacher: Params,
-  delta: Float[Array, ""] | float, divergence: str = "kl-bwd", chunk: int | None = None,
-) -> tuple[Float[Array, ""], tuple[Metrics, None]]:  # fmt: skip
+  params: Params,
+  batch: Batch,
+  *,
+  model: DiT,
+  duality: GaussianDuality,
+  teacher: Params,
+  delta: Float[Array, ""] | float,
+  divergence: str = "kl-bwd",
+  chunk: int | None = None,
+) -> tuple[Float[Array, ""], tuple[Metrics, None]]:
   """Return the mean of `consistency` over valid tokens, in nats.
 
   Dropout in the student only. The published code copies the teacher in training mode, so that its
@@ -107,9 +125,15 @@ def loss(
   rng_noise_B, rng_dropout_B = split_each(batch["rng"], 2)
   pair = trajectory(batch, rng_noise_B, delta, duality=duality, chunk=chunk)
   loss_BL = consistency(
-    params, pair, teacher=teacher, model=model, process=duality.process, divergence=divergence,
-    dropout_B=rng_dropout_B, chunk=chunk,
-  )  # fmt: skip
+    params,
+    pair,
+    teacher=teacher,
+    model=model,
+    process=duality.process,
+    divergence=divergence,
+    dropout_B=rng_dropout_B,
+    chunk=chunk,
+  )
   return token_mean(loss_BL, batch), ({"changed": jnp.mean(pair.zt != pair.zs)}, None)
 
 
@@ -173,9 +197,14 @@ def make(
     state = rounds.refresh_teacher(state, update_teacher_every)
     student_loss = functools.partial(loss, teacher=state.trees["teacher"], delta=delta, **shared)
     state, metrics, _ = update(
-      state, "student", student_loss, batch, optimizers["student"], accumulate=accumulate,
+      state,
+      "student",
+      student_loss,
+      batch,
+      optimizers["student"],
+      accumulate=accumulate,
       decay=ema_decay,
-    )  # fmt: skip
+    )
     return state.replace(step=state.step + 1), metrics
 
   return Objective(init, step, output="student")

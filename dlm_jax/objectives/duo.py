@@ -89,23 +89,42 @@ def hard_inputs(
 
 
 def soft_inputs(
-  params: Params, batch: Batch, rng_B: Key[Array, "B"], *, model: DiT, duality: GaussianDuality,
-  tau: Float[Array, ""] | float, chunk: int | None, few: int | None = None,
-) -> tuple[Int[Array, "B L"], Float[Array, "B L D"]]:  # fmt: skip
+  params: Params,
+  batch: Batch,
+  rng_B: Key[Array, "B"],
+  *,
+  model: DiT,
+  duality: GaussianDuality,
+  tau: Float[Array, ""] | float,
+  chunk: int | None,
+  few: int | None = None,
+) -> tuple[Int[Array, "B L"], Float[Array, "B L D"]]:
   """Return argmax w of diffused tokens, prompts kept, and the embeddings of softmax(w/τ).
 
   `few`: see `Relaxation`.
   """
   return embed_data(
-    params, batch["tokens"], rng_B, batch["t"], valid_tokens(batch), model=model,
-    relaxation=Relaxation(duality=duality, tau=tau, few=few), chunk=chunk,
-  )  # fmt: skip
+    params,
+    batch["tokens"],
+    rng_B,
+    batch["t"],
+    valid_tokens(batch),
+    model=model,
+    relaxation=Relaxation(duality=duality, tau=tau, few=few),
+    chunk=chunk,
+  )
 
 
 def token_nll(
-  params: Params, inputs: tuple[Int[Array, "B L"], Float[Array, "B L D"]], batch: Batch,
-  dropout_B: Key[Array, "B"] | None, *, model: DiT, process: Uniform, chunk: int | None = None,
-) -> Float[Array, "B L"]:  # fmt: skip
+  params: Params,
+  inputs: tuple[Int[Array, "B L"], Float[Array, "B L D"]],
+  batch: Batch,
+  dropout_B: Key[Array, "B"] | None,
+  *,
+  model: DiT,
+  process: Uniform,
+  chunk: int | None = None,
+) -> Float[Array, "B L"]:
   """Return the NELBO integrand in nats at hard tokens whose embeddings may be soft.
 
   Args:
@@ -152,9 +171,16 @@ def loss(
   else:
     soft, duality = step < curriculum.end, curriculum.duality
     soften = functools.partial(
-      soft_inputs, params, batch, rng_noise_B, model=model, duality=duality,
-      tau=curriculum.tau(step), chunk=chunk, few=curriculum.few,
-    )  # fmt: skip
+      soft_inputs,
+      params,
+      batch,
+      rng_noise_B,
+      model=model,
+      duality=duality,
+      tau=curriculum.tau(step),
+      chunk=chunk,
+      few=curriculum.few,
+    )
     inputs = jax.lax.cond(soft, soften, harden)
     schedules = (duality.process.schedule, process.schedule)
     either = _Either(first=soft, schedules=schedules)
@@ -220,9 +246,12 @@ def make(
       vocab_size=process.vocab_size, gamma_min=gamma_min, gamma_max=gamma_max
     )
     curriculum = Curriculum(
-      duality=duality, start=curriculum_start, end=curriculum_end,
-      tau_log10_start=tau_log10_start, tau_log10_end=tau_log10_end,
-    )  # fmt: skip
+      duality=duality,
+      start=curriculum_start,
+      end=curriculum_end,
+      tau_log10_start=tau_log10_start,
+      tau_log10_end=tau_log10_end,
+    )
   tx = optimizers["model"]
 
   def init(rng, teacher_params=None):
@@ -235,9 +264,14 @@ def make(
   def step(state, batch):
     options = {"model": model, "process": process, "curriculum": curriculum, "chunk": chunk}
     state, metrics, _ = update(
-      state, "model", functools.partial(loss, step=state.step, **options), batch, tx,
-      accumulate=accumulate, decay=ema_decay,
-    )  # fmt: skip
+      state,
+      "model",
+      functools.partial(loss, step=state.step, **options),
+      batch,
+      tx,
+      accumulate=accumulate,
+      decay=ema_decay,
+    )
     return state.replace(step=state.step + 1), metrics
 
   return Objective(init, step, output="model")

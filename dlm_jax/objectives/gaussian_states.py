@@ -51,18 +51,26 @@ class Relaxation:
     return self.duality.process
 
   def diffuse(
-    self, p0_BKV: Float[Array, "B K V"], rng_B: Key[Array, "B"], position_BK: Int[Array, "B K"],
-    t_B: Float[Array, "B"], valid_BK: Bool[Array, "B K"],
-  ) -> Float[Array, "B K V"]:  # fmt: skip
+    self,
+    p0_BKV: Float[Array, "B K V"],
+    rng_B: Key[Array, "B"],
+    position_BK: Int[Array, "B K"],
+    t_B: Float[Array, "B"],
+    valid_BK: Bool[Array, "B K"],
+  ) -> Float[Array, "B K V"]:
     """Return w at some positions; where not valid, p₀ itself without noise."""
     noise_BKV = jax.vmap(self.duality.noise)(rng_B, position_BK)
     w_BKV = jax.vmap(self.duality.diffuse)(p0_BKV, noise_BKV, t_B)
     return jnp.where(valid_BK[..., None], w_BKV, p0_BKV)
 
   def diffuse_data(
-    self, rng_B: Key[Array, "B"], x0_BK: Int[Array, "B K"], position_BK: Int[Array, "B K"],
-    t_B: Float[Array, "B"], valid_BK: Bool[Array, "B K"],
-  ) -> tuple[Int[Array, "B K J"], Float[Array, "B K J"]]:  # fmt: skip
+    self,
+    rng_B: Key[Array, "B"],
+    x0_BK: Int[Array, "B K"],
+    position_BK: Int[Array, "B K"],
+    t_B: Float[Array, "B"],
+    valid_BK: Bool[Array, "B K"],
+  ) -> tuple[Int[Array, "B K J"], Float[Array, "B K J"]]:
     """Return ids and values of the entries of w that matter, of data; `few` must be set."""
     ids_BKJ, w_BKJ = jax.vmap(self.duality.diffuse_data, in_axes=(0, 0, 0, 0, None))(
       rng_B, x0_BK, position_BK, t_B, self.few
@@ -71,9 +79,12 @@ class Relaxation:
     return checkpoint_name(ids_BKJ, KEPT), checkpoint_name(w_BKJ, KEPT)
 
   def select(
-    self, logits_BKV: Float[Array, "B K V"], w_BKV: Float[Array, "B K V"], t_B: Float[Array, "B"],
+    self,
+    logits_BKV: Float[Array, "B K V"],
+    w_BKV: Float[Array, "B K V"],
+    t_B: Float[Array, "B"],
     valid_BK: Bool[Array, "B K"],
-  ) -> tuple[Int[Array, "B K J"], Float[Array, "B K J"]]:  # fmt: skip
+  ) -> tuple[Int[Array, "B K J"], Float[Array, "B K J"]]:
     """Return ids and values of the largest entries of w, the largest first; `few` must be set.
 
     Differentiable in the logits of p₀; what to keep for that is named `KEPT`.
@@ -96,9 +107,16 @@ def _positions(tokens_BL):
 
 
 def embed_data(
-  params: Params, x0_BL: Int[Array, "B L"], rng_B: Key[Array, "B"], t_B: Float[Array, "B"],
-  valid_BL: Bool[Array, "B L"], *, model: DiT, relaxation: Relaxation, chunk: int | None,
-) -> tuple[Int[Array, "B L"], Float[Array, "B L D"]]:  # fmt: skip
+  params: Params,
+  x0_BL: Int[Array, "B L"],
+  rng_B: Key[Array, "B"],
+  t_B: Float[Array, "B"],
+  valid_BL: Bool[Array, "B L"],
+  *,
+  model: DiT,
+  relaxation: Relaxation,
+  chunk: int | None,
+) -> tuple[Int[Array, "B L"], Float[Array, "B L D"]]:
   """Return hard states argmax w of diffused data, and the soft ones' embeddings under `params`."""
 
   def embed_few(x0_BK, position_BK, valid_BK):
@@ -119,10 +137,18 @@ def embed_data(
 
 
 def embed_predictions(
-  predict, arrays: tuple[Array, ...], trees: tuple[Params, ...], x0_BL: Int[Array, "B L"],
-  rng_B: Key[Array, "B"], t_B: Float[Array, "B"], valid_BL: Bool[Array, "B L"], *, model: DiT,
-  relaxation: Relaxation, chunk: int | None,
-) -> tuple[Int[Array, "B L"], tuple[Float[Array, "B L D"], ...]]:  # fmt: skip
+  predict,
+  arrays: tuple[Array, ...],
+  trees: tuple[Params, ...],
+  x0_BL: Int[Array, "B L"],
+  rng_B: Key[Array, "B"],
+  t_B: Float[Array, "B"],
+  valid_BL: Bool[Array, "B L"],
+  *,
+  model: DiT,
+  relaxation: Relaxation,
+  chunk: int | None,
+) -> tuple[Int[Array, "B L"], tuple[Float[Array, "B L D"], ...]]:
   """Return hard states argmax w of diffused predictions, and embeddings of w/τ under each tree.
 
   Gradients flow through the embeddings to whatever `predict` closes over; none through argmax.

@@ -60,9 +60,14 @@ def make(
 
   def step(state, batch):
     state, metrics, _ = update(
-      state, "model", functools.partial(loss, model=model, process=process), batch, tx,
-      accumulate=accumulate, decay=ema_decay,
-    )  # fmt: skip
+      state,
+      "model",
+      functools.partial(loss, model=model, process=process),
+      batch,
+      tx,
+      accumulate=accumulate,
+      decay=ema_decay,
+    )
     return state.replace(step=state.step + 1), metrics
 
   return Objective(init, step, output="model")

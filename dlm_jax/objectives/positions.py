@@ -76,9 +76,13 @@ def in_chunks(step: Callable, carry: Any, arrays: Any, chunk: int | None) -> tup
 
 
 def sum_positions(
-  function: Callable[..., tuple[Float[Array, "B K"], Any]], trained: Any, moving: Pieces,
-  fixed: Pieces, weights_BL: Float[Array, "B L"], chunk: int | None,
-) -> tuple[Float[Array, ""], Any]:  # fmt: skip
+  function: Callable[..., tuple[Float[Array, "B K"], Any]],
+  trained: Any,
+  moving: Pieces,
+  fixed: Pieces,
+  weights_BL: Float[Array, "B L"],
+  chunk: int | None,
+) -> tuple[Float[Array, ""], Any]:
   """Return Σ weights · loss over all positions, and what else the function returns.
 
   Differentiable once, in `trained` and `moving`; whatever `function` closes over is constant.
@@ -107,8 +111,10 @@ def sum_positions(
   def total(trained, moving, fixed, weights_BL):
     values, extra = in_chunks(
       lambda total, pieces: _add(total, weighted(trained, *pieces)),
-      jnp.zeros(()), (moving, fixed, weights_BL), chunk,
-    )  # fmt: skip
+      jnp.zeros(()),
+      (moving, fixed, weights_BL),
+      chunk,
+    )
     return values, extra
 
   def forward(trained, moving, fixed, weights_BL):

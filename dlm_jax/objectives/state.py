@@ -125,9 +125,14 @@ def update(
 
 
 def apply_gradients(
-  state: TrainState, tree: str, grads: Params, tx: optax.GradientTransformation, *,
-  decay: float | None, metrics: Metrics,
-) -> tuple[TrainState, Metrics]:  # fmt: skip
+  state: TrainState,
+  tree: str,
+  grads: Params,
+  tx: optax.GradientTransformation,
+  *,
+  decay: float | None,
+  metrics: Metrics,
+) -> tuple[TrainState, Metrics]:
   """Take the optimiser step of `update` with given gradients; name the metrics, add their norm."""
   params = state.trees[tree]
   updates, opt = tx.update(grads, state.opt[tree], params)

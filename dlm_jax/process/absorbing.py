@@ -118,9 +118,13 @@ class Absorbing:
     return jnp.where(xt_L == self.mask_id, -self.schedule.weight(t) * expected_L, 0.0)
 
   def nll_predicted(
-    self, logits_LV: Float[Array, "L V"], xt_L: Int[Array, "L"],
-    data_logits_LV: Float[Array, "L V"], data_xt_L: Int[Array, "L"], t: Scalar,
-  ) -> Float[Array, "L"]:  # fmt: skip
+    self,
+    logits_LV: Float[Array, "L V"],
+    xt_L: Int[Array, "L"],
+    data_logits_LV: Float[Array, "L V"],
+    data_xt_L: Int[Array, "L"],
+    t: Scalar,
+  ) -> Float[Array, "L"]:
     """Return `nll_soft` for data that a network predicts, of both networks' logits.
 
     Args:

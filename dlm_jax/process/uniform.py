@@ -97,9 +97,13 @@ class Uniform:
     return nelbo.soft(log_x0_LV, p0_LV, xt_L, self.schedule.alpha(t), self.schedule.dalpha(t))
 
   def nll_predicted(
-    self, logits_LV: Float[Array, "L V"], xt_L: Int[Array, "L"],
-    data_logits_LV: Float[Array, "L V"], data_xt_L: Int[Array, "L"], t: Scalar,
-  ) -> Float[Array, "L"]:  # fmt: skip
+    self,
+    logits_LV: Float[Array, "L V"],
+    xt_L: Int[Array, "L"],
+    data_logits_LV: Float[Array, "L V"],
+    data_xt_L: Int[Array, "L"],
+    t: Scalar,
+  ) -> Float[Array, "L"]:
     """Return the NELBO integrand for data that a network predicts, of both networks' logits.
 
     `nll_soft(log_estimate(logits), xₜ, softmax(data_logits), t)`, differentiable in both logits.

@@ -85,10 +85,13 @@ def write(
   judge = load_judge(compared.judge, pipes["teacher"].tokenizer)
   used = [places.network_directory(path) for path in (*paths.values(), compared.judge)]
   settings = {
-    **judge.settings(), "samples": compared.samples, "batch_size": compared.samples,
-    "judge_batch_size": compared.samples, "path": workdir / "frontier.jsonl",
+    **judge.settings(),
+    "samples": compared.samples,
+    "batch_size": compared.samples,
+    "judge_batch_size": compared.samples,
+    "path": workdir / "frontier.jsonl",
     "context": {"weights": [convert.fingerprint(directory) for directory in used]},
-  }  # fmt: skip
+  }
   with clock.measure("frontier"):
     rows = _sweep(pipes, compared.nfes, settings)
   reference = score(judge, held_out(pipes["teacher"]))
@@ -97,11 +100,17 @@ def write(
     name: pipe(steps=compared.shown_nfe, num=compared.shown, seed=1) for name, pipe in pipes.items()
   }
   report.write(
-    workdir, rows=rows, reference=reference, texts=texts, shown_nfe=compared.shown_nfe,
-    seconds=clock.seconds, told=compared.told.format(made=_made(compared)),
-    tokenizer=pipes["teacher"].tokenizer, max_entropy_drop=compared.max_entropy_drop,
+    workdir,
+    rows=rows,
+    reference=reference,
+    texts=texts,
+    shown_nfe=compared.shown_nfe,
+    seconds=clock.seconds,
+    told=compared.told.format(made=_made(compared)),
+    tokenizer=pipes["teacher"].tokenizer,
+    max_entropy_drop=compared.max_entropy_drop,
     students=compared.students,
-  )  # fmt: skip
+  )
 
 
 def score(judge: JudgeWithTokens, tokens_NL: Int[np.ndarray, "N L"]) -> frontier.Reference:

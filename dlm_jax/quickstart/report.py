@@ -14,10 +14,18 @@ from dlm_jax.evaluate import frontier
 
 
 def write(
-  workdir: pathlib.Path, *, rows, reference: frontier.Reference, texts: dict[str, list[str]],
-  shown_nfe: int, seconds: dict[str, float], told: str, tokenizer, max_entropy_drop: float,
+  workdir: pathlib.Path,
+  *,
+  rows,
+  reference: frontier.Reference,
+  texts: dict[str, list[str]],
+  shown_nfe: int,
+  seconds: dict[str, float],
+  told: str,
+  tokenizer,
+  max_entropy_drop: float,
   students: dict[str, str],
-) -> None:  # fmt: skip
+) -> None:
   """Write report.md, samples.json and summary.txt.
 
   Args:

@@ -60,9 +60,15 @@ def run(
     return jax.vmap(lambda rng: jax.random.uniform(jax.random.fold_in(rng, k), shape))(rng_B)
 
   return race_all(
-    denoiser, process, uniform, x_BL, frozen_BL, t_K=grids.make(grid, steps),
-    noise_removal=noise_removal, logits_dtype=logits_dtype,
-  )  # fmt: skip
+    denoiser,
+    process,
+    uniform,
+    x_BL,
+    frozen_BL,
+    t_K=grids.make(grid, steps),
+    noise_removal=noise_removal,
+    logits_dtype=logits_dtype,
+  )
 
 
 def _round(x, dtype):

@@ -136,9 +136,19 @@ def _loop(process, t_K, window, hold):
 
 
 def _remask(
-  denoiser, process, rng_B, x_BL, frozen_BL, *, t_K, sigma_K, capacity, noise_removal,
-  temperature, nucleus,
-):  # fmt: skip
+  denoiser,
+  process,
+  rng_B,
+  x_BL,
+  frozen_BL,
+  *,
+  t_K,
+  sigma_K,
+  capacity,
+  noise_removal,
+  temperature,
+  nucleus,
+):
   """Return the states of the absorbing sampler."""
   steps, (batch, length) = t_K.shape[0] - 1, x_BL.shape
   alpha_K = process.schedule.alpha(t_K)

@@ -36,9 +36,13 @@ class Revealer:
   nucleus: float
 
   def reveal(
-    self, x_BL: Int[Array, "B L"], due_BL: Bool[Array, "B L"], draws_BL2: Float[Array, "B L 2"],
-    sigma_B: Float[Array, "B"], greedy: bool = False,
-  ) -> Int[Array, "B L"]:  # fmt: skip
+    self,
+    x_BL: Int[Array, "B L"],
+    due_BL: Bool[Array, "B L"],
+    draws_BL2: Float[Array, "B L 2"],
+    sigma_B: Float[Array, "B"],
+    greedy: bool = False,
+  ) -> Int[Array, "B L"]:
     """Return the state with the due masks revealed.
 
     Args:
@@ -56,10 +60,15 @@ class Revealer:
     return jax.lax.cond(due_BL.any(), fill, lambda x_BL: x_BL, x_BL)
 
   def fill(
-    self, x_BL: Int[Array, "B L"], hidden_BLD: Float[Array, "B L D"], due_BL: Bool[Array, "B L"],
-    draws_BL2: Float[Array, "B L 2"], sigma_B: Float[Array, "B"], greedy: bool = False,
+    self,
+    x_BL: Int[Array, "B L"],
+    hidden_BLD: Float[Array, "B L D"],
+    due_BL: Bool[Array, "B L"],
+    draws_BL2: Float[Array, "B L 2"],
+    sigma_B: Float[Array, "B"],
+    greedy: bool = False,
     change: Callable | None = None,
-  ) -> Int[Array, "B L"]:  # fmt: skip
+  ) -> Int[Array, "B L"]:
     """Return what `reveal` returns, from hidden states of the trunk.
 
     `change(logits_BKV, position_BK)` may replace the predictions of the gathered positions.
@@ -96,9 +105,12 @@ def capacity_for(mean: float, length: int) -> int:
 
 
 def fill_due(
-  x_BL: Int[Array, "B L"], hidden_BLD: Float[Array, "B L D"], due_BL: Bool[Array, "B L"],
-  predict: Callable, capacity: int,
-) -> Int[Array, "B L"]:  # fmt: skip
+  x_BL: Int[Array, "B L"],
+  hidden_BLD: Float[Array, "B L D"],
+  due_BL: Bool[Array, "B L"],
+  predict: Callable,
+  capacity: int,
+) -> Int[Array, "B L"]:
   """Set the due positions, `capacity` per row at a time, in as many turns as the fullest row needs.
 
   Args:

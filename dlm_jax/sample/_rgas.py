@@ -81,13 +81,20 @@ def run(
   _check(critic, h, candidates, ratio, reward)
   length, t_K = x_BL.shape[1], grids.make(grid, steps)
   revealer = Revealer(
-    denoiser=denoiser, process=process, capacity=capacity_for(length / steps, length),
-    temperature=temperature, nucleus=nucleus,
-  )  # fmt: skip
+    denoiser=denoiser,
+    process=process,
+    capacity=capacity_for(length / steps, length),
+    temperature=temperature,
+    nucleus=nucleus,
+  )
   guide = _Guide(
-    revealer=revealer, process=process, critic=critic, rng_B=rng_B, frozen_BL=frozen_BL,
+    revealer=revealer,
+    process=process,
+    critic=critic,
+    rng_B=rng_B,
+    frozen_BL=frozen_BL,
     reward=reward,
-  )  # fmt: skip
+  )
   split = tilted_steps(steps, ratio)
   inputs = (jnp.arange(steps), t_K[:-1], t_K[1:])
   scale_K = jnp.asarray(tilts(split, h))
@@ -102,9 +109,12 @@ def run(
   if noise_removal == "none":
     return trace_KBL
   x_BL = revealer.reveal(
-    x_BL, guide.masked(x_BL), guide.uniforms(steps, length, 2), guide.sigma(t_K[-1]),
+    x_BL,
+    guide.masked(x_BL),
+    guide.uniforms(steps, length, 2),
+    guide.sigma(t_K[-1]),
     noise_removal == "greedy",
-  )  # fmt: skip
+  )
   return jnp.concatenate([trace_KBL, x_BL[None]])
 
 
@@ -143,9 +153,7 @@ class _Guide:
         return tilt(self.critic, logits_BKV, slope_BKD, scale)[0]
 
     due_BL = masked_BL & (draws_BL3[..., 0] < self.process.reveal_probability(s, t))
-    x_BL = self.revealer.fill(
-      x_BL, hidden_BLD, due_BL, draws_BL3[..., 1:], sigma_B, change=change
-    )  # fmt: skip
+    x_BL = self.revealer.fill(x_BL, hidden_BLD, due_BL, draws_BL3[..., 1:], sigma_B, change=change)
     return x_BL, x_BL
 
   def slope(self, x_BL, masked_BL, hidden_BLD, sigma_B):
@@ -193,9 +201,12 @@ class _Guide:
 
 
 def slope(
-  critic, expected_BLD: Float[Array, "B L D"], x_BL: Int[Array, "B L"],
-  masked_BL: Bool[Array, "B L"], sigma_B: Float[Array, "B"],
-) -> Float[Array, "B L D"]:  # fmt: skip
+  critic,
+  expected_BLD: Float[Array, "B L D"],
+  x_BL: Int[Array, "B L"],
+  masked_BL: Bool[Array, "B L"],
+  sigma_B: Float[Array, "B"],
+) -> Float[Array, "B L D"]:
   """Return ∂R/∂e, R the sum of the critic's logits over masks, whose embeddings are e.
 
   The critic reads expected embeddings at masked positions, those of the tokens elsewhere.
@@ -209,9 +220,11 @@ def slope(
 
 
 def tilt(
-  critic, logits_BKV: Float[Array, "B K V"], slope_BKD: Float[Array, "B K D"],
+  critic,
+  logits_BKV: Float[Array, "B K V"],
+  slope_BKD: Float[Array, "B K D"],
   scale: Float[Array, ""] | float,
-) -> tuple[Float[Array, "B K V"], Float[Array, "B K V"]]:  # fmt: skip
+) -> tuple[Float[Array, "B K V"], Float[Array, "B K V"]]:
   """Return tilted logits and the clipped ∂R/∂ℓ, by the chain rule from `slope` at any positions.
 
   R depends on a position's logits through its expected embedding only, so its gradient needs
@@ -247,9 +260,13 @@ def ranked_steps(steps: int, candidates: int, ratio: float, reward: str) -> int:
 
 
 def cost(
-  steps: int, *, h: tuple[float, float] = (30.0, 40.0), candidates: int = 4, ratio: float = 0.5,
+  steps: int,
+  *,
+  h: tuple[float, float] = (30.0, 40.0),
+  candidates: int = 4,
+  ratio: float = 0.5,
   reward: str = "sum",
-) -> dict[str, int]:  # fmt: skip
+) -> dict[str, int]:
   """Return true network evaluations per sample, by kind; nominal NFE counts the student's only."""
   guided = tilted_steps(steps, ratio) if any(h) else 0
   ranked = ranked_steps(steps, candidates, ratio, reward)

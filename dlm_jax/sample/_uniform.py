@@ -79,14 +79,17 @@ def draws(process: Uniform, rng: RngKey, length: int) -> Draws:
 
 
 def redraw(
-  process: Uniform, given: Draws, logits_KV: Float[Array, "K V"], x_K: Int[Array, "K"],
-  alpha_s: Scalar, alpha_t: Scalar, kappa: Scalar,
-) -> Int[Array, "K"]:  # fmt: skip
+  process: Uniform,
+  given: Draws,
+  logits_KV: Float[Array, "K V"],
+  x_K: Int[Array, "K"],
+  alpha_s: Scalar,
+  alpha_t: Scalar,
+  kappa: Scalar,
+) -> Int[Array, "K"]:
   """Draw xₛ at any positions; the logits are the clean token's and need not be normalised."""
   p_K = draw.softmax(logits_KV)
-  keep_K, predict_K = mixture(
-    process.vocab_size, p_K.probability(x_K), alpha_s, alpha_t, kappa
-  )  # fmt: skip
+  keep_K, predict_K = mixture(process.vocab_size, p_K.probability(x_K), alpha_s, alpha_t, kappa)
   predicted_K = p_K.draw(given.token)
   moved_K = jnp.where(given.which < keep_K + predict_K, predicted_K, given.noise)
   return jnp.where(given.which < keep_K, x_K, moved_K).astype(x_K.dtype)
@@ -179,7 +182,14 @@ def run(
   """
   _ancestral.check_options(noise_removal, temperature, nucleus)
   return walk(
-    denoiser, process, rng_B, x_BL, frozen_BL, t_K=grids.make(grid, steps),
-    kappa_K=jnp.ones(steps), noise_removal=noise_removal, temperature=temperature,
+    denoiser,
+    process,
+    rng_B,
+    x_BL,
+    frozen_BL,
+    t_K=grids.make(grid, steps),
+    kappa_K=jnp.ones(steps),
+    noise_removal=noise_removal,
+    temperature=temperature,
     nucleus=nucleus,
-  )  # fmt: skip
+  )

@@ -180,18 +180,25 @@ class TextDecoder:
     else:
       follow = _Follow(self, plan, on_text)
       tokens_BL, info = sample.decode(
-        program.decoder, *arguments[:3], lengths=plan.lengths_B, max_length=plan.limits_B,
+        program.decoder,
+        *arguments[:3],
+        lengths=plan.lengths_B,
+        max_length=plan.limits_B,
         on_round=follow,
-      )  # fmt: skip
+      )
     rows = _rows(tokens_BL, info.prompt_B, info.lengths_B)
     texts = [self._text(row, plan.rule.stop_ids) for row in rows]
     if follow is not None:
       follow.finish(texts)
     drafted_B = info.counts.get("draft_passes", np.zeros(1, np.int32))
     return Generation(
-      texts=texts, tokens=rows, info=info, target_passes=int(np.sum(info.passes_B)),
-      draft_passes=int(np.sum(drafted_B)), mode=plan.mode,
-    )  # fmt: skip
+      texts=texts,
+      tokens=rows,
+      info=info,
+      target_passes=int(np.sum(info.passes_B)),
+      draft_passes=int(np.sum(drafted_B)),
+      mode=plan.mode,
+    )
 
   def _text(self, ids: Sequence[int], stop_ids: Sequence[int]) -> str:
     """Return the text of decided ids; rows that no token has show as nothing."""
@@ -232,9 +239,13 @@ def open_decoder(
   if trained not in (None, tokenizer.fingerprint):
     raise InputError(f"{source} was trained with another tokenizer; leave tokenizer out.")
   return TextDecoder(
-    model=model, process=proc, tokenizer=tokenizer, source=pathlib.Path(source),
-    block_length=convert.block_length(source), **options,
-  )  # fmt: skip
+    model=model,
+    process=proc,
+    tokenizer=tokenizer,
+    source=pathlib.Path(source),
+    block_length=convert.block_length(source),
+    **options,
+  )
 
 
 class _Program:
@@ -244,9 +255,7 @@ class _Program:
     self.decoder = decoder._replace(init=jax.jit(decoder.init), round=jax.jit(decoder.round))
 
     def whole(params, prompt_BP, rng, lengths_B, limits_B):
-      return sample.decode(
-        decoder, params, prompt_BP, rng, lengths=lengths_B, max_length=limits_B
-      )  # fmt: skip
+      return sample.decode(decoder, params, prompt_BP, rng, lengths=lengths_B, max_length=limits_B)
 
     self.whole = jax.jit(whole)
 

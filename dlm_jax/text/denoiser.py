@@ -53,9 +53,12 @@ class Pipeline:
       **options: of the sampler.
     """
     given = {
-      "denoiser": self.denoiser, "process": self.process, "length": self.length,
-      "options": options, "critic": self.critic if options.get("sampler") == "rgas" else None,
-    }  # fmt: skip
+      "denoiser": self.denoiser,
+      "process": self.process,
+      "length": self.length,
+      "options": options,
+      "critic": self.critic if options.get("sampler") == "rgas" else None,
+    }
     if self.tokenizer.given_ids and data:
       like = functools.partial(templates.like_validation, data)
       return frontier.ProteinSampler(templates=like, **given)
@@ -118,9 +121,17 @@ def _generate(proc, batch, length, steps, options):
   def run(denoiser, critic, rng, prompt, frozen):
     guide = {} if critic is None else {"critic": critic}
     return sample.generate(
-      denoiser, proc, rng, batch=batch, length=length, steps=steps, prompt=prompt, frozen=frozen,
-      **guide, **dict(options),
-    )  # fmt: skip
+      denoiser,
+      proc,
+      rng,
+      batch=batch,
+      length=length,
+      steps=steps,
+      prompt=prompt,
+      frozen=frozen,
+      **guide,
+      **dict(options),
+    )
 
   return jax.jit(run)
 
@@ -149,9 +160,13 @@ def load_denoiser(
   stored = convert.read_config(source).get("dlm_jax")
   buckets = tuple(stored.get("buckets", ())) if isinstance(stored, dict) else ()
   return Pipeline(
-    denoiser=denoiser, process=proc, tokenizer=words, length=model.config.length, buckets=buckets,
+    denoiser=denoiser,
+    process=proc,
+    tokenizer=words,
+    length=model.config.length,
+    buckets=buckets,
     source=source,
-  )  # fmt: skip
+  )
 
 
 def default_dtype() -> str:

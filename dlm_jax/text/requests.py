@@ -229,10 +229,13 @@ def lay_out(
   window = min(width + max_new_tokens, most)
   prompt_BP, lengths_B = sample.pad_prompts(rows, min(width, window))
   return Plan(
-    prompt_BP=prompt_BP, lengths_B=lengths_B,
-    limits_B=lengths_B + max_new_tokens, window=window, rule=block,
+    prompt_BP=prompt_BP,
+    lengths_B=lengths_B,
+    limits_B=lengths_B + max_new_tokens,
+    window=window,
+    rule=block,
     speculative=draft,
-  )  # fmt: skip
+  )
 
 
 def check_pair(target: Any, draft: Any) -> None:

@@ -30,9 +30,14 @@ class Progress:
     self._silent = jax.process_index() != 0
     self._interactive = sys.stderr.isatty() or _in_notebook()
     self._bar = auto.tqdm(
-      desc=label, initial=start, total=total, unit="step", dynamic_ncols=True, leave=True,
+      desc=label,
+      initial=start,
+      total=total,
+      unit="step",
+      dynamic_ncols=True,
+      leave=True,
       disable=self._silent or not self._interactive,
-    )  # fmt: skip
+    )
     self._start, self._last_line = start, time.monotonic()
     self._clock = None  # starts after the first step: compiling is not training
     self._tokens = 0

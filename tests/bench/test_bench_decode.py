@@ -103,8 +103,11 @@ def test_random_weights_exist_in_one_type_only(storage, monkeypatch):
   assert set(made) == {jnp.dtype("bfloat16")} and len(made) >= 6
   large = config.dim * config.mlp_dim
   for shape in {x.shape for x in jax.tree.leaves(params) if x.size >= large}:
-    jaxpr = str(jax.make_jaxpr(lambda r, s=shape: original(r, s, jnp.dtype("bfloat16"), 1.0))(
-      jax.random.key(0, impl="rbg")))  # fmt: skip
+    jaxpr = str(
+      jax.make_jaxpr(lambda r, s=shape: original(r, s, jnp.dtype("bfloat16"), 1.0))(
+        jax.random.key(0, impl="rbg")
+      )
+    )
     assert "f32[" + ",".join(map(str, shape)) + "]" not in jaxpr.replace("bf16[", "")
   logits = tiny.logits(model, params, tiny.tokens(1, 3))
   assert float(logits.std()) > 0.05
@@ -116,9 +119,13 @@ def test_random_weights_exist_in_one_type_only(storage, monkeypatch):
 def _passes(**changes):
   networks = {"target": models.Decoder(SMALL), "draft": models.Decoder(SMALL)}
   options = {
-    "queries": [1, 4], "cache_length": 8, "variants": list(passes.VARIANTS), "copy": 2e9,
-    "read": 4e9, "repeats": 1,
-  }  # fmt: skip
+    "queries": [1, 4],
+    "cache_length": 8,
+    "variants": list(passes.VARIANTS),
+    "copy": 2e9,
+    "read": 4e9,
+    "repeats": 1,
+  }
   return passes.bench_passes(networks, **options | changes)
 
 
@@ -145,14 +152,24 @@ def test_passes_are_compared_with_reading(monkeypatch):
 
 def test_the_fastest_pass_that_is_large_enough_counts():
   row = passes.Pass(
-    network="target", variant="scan", queries=4, seconds=3.0, spread=0.0, weight_bytes=1,
-    cache_bytes=0, limit=1.0, read_limit=1.0, memory=None, compile_seconds=0.0,
-  )  # fmt: skip
+    network="target",
+    variant="scan",
+    queries=4,
+    seconds=3.0,
+    spread=0.0,
+    weight_bytes=1,
+    cache_bytes=0,
+    limit=1.0,
+    read_limit=1.0,
+    memory=None,
+    compile_seconds=0.0,
+  )
   rows = [
-    row, dataclasses.replace(row, variant="fused", seconds=2.0),
+    row,
+    dataclasses.replace(row, variant="fused", seconds=2.0),
     dataclasses.replace(row, queries=16, seconds=4.0),
     dataclasses.replace(row, network="draft", seconds=1.0),
-  ]  # fmt: skip
+  ]
   (found, separate) = passes.speedups(rows, [4, 8], acceptances=[1.0])
   assert found.block_length == 4 and found.folded and not separate.folded
   assert found.alone == pytest.approx(1 / 2) and found.drafted == pytest.approx(4 / (4 + 4))
@@ -171,9 +188,14 @@ def arms():
   draft = jax.tree.map(lambda x, y: x + 0.2 * (y - x), params, other)
   prompts = [[1, 2, 3, 4, 5], [6, 7], [8]]
   return decode.bench_decode(
-    decode.Network(model, params), decode.Network(model, draft), prompts, _RULE,
-    new_tokens=11, max_new_tokens=14, repeats=2,
-  )  # fmt: skip
+    decode.Network(model, params),
+    decode.Network(model, draft),
+    prompts,
+    _RULE,
+    new_tokens=11,
+    max_new_tokens=14,
+    repeats=2,
+  )
 
 
 def test_arms_are_compared_with_the_static_decode(arms):
@@ -265,8 +287,16 @@ def test_what_is_timed_has_a_fixed_number_of_tokens(monkeypatch):
 
 # --- commands -------------------------------------------------------------------------------------
 
-_SHAPE = {"dim": 16, "layers": 1, "heads": 2, "kv_heads": 1, "head_dim": 8, "mlp_dim": 16,
-          "vocab_size": 40, "dtype": "float32"}  # fmt: skip
+_SHAPE = {
+  "dim": 16,
+  "layers": 1,
+  "heads": 2,
+  "kv_heads": 1,
+  "head_dim": 8,
+  "mlp_dim": 16,
+  "vocab_size": 40,
+  "dtype": "float32",
+}
 
 
 @pytest.fixture
@@ -287,9 +317,15 @@ def _fields(**changes):
 
 def test_passes_from_the_command_line(tiny_limits, capsys, tmp_path):
   text, content = _bench(
-    capsys, tmp_path, "passes", *_fields(), "--queries=1,2", "--cache_length=4", "--repeats=1",
+    capsys,
+    tmp_path,
+    "passes",
+    *_fields(),
+    "--queries=1,2",
+    "--cache_length=4",
+    "--repeats=1",
     "--variants=scan,layers",
-  )  # fmt: skip
+  )
   assert len(content["rows"]) == 4 and content["limits"]["read"] > 0
   assert "| target  | layers" in text and content["speedups"] == []
   row = content["rows"][0]
@@ -299,9 +335,16 @@ def test_passes_from_the_command_line(tiny_limits, capsys, tmp_path):
 @pytest.mark.slow
 def test_random_networks_from_the_command_line(capsys, tmp_path):
   text, content = _bench(
-    capsys, tmp_path, "decode", *_fields(), "--num_prompts=2", "--prompt_length=3",
-    "--new_tokens=5", "--max_new_tokens=5", "--repeats=1",
-  )  # fmt: skip
+    capsys,
+    tmp_path,
+    "decode",
+    *_fields(),
+    "--num_prompts=2",
+    "--prompt_length=3",
+    "--new_tokens=5",
+    "--max_new_tokens=5",
+    "--repeats=1",
+  )
   assert "random weights" in text and content["rows"][0]["name"] == "static"
   assert content["block_length"] == 4 and content["rows"][0]["length"] == 5
 
@@ -312,10 +355,19 @@ def test_checkpoints_from_the_command_line(capsys, tmp_path):
   draft = tiny_sdar.write(tmp_path / "draft", layers=1, noise=0.2)
   (tmp_path / "prompts.txt").write_text("one prompt\n\nanother\na third\n")
   text, content = _bench(
-    capsys, tmp_path, "decode", f"--checkpoint={target}", f"--draft={draft}", "--new_tokens=6",
-    f"--prompts={tmp_path / 'prompts.txt'}", "--num_prompts=2", "--max_new_tokens=6", "--repeats=1",
-    "--temperature=0.5", "--dtype=float32",
-  )  # fmt: skip
+    capsys,
+    tmp_path,
+    "decode",
+    f"--checkpoint={target}",
+    f"--draft={draft}",
+    "--new_tokens=6",
+    f"--prompts={tmp_path / 'prompts.txt'}",
+    "--num_prompts=2",
+    "--max_new_tokens=6",
+    "--repeats=1",
+    "--temperature=0.5",
+    "--dtype=float32",
+  )
   assert "float32, temperature 0.5" in text and content["temperature"] == 0.5
   assert content["prompts"] == 2 and len(content["rows"]) == 5
   assert content["rows"][-1]["same"] == 1.0 and "| stacked" in text

@@ -421,8 +421,11 @@ def test_in_a_process_of_its_own(tiny, tmp_path):
   flags = tiny.flags("idlm", loader__batch_size="100")
   answer = subprocess.run(
     [sys.executable, "-m", "dlm_jax", "train", *flags, f"--workdir={tmp_path / 'run'}"],
-    capture_output=True, text=True, check=False, env=tiny_runs.environment(),
-  )  # fmt: skip
+    capture_output=True,
+    text=True,
+    check=False,
+    env=tiny_runs.environment(),
+  )
   assert answer.returncode == 2 and answer.stdout == ""
   assert answer.stderr.strip().endswith("use 96 or 104.")
   assert len(answer.stderr.strip().splitlines()) == 1

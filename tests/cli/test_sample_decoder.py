@@ -41,9 +41,7 @@ FEW = ("--max_new_tokens=6", "--stop=none")
 
 def test_text_goes_to_stdout_and_the_rest_to_stderr(run, folder):
   out, err = run("--prompt=It was", *FEW)
-  texts = load.open_decoder(folder / "target").generate(
-    "It was", max_new_tokens=6, stop=()
-  ).texts  # fmt: skip
+  texts = load.open_decoder(folder / "target").generate("It was", max_new_tokens=6, stop=()).texts
   assert out == texts[0] + "\n"
   assert err[0] == "no draft: exact, the network's own decode" and len(err) == 2
   assert err[1].startswith("6 tokens in ") and err[1].endswith(" target passes per token")
@@ -87,17 +85,41 @@ def test_flags_reach_the_request(folder, monkeypatch, tmp_path, capsys):
 
   monkeypatch.setattr(TextDecoder, "plan", plan)
   (tmp_path / "ask.txt").write_text("from a file", encoding="utf-8")
-  main([
-    "sample", f"--checkpoint={folder / 'target'}", f"--prompt=@{tmp_path / 'ask.txt'}",
-    "--prompt=text", "--chat", "--block_length=4", "--steps=2", "--strategy=sequential",
-    "--threshold=0.5", "--temperature=0.7", "--top_k=0", "--top_p=0.9", "--max_new_tokens=7",
-    "--stop=<|im_end|>", "--stop=5", "--verify=none", "--seed=0",
-  ])  # fmt: skip
+  main(
+    [
+      "sample",
+      f"--checkpoint={folder / 'target'}",
+      f"--prompt=@{tmp_path / 'ask.txt'}",
+      "--prompt=text",
+      "--chat",
+      "--block_length=4",
+      "--steps=2",
+      "--strategy=sequential",
+      "--threshold=0.5",
+      "--temperature=0.7",
+      "--top_k=0",
+      "--top_p=0.9",
+      "--max_new_tokens=7",
+      "--stop=<|im_end|>",
+      "--stop=5",
+      "--verify=none",
+      "--seed=0",
+    ]
+  )
   assert seen == {
-    "prompts": ["from a file", "text"], "chat": True, "block_length": 4, "steps": 2,
-    "strategy": "sequential", "threshold": 0.5, "temperature": 0.7, "top_k": 0, "top_p": 0.9,
-    "max_new_tokens": 7, "stop": ["<|im_end|>", 5], "verify": "none",
-  }  # fmt: skip
+    "prompts": ["from a file", "text"],
+    "chat": True,
+    "block_length": 4,
+    "steps": 2,
+    "strategy": "sequential",
+    "threshold": 0.5,
+    "temperature": 0.7,
+    "top_k": 0,
+    "top_p": 0.9,
+    "max_new_tokens": 7,
+    "stop": ["<|im_end|>", 5],
+    "verify": "none",
+  }
 
 
 def test_json(run):

@@ -64,11 +64,13 @@ def test_another_number_of_trained_layers_is_the_same_function(directory):
   [
     (lambda t: t.pop("output_layer.main.2.weight_u"), "output_layer.main.2.weight_u is missing"),
     (lambda t: t.update(extra=np.zeros(3, np.float32)), "unknown tensor extra"),
-    (lambda t: t.update({"output_layer.main.2.weight_orig": np.zeros((32, 1), np.float32)}),
-     "is it transposed"),
+    (
+      lambda t: t.update({"output_layer.main.2.weight_orig": np.zeros((32, 1), np.float32)}),
+      "is it transposed",
+    ),
     (lambda t: t.update({"blocks.1.norm1.weight": np.zeros(31, np.float32)}), "expected"),
   ],
-)  # fmt: skip
+)
 def test_refusals_name_the_tensor(directory, change, message):
   tensors = load_file(directory / FILE)
   change(tensors)
@@ -100,9 +102,10 @@ def test_a_student_with_its_discriminator_in_one_file(directory):
   jax.tree.map(np.testing.assert_array_equal, convert.load(directory)[1], want)
   (directory / FILE).unlink()
   jax.tree.map(
-    np.testing.assert_array_equal, convert.load_discriminator(directory),
+    np.testing.assert_array_equal,
+    convert.load_discriminator(directory),
     convert.load_discriminator(PUBLIC),
-  )  # fmt: skip
+  )
   trees.pop("discriminator.output_layer.main.0.weight_v")
   save_file(trees, directory / "model.safetensors")
   with pytest.raises(InputError, match=r"discriminator\.output_layer\.main\.0\.weight_v is miss"):

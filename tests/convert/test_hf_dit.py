@@ -118,8 +118,9 @@ def test_round_trip(tmp_path, kind, dtype):
   assert jax.tree.structure(back) == jax.tree.structure(params)
   assert json.loads((tmp_path / "a/b/config.json").read_text())["dlm_jax"]["note"] == 7
   assert sorted(p.name for p in (tmp_path / "a/b").iterdir()) == [
-    "config.json", "model.safetensors",
-  ]  # fmt: skip
+    "config.json",
+    "model.safetensors",
+  ]
 
 
 def test_a_user_supplied_schedule_cannot_be_saved(tmp_path):

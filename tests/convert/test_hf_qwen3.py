@@ -144,11 +144,16 @@ def test_public_names(tmp_path):
   model, params = tiny.make(config)
   shapes = {name: x.shape for name, x in hf_qwen3.to_tensors(model, params).items()}
   layer = {
-    "input_layernorm.weight": (32,), "post_attention_layernorm.weight": (32,),
-    "self_attn.q_proj.weight": (32, 32), "self_attn.k_proj.weight": (16, 32),
-    "self_attn.v_proj.weight": (16, 32), "self_attn.o_proj.weight": (32, 32),
-    "self_attn.q_norm.weight": (8,), "self_attn.k_norm.weight": (8,), "mlp.gate.weight": (5, 32),
-  }  # fmt: skip
+    "input_layernorm.weight": (32,),
+    "post_attention_layernorm.weight": (32,),
+    "self_attn.q_proj.weight": (32, 32),
+    "self_attn.k_proj.weight": (16, 32),
+    "self_attn.v_proj.weight": (16, 32),
+    "self_attn.o_proj.weight": (32, 32),
+    "self_attn.q_norm.weight": (8,),
+    "self_attn.k_norm.weight": (8,),
+    "mlp.gate.weight": (5, 32),
+  }
   for e in range(5):
     layer |= {f"mlp.experts.{e}.{part}_proj.weight": (16, 32) for part in ("gate", "up")}
     layer |= {f"mlp.experts.{e}.down_proj.weight": (32, 16)}

@@ -22,10 +22,17 @@ from dlm_jax.errors import InputError
 
 CHECKPOINTS = pathlib.Path(__file__).parent.parent / "golden" / "checkpoints"
 _STORAGES = {
-  "float32": "FloatStorage", "float64": "DoubleStorage", "float16": "HalfStorage",
-  "bfloat16": "BFloat16Storage", "int64": "LongStorage", "int32": "IntStorage",
-  "int16": "ShortStorage", "int8": "CharStorage", "uint8": "ByteStorage", "bool": "BoolStorage",
-}  # fmt: skip
+  "float32": "FloatStorage",
+  "float64": "DoubleStorage",
+  "float16": "HalfStorage",
+  "bfloat16": "BFloat16Storage",
+  "int64": "LongStorage",
+  "int32": "IntStorage",
+  "int16": "ShortStorage",
+  "int8": "CharStorage",
+  "uint8": "ByteStorage",
+  "bool": "BoolStorage",
+}
 
 
 class Code(bytes):
@@ -61,9 +68,16 @@ def _opcodes(value, storages):
   pid = each([("storage", kind, str(len(storages) - 1), "cpu", array.size)]) + b"Q"
   strides = tuple(n // array.itemsize for n in array.strides)
   return bytes(
-    call("torch._utils._rebuild_tensor_v2", Code(pid), 0, array.shape, strides, False,
-         call("collections.OrderedDict"))
-  )  # fmt: skip
+    call(
+      "torch._utils._rebuild_tensor_v2",
+      Code(pid),
+      0,
+      array.shape,
+      strides,
+      False,
+      call("collections.OrderedDict"),
+    )
+  )
 
 
 def write(path, value, *, compression=zipfile.ZIP_STORED, extra=()):
@@ -135,12 +149,21 @@ def test_a_hostile_file_is_refused_and_not_run(tmp_path, zipped, protocol):
 @pytest.mark.parametrize(
   "name",
   [
-    "builtins.eval", "__builtin__.eval", "builtins.getattr", "os.system", "posix.system",
-    "subprocess.Popen", "numpy.load", "torch.load", "torch.hub.load",
-    "torch.storage._load_from_bytes", "functools.partial", "dlm_jax.convert.save",
+    "builtins.eval",
+    "__builtin__.eval",
+    "builtins.getattr",
+    "os.system",
+    "posix.system",
+    "subprocess.Popen",
+    "numpy.load",
+    "torch.load",
+    "torch.hub.load",
+    "torch.storage._load_from_bytes",
+    "functools.partial",
+    "dlm_jax.convert.save",
     "operator.attrgetter",
   ],
-)  # fmt: skip
+)
 def test_unknown_globals_are_named(tmp_path, name):
   with pytest.raises(InputError, match=name.replace("__builtin__", "builtins")):
     torch_file.read(write(tmp_path / "x.pt", {"a": call(name, "1")}))
@@ -257,17 +280,29 @@ def test_checkpoint_without_average(directory):
 def test_average_in_the_published_order():
   model = convert.load(CHECKPOINTS / "mdlm")[0]
   names = [name for name, *_ in hf_dit._entries(model)]
-  block = ["norm1.weight", "attn_qkv.weight", "attn_out.weight", "norm2.weight", "mlp.0.weight",
-           "mlp.0.bias", "mlp.2.weight", "mlp.2.bias", "adaLN_modulation.weight",
-           "adaLN_modulation.bias"]  # fmt: skip
+  block = [
+    "norm1.weight",
+    "attn_qkv.weight",
+    "attn_out.weight",
+    "norm2.weight",
+    "mlp.0.weight",
+    "mlp.0.bias",
+    "mlp.2.weight",
+    "mlp.2.bias",
+    "adaLN_modulation.weight",
+    "adaLN_modulation.bias",
+  ]
   assert names == [
     "vocab_embed.embedding",
     *(f"sigma_map.mlp.{i}.{kind}" for i in (0, 2) for kind in ("weight", "bias")),
     *(f"blocks.{i}.{name}" for i in (0, 1) for name in block),
     "output_layer.norm_final.weight",
-    *(f"output_layer.{x}.{kind}" for x in ("linear", "adaLN_modulation")
-      for kind in ("weight", "bias")),
-  ]  # fmt: skip
+    *(
+      f"output_layer.{x}.{kind}"
+      for x in ("linear", "adaLN_modulation")
+      for kind in ("weight", "bias")
+    ),
+  ]
 
 
 @pytest.mark.parametrize(

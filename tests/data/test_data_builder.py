@@ -214,9 +214,13 @@ print("tensorflow" in sys.modules)
 def _run(program, *arguments, **options):
   environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
   return subprocess.Popen(
-    [sys.executable, "-c", program, *map(str, arguments)], env=environment, text=True,
-    stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options,
-  )  # fmt: skip
+    [sys.executable, "-c", program, *map(str, arguments)],
+    env=environment,
+    text=True,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    **options,
+  )
 
 
 def test_standard_library_end_to_end_without_tensorflow(tmp_path):

@@ -92,12 +92,24 @@ def test_datasets_of_text_say_nothing_new(tmp_path):
   builder.prepare(source, tokenizers.Bytes(), 16, tmp_path / "out", progress=False)
   content = json.loads((tmp_path / "out" / "dataset.json").read_text())
   assert list(content) == [
-    "format", "source", "length", "wrap", "vocab_size", "eos_id", "tokenizer_fingerprint",
-    "splits", "package_version", "files",
-  ]  # fmt: skip
+    "format",
+    "source",
+    "length",
+    "wrap",
+    "vocab_size",
+    "eos_id",
+    "tokenizer_fingerprint",
+    "splits",
+    "package_version",
+    "files",
+  ]
   assert list(content["splits"]["train"]) == [
-    "records", "tokens", "documents", "text_bytes", "bytes_per_token",
-  ]  # fmt: skip
+    "records",
+    "tokens",
+    "documents",
+    "text_bytes",
+    "bytes_per_token",
+  ]
   assert "together" not in loader.make(tmp_path / "out", "train", batch_size=2, seed=0).position()
 
 

@@ -34,8 +34,13 @@ def test_every_layout_and_compression(tmp_path):
   (tmp_path / "4.fasta.bz2").write_bytes(bz2.compress(b">e\nWWW\n>f\nYYY"))
   records = [r for path in sorted(tmp_path.iterdir()) for r in fasta.read(str(path))]
   assert records == [
-    ("a", "ACDEFG"), ("b", "MKT"), ("c|x", "ACDEFG"), ("d", "XBUZO"), ("e", "WWW"), ("f", "YYY"),
-  ]  # fmt: skip
+    ("a", "ACDEFG"),
+    ("b", "MKT"),
+    ("c|x", "ACDEFG"),
+    ("d", "XBUZO"),
+    ("e", "WWW"),
+    ("f", "YYY"),
+  ]
   source = sources.open_source(f"fasta:{tmp_path}/*")
   assert sorted(everything(source)) == ["ACDEFG", "MKT", "WWW", "XBUZO", "YYY"]  # one was double
   assert sum(counts.get("duplicates", 0) for counts in source.dropped.values()) == 1

@@ -19,10 +19,18 @@ def make(seed=0, layers=2, vocabulary=V):
   """Return a decoder and parameters under which logits differ by several units."""
   model = models.Decoder(
     models.DecoderConfig(
-      vocab_size=vocabulary, dim=16, layers=layers, heads=4, kv_heads=2, head_dim=8, mlp_dim=24,
-      rope_theta=1e4, dtype="float32", length=64,
+      vocab_size=vocabulary,
+      dim=16,
+      layers=layers,
+      heads=4,
+      kv_heads=2,
+      head_dim=8,
+      mlp_dim=24,
+      rope_theta=1e4,
+      dtype="float32",
+      length=64,
     )
-  )  # fmt: skip
+  )
   params = model.init(jax.random.key(seed), jnp.zeros((1, 4), jnp.int32))["params"]
   rng = np.random.default_rng(seed)
 

@@ -50,9 +50,13 @@ def test_recorded_rejection(golden, name):
   # A vocabulary below 256 is one block of the two-level draw: its first uniform does nothing.
   bonus = jnp.concatenate([jnp.zeros_like(v["bonus_uniform"]), v["bonus_uniform"]], axis=1)
   verdict = rejection(
-    draft, jnp.asarray(v["draft_probs"]), jnp.asarray(v["target_probs"]),
-    jnp.ones_like(draft, bool), jnp.asarray(v["accept_uniforms"]), bonus,
-  )  # fmt: skip
+    draft,
+    jnp.asarray(v["draft_probs"]),
+    jnp.asarray(v["target_probs"]),
+    jnp.ones_like(draft, bool),
+    jnp.asarray(v["accept_uniforms"]),
+    bonus,
+  )
   np.testing.assert_array_equal(verdict.accepted_B, v["n_accepted"])
   np.testing.assert_array_equal(_listed(verdict), v["accepted_ids"])
   np.testing.assert_array_equal(_bonus(verdict), v["bonus_token"])
@@ -100,17 +104,20 @@ def test_rules_against_a_reference(rule, fill):
     fails, put = best != draft, best
   else:
     verdict = rejection(
-      jnp.asarray(draft), jnp.asarray(p), jnp.asarray(q), jnp.asarray(is_open),
-      jnp.asarray(uniform, jnp.float32), jnp.asarray(bonus, jnp.float32), fill=fill,
-    )  # fmt: skip
+      jnp.asarray(draft),
+      jnp.asarray(p),
+      jnp.asarray(q),
+      jnp.asarray(is_open),
+      jnp.asarray(uniform, jnp.float32),
+      jnp.asarray(bonus, jnp.float32),
+      fill=fill,
+    )
     ratio = _pick(q, draft) / _pick(p, draft)
     fails = ~(uniform.astype(np.float32) < np.minimum(1, ratio))
     cdf = np.cumsum(np.maximum(q - p, 0), -1)
     put = (cdf <= bonus[:, None, 1:] * cdf[..., -1:]).sum(-1)
   for row in range(batch):
-    wanted, accepted = _reference(
-      draft[row], best[row], fails[row], put[row], is_open[row], fill
-    )  # fmt: skip
+    wanted, accepted = _reference(draft[row], best[row], fails[row], put[row], is_open[row], fill)
     kept = np.flatnonzero(verdict.kept_BK[row])
     assert {i: int(verdict.tokens_BK[row, i]) for i in kept} == wanted
     assert int(verdict.accepted_B[row]) == accepted
@@ -161,9 +168,11 @@ def _drafted(tables, confident, values):
     for order in ((0, 1), (1, 0)):
       a, b = order
       chance = first[a][values[a]] * first[b][other]
-      left = first[a][values[a]] >= first[b][other] if a == 0 else (
-        first[a][values[a]] > first[b][other]
-      )  # fmt: skip
+      left = (
+        first[a][values[a]] >= first[b][other]
+        if a == 0
+        else (first[a][values[a]] > first[b][other])
+      )
       taken = left if confident else a == 0
       if taken:
         found.append((order, chance * second[b][values[a]][values[b]]))
@@ -203,9 +212,13 @@ def _speculative_law(target, draft, confident):
   bonus = jnp.stack([jnp.zeros_like(bonus), bonus], 1)
   for at, uniform in enumerate(([1.0, 0.0], [0.0, 1.0])):
     verdict = rejection(
-      repeat(values), repeat(p), repeat(q), jnp.ones((count * grid, 2), bool),
-      jnp.tile(jnp.asarray(uniform), (count * grid, 1)), bonus,
-    )  # fmt: skip
+      repeat(values),
+      repeat(p),
+      repeat(q),
+      jnp.ones((count * grid, 2), bool),
+      jnp.tile(jnp.asarray(uniform), (count * grid, 1)),
+      bonus,
+    )
     tokens = np.asarray(verdict.tokens_BK[:, at]).reshape(count, grid)
     tokens = np.array([np.bincount(row, minlength=_SYMBOLS) / grid for row in tokens])
     for row, ((a, _), chance, _, _) in enumerate(cases):
@@ -251,10 +264,13 @@ def test_law_of_rejection_by_drawing():
   q = jnp.stack([np.broadcast_to(first[0], (count, _SYMBOLS)), second[1][a]], 1)
   rng_accept, rng_bonus = jax.random.split(jax.random.key(1))
   verdict = rejection(
-    jnp.stack([a, b], 1).astype(jnp.int32), p.astype(jnp.float32), q.astype(jnp.float32),
-    jnp.ones((count, 2), bool), jax.random.uniform(rng_accept, (count, 2)),
+    jnp.stack([a, b], 1).astype(jnp.int32),
+    p.astype(jnp.float32),
+    q.astype(jnp.float32),
+    jnp.ones((count, 2), bool),
+    jax.random.uniform(rng_accept, (count, 2)),
     jax.random.uniform(rng_bonus, (count, 2)),
-  )  # fmt: skip
+  )
   left = np.asarray(verdict.tokens_BK[:, 0])
   right = np.where(verdict.kept_BK[:, 1], verdict.tokens_BK[:, 1], draws(second[1][left]))
   observed = np.bincount(left * _SYMBOLS + right, minlength=_SYMBOLS**2)

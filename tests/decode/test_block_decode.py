@@ -82,10 +82,16 @@ def test_recorded_decoding(golden, name, run):
   if settings["temperature"] != 1.0:  # tempered confidences, the most probable token all the same
     greedy = {"temperature": settings["temperature"], "top_k": 1}
   options = sample.BlockOptions(
-    block_length=settings["block_length"], mask_id=mask_id, steps=settings["denoising_steps"],
-    strategy=settings["strategy"], threshold=settings["confidence_threshold"], budget="block",
-    count_mask=True, fold=run % 2 == 0, **greedy,
-  )  # fmt: skip
+    block_length=settings["block_length"],
+    mask_id=mask_id,
+    steps=settings["denoising_steps"],
+    strategy=settings["strategy"],
+    threshold=settings["confidence_threshold"],
+    budget="block",
+    count_mask=True,
+    fold=run % 2 == 0,
+    **greedy,
+  )
   tokens, info = _decode(
     model, params, options, [prompt.tolist()], jax.random.key(0), window=len(expected)
   )
@@ -265,9 +271,13 @@ def test_streaming():
   prompt, lengths = sample.pad_prompts(PROMPTS)
   shown = []
   result = sample.decode(
-    decoder, params, prompt, jax.random.key(5), lengths=lengths,
+    decoder,
+    params,
+    prompt,
+    jax.random.key(5),
+    lengths=lengths,
     on_round=lambda tokens, lengths: shown.append((tokens, lengths)),
-  )  # fmt: skip
+  )
   _equal(result, expected)
   for (tokens, ends), (later, later_ends) in itertools.pairwise(shown):
     assert isinstance(tokens, np.ndarray) and (later_ends >= ends).all()
@@ -317,9 +327,13 @@ def test_every_strategy_ends_in_time(strategy):
   params = toy.script(jnp.full(24, toy.MASK)) + (jnp.arange(toy.V) % 5 * 0.3)[None]
   steps = 8 if strategy == "first_hitting" else 3
   options = _options(
-    block_length=8, steps=steps, strategy=strategy, entropy_bound=0.0, factor=0.0,
+    block_length=8,
+    steps=steps,
+    strategy=strategy,
+    entropy_bound=0.0,
+    factor=0.0,
     temperature=float(strategy == "sequential"),
-  )  # fmt: skip
+  )
   prompts = [[1, 2, 3], [4] * 8]
   tokens, info = _decode(toy.Script(), params, options, prompts, jax.random.key(0), window=24)
   assert tokens[0, :3].tolist() == [1, 2, 3] and tokens[1, :8].tolist() == [4] * 8

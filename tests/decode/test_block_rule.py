@@ -250,10 +250,13 @@ def test_noise_is_a_function_of_key_position_and_step():
   part = _reveal(options, logits_KV, [0, 1, 0, 1], start=40)
   np.testing.assert_array_equal(part.tokens_K[1::2], far.tokens_K[1::2])
   # The draw changes with the step, with the key and with the position.
-  draws = np.stack([
-    np.asarray(_reveal(options, logits_KV, [1] * 4, seed=seed, step=step).tokens_K)
-    for seed in range(6) for step in range(2)
-  ])  # fmt: skip
+  draws = np.stack(
+    [
+      np.asarray(_reveal(options, logits_KV, [1] * 4, seed=seed, step=step).tokens_K)
+      for seed in range(6)
+      for step in range(2)
+    ]
+  )
   assert len(np.unique(draws, axis=0)) == 12 and all(len(np.unique(row)) > 1 for row in draws[::3])
 
 

@@ -32,9 +32,12 @@ def _recorded(golden, name, trees):
 
 def _recorded_rule(config, case, **options):
   return sample.BlockOptions(
-    mask_id=config["mask_token_id"], steps=case["denoising_steps"], temperature=0.0,
-    count_mask=True, **options,
-  )  # fmt: skip
+    mask_id=config["mask_token_id"],
+    steps=case["denoising_steps"],
+    temperature=0.0,
+    count_mask=True,
+    **options,
+  )
 
 
 @pytest.mark.parametrize(
@@ -54,19 +57,32 @@ def test_recorded_drafts(golden, name):
     @functools.partial(jax.jit, compiler_options=toy.QUICK)
     def draft(params, context, size=size, start=start, rule=rule):
       progress = begin(
-        context, jax.random.key(0), None, None,
-        window=start + size, block_length=size, mask_id=rule.mask_id,
-      )  # fmt: skip
+        context,
+        jax.random.key(0),
+        None,
+        None,
+        window=start + size,
+        block_length=size,
+        mask_id=rule.mask_id,
+      )
       slots = masks.sequence_slots(jnp.arange(start), size)
       arguments = (context, None, masks.block_causal(slots)[None], None)
       _, kv = model.apply({"params": params}, *arguments, method="extend")
       cache = commit(Cache.make(model.config, 1, start), kv)
       position = start + jnp.arange(size)[None]
       return draft.propose(
-        model, params, rule, progress.rng_B, progress, cache, position,
-        jnp.full((1, size), rule.mask_id), jnp.ones((1, size), bool), jnp.zeros(1, jnp.int32),
+        model,
+        params,
+        rule,
+        progress.rng_B,
+        progress,
+        cache,
+        position,
+        jnp.full((1, size), rule.mask_id),
+        jnp.ones((1, size), bool),
+        jnp.zeros(1, jnp.int32),
         want_probs=True,
-      )  # fmt: skip
+      )
 
     found, wanted = draft(params["draft"], context), v[f"case{number}/step_map"]
     drafted = wanted >= 0
@@ -92,21 +108,27 @@ def test_recorded_decoding(golden, name):
   v, config, model, params = _recorded(golden, name, ["target", "draft"])
   cases = [(i, case) for i, case in enumerate(config["cases"])]
   for fill, steps, strategy in (
-    ("truncate", 4, "low_confidence_static"), ("truncate", 4, "low_confidence_dynamic"),
-    ("target_argmax", 4, "low_confidence_static"), ("draft_argmax", 2, "low_confidence_static"),
-  ):  # fmt: skip
+    ("truncate", 4, "low_confidence_static"),
+    ("truncate", 4, "low_confidence_dynamic"),
+    ("target_argmax", 4, "low_confidence_static"),
+    ("draft_argmax", 2, "low_confidence_static"),
+  ):
     chosen = [
-      (i, case) for i, case in cases
+      (i, case)
+      for i, case in cases
       if (case["partial_block_fill"], case["denoising_steps"], case["remasking_strategy"])
       == (fill, steps, strategy)
-    ]  # fmt: skip
+    ]
     if fill != "truncate" and name.endswith("__a"):
       continue  # compilation; the other file rejects more
     assert chosen
     rule = _recorded_rule(
-      config, chosen[0][1], block_length=4, strategy=strategy,
+      config,
+      chosen[0][1],
+      block_length=4,
+      strategy=strategy,
       threshold=chosen[0][1]["confidence_threshold"],
-    )  # fmt: skip
+    )
     options = sample.SpeculativeOptions(target=rule, verify="simsd", layout="published", fill=fill)
     decoder = sample.speculative_decoder(model, model, options, 44)
     prompts = [v[f"case{i}/prompt"].tolist() for i, _ in chosen]
@@ -189,9 +211,7 @@ def test_self_draft_and_contrary_draft(layers):
   """
   model, params = toy.network(layers)
   arguments = toy.requests(24, WINDOW)
-  own = toy.run(
-    sample.block_decoder(model, _greedy(fold=False), WINDOW), params, arguments
-  )  # fmt: skip
+  own = toy.run(sample.block_decoder(model, _greedy(fold=False), WINDOW), params, arguments)
   decoder = _decoder(layers)
   state = toy.run(decoder, {"target": params, "draft": params}, arguments)
   alpha = float(state.counts["accepted"].sum() / state.counts["drafted"].sum())

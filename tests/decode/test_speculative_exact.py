@@ -21,17 +21,24 @@ RULES = {
   "static_drawn": {"strategy": "low_confidence_static", "temperature": 0.7, "steps": 3},
   "dynamic": {"strategy": "low_confidence_dynamic", "threshold": 0.4, "temperature": 0.0},
   "dynamic_drawn": {
-    "strategy": "low_confidence_dynamic", "threshold": 0.5, "temperature": 0.7, "top_k": 12,
-    "top_p": 0.9, "confidence": "filtered",
+    "strategy": "low_confidence_dynamic",
+    "threshold": 0.5,
+    "temperature": 0.7,
+    "top_k": 12,
+    "top_p": 0.9,
+    "confidence": "filtered",
   },
   "sequential": {"strategy": "sequential", "temperature": 0.0, "steps": 2, "budget": "block"},
   "sequential_drawn": {"strategy": "sequential", "temperature": 1.0},
   "entropy_bounded": {
-    "strategy": "entropy_bounded", "entropy_bound": 2.0, "temperature": 0.0, "block_length": 8,
+    "strategy": "entropy_bounded",
+    "entropy_bound": 2.0,
+    "temperature": 0.0,
+    "block_length": 8,
   },
   "factor": {"strategy": "factor", "factor": 1.0, "temperature": 0.7},
   "first_hitting": {"strategy": "first_hitting", "temperature": 1.0},
-}  # fmt: skip
+}
 SLOW = set(RULES) - {"static", "dynamic_drawn", "sequential_drawn"}
 
 
@@ -90,9 +97,7 @@ def test_text_is_the_targets_own(name):
     passes.append(int(counts["target_passes"].sum()))
     if quality == 0:  # 9.4-c
       np.testing.assert_array_equal(counts["accepted"], counts["drafted"])
-      np.testing.assert_array_equal(
-        counts["target_passes"], toy.blocks(state, rule.block_length)
-      )  # fmt: skip
+      np.testing.assert_array_equal(counts["target_passes"], toy.blocks(state, rule.block_length))
       np.testing.assert_array_equal(state.target_cache.length_B, own.cache.length_B)
   assert passes[0] < passes[1] <= passes[2] <= max(passes[3:]), passes
 

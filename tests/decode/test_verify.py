@@ -137,9 +137,14 @@ def test_recorded_verification(golden, name):
     before = get("input_ids")[None, : case["prompt_len"] + sum(case["accepted_lengths"])]
     cache = _prefilled(model, params, before, _accepted_slots(case, config["block_length"]))
     found = _recorded_pass(
-      model, params, cache, get("draft_ids")[None], get("step_map")[None] + 1,
-      mask_id=config["mask_token_id"], layout="published",
-    )  # fmt: skip
+      model,
+      params,
+      cache,
+      get("draft_ids")[None],
+      get("step_map")[None] + 1,
+      mask_id=config["mask_token_id"],
+      layout="published",
+    )
     wanted = v[f"case{number}/target_probs"]
     np.testing.assert_allclose(jax.nn.softmax(found.logits_BNKV[0], -1), wanted, rtol=0, atol=2e-5)
 
@@ -158,9 +163,14 @@ def test_recorded_cached_verification(golden, name):
   time = jnp.concatenate([jnp.zeros(len(prompt) - aligned, jnp.int32), step + 1])
   for layout, same in (("published", True), ("unified", False)):
     found = _recorded_pass(
-      model, params, cache, tokens[None, None], time[None, None],
-      mask_id=config["mask_token_id"], layout=layout,
-    )  # fmt: skip
+      model,
+      params,
+      cache,
+      tokens[None, None],
+      time[None, None],
+      mask_id=config["mask_token_id"],
+      layout=layout,
+    )
     probs = jax.nn.softmax(found.logits_BNKV[0, 0, len(prompt) - aligned :], -1)
     assert (np.abs(probs - v["cached/target_probs"]).max() < 2e-5) == same
 
@@ -169,12 +179,21 @@ def test_recorded_cached_verification(golden, name):
 
 # (layers, steps, carried): whether each layout gives the step-by-step logits
 TABLE = [
-  (1, 1, 0, True, True), (1, 2, 1, True, True), (1, 4, 0, True, True), (1, 4, 2, True, True),
-  (2, 1, 0, True, True), (4, 1, 0, True, True),
-  (2, 1, 2, True, False), (4, 1, 1, True, False),
-  (2, 2, 0, False, False), (2, 4, 0, False, False), (4, 4, 0, False, False),
-  (2, 2, 1, False, False), (4, 2, 2, False, False), (4, 3, 1, False, False),
-]  # fmt: skip
+  (1, 1, 0, True, True),
+  (1, 2, 1, True, True),
+  (1, 4, 0, True, True),
+  (1, 4, 2, True, True),
+  (2, 1, 0, True, True),
+  (4, 1, 0, True, True),
+  (2, 1, 2, True, False),
+  (4, 1, 1, True, False),
+  (2, 2, 0, False, False),
+  (2, 4, 0, False, False),
+  (4, 4, 0, False, False),
+  (2, 2, 1, False, False),
+  (4, 2, 2, False, False),
+  (4, 3, 1, False, False),
+]
 
 
 @pytest.mark.parametrize("layers, steps, carried, unified, published", TABLE)
@@ -322,9 +341,11 @@ def test_stacked_is_step_by_step(layers):
   assert (
     _difference(
       _stepwise(model, params, cache, tokens, other),
-      _stepwise(model, params, cache, tokens, time), time > 0,
-    ) > 0.5
-  )  # fmt: skip
+      _stepwise(model, params, cache, tokens, time),
+      time > 0,
+    )
+    > 0.5
+  )
 
 
 def test_stacked_logits_do_not_see_other_states():

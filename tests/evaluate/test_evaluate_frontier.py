@@ -121,9 +121,13 @@ def test_foreign_file_is_left_alone(tmp_path):
 
 def test_retokenised_judge():
   rows = frontier.sweep(
-    {"a": Uniform()}, [4], judge=judge_of_two, samples=3, eos_id=1,
+    {"a": Uniform()},
+    [4],
+    judge=judge_of_two,
+    samples=3,
+    eos_id=1,
     retokenise=lambda tokens: evaluate.retokenise(tokens, list, eos_id=1, decode=lambda _: [0, 1]),
-  )  # fmt: skip
+  )
   assert rows[0]["tokens"] == 3 and rows[0]["genppl"] == pytest.approx(2)
 
 
@@ -184,8 +188,10 @@ def test_write(tmp_path):
   reference = frontier.Reference(genppl=61.3, entropy=4.95)
   paths = frontier.write([*ROWS, nan], tmp_path / "out", reference=reference)
   assert {path.name for path in paths.values()} == {
-    "frontier.csv", "frontier.json", "frontier.png",
-  }  # fmt: skip
+    "frontier.csv",
+    "frontier.json",
+    "frontier.png",
+  }
   lines = list(csv.DictReader(paths["csv"].open()))
   assert tuple(lines[0]) == frontier.COLUMNS and len(lines) == 11
   assert float(lines[3]["genppl"]) == ROWS[3]["genppl"]
@@ -229,8 +235,13 @@ def test_table():
   lines = lines.splitlines()
   assert len({len(line) for line in lines}) == 1 and len(lines) == 5
   assert [cell.strip() for cell in lines[2].split("|")[1:-1]] == [
-    "teacher", "1", "1080.0 ± 54.0", "5.20 ± 0.02", "512", "1.5",
-  ]  # fmt: skip
+    "teacher",
+    "1",
+    "1080.0 ± 54.0",
+    "5.20 ± 0.02",
+    "512",
+    "1.5",
+  ]
   assert "| 7.0 |" in " ".join(lines[-1].split()) and "1,000" in lines[-1]
   guided = frontier.table([ROWS[0], row("x", 8, evaluations=32)]).splitlines()
   assert "all nets" in guided[0] and [c.strip() for c in guided[-1].split("|")][2:4] == ["8", "32"]

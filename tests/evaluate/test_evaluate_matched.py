@@ -13,16 +13,29 @@ from dlm_jax.evaluate import frontier, matched
 
 def _row(name, nfe, temperature, genppl, entropy, genppl_se=0.0):
   return {
-    "name": name, "nfe": nfe, "evaluations": nfe, "genppl": genppl, "genppl_se": genppl_se,
-    "entropy": entropy, "entropy_se": 0.02, "samples": 8, "tokens": 64, "seconds": 2.0, "seed": 0,
-    "options": {"temperature": temperature}, "context": {},
-  }  # fmt: skip
+    "name": name,
+    "nfe": nfe,
+    "evaluations": nfe,
+    "genppl": genppl,
+    "genppl_se": genppl_se,
+    "entropy": entropy,
+    "entropy_se": 0.02,
+    "samples": 8,
+    "tokens": 64,
+    "seconds": 2.0,
+    "seed": 0,
+    "options": {"temperature": temperature},
+    "context": {},
+  }
 
 
 ROWS = [
-  _row("a", 4, 0.8, 50.0, 4.0, 5.0), _row("a", 4, 1.0, 200.0, 5.0, 20.0),
-  _row("b", 4, 1.0, 90.0, 4.8), _row("b", 4, 0.8, 60.0, 4.2), _row("b", 4, 0.6, 30.0, 3.0),
-]  # fmt: skip
+  _row("a", 4, 0.8, 50.0, 4.0, 5.0),
+  _row("a", 4, 1.0, 200.0, 5.0, 20.0),
+  _row("b", 4, 1.0, 90.0, 4.8),
+  _row("b", 4, 0.8, 60.0, 4.2),
+  _row("b", 4, 0.6, 30.0, 3.0),
+]
 
 
 def test_interpolation_by_hand():

@@ -40,9 +40,13 @@ def _start_training(workdir) -> subprocess.Popen:
   flags = tiny_runs.make().flags("idlm", **RUN)
   command = [sys.executable, "-m", "dlm_jax", "train", *flags, f"--workdir={workdir}"]
   return subprocess.Popen(
-    command, env=tiny_runs.environment(), start_new_session=True,
-    stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-  )  # fmt: skip
+    command,
+    env=tiny_runs.environment(),
+    start_new_session=True,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+  )
 
 
 def _wait_for(process, seen, seconds=120):

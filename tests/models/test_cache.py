@@ -58,8 +58,9 @@ def test_no_cache_is_an_empty_cache():
   empty = Cache.make(model.config, 2, 5)
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5),
-    bare, tiny.extend(model, params, tokens, None, _visible(8), empty),
-  )  # fmt: skip
+    bare,
+    tiny.extend(model, params, tokens, None, _visible(8), empty),
+  )
 
 
 def test_folded_is_separate():

@@ -297,9 +297,14 @@ def test_bytes_of_public_sizes(name):
   """9.1-c: bytes in bfloat16 of the public sizes, untied, from shapes alone."""
   dim, layers, heads, kv_heads, mlp_dim, stored, read = _SIZES[name]
   config = DecoderConfig(
-    vocab_size=151936, dim=dim, layers=layers, heads=heads, kv_heads=kv_heads, head_dim=128,
+    vocab_size=151936,
+    dim=dim,
+    layers=layers,
+    heads=heads,
+    kv_heads=kv_heads,
+    head_dim=128,
     mlp_dim=mlp_dim,
-  )  # fmt: skip
+  )
   shapes = _public_shapes(config)
   total = 2 * sum(math.prod(x.shape) for x in jax.tree.leaves(shapes))
   embedding = 2 * math.prod(shapes["embed"]["embedding"].shape)
@@ -312,9 +317,17 @@ def test_bytes_of_public_sizes(name):
 def test_bytes_of_experts():
   """9.1-c: 30B-A3B, shapes of Qwen3-30B-A3B."""
   config = DecoderConfig(
-    vocab_size=151936, dim=2048, layers=48, heads=32, kv_heads=4, head_dim=128, mlp_dim=6144,
-    experts=128, experts_per_token=8, expert_dim=768,
-  )  # fmt: skip
+    vocab_size=151936,
+    dim=2048,
+    layers=48,
+    heads=32,
+    kv_heads=4,
+    head_dim=128,
+    mlp_dim=6144,
+    experts=128,
+    experts_per_token=8,
+    expert_dim=768,
+  )
   total = 2 * sum(math.prod(x.shape) for x in jax.tree.leaves(_public_shapes(config)))
   assert total / 1e9 == pytest.approx(61, rel=5e-3)
 
@@ -355,8 +368,12 @@ def test_eight_devices_are_one(sizes, changes):
   axes = model.axes(jax.ShapeDtypeStruct((1, 1), jnp.int32))
   wide = mesh.make(*sizes)
   shardings = mesh.param_shardings(wide, axes, params)
-  specs = {p: str(s.spec) for p, s in ((json.dumps([e.key for e in p]), s) for p, s in
-           jax.tree_util.tree_leaves_with_path(shardings))}  # fmt: skip
+  specs = {
+    p: str(s.spec)
+    for p, s in (
+      (json.dumps([e.key for e in p]), s) for p, s in jax.tree_util.tree_leaves_with_path(shardings)
+    )
+  }
   for name in ("q", "out", "embedding", "project", "gate", "down"):
     assert any(f'"{name}"' in path and "tensor" in spec for path, spec in specs.items()), name
   tokens = tiny.tokens(4, 8)

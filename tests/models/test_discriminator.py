@@ -19,9 +19,14 @@ TOKENS, SIGMA = jnp.arange(12).reshape(2, 6) % 11, jnp.array([0.2, 3.0])
 def recorded_critic(vectors, config, trained_layers=1):
   """Return the discriminator of a file of recorded quantities."""
   sizes = DiTConfig(
-    vocab_size=config["V"], dim=config["H"], cond_dim=config["cond"], layers=config["nb"],
-    heads=config["nh"], length=config["L"], dtype="float32",
-  )  # fmt: skip
+    vocab_size=config["V"],
+    dim=config["H"],
+    cond_dim=config["cond"],
+    layers=config["nb"],
+    heads=config["nh"],
+    length=config["L"],
+    dtype="float32",
+  )
   model = Discriminator(sizes, trained_layers=trained_layers)
   tensors = {
     name.removeprefix("discriminator/"): value
@@ -69,9 +74,11 @@ def test_golden_power_step(golden, variant):
     )
   head = discriminator.SpectralHead()
   output, changed = head.apply(
-    {"params": params, "spectral": state}, jnp.asarray(vectors["spectral_norm_step/input"])[None],
-    True, mutable=["spectral"],
-  )  # fmt: skip
+    {"params": params, "spectral": state},
+    jnp.asarray(vectors["spectral_norm_step/input"])[None],
+    True,
+    mutable=["spectral"],
+  )
   np.testing.assert_allclose(output[0], vectors["spectral_norm_step/output"][:, 0], rtol=2e-5)
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), changed["spectral"], after

@@ -53,10 +53,16 @@ def network(config, *, time_conditioning):
   """Return the float32 network of a file's settings."""
   return DiT(
     DiTConfig(
-      vocab_size=config["V"], dim=config["H"], cond_dim=config["cond"], layers=config["nb"],
-      heads=config["nh"], length=config["L"], dtype="float32", time_conditioning=time_conditioning,
+      vocab_size=config["V"],
+      dim=config["H"],
+      cond_dim=config["cond"],
+      layers=config["nb"],
+      heads=config["nh"],
+      length=config["L"],
+      dtype="float32",
+      time_conditioning=time_conditioning,
     )
-  )  # fmt: skip
+  )
 
 
 def params(model, vectors, prefix):

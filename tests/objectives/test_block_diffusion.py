@@ -84,12 +84,16 @@ def _sdar(load, name):
   np.testing.assert_array_equal(masked, valid & (vectors["noise_token_uniform"] < time))
   tokens = jnp.asarray(vectors["input_ids"], jnp.int32)
   batch = {
-    "tokens": tokens, "noisy": jnp.where(masked, proc.mask_id, tokens), "valid": jnp.asarray(valid),
-    "time": jnp.asarray(time), "weight": 1 / jnp.asarray(time),
+    "tokens": tokens,
+    "noisy": jnp.where(masked, proc.mask_id, tokens),
+    "valid": jnp.asarray(valid),
+    "time": jnp.asarray(time),
+    "weight": 1 / jnp.asarray(time),
     "block": jax.vmap(number_blocks, (0, None))(position, config["bs"]),
-    "count": jnp.full(len(tokens), valid.sum() / len(tokens)), "position": position,
+    "count": jnp.full(len(tokens), valid.sum() / len(tokens)),
+    "position": position,
     "document": document,
-  }  # fmt: skip
+  }
   return vectors, config, model, params, proc, batch
 
 
@@ -104,9 +108,12 @@ def test_recorded_sdar_sequence(golden, name):
   for row in range(len(doubled)):
     document = np.asarray(batch["document"][row])
     order = np.concatenate(
-      [np.flatnonzero(document == d) + half * length
-       for d in range(document.max() + 1) for half in (0, 1)]
-    )  # fmt: skip
+      [
+        np.flatnonzero(document == d) + half * length
+        for d in range(document.max() + 1)
+        for half in (0, 1)
+      ]
+    )
     np.testing.assert_array_equal(doubled[row][order], vectors["doubled_input_ids"][row])
     np.testing.assert_array_equal(slots.position[row][order], vectors["doubled_position_ids"][row])
     np.testing.assert_array_equal(
@@ -207,9 +214,12 @@ def test_recorded_bd3(golden_dit, name):
   close(nats, vectors["loss_per_token"], 1e-5)
   valid, count = jnp.ones(x0.shape, bool), jnp.full(len(x0), float(length))
   value, _ = block_diffusion.loss(
-    params, {**batch, "valid": valid, "count": count}, model=network, process=proc,
+    params,
+    {**batch, "valid": valid, "count": count},
+    model=network,
+    process=proc,
     block_length=size,
-  )  # fmt: skip
+  )
   close(value, vectors["loss_per_token"].mean(), 1e-5)
 
 

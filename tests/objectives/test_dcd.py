@@ -44,9 +44,11 @@ def test_golden_states(golden, variant):
   """Both states from the recorded noise; the student's time is clipped before δ is taken off."""
   vectors, config = golden(f"dcd__{variant}")
   duality = recorded.Noise(
-    vocab_size=config["V"], recorded=(vectors["gaussian_noise"],),
-    gamma_min=float(config["gamma_min"]), gamma_max=float(config["gamma_max"]),
-  )  # fmt: skip
+    vocab_size=config["V"],
+    recorded=(vectors["gaussian_noise"],),
+    gamma_min=float(config["gamma_min"]),
+    gamma_max=float(config["gamma_max"]),
+  )
   batch = {"tokens": jnp.asarray(vectors["x0"], jnp.int32), "t": jnp.asarray(vectors["t"])}
   for chunk in (None, 4):
     pair = _trajectory(

@@ -65,9 +65,16 @@ def _log_prob(params, path, two_steps):
   """Return the score's log-probabilities of the tokens of every path."""
   path = Path(*map(jnp.asarray, path))
   terms, _ = rollout(
-    params, _batch(len(path.x0)), model=MODEL, process=PROCESS, teacher=TEACHER,
-    two_steps=two_steps, t0=0.0, train=False, path=path,
-  )  # fmt: skip
+    params,
+    _batch(len(path.x0)),
+    model=MODEL,
+    process=PROCESS,
+    teacher=TEACHER,
+    two_steps=two_steps,
+    t0=0.0,
+    train=False,
+    path=path,
+  )
   return terms.log_prob
 
 
@@ -118,9 +125,16 @@ def test_the_mean_of_the_estimator_is_the_gradient_of_the_divergence(two_steps):
 
     def policy(params, batch=batch):
       terms = rollout(
-        params, _batch(len(law)), model=MODEL, process=PROCESS, teacher=TEACHER,
-        two_steps=two_steps, t0=0.0, train=False, path=Path(*map(jnp.asarray, path)),
-      )[0]  # fmt: skip
+        params,
+        _batch(len(law)),
+        model=MODEL,
+        process=PROCESS,
+        teacher=TEACHER,
+        two_steps=two_steps,
+        t0=0.0,
+        train=False,
+        path=Path(*map(jnp.asarray, path)),
+      )[0]
       return didi_instruct.policy_loss(terms, batch, DiDiOptions())[0]
 
     ours = jax.grad(policy)(STUDENT)
@@ -132,8 +146,12 @@ def test_drawn_paths_follow_their_law():
   """A rollout draws what it scores, and the score of a replay is that of the draw."""
   count = 60_000
   options = {
-    "model": MODEL, "process": PROCESS, "teacher": TEACHER, "t0": 0.0, "train": False,
-  }  # fmt: skip
+    "model": MODEL,
+    "process": PROCESS,
+    "teacher": TEACHER,
+    "t0": 0.0,
+    "train": False,
+  }
   run = jax.jit(functools.partial(rollout, **options))
   terms, path = run(STUDENT, _batch(count))
   replay, _ = run(STUDENT, _batch(count), path=path)
@@ -166,15 +184,21 @@ def test_the_best_discriminator_is_the_reward(smoothing):
   q_real, q_fake = (_noised(_law(p, True), path)[0] for p in (TEACHER, STUDENT))
   states = jnp.asarray(STATES)
   batch = _batch(len(states)) | {
-    "real": states, "fake": states,
-    "real_weight": len(states) * q_real, "fake_weight": len(states) * q_fake,
-  }  # fmt: skip
+    "real": states,
+    "fake": states,
+    "real_weight": len(states) * q_real,
+    "fake_weight": len(states) * q_fake,
+  }
   plain = didi_instruct.discriminator_loss
   plain = getattr(plain, "__wrapped__", plain)  # past the tests' own type checks
   loss = functools.partial(
-    plain, batch=batch, model=Judge(), spectral={}, process=PROCESS,
+    plain,
+    batch=batch,
+    model=Judge(),
+    spectral={},
+    process=PROCESS,
     smoothing=smoothing,
-  )  # fmt: skip
+  )
   gradient = jax.jit(jax.grad(lambda logits: loss(logits)[0]))
   logits = jnp.zeros((V**L, L))
   for _ in range(4000):

@@ -120,9 +120,12 @@ def _make(accumulate=1, **options):
   model, params = tiny.network(layers=3)
   optimizers = dict.fromkeys(didi_instruct.TRAINED, optax.adam(1e-2, eps=1e-3))
   objective = didi_instruct.make(
-    model=model, process=tiny.PROCESS, optimizers=optimizers, accumulate=accumulate,
+    model=model,
+    process=tiny.PROCESS,
+    optimizers=optimizers,
+    accumulate=accumulate,
     **{"trained_layers": 1, **options},
-  )  # fmt: skip
+  )
   return objective, objective.init(jax.random.key(0), params), params
 
 
@@ -158,16 +161,31 @@ def test_what_moves():
 @pytest.mark.parametrize(
   "options",
   [
-    {"score_decomposition": False, "coupled_time": False, "omega": "constant", "group_size": 2,
-     "real": "teacher", "teacher_steps": 3, "t0": 0.0, "dropout": True},
+    {
+      "score_decomposition": False,
+      "coupled_time": False,
+      "omega": "constant",
+      "group_size": 2,
+      "real": "teacher",
+      "teacher_steps": 3,
+      "t0": 0.0,
+      "dropout": True,
+    },
     pytest.param(
-      {"time_beta": (2.0, 2.0), "importance_weight": True, "shared_time": True, "kl_beta": 1.0,
-       "jeffreys": 0.5, "entropy_beta": 0.02, "remask": 0.2},
+      {
+        "time_beta": (2.0, 2.0),
+        "importance_weight": True,
+        "shared_time": True,
+        "kl_beta": 1.0,
+        "jeffreys": 0.5,
+        "entropy_beta": 0.02,
+        "remask": 0.2,
+      },
       marks=pytest.mark.slow,
     ),
   ],
   ids=["one step, teacher samples", "regularised"],
-)  # fmt: skip
+)
 def test_one_run_of_the_student_gives_what_a_replay_gives(options):
   """Every switch; two micro-batches replay the rollout, one keeps its gradient."""
   ends = []
@@ -287,6 +305,7 @@ def test_a_teacher_that_is_told_the_time_is_refused():
   model, _ = tiny.network(time_conditioning=True)
   with pytest.raises(ValueError, match="not told the time"):
     didi_instruct.make(
-      model=model, process=tiny.PROCESS,
+      model=model,
+      process=tiny.PROCESS,
       optimizers=dict.fromkeys(didi_instruct.TRAINED, optax.sgd(1.0)),
-    )  # fmt: skip
+    )

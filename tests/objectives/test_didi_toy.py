@@ -111,9 +111,14 @@ def _integral_kl(params, coupled=False):
 
 def _distil(teacher, **options):
   objective = didi_instruct.make(
-    model=MODEL, process=PROCESS, ema_decay=0.98, trained_layers=2, t0=0.0,
-    optimizers={"student": STUDENT, "discriminator": optax.adam(2e-3)}, **options,
-  )  # fmt: skip
+    model=MODEL,
+    process=PROCESS,
+    ema_decay=0.98,
+    trained_layers=2,
+    t0=0.0,
+    optimizers={"student": STUDENT, "discriminator": optax.adam(2e-3)},
+    **options,
+  )
   state = objective.init(jax.random.key(2), teacher)
   run = jax.jit(functools.partial(_train, objective.step, steps=STEPS))
   return output_params(run(state, rng=jax.random.key(3)), objective)
@@ -136,9 +141,11 @@ def _distil_exactly(teacher, rng, **options):
     q_B, p_B = jnp.sum(at_noisy * laws, 1), at_noisy @ jnp.asarray(LAW, jnp.float32)
     reward = jnp.log(p_B) - jnp.log(q_B)
     advantage = normalise_groups(
-      jax.lax.stop_gradient(reward), options.group_size, options.advantage_clip,
+      jax.lax.stop_gradient(reward),
+      options.group_size,
+      options.advantage_clip,
       counted_B=jnp.any(noisy == MASK, axis=1),
-    )  # fmt: skip
+    )
     value = didi_instruct.policy_loss(terms, {**batch, "advantage": advantage}, options)[0]
     return value, ({}, None)
 

@@ -32,9 +32,12 @@ _soft_inputs = jax.jit(duo.soft_inputs, static_argnames=("model", "duality", "ch
 def test_golden_temperature(golden):
   vectors, config = golden("duo_tau_schedule__a")
   curriculum = duo.Curriculum(
-    duality=DUALITY, start=config["curriculum_start"], end=config["curriculum_end"],
-    tau_log10_start=config["tau_log10_start"], tau_log10_end=config["tau_log10_end"],
-  )  # fmt: skip
+    duality=DUALITY,
+    start=config["curriculum_start"],
+    end=config["curriculum_end"],
+    tau_log10_start=config["tau_log10_start"],
+    tau_log10_end=config["tau_log10_end"],
+  )
   tau = curriculum.tau(jnp.asarray(vectors["global_step"], jnp.int32))
   np.testing.assert_allclose(1 / tau, vectors["tau_inverse"], rtol=1e-5)
 
@@ -185,8 +188,9 @@ def test_the_switch():
   assert values[0] == values[2] and len(set(values[2:6])) == 4
   jax.tree.map(
     functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6),
-    _run(batch, 5, curriculum=CURRICULUM)[1], gradient,
-  )  # fmt: skip
+    _run(batch, 5, curriculum=CURRICULUM)[1],
+    gradient,
+  )
 
 
 @pytest.mark.parametrize("step", [3, 5])

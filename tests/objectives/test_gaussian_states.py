@@ -39,9 +39,17 @@ def _predictions(network, relaxation, sharpness, valid, chunk=2):
 
   def run(table, hidden, params):
     z, (x,) = states.embed_predictions(
-      lambda h: h @ table, (hidden,), (params,), jnp.full((B, L), 5), keys, t, valid, model=model,
-      relaxation=relaxation, chunk=chunk,
-    )  # fmt: skip
+      lambda h: h @ table,
+      (hidden,),
+      (params,),
+      jnp.full((B, L), 5),
+      keys,
+      t,
+      valid,
+      model=model,
+      relaxation=relaxation,
+      chunk=chunk,
+    )
     return jnp.sum(x * weights), (z, x)
 
   run = jax.value_and_grad(run, argnums=(0, 1, 2), has_aux=True)
@@ -83,9 +91,17 @@ def test_a_constant_prediction_is_made_once(network):
   def run(params):
     predict = lambda h: jnp.arccos(h @ table)  # noqa: E731
     _, (x,) = states.embed_predictions(
-      predict, (hidden,), (params,), jnp.zeros((B, L), int), keys, t, jnp.ones((B, L), bool),
-      model=model, relaxation=_relaxation(), chunk=2,
-    )  # fmt: skip
+      predict,
+      (hidden,),
+      (params,),
+      jnp.zeros((B, L), int),
+      keys,
+      t,
+      jnp.ones((B, L), bool),
+      model=model,
+      relaxation=_relaxation(),
+      chunk=2,
+    )
     return jnp.sum(x)
 
   assert str(jax.make_jaxpr(jax.grad(run))(params)).count("= acos") == 1
@@ -95,15 +111,23 @@ def test_duo_trains_on_few_entries(network):
   """The soft phase inside its branch, with gradients, in chunks and whole."""
   model, params = network
   curriculum = duo.Curriculum(
-    duality=process.GaussianDuality(vocab_size=V), start=0, end=9, tau_log10_start=-3.0,
+    duality=process.GaussianDuality(vocab_size=V),
+    start=0,
+    end=9,
+    tau_log10_start=-3.0,
     tau_log10_end=-4.0,
-  )  # fmt: skip
+  )
   found = []
   for chunk in (None, 2):
     loss = functools.partial(
-      duo.loss, batch=tiny.batch(), model=model, process=process.Uniform(vocab_size=V),
-      curriculum=curriculum, step=jnp.asarray(3), chunk=chunk,
-    )  # fmt: skip
+      duo.loss,
+      batch=tiny.batch(),
+      model=model,
+      process=process.Uniform(vocab_size=V),
+      curriculum=curriculum,
+      step=jnp.asarray(3),
+      chunk=chunk,
+    )
     found.append(jax.jit(jax.value_and_grad(loss, has_aux=True))(params))
   for one, other in zip(*map(jax.tree.leaves, found), strict=True):
     scale = max(1e-3, float(jnp.abs(one).max()))
@@ -138,12 +162,17 @@ def test_objectives_use_few_entries_where_they_are_few(monkeypatch):
   for size, tau in ((V, 1e-3), (V, 0.1), (16, 1e-3)):
     model, _ = tiny.network(vocab_size=size, time_conditioning=True)
     idlm.make(
-      model=model, process=process.Uniform(vocab_size=size),
-      optimizers=dict.fromkeys(idlm.TRAINED, optax.sgd(0.1)), tau=tau,
-    )  # fmt: skip
+      model=model,
+      process=process.Uniform(vocab_size=size),
+      optimizers=dict.fromkeys(idlm.TRAINED, optax.sgd(0.1)),
+      tau=tau,
+    )
   assert seen == [7, None, None]
   curriculum = duo.Curriculum(
-    duality=process.GaussianDuality(vocab_size=V), start=0, end=9, tau_log10_start=-3.0,
+    duality=process.GaussianDuality(vocab_size=V),
+    start=0,
+    end=9,
+    tau_log10_start=-3.0,
     tau_log10_end=-4.0,
-  )  # fmt: skip
+  )
   assert curriculum.few == curriculum.duality.enough(1e-3) == 7

@@ -56,9 +56,14 @@ class Recorded:
     self.vectors, self.vocabulary = vectors, config["V"]
     self.process = process.Absorbing(vocab_size=config["V"], mask_id=config["mask_index"])
     options = DiTConfig(
-      vocab_size=config["V"], dim=config["H"], cond_dim=config["cond"], layers=config["nb"],
-      heads=config["nh"], length=config["L"], dtype="float32",
-    )  # fmt: skip
+      vocab_size=config["V"],
+      dim=config["H"],
+      cond_dim=config["cond"],
+      layers=config["nb"],
+      heads=config["nh"],
+      length=config["L"],
+      dtype="float32",
+    )
     self.model, self.table = DiT(options), Table(options, size=config["B"])
     self.params = {
       name: hf_dit.from_tensors(self.model, self.under(name))
@@ -76,17 +81,28 @@ class Recorded:
     """Return (loss, metrics) on the recorded states; differentiate in the parameters."""
     hidden = self.model.apply({"params": student}, self.x_gen, self.batch["t"], method="trunk")
     return idlm.gap(
-      student, idlm.Sample(self.x_gen, hidden, self.z), self.batch, model=self.model,
-      process=self.process, teacher=self.params["teacher"], fake=self.params["fake"], chunk=chunk,
-    )  # fmt: skip
+      student,
+      idlm.Sample(self.x_gen, hidden, self.z),
+      self.batch,
+      model=self.model,
+      process=self.process,
+      teacher=self.params["teacher"],
+      fake=self.params["fake"],
+      chunk=chunk,
+    )
 
   def cross_entropy(self, fake, *, chunk=None):
     student = self.params["student"]
     hidden = self.model.apply({"params": student}, self.x_gen, self.batch["t"], method="trunk")
     return idlm.cross_entropy(
-      fake, idlm.Sample(self.x_gen, hidden, self.z), self.batch, model=self.model,
-      process=self.process, student=student, chunk=chunk,
-    )  # fmt: skip
+      fake,
+      idlm.Sample(self.x_gen, hidden, self.z),
+      self.batch,
+      model=self.model,
+      process=self.process,
+      student=student,
+      chunk=chunk,
+    )
 
 
 @pytest.fixture(params="ab")
@@ -364,9 +380,12 @@ def _student_gradient(trees, batch):
   """Return the gradient of the student's loss on its parameters."""
   model, _ = tiny.network(dropout=0.0)
   loss = functools.partial(
-    idlm.student_loss, model=model, process=tiny.PROCESS,
-    teacher=trees["teacher"], fake=trees["fake"],
-  )  # fmt: skip
+    idlm.student_loss,
+    model=model,
+    process=tiny.PROCESS,
+    teacher=trees["teacher"],
+    fake=trees["fake"],
+  )
   batch = idlm.couple_times(batch, coupling="same_order")
   return jax.grad(loss, has_aux=True)(trees["student"], batch)[0]
 
@@ -421,8 +440,9 @@ def test_fake_first_each_on_its_own_batch():
   wanted = jax.tree.map(lambda p, g: p - 0.1 * g, params, gradient)
   jax.tree.map(
     functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5),
-    after.trees["fake"], wanted,
-  )  # fmt: skip
+    after.trees["fake"],
+    wanted,
+  )
 
   # the student: a step on the second batch against the fake that has just moved
   moved = {**state.trees, "fake": after.trees["fake"]}
@@ -430,8 +450,9 @@ def test_fake_first_each_on_its_own_batch():
   wanted = jax.tree.map(lambda p, g: p - g, params, gradient)
   jax.tree.map(
     functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5),
-    after.trees["student"], wanted,
-  )  # fmt: skip
+    after.trees["student"],
+    wanted,
+  )
   norm = float(optax.tree.norm(gradient))
   np.testing.assert_allclose(metrics["student/grad_norm"], norm, rtol=1e-4)
 

@@ -131,9 +131,15 @@ class Toy:
     absorbing = name == "absorbing"
     size = TOKENS + absorbing
     options = DiTConfig(
-      vocab_size=size, dim=4, cond_dim=4, layers=1, heads=1, length=L, dtype="float32",
+      vocab_size=size,
+      dim=4,
+      cond_dim=4,
+      layers=1,
+      heads=1,
+      length=L,
+      dtype="float32",
       time_conditioning=not absorbing,
-    )  # fmt: skip
+    )
     self.size, self.data, self.states = size, data_law(size), states(size)
     self.model = (Hard if absorbing else Soft)(options)
     self.process = (
@@ -210,9 +216,13 @@ class Toy:
     def train(sign, rng):
       student = optax.chain(optax.adam(1e-2), optax.scale(sign))
       objective = idlm.make(
-        model=self.model, process=self.process, time_coupling="permuted", ema_decay=0.98,
-        optimizers={"student": student, "fake": optax.adam(3e-2, b1=0.5)}, **window,
-      )  # fmt: skip
+        model=self.model,
+        process=self.process,
+        time_coupling="permuted",
+        ema_decay=0.98,
+        optimizers={"student": student, "fake": optax.adam(3e-2, b1=0.5)},
+        **window,
+      )
 
       def step(state, rng):
         return objective.step(state, tuple(map(batch, jax.random.split(rng))))[0], None

@@ -38,9 +38,11 @@ class Recorded:
     )
     self.process = process.Uniform(vocab_size=config["V"], schedule=schedule)
     duality = quantities.Noise(
-      vocab_size=config["V"], gamma_min=config["gamma_min"], gamma_max=config["gamma_max"],
+      vocab_size=config["V"],
+      gamma_min=config["gamma_min"],
+      gamma_max=config["gamma_max"],
       recorded=(v["gaussian_noise_gen"], v["gaussian_noise"]),
-    )  # fmt: skip
+    )
     self.relaxation = Relaxation(duality=duality, tau=float(1 / v["tau_inverse"]))
     self.batch = {"tokens": jnp.asarray(v["x0"], jnp.int32)}
     self.batch |= {k: jnp.asarray(v[k]) for k in ("t", "t_gen")}
@@ -52,9 +54,7 @@ class Recorded:
 
   def shared(self, chunk=None, **changes):
     relaxation = dataclasses.replace(self.relaxation, **changes)
-    return {
-      "model": self.model, "process": self.process, "relaxation": relaxation, "chunk": chunk
-    }  # fmt: skip
+    return {"model": self.model, "process": self.process, "relaxation": relaxation, "chunk": chunk}
 
   def rollout(self, student, chunk=None):
     rngs = tuple(quantities.keys(self.size, which) for which in (0, 0, 1))
@@ -64,9 +64,13 @@ class Recorded:
     """Return (loss, metrics) from the recorded noise; differentiate in the parameters."""
     sample = self.rollout(student, chunk)
     return idlm.gap(
-      student, sample, self.batch, teacher=self.params["teacher"], fake=self.params["fake"],
+      student,
+      sample,
+      self.batch,
+      teacher=self.params["teacher"],
+      fake=self.params["fake"],
       **self.shared(chunk, **changes),
-    )  # fmt: skip
+    )
 
   def fake(self, fake, chunk=None):
     student = self.params["student"]
@@ -162,14 +166,17 @@ def test_prompted_values(recorded):
   batch = {**r.batch, "valid": valid}
   for name in ("teacher", "fake"):
     logits = r.model.apply(
-      {"params": r.params[name]}, jnp.asarray(v["prompted/xt_soft"]),
+      {"params": r.params[name]},
+      jnp.asarray(v["prompted/xt_soft"]),
       r.process.schedule.sigma(batch["t"]),
-    )  # fmt: skip
+    )
     log_x0 = jax.nn.log_softmax(logits)
     nll = jax.vmap(r.process.nll_soft)(
-      log_x0, jnp.asarray(v["prompted/xt"], jnp.int32), jnp.asarray(v["prompted/student_probs"]),
+      log_x0,
+      jnp.asarray(v["prompted/xt"], jnp.int32),
+      jnp.asarray(v["prompted/student_probs"]),
       batch["t"],
-    )  # fmt: skip
+    )
     wanted = v[f"prompted/{name}_nll_per_token"]
     np.testing.assert_allclose(nll, wanted, rtol=0, atol=3e-5 * np.abs(wanted).max())
   # what the reference feeds the networks at the prompt is the token, almost or exactly
@@ -181,10 +188,17 @@ def test_prompted_values(recorded):
 def _tiny(length=8, size=11, **options):
   model = DiT(
     DiTConfig(
-      vocab_size=size, dim=16, cond_dim=8, layers=1, heads=2, length=length, dtype="float32",
-      time_conditioning=True, **options,
+      vocab_size=size,
+      dim=16,
+      cond_dim=8,
+      layers=1,
+      heads=2,
+      length=length,
+      dtype="float32",
+      time_conditioning=True,
+      **options,
     )
-  )  # fmt: skip
+  )
   rng = jax.random.key(0)
   params = model.init(rng, jnp.zeros((1, length), jnp.int32), jnp.zeros(1))["params"]
   leaves, tree = jax.tree.flatten(params)
@@ -221,9 +235,7 @@ def test_prompts_are_kept_clean():
   batch = draw_batch(tokens, jax.random.key(2), valid_BL=valid)
   batch = idlm.couple_times(batch, coupling="permuted")
   relaxation = Relaxation(duality=process.GaussianDuality(vocab_size=11))
-  shared = {
-    "model": model, "process": relaxation.process, "relaxation": relaxation, "chunk": None
-  }  # fmt: skip
+  shared = {"model": model, "process": relaxation.process, "relaxation": relaxation, "chunk": None}
   rngs = split_each(batch["rng"], 3)
   sample = idlm.rollout(params, batch, rngs=rngs, dropout_B=None, **shared)
   z, _ = idlm._read(params, sample, batch, (params,), (None,), **shared)

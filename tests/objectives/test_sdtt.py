@@ -98,9 +98,14 @@ def test_golden_targets(reference):
   steps, masked = reference.rollout, reference.vectors["loss_mask"]
   target = jax.jit(sdtt.target, static_argnames=("model", "process"))
   ours = target(
-    reference.teacher, steps.hidden, steps.times, steps.chosen, reference.xt,
-    model=reference.model, process=reference.process,
-  )  # fmt: skip
+    reference.teacher,
+    steps.hidden,
+    steps.times,
+    steps.chosen,
+    reference.xt,
+    model=reference.model,
+    process=reference.process,
+  )
   wanted = reference.vectors[TARGETS]
   possible = np.arange(wanted.shape[-1]) != reference.process.mask_id
   np.testing.assert_array_equal(masked, reference.xt == reference.process.mask_id)
@@ -118,9 +123,15 @@ def test_golden_loss(reference, kind):
   batch = {"xt": reference.xt, "t": jnp.asarray(reference.vectors["t"])}
   for chunk in (None, 4):
     each = _position_loss(
-      reference.student, batch, reference.rollout, teacher=reference.teacher,
-      model=reference.model, process=reference.process, divergence=kind, chunk=chunk,
-    )  # fmt: skip
+      reference.student,
+      batch,
+      reference.rollout,
+      teacher=reference.teacher,
+      model=reference.model,
+      process=reference.process,
+      divergence=kind,
+      chunk=chunk,
+    )
     assert not np.any(np.asarray(each)[~masked])
     value = each.sum() / masked.sum()
     wanted = reference.vectors[f"loss/{kind}_f64"]
@@ -215,9 +226,10 @@ def test_corrupted_batch():
   batch = tiny.batch()
   ours = sdtt.corrupt(batch, process=tiny.PROCESS)
   np.testing.assert_allclose(
-    (np.asarray(ours["t"]) - 1e-5) / (1 - 1e-5), (np.asarray(batch["t"]) - 1e-3) / (1 - 1e-3),
+    (np.asarray(ours["t"]) - 1e-5) / (1 - 1e-5),
+    (np.asarray(batch["t"]) - 1e-3) / (1 - 1e-3),
     atol=1e-6,
-  )  # fmt: skip
+  )
   masked = np.asarray(ours["xt"] == M)
   np.testing.assert_array_equal(np.asarray(ours["xt"])[~masked], batch["tokens"][~masked])
   np.testing.assert_allclose(ours["weight"], tiny.B / masked.sum(), rtol=1e-6)

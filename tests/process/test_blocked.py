@@ -29,8 +29,9 @@ def test_no_prediction_holds_a_blocked_id(kind):
   masked = probs[[1, 3]]
   assert (masked[:, [0, 3, 5]] == 0).all()
   kept = [1, 2, 4, 6]
-  np.testing.assert_allclose(masked[:, kept], jax.nn.softmax(logits[jnp.array([1, 3])][:, kept]),
-                             rtol=1e-5)  # fmt: skip
+  np.testing.assert_allclose(
+    masked[:, kept], jax.nn.softmax(logits[jnp.array([1, 3])][:, kept]), rtol=1e-5
+  )
   # where a blocked id is given it stays
   np.testing.assert_array_equal(probs[0], jax.nn.one_hot(0, V))
   np.testing.assert_array_equal(proc.impossible(jnp.arange(V)), [1, 0, 0, 1, 0, 1, 0])

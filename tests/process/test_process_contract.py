@@ -14,9 +14,16 @@ from dlm_jax import process, schedules
 
 V, L = 6, 4
 METHODS = (
-  "prior", "corrupt", "corrupt_probs", "log_x0", "log_estimate", "nll", "nll_soft", "nll_predicted",
+  "prior",
+  "corrupt",
+  "corrupt_probs",
+  "log_x0",
+  "log_estimate",
+  "nll",
+  "nll_soft",
+  "nll_predicted",
   "posterior",
-)  # fmt: skip
+)
 
 
 def _processes():

@@ -301,8 +301,9 @@ def test_nelbo_of_an_exact_denoiser_is_the_entropy(name):
 
   with jax.enable_x64(True):
     proc = process.Uniform(vocab_size=size, schedule=schedule)
-    nll = jax.jit(jax.vmap(lambda log_f, xt, x0, t: proc.nll(log_f, xt, x0, t).sum(),
-                           in_axes=(0, 0, 0, None)))  # fmt: skip
+    nll = jax.jit(
+      jax.vmap(lambda log_f, xt, x0, t: proc.nll(log_f, xt, x0, t).sum(), in_axes=(0, 0, 0, None))
+    )
     integral = 0.0
     for t, weight in zip(times, weights, strict=True):
       alpha = float(schedule.alpha(t))

@@ -48,9 +48,7 @@ def arguments(tmp_path_factory):
       shutil.copy(library / name, root / name)
   fields = [f"--config.{k}={v}" for k, v in {**_TOY, "data.options.root": root}.items()]
   sizes = ["--teacher_steps=6", "--judge_steps=6", "--nfes=1,2", "--samples=8"]
-  return lambda workdir: [
-    "quickstart", "--from_scratch", f"--workdir={workdir}", *sizes, *fields
-  ]  # fmt: skip
+  return lambda workdir: ["quickstart", "--from_scratch", f"--workdir={workdir}", *sizes, *fields]
 
 
 @pytest.fixture(scope="module")
@@ -99,8 +97,11 @@ def test_interrupted_it_says_how_to_resume_and_does(done):
 def test_everything_is_there(done):
   rows = json.loads((done / "frontier.json").read_text())
   assert [(row["name"], row["nfe"], row["samples"]) for row in rows["rows"]] == [
-    ("teacher", 1, 8), ("teacher", 2, 8), ("student", 1, 8), ("student", 2, 8),
-  ]  # fmt: skip
+    ("teacher", 1, 8),
+    ("teacher", 2, 8),
+    ("student", 1, 8),
+    ("student", 2, 8),
+  ]
   assert rows["reference"]["genppl"] > 1 and rows["reference"]["entropy"] > 0
   with (done / "frontier.csv").open() as file:
     assert len(list(csv.DictReader(file))) == 4

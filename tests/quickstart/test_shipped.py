@@ -37,8 +37,11 @@ def test_everything_is_written_without_training(done, capsys, monkeypatch):
   assert main(arguments) == 0
   rows = json.loads((workdir / "frontier.json").read_text())
   assert [(row["name"], row["nfe"], row["samples"]) for row in rows["rows"]] == [
-    ("teacher", 1, 4), ("teacher", 2, 4), ("student", 1, 4), ("student", 2, 4),
-  ]  # fmt: skip
+    ("teacher", 1, 4),
+    ("teacher", 2, 4),
+    ("student", 1, 4),
+    ("student", 2, 4),
+  ]
   assert rows["reference"]["label"] == "4 validation texts"
   assert np.isfinite(rows["reference"]["genppl"]) and rows["reference"]["entropy"] > 3
   assert (workdir / "frontier.png").read_bytes().startswith(b"\x89PNG")

@@ -80,9 +80,18 @@ def test_normalised_it_is_ancestral():
 @pytest.mark.parametrize("noise_removal", ["ancestral", "greedy"])
 def test_no_mask_is_left_and_given_tokens_stay(noise_removal):
   tokens, trace = sample.generate(
-    _denoiser(), SCORE, jax.random.key(2), batch=64, length=L, steps=2, sampler="analytic",
-    prompt=jnp.array([1]), noise_removal=noise_removal, nucleus=0.9, return_trace=True,
-  )  # fmt: skip
+    _denoiser(),
+    SCORE,
+    jax.random.key(2),
+    batch=64,
+    length=L,
+    steps=2,
+    sampler="analytic",
+    prompt=jnp.array([1]),
+    noise_removal=noise_removal,
+    nucleus=0.9,
+    return_trace=True,
+  )
   assert trace.shape == (3, 64, L) and np.all(np.asarray(trace)[..., 0] == 1)
   assert np.all(tokens != toy.MASK)
 

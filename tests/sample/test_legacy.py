@@ -76,10 +76,15 @@ def _trajectory(recorded, noise_removal):
   uniforms = jnp.asarray(vectors["traj_uniforms"])
   start = jnp.full((config["B"], config["L"]), config["mask_index"], jnp.int32)
   return _legacy.race_all(
-    denoiser, proc, lambda k: uniforms[k], start, jnp.zeros(start.shape, bool),
-    t_K=grids.uniform(config["num_steps"], config["eps"]), noise_removal=noise_removal,
+    denoiser,
+    proc,
+    lambda k: uniforms[k],
+    start,
+    jnp.zeros(start.shape, bool),
+    t_K=grids.uniform(config["num_steps"], config["eps"]),
+    noise_removal=noise_removal,
     logits_dtype="float32",
-  )  # fmt: skip
+  )
 
 
 def test_golden_trajectory(recorded):

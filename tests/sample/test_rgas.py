@@ -28,9 +28,14 @@ class Recorded:
   def __init__(self, vectors, config):
     v = self.vectors = vectors
     sizes = DiTConfig(
-      vocab_size=config["V"], dim=config["H"], cond_dim=config["cond"], layers=config["nb"],
-      heads=config["nh"], length=config["L"], dtype="float32",
-    )  # fmt: skip
+      vocab_size=config["V"],
+      dim=config["H"],
+      cond_dim=config["cond"],
+      layers=config["nb"],
+      heads=config["nh"],
+      length=config["L"],
+      dtype="float32",
+    )
     model = Discriminator(sizes, trained_layers=1)
     tensors = {
       name.removeprefix("discriminator/"): value
@@ -107,9 +112,13 @@ def _guide(critic, proc, x, **options):
   rng_B = jax.random.split(jax.random.key(0), x.shape[0])
   revealer = _rgas.Revealer(denoiser=None, process=proc, capacity=8, temperature=1.0, nucleus=1.0)
   return _rgas._Guide(
-    revealer=revealer, process=proc, critic=critic, rng_B=rng_B,
-    frozen_BL=jnp.zeros(x.shape, bool), **{"reward": "sum", **options},
-  )  # fmt: skip
+    revealer=revealer,
+    process=proc,
+    critic=critic,
+    rng_B=rng_B,
+    frozen_BL=jnp.zeros(x.shape, bool),
+    **{"reward": "sum", **options},
+  )
 
 
 def test_picks_follow_their_probabilities():
@@ -175,9 +184,16 @@ class Taste:
 
 def _draw(critic, **options):
   run = functools.partial(
-    sample.generate, toy.make(L), PROC, jax.random.key(4), batch=SAMPLES, length=L,
-    sampler="rgas", critic=critic, **options,
-  )  # fmt: skip
+    sample.generate,
+    toy.make(L),
+    PROC,
+    jax.random.key(4),
+    batch=SAMPLES,
+    length=L,
+    sampler="rgas",
+    critic=critic,
+    **options,
+  )
   return np.asarray(jax.jit(run)())
 
 
@@ -252,9 +268,20 @@ def test_law_of_ranking(reward):
     ranked = 2 * q * np.sum(lean * others, axis=1)
   np.testing.assert_allclose(ranked.sum(), 1, rtol=1e-5)
   run = functools.partial(
-    sample.generate, toy.make(L), PROC, jax.random.key(4), batch=SAMPLES, length=L, steps=2,
-    sampler="rgas", critic=critic, ratio=1.0, candidates=2, reward=reward, return_trace=True,
-  )  # fmt: skip
+    sample.generate,
+    toy.make(L),
+    PROC,
+    jax.random.key(4),
+    batch=SAMPLES,
+    length=L,
+    steps=2,
+    sampler="rgas",
+    critic=critic,
+    ratio=1.0,
+    candidates=2,
+    reward=reward,
+    return_trace=True,
+  )
   _, trace = jax.jit(run)()
   assert toy.p_value(np.asarray(trace[0]), ranked) > 1e-4
   assert toy.p_value(np.asarray(trace[0]), q) < 1e-6
@@ -271,9 +298,18 @@ def test_tails():
   """A schedule that leaves many masks: greedy fills them with the best tokens, none keeps them."""
   proc = process.Absorbing(vocab_size=V, mask_id=toy.MASK, schedule=schedules.Polynomial(power=0.1))
   draw_with = functools.partial(
-    sample.generate, toy.make(L), proc, jax.random.key(4), batch=512, length=L, steps=2,
-    sampler="rgas", critic=Taste(1.0), h=(0.0, 0.0), candidates=1,
-  )  # fmt: skip
+    sample.generate,
+    toy.make(L),
+    proc,
+    jax.random.key(4),
+    batch=512,
+    length=L,
+    steps=2,
+    sampler="rgas",
+    critic=Taste(1.0),
+    h=(0.0, 0.0),
+    candidates=1,
+  )
   left = np.asarray(draw_with(noise_removal="none"))
   assert np.any(left == toy.MASK)
   filled = np.asarray(draw_with(noise_removal="greedy"))
@@ -287,20 +323,28 @@ def test_tails():
 
 def test_cost():
   assert sample.evaluations("rgas", steps=8) == {
-    "student": 8, "discriminator_forward": 4 + 3 * 4, "discriminator_backward": 4,
-  }  # fmt: skip
+    "student": 8,
+    "discriminator_forward": 4 + 3 * 4,
+    "discriminator_backward": 4,
+  }
   assert sample.evaluations("rgas", steps=8, reward="all")["discriminator_forward"] == 4 + 4 * 4
   assert sample.evaluations("rgas", steps=5, candidates=1, h=(0.0, 0.0)) == {
-    "student": 5, "discriminator_forward": 0, "discriminator_backward": 0,
-  }  # fmt: skip
+    "student": 5,
+    "discriminator_forward": 0,
+    "discriminator_backward": 0,
+  }
   assert sample.evaluations(steps=7)["student"] == 7
 
 
 def test_prompts_keys_and_batches():
   given = {
-    "length": 6, "steps": 4, "sampler": "rgas", "critic": Taste(2.0), "h": (1.0, 2.0),
+    "length": 6,
+    "steps": 4,
+    "sampler": "rgas",
+    "critic": Taste(2.0),
+    "h": (1.0, 2.0),
     "prompt": jnp.array([1, toy.MASK, 0]),
-  }  # fmt: skip
+  }
   denoiser = toy.make(6)
   with jax.debug_key_reuse(True):
     eight = sample.generate(denoiser, PROC, jax.random.key(1), batch=8, **given)
@@ -325,9 +369,16 @@ def test_tilting_makes_no_dense_array():
   @jax.jit
   def run(denoiser, critic, rng):
     return sample.generate(
-      denoiser, proc, rng, batch=batch, length=length, steps=32, sampler="rgas", critic=critic,
+      denoiser,
+      proc,
+      rng,
+      batch=batch,
+      length=length,
+      steps=32,
+      sampler="rgas",
+      critic=critic,
       ratio=0.0,
-    )  # fmt: skip
+    )
 
   compiled = run.lower(denoiser, critic, jax.random.key(2)).compile()
   assert compiled.memory_analysis().temp_size_in_bytes < 4 * batch * length * vocabulary

@@ -44,12 +44,16 @@ def test_it_is_the_decoder_of_the_library(pipe, alone):
   """Ids and passes are those of `sample.decode` on the prompts' ids; nothing is added to them."""
   options = sample.BlockOptions(block_length=4, mask_id=tiny_sdar.MASK, temperature=0.0)
   model, params, _ = convert.load(pipe.source, dtype="float32")
-  prompts = [list(map(pipe.tokenizer._backend.token_to_id, words.replace(" ", "Ġ")))
-             for words in PROMPTS]  # fmt: skip
+  prompts = [
+    list(map(pipe.tokenizer._backend.token_to_id, words.replace(" ", "Ġ"))) for words in PROMPTS
+  ]
   padded, lengths = sample.pad_prompts(prompts)
   decoder = sample.block_decoder(model, options, 24)
-  run = jax.jit(lambda p: sample.decode(
-    decoder, p, padded, jax.random.key(0), lengths=lengths, max_length=lengths + NEW))  # fmt: skip
+  run = jax.jit(
+    lambda p: sample.decode(
+      decoder, p, padded, jax.random.key(0), lengths=lengths, max_length=lengths + NEW
+    )
+  )
   tokens, info = run(params)
   for row, prompt, ids in zip(np.asarray(tokens), prompts, alone.tokens, strict=True):
     assert row[len(prompt) : len(prompt) + NEW].tolist() == ids
@@ -182,9 +186,7 @@ def test_refused_networks(folder, tmp_path):
 def test_networks_trained_here(tmp_path):
   """A text follows the separator, which also ends it; another tokenizer is refused."""
   words = tokenizers.Bytes()
-  ours = tiny_sdar.write(
-    tmp_path, saved={"extra": {"tokenizer_fingerprint": words.fingerprint}}
-  )  # fmt: skip
+  ours = tiny_sdar.write(tmp_path, saved={"extra": {"tokenizer_fingerprint": words.fingerprint}})
   with pytest.raises(InputError, match="was trained with another tokenizer"):
     load.open_decoder(ours)
   pipe = load.open_decoder(ours, "bytes")

@@ -169,8 +169,17 @@ def test_sample_and_convert_a_public_directory(capsys, tmp_path):
   capsys.readouterr()
   assert main(["sample", f"--checkpoint={out}", "--steps=2", "--length=8", "--json"]) == 0
   assert json.loads(capsys.readouterr().out) == text
-  assert main(["convert", f"--checkpoint={PUBLIC / 'duo'}", f"--tokenizer={words}",
-               f"--out={tmp_path / 'duo'}"]) == 0  # fmt: skip
+  assert (
+    main(
+      [
+        "convert",
+        f"--checkpoint={PUBLIC / 'duo'}",
+        f"--tokenizer={words}",
+        f"--out={tmp_path / 'duo'}",
+      ]
+    )
+    == 0
+  )
   assert convert.load(tmp_path / "duo")[2] == process.Uniform(vocab_size=48)
   _write_bpe(words, 45, "openai")
   assert main(["convert", *arguments, f"--out={tmp_path / 'no'}"]) == 2

@@ -86,10 +86,17 @@ def _run(workdir, objective, batches, *, evaluator=None, **config):
         evaluator.from_json(extra["evaluator"])
     with writers.Writer(workdir, resume_from=int(state.step), tensorboard=False) as writer:
       return loop.run(
-        objective, state, batches, config=loop.LoopConfig(**options), mesh=devices,
-        batch_size=8, shardings=shardings, checkpoints=checkpoints, writer=writer,
+        objective,
+        state,
+        batches,
+        config=loop.LoopConfig(**options),
+        mesh=devices,
+        batch_size=8,
+        shardings=shardings,
+        checkpoints=checkpoints,
+        writer=writer,
         evaluator=evaluator,
-      )  # fmt: skip
+      )
 
 
 def _rows(workdir):

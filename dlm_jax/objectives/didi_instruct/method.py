@@ -105,15 +105,23 @@ def noised(batch: Batch, generated: Array, real: Array, process: Absorbing) -> B
   counts = [jnp.maximum(jnp.sum(x == process.mask_id), 1) for x in masks]
   weights = [jnp.full((size,), size / count) for count in counts]
   return {
-    **batch, "fake": masks[0], "real": masks[1], "fake_weight": weights[0],
+    **batch,
+    "fake": masks[0],
+    "real": masks[1],
+    "fake_weight": weights[0],
     "real_weight": weights[1],
-  }  # fmt: skip
+  }
 
 
 def discriminator_loss(
-  params: Params, batch: Batch, *, model: Discriminator, spectral: Params, process: Absorbing,
+  params: Params,
+  batch: Batch,
+  *,
+  model: Discriminator,
+  spectral: Params,
+  process: Absorbing,
   smoothing: float = 0.1,
-) -> tuple[Float[Array, ""], tuple[Metrics, Params]]:  # fmt: skip
+) -> tuple[Float[Array, ""], tuple[Metrics, Params]]:
   """Return the mean binary cross-entropy in nats over masked positions, real ones labelled 1.
 
   Each side counts half. Labels are smoothed to 1 − s and s. The extra output is the new spectral
@@ -123,9 +131,14 @@ def discriminator_loss(
   sigma_B = process.schedule.sigma(batch["t"])
   keys = [fold_each(batch["rng"], tag) for tag in (200, 201)]
   logits, changed = model.apply(
-    {"params": params, "spectral": spectral}, tokens, jnp.concatenate([sigma_B, sigma_B]),
-    jnp.concatenate(keys), advance=True, frozen=True, mutable=["spectral"],
-  )  # fmt: skip
+    {"params": params, "spectral": spectral},
+    tokens,
+    jnp.concatenate([sigma_B, sigma_B]),
+    jnp.concatenate(keys),
+    advance=True,
+    frozen=True,
+    mutable=["spectral"],
+  )
   halves = jnp.split(logits, 2)
   total, metrics = 0.0, {}
   for name, logits_BL, label in (
@@ -215,14 +228,24 @@ def make(
   judge = Discriminator(model.config, trained_layers=trained)
   frozen = _freeze(optimizers["discriminator"])
   method = _Method(
-    model=model, judge=judge, process=process, settings=settings, accumulate=accumulate,
-    decay=ema_decay, chunk=chunk, optimizers={**optimizers, "discriminator": frozen},
-  )  # fmt: skip
+    model=model,
+    judge=judge,
+    process=process,
+    settings=settings,
+    accumulate=accumulate,
+    decay=ema_decay,
+    chunk=chunk,
+    optimizers={**optimizers, "discriminator": frozen},
+  )
   axes = judge.axes(jnp.zeros((1, model.config.length), jnp.int32), jnp.zeros((1,)))
   return Objective(
-    method.init, method.step, output="student", check=method.check,
-    axes=(axes, axes["upper"], axes["head"]), critic=method.critic,
-  )  # fmt: skip
+    method.init,
+    method.step,
+    output="student",
+    check=method.check,
+    axes=(axes, axes["upper"], axes["head"]),
+    critic=method.critic,
+  )
 
 
 def _freeze(tx):
@@ -282,15 +305,24 @@ class _Method:
       value = functools.partial(policy_loss, batch=batch, options=self.settings)
       (value, student_metrics), slope = jax.value_and_grad(value, has_aux=True)(terms)
       after, student_metrics = apply_gradients(
-        state, "student", pull_back(slope)[0], self.optimizers["student"], decay=self.decay,
+        state,
+        "student",
+        pull_back(slope)[0],
+        self.optimizers["student"],
+        decay=self.decay,
         metrics={"loss": value, **student_metrics},
-      )  # fmt: skip
+      )
     else:
       loss = functools.partial(student_loss, options=self.settings, **self._rollout(state))
       after, student_metrics, _ = update(
-        state, "student", loss, batch, self.optimizers["student"], accumulate=self.accumulate,
+        state,
+        "student",
+        loss,
+        batch,
+        self.optimizers["student"],
+        accumulate=self.accumulate,
         decay=self.decay,
-      )  # fmt: skip
+      )
     if self.settings.warmup:
       wait = state.step < self.settings.warmup
       after = jax.tree.map(lambda old, new: jnp.where(wait, old, new), state, after)
@@ -315,10 +347,15 @@ class _Method:
     chosen = self.settings
     return {
       "teacher": state.trees["teacher"] if chosen.kl_beta else None,
-      "model": self.model, "process": self.process, "two_steps": chosen.score_decomposition,
-      "t0": chosen.t0, "remask": chosen.remask, "jeffreys": chosen.jeffreys,
-      "train": chosen.dropout, "chunk": self.chunk,
-    }  # fmt: skip
+      "model": self.model,
+      "process": self.process,
+      "two_steps": chosen.score_decomposition,
+      "t0": chosen.t0,
+      "remask": chosen.remask,
+      "jeffreys": chosen.jeffreys,
+      "train": chosen.dropout,
+      "chunk": self.chunk,
+    }
 
   def _in_parts(self, function, batch):
     return over_micro_batches(function, batch, self.accumulate)
@@ -329,18 +366,29 @@ class _Method:
       return batch["tokens"]
     rng_B = fold_each(batch["rng"], 300)
     draw = functools.partial(
-      sample, state.trees["teacher"], steps=self.settings.teacher_steps, model=self.model,
-      process=self.process, chunk=self.chunk,
-    )  # fmt: skip
+      sample,
+      state.trees["teacher"],
+      steps=self.settings.teacher_steps,
+      model=self.model,
+      process=self.process,
+      chunk=self.chunk,
+    )
     return self._in_parts(lambda b: draw(b, b["rng_real"]), {**batch, "rng_real": rng_B})
 
   def _update_discriminator(self, state, batch):
     loss = functools.partial(
-      discriminator_loss, model=self.judge, process=self.process,
-      spectral=state.aux["discriminator"], smoothing=self.settings.label_smoothing,
-    )  # fmt: skip
+      discriminator_loss,
+      model=self.judge,
+      process=self.process,
+      spectral=state.aux["discriminator"],
+      smoothing=self.settings.label_smoothing,
+    )
     state, metrics, spectral = update(
-      state, "discriminator", loss, batch, self.optimizers["discriminator"],
+      state,
+      "discriminator",
+      loss,
+      batch,
+      self.optimizers["discriminator"],
       accumulate=self.accumulate,
-    )  # fmt: skip
+    )
     return state.replace(aux={"discriminator": spectral}), metrics

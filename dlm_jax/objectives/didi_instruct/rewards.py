@@ -50,9 +50,13 @@ def masked_mean(logits_BL: Float[Array, "B L"], masked_BL: Bool[Array, "B L"], c
 
 
 def normalise_groups(
-  reward_B: Float[Array, "B"], size: int, clip: float = 3.0, eps: float = 1e-8, *,
+  reward_B: Float[Array, "B"],
+  size: int,
+  clip: float = 3.0,
+  eps: float = 1e-8,
+  *,
   counted_B: Bool[Array, "B"] | None = None,
-) -> Float[Array, "B"]:  # fmt: skip
+) -> Float[Array, "B"]:
   """Return advantages (r − mean)/(std + ε) within groups of consecutive sequences, clipped.
 
   The standard deviation has ddof = 1, so that no advantage exceeds (G − 1)/√G.

@@ -54,10 +54,20 @@ def start(batch: Batch, process: Absorbing) -> Int[Array, "B L"]:
 
 
 def rollout(
-  params: Params, batch: Batch, *, model: DiT, process: Absorbing, teacher: Params | None,
-  two_steps: bool = True, t0: float = 1e-3, remask: float = 0.0, jeffreys: float = 0.0,
-  train: bool = True, path: Path | None = None, chunk: int | None = None,
-) -> tuple[Terms, Path]:  # fmt: skip
+  params: Params,
+  batch: Batch,
+  *,
+  model: DiT,
+  process: Absorbing,
+  teacher: Params | None,
+  two_steps: bool = True,
+  t0: float = 1e-3,
+  remask: float = 0.0,
+  jeffreys: float = 0.0,
+  train: bool = True,
+  path: Path | None = None,
+  chunk: int | None = None,
+) -> tuple[Terms, Path]:
   """Run the student from masks at t = 1 to text at t₀, through the state at "t_mid".
 
   Args:
@@ -84,10 +94,20 @@ def rollout(
     last = k == len(times) - 2
     known = None if path is None else (path.x0 if last else path.z)
     x_BL, score_B, divergence_B, entropy_B = step(
-      params, states[-1], s_B, t_B, rngs[0], model=model, process=process, teacher=teacher,
-      jeffreys=jeffreys, remask=0.0 if last else remask, known=known, chunk=chunk,
+      params,
+      states[-1],
+      s_B,
+      t_B,
+      rngs[0],
+      model=model,
+      process=process,
+      teacher=teacher,
+      jeffreys=jeffreys,
+      remask=0.0 if last else remask,
+      known=known,
+      chunk=chunk,
       dropout_B=rngs[1] if train else None,
-    )  # fmt: skip
+    )
     states.append(x_BL)
     log_prob_B += score_B
     divergences.append(divergence_B)
@@ -97,11 +117,21 @@ def rollout(
 
 
 def step(
-  params: Params, xt_BL: Int[Array, "B L"], s_B: Float[Array, "B"], t_B: Float[Array, "B"],
-  rng_B: Key[Array, "B"], *, model: DiT, process: Absorbing, teacher: Params | None,
-  jeffreys: float = 0.0, remask: float = 0.0, known: Int[Array, "B L"] | None = None,
-  dropout_B: Key[Array, "B"] | None = None, chunk: int | None = None,
-) -> tuple[Int[Array, "B L"], Float[Array, "B"], Float[Array, "B"], Float[Array, "B"]]:  # fmt: skip
+  params: Params,
+  xt_BL: Int[Array, "B L"],
+  s_B: Float[Array, "B"],
+  t_B: Float[Array, "B"],
+  rng_B: Key[Array, "B"],
+  *,
+  model: DiT,
+  process: Absorbing,
+  teacher: Params | None,
+  jeffreys: float = 0.0,
+  remask: float = 0.0,
+  known: Int[Array, "B L"] | None = None,
+  dropout_B: Key[Array, "B"] | None = None,
+  chunk: int | None = None,
+) -> tuple[Int[Array, "B L"], Float[Array, "B"], Float[Array, "B"], Float[Array, "B"]]:
   """Take one reverse step; return the state at s, its score, the teacher's divergence, entropy.
 
   Arguments as for `rollout`; `known` is a state at s to score instead of drawing one, and without a
@@ -148,9 +178,15 @@ def step(
 
 
 def sample(
-  params: Params, batch: Batch, rng_B: Key[Array, "B"], steps: int, *, model: DiT,
-  process: Absorbing, chunk: int | None = None,
-) -> Int[Array, "B L"]:  # fmt: skip
+  params: Params,
+  batch: Batch,
+  rng_B: Key[Array, "B"],
+  steps: int,
+  *,
+  model: DiT,
+  process: Absorbing,
+  chunk: int | None = None,
+) -> Int[Array, "B L"]:
   """Draw clean text from a network by `steps` ancestral steps on a uniform grid down to 0."""
   grid_K = jnp.linspace(1.0, 0.0, steps + 1)
 
@@ -159,9 +195,16 @@ def sample(
     ones_B = jnp.ones(x_BL.shape[:1])
     rng_k = fold_each(rng_B, k)
     x_BL, *_ = step(
-      params, x_BL, s * ones_B, t * ones_B, rng_k, model=model, process=process, teacher=None,
+      params,
+      x_BL,
+      s * ones_B,
+      t * ones_B,
+      rng_k,
+      model=model,
+      process=process,
+      teacher=None,
       chunk=chunk,
-    )  # fmt: skip
+    )
     return x_BL, None
 
   inputs = (jnp.arange(steps), grid_K[:-1], grid_K[1:])
