@@ -2,6 +2,7 @@
 """Eight fake CPU devices, strict rank promotion, programs compiled once, golden vectors."""
 
 import gc
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -12,7 +13,10 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
   os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
   ).strip()
-# Compilation takes most of the time: workers and subprocesses inherit this folder and share it.
+# Compiling takes most of the time, and two thirds of it were the newer emitters of loops.
+if importlib.metadata.version("jaxlib").split(".")[:2] in (["0", "10"], ["0", "11"]):
+  os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
+# Workers and subprocesses inherit this folder and share it.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
   COMPILED = tempfile.TemporaryDirectory(prefix="dlm_jax_compiled_")
   os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
@@ -23,6 +27,7 @@ import jax
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_disable_most_optimizations", True)  # tiny programs run a few times
 
 HERE = pathlib.Path(__file__).parent
 GOLDEN = HERE / "golden"
@@ -37,6 +42,14 @@ def pytest_collection_modifyitems(items):
   for item in items:
     if item.nodeid.startswith(starts):
       item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture(scope="module")
+def optimised():
+  """Compile with every optimisation: for programs whose running takes the time."""
+  jax.config.update("jax_disable_most_optimizations", False)
+  yield
+  jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from dlm_jax.configs import common
 from ml_collections import ConfigDict
-from tiny_runs import quick  # noqa: F401
 
 from dlm_jax import mesh
 from dlm_jax.experiment import build

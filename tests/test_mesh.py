@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import tiny_runs
 from jax.sharding import PartitionSpec
-from tiny_runs import quick  # noqa: F401
 
 from dlm_jax import mesh, models, sample
 from dlm_jax.errors import InputError

@@ -13,7 +13,6 @@ import textwrap
 
 import jax
 import numpy as np
-import pytest
 
 from dlm_jax.data import builder
 from dlm_jax.experiment import build, run
@@ -86,15 +85,6 @@ def documents() -> list[str]:
   """Return short pieces of real source text."""
   lines = (inspect.getsource(argparse) + inspect.getsource(textwrap)).splitlines(keepends=True)
   return ["".join(lines[i : i + 30]) for i in range(0, len(lines), 30)]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick():
-  """Compile without optimisation: tiny networks run a few times; import it to use it."""
-  before = jax.config.values["jax_disable_most_optimizations"]
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", before)
 
 
 def environment() -> dict[str, str]:

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import pytest
 import tiny_runs
-from tiny_runs import quick  # noqa: F401
 
 from dlm_jax.bench import limits, measure, programs
 from dlm_jax.cli.main import main

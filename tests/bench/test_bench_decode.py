@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import tiny_decoder as tiny
 import tiny_sdar
-from tiny_runs import quick  # noqa: F401
 
 from dlm_jax import models, sample
 from dlm_jax.bench import decode, limits, networks, passes, speedup, weights

@@ -9,7 +9,6 @@ import sys
 
 import pytest
 import tiny_runs
-from tiny_runs import quick  # noqa: F401
 
 from dlm_jax.cli.main import main
 

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import tiny_runs
 from safetensors.numpy import load_file
-from tiny_runs import quick  # noqa: F401
 
 from dlm_jax import convert
 from dlm_jax.cli import flags

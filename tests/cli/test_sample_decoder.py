@@ -7,7 +7,6 @@ import shutil
 import pytest
 import tiny_runs
 import tiny_sdar
-from tiny_runs import quick  # noqa: F401
 
 from dlm_jax.cli import sample as cli
 from dlm_jax.cli.main import main

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import tiny_decoder as tiny
 from safetensors.flax import load_file, save_file
-from tiny_runs import quick  # noqa: F401
 
 from dlm_jax import convert, mesh, process
 from dlm_jax.cli import convert as cli

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import scipy.stats
 import tiny_decoder
-from tiny_runs import quick  # noqa: F401
 
 from dlm_jax import sample
 from dlm_jax.decode import select

@@ -13,7 +13,6 @@ import pytest
 import scipy.stats
 import speculative_toy as toy
 import tiny_decoder as tiny
-from tiny_runs import quick  # noqa: F401
 
 from dlm_jax import sample
 from dlm_jax.decode.progress import begin

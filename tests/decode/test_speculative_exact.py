@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import speculative_toy as toy
-from tiny_runs import quick  # noqa: F401
 
 from dlm_jax import sample
 

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_decoder as tiny
-from tiny_runs import quick  # noqa: F401
 
 from dlm_jax import evaluate, process, schedules
 from dlm_jax.errors import InputError

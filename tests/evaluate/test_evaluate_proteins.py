@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_runs import quick  # noqa: F401
 
 from dlm_jax import evaluate, process
 from dlm_jax.errors import InputError

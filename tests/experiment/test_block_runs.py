@@ -7,7 +7,6 @@ import jax
 import numpy as np
 import pytest
 import tiny_runs
-from tiny_runs import quick  # noqa: F401
 
 from dlm_jax import convert, models, process
 from dlm_jax.cli import main as cli

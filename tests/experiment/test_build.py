@@ -5,7 +5,6 @@ import jax
 import pytest
 import tiny_runs
 from ml_collections import ConfigDict
-from tiny_runs import quick  # noqa: F401
 
 from dlm_jax import models, objectives, process
 from dlm_jax.convert import places

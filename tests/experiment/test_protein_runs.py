@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import tiny_runs
 from safetensors.numpy import load_file
-from tiny_runs import quick  # noqa: F401
 
 import dlm_jax
 from dlm_jax import convert, mesh, models, objectives

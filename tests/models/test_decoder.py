@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_decoder as tiny
-from tiny_runs import quick  # noqa: F401
 
 from dlm_jax import mesh
 from dlm_jax.models import Cache, Decoder, DecoderConfig, commit, masks

@@ -5,7 +5,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_runs import quick  # noqa: F401
 
 from dlm_jax.convert import hf_dit
 from dlm_jax.models import Critic, Discriminator, DiT, DiTConfig, discriminator

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
-from tiny_runs import quick  # noqa: F401
 
 from dlm_jax.models import Denoiser, DiT, DiTConfig
 from dlm_jax.models.dit import TimeEmbedding

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.test_util import check_grads
-from tiny_runs import quick  # noqa: F401
 
 from dlm_jax.models import layers
 from dlm_jax.models.layers import Embedding, LayerNorm, Linear, dropout, lookup, matmul

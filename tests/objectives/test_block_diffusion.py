@@ -14,7 +14,6 @@ import optax
 import pytest
 import tiny_decoder as tiny
 from recorded import close
-from tiny_runs import quick  # noqa: F401
 
 from dlm_jax import models, process, schedules
 from dlm_jax.convert import hf_qwen3

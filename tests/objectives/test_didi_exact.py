@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_runs import quick  # noqa: F401
 
 from dlm_jax.models import DiT, DiTConfig
 from dlm_jax.objectives import didi_instruct

@@ -10,7 +10,6 @@ import optax
 import pytest
 import scipy.stats
 import tiny
-from tiny_runs import quick  # noqa: F401
 
 from dlm_jax.errors import InputError
 from dlm_jax.models import discriminator

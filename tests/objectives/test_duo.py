@@ -10,7 +10,6 @@ import optax
 import pytest
 import recorded
 import tiny
-from tiny_runs import quick  # noqa: F401
 
 from dlm_jax import process
 from dlm_jax.objectives import duo

@@ -20,7 +20,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tiny_runs import quick  # noqa: F401
 
 from dlm_jax.models import DiT, DiTConfig
 from dlm_jax.objectives import draw_batch, idlm

@@ -10,7 +10,6 @@ import numpy as np
 import optax
 import pytest
 import recorded as quantities
-from tiny_runs import quick  # noqa: F401
 
 from dlm_jax import process
 from dlm_jax.convert import hf_dit

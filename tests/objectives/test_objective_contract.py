@@ -13,7 +13,6 @@ import numpy as np
 import optax
 import pytest
 import tiny
-from tiny_runs import quick  # noqa: F401
 
 from dlm_jax import mesh as meshes
 from dlm_jax import objectives

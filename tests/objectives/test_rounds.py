@@ -7,7 +7,6 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from tiny_runs import quick  # noqa: F401
 
 from dlm_jax.objectives import dcd, sdtt
 

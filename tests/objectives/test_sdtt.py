@@ -12,7 +12,6 @@ import pytest
 import recorded
 import tiny
 from safetensors import safe_open
-from tiny_runs import quick  # noqa: F401
 
 from dlm_jax import process
 from dlm_jax.objectives import rounds, sdtt

@@ -10,7 +10,6 @@ import numpy as np
 import optax
 import pytest
 import tiny
-from tiny_runs import quick  # noqa: F401
 
 from dlm_jax import process, schedules
 from dlm_jax.objectives import mdlm, sedd

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tiny_runs import quick  # noqa: F401
 
 from dlm_jax.objectives import Objective, draw_batch, output_params, update
 from dlm_jax.objectives.batch import split_each, stratified_times

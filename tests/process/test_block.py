@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
-from tiny_runs import quick  # noqa: F401
 
 from dlm_jax import process, schedules
 from dlm_jax.process import BlockNoise

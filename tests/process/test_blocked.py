@@ -5,7 +5,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_runs import quick  # noqa: F401
 
 from dlm_jax import convert, models, process, sample, schedules
 from dlm_jax.convert import families

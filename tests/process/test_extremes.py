@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import special, stats
-from tiny_runs import quick  # noqa: F401
 
 from dlm_jax.process import GaussianDuality, extremes
 

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import scipy.stats
 from scipy import special
-from tiny_runs import quick  # noqa: F401
 
 from dlm_jax import process
 from dlm_jax.models.layers import Embedding

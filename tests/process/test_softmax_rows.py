@@ -4,7 +4,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tiny_runs import quick  # noqa: F401
 
 from dlm_jax.process import softmax_rows
 

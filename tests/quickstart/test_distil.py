@@ -11,7 +11,6 @@ import time
 
 import pytest
 import tiny_runs
-from tiny_runs import quick  # noqa: F401
 
 from dlm_jax.cli.main import main
 from dlm_jax.experiment import run

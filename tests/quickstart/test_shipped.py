@@ -5,7 +5,6 @@ import json
 
 import numpy as np
 import pytest
-from tiny_runs import quick  # noqa: F401
 
 from dlm_jax.cli.main import main
 from dlm_jax.quickstart import comparison, distil, shipped

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import toy
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from tiny_runs import quick  # noqa: F401
 
 from dlm_jax import models, process, sample, schedules
 from dlm_jax.errors import InputError

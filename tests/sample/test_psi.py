@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy
-from tiny_runs import quick  # noqa: F401
 
 from dlm_jax import draw, process, sample, schedules
 from dlm_jax.errors import InputError

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy
-from tiny_runs import quick  # noqa: F401
 
 from dlm_jax import draw, process, sample, schedules
 from dlm_jax.convert import hf_dit

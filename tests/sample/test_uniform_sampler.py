@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import scipy.stats
 import toy
-from tiny_runs import quick  # noqa: F401
 
 from dlm_jax import draw, models, process, sample, schedules
 from dlm_jax.errors import InputError

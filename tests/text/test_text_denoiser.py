@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_runs
-from tiny_runs import quick  # noqa: F401
 
 import dlm_jax
 from dlm_jax import convert, process
