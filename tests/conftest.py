@@ -34,16 +34,6 @@ GOLDEN = HERE / "golden"
 MOST_MAPS = 12_000
 
 
-@pytest.hookimpl(tryfirst=True)  # before -m selects
-def pytest_collection_modifyitems(items):
-  """Mark the tests that slow.txt names."""
-  lines = (HERE / "slow.txt").read_text().splitlines()
-  starts = tuple(line for line in lines if line and not line.startswith("#"))
-  for item in items:
-    if item.nodeid.startswith(starts):
-      item.add_marker(pytest.mark.slow)
-
-
 @pytest.fixture(scope="module")
 def optimised():
   """Compile with every optimisation: for programs whose running takes the time."""

@@ -118,7 +118,17 @@ def test_full_size_network_builds(name):
     assert 1e6 < count < 5e6
 
 
-@pytest.mark.parametrize("name", NAMES)
+def _first_of_a_kind():
+  """Yield every config; those whose method, network and process another one has are slow."""
+  seen = set()
+  for name in NAMES:
+    config = load_config(name)
+    kind = config.objective.name, config.model.name, config.process.name
+    yield pytest.param(name, marks=pytest.mark.slow) if kind in seen else name
+    seen.add(kind)
+
+
+@pytest.mark.parametrize("name", list(_first_of_a_kind()))
 def test_two_tiny_steps(name):
   built = build.experiment(_tiny(name), 40, devices=jax.devices()[:1])
   objective = built.objective

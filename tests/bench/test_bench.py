@@ -84,7 +84,9 @@ def test_samples_are_compared_with_trunk_forwards(tiny, capsys, tmp_path, name):
   assert row["rate"] == pytest.approx(8 * 16 / row["timing"]["seconds"])
 
 
-@pytest.mark.parametrize(("name", "rows"), [("novels_teacher", 1), ("novels_idlm", 2)])
+@pytest.mark.parametrize(
+  ("name", "rows"), [("novels_teacher", 1), pytest.param("novels_idlm", 2, marks=pytest.mark.slow)]
+)
 def test_steps_are_compared_with_their_passes(tiny, capsys, tmp_path, name, rows):
   found = _bench(capsys, tmp_path, "train", f"--config={name}", "--config.model.cond_dim=4")
   assert len(found) == rows and found[0]["limit"] == "matmul rate (MFU)"

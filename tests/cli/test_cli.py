@@ -235,6 +235,7 @@ def test_frontier(capsys, tmp_path):
   assert again == text, "nothing is measured twice: the seconds are the same too"
 
 
+@pytest.mark.slow
 def test_frontier_at_matched_entropy(capsys, tmp_path):
   tiny = tiny_runs.make()
   arguments = [

@@ -182,7 +182,7 @@ TABLE = [
   (1, 2, 1, True, True),
   (1, 4, 0, True, True),
   (1, 4, 2, True, True),
-  (2, 1, 0, True, True),
+  pytest.param(2, 1, 0, True, True, marks=pytest.mark.slow),
   (4, 1, 0, True, True),
   (2, 1, 2, True, False),
   (4, 1, 1, True, False),
@@ -285,7 +285,7 @@ def test_positions_of_their_own_are_the_recorded_ones(golden):
   np.testing.assert_array_equal(verify._unshared(carried, 4)[4:], [8, 9, 12, 13])
 
 
-@pytest.mark.parametrize("layers", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("layers", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 4))])
 def test_two_blocks(layers):
   """9.3-h: block 0 as alone; block 1 as on a clean cache with clean copies, else for one layer."""
   model, params = _network(layers)

@@ -151,6 +151,7 @@ def test_samples_have_the_length_that_is_asked_for(teacher, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_evaluate_prints_what_proteins_are_like(folder, teacher, capsys):
   arguments = [f"--checkpoint={teacher}", f"--data={folder / 'data'}", "--samples=5", "--steps=2"]
   assert main(["evaluate", *arguments, f"--judge={folder / 'judge'}"]) == 0
@@ -172,6 +173,7 @@ def test_evaluate_prints_what_proteins_are_like(folder, teacher, capsys):
   assert capsys.readouterr().out.startswith("perplexity ")
 
 
+@pytest.mark.slow
 def test_frontier_of_proteins(folder, teacher, tmp_path, capsys):
   """Samples are as long as validation records; only residues are judged, guided or not."""
   convert.save_discriminator(teacher / "best", _critic(teacher))

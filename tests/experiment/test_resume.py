@@ -138,6 +138,7 @@ def test_sigterm_saves_and_exits_cleanly(straight, tmp_path):
   _assert_same(straight, tmp_path)
 
 
+@pytest.mark.slow
 def test_interrupted_twice(straight, tmp_path, monkeypatch):
   """The signal arrives while a batch is fetched; between checkpoints, between evaluations."""
   config = tiny_runs.make().config("idlm", **RUN)

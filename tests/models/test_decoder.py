@@ -33,7 +33,9 @@ def _block_causal(length, block=4):
 # --- recorded numbers -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["sdar_forward__a", "sdar_forward__b"])
+@pytest.mark.parametrize(
+  "name", ["sdar_forward__a", pytest.param("sdar_forward__b", marks=pytest.mark.slow)]
+)
 def test_recorded_logits(golden, name):
   """9.1-b: logits of the public network under every mask; causal is Qwen3's."""
   vectors, config, model, params = _recorded(golden, name)
@@ -56,7 +58,9 @@ def test_recorded_logits(golden, name):
   _close(hidden, vectors[f"hidden_states_block_causal/{config['nl']}"])
 
 
-@pytest.mark.parametrize("name", ["sdar_forward__a", "sdar_forward__b"])
+@pytest.mark.parametrize(
+  "name", ["sdar_forward__a", pytest.param("sdar_forward__b", marks=pytest.mark.slow)]
+)
 def test_recorded_cache(golden, name):
   """9.2-a: prefill, a noisy block read only, the clean block stored, the next block."""
   vectors, config, model, params = _recorded(golden, name)
@@ -220,6 +224,7 @@ def test_a_query_that_sees_nothing():
   assert all(np.isfinite(g).all() for g in back(jnp.ones_like(out)))
 
 
+@pytest.mark.slow
 def test_halves_and_remat():
   """Trunk and head compose; recomputation and unrolling leave gradients alone."""
   model, params = tiny.make()

@@ -120,7 +120,9 @@ def test_recorded_sdar_sequence(golden, name):
     )
 
 
-@pytest.mark.parametrize("name", SDAR_FILES)
+@pytest.mark.parametrize(
+  "name", [n if n.endswith("a") else pytest.param(n, marks=pytest.mark.slow) for n in SDAR_FILES]
+)
 def test_recorded_sdar_loss(golden, name):
   """1.5: cross entropies at masks, the loss of the released kernel, its gradients."""
   vectors, config, model, params, proc, batch = _sdar(golden, name)
@@ -184,7 +186,9 @@ class _MaskedDiT:
       return self.model.apply(variables, inputs, sigma, method="trunk")
 
 
-@pytest.mark.parametrize("name", ["bd3_forward__a", "bd3_forward__b"])
+@pytest.mark.parametrize(
+  "name", ["bd3_forward__a", pytest.param("bd3_forward__b", marks=pytest.mark.slow)]
+)
 def test_recorded_bd3(golden_dit, name):
   """6, 9.2: mask, logits of the noisy half, SUBS and the loss per token of the public network."""
   vectors, config, model, params = golden_dit(name)
@@ -225,7 +229,9 @@ def test_recorded_bd3(golden_dit, name):
 # --- what a block sees ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("block_length", [1, 2, 4, 8])
+@pytest.mark.parametrize(
+  "block_length", [1, 4, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 8))]
+)
 def test_one_pass_is_a_pass_per_block(block_length):
   """9.2-b: each noisy block on a cache of the clean blocks before it."""
   model, params = _tiny()
@@ -460,7 +466,7 @@ def test_a_curriculum_changes_the_block_length():
   assert step._cache_size() == 1
 
 
-@pytest.mark.parametrize("options", [{}, SDAR])
+@pytest.mark.parametrize("options", [{}, pytest.param(SDAR, marks=pytest.mark.slow)])
 def test_the_interval_is_searched(options):
   """6: every so many steps, from losses on the full interval; micro-batches change nothing."""
   results = []

@@ -196,6 +196,7 @@ def test_one_run_of_the_student_gives_what_a_replay_gives(options):
   jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-5), *ends)
 
 
+@pytest.mark.slow
 def test_warmup_keeps_the_student():
   objective, state, _ = _make(warmup=1)
   step = jax.jit(objective.step)

@@ -171,6 +171,7 @@ def test_the_integral_kl_falls(teacher):
   assert max(coupled, apart) < 0.8 * before
 
 
+@pytest.mark.slow
 def test_decoupled_times_fall_more_slowly(teacher):
   """On this law, with exact rewards normalised in groups of members with times of their own.
 

@@ -41,7 +41,7 @@ def test_golden_temperature(golden):
   np.testing.assert_allclose(1 / tau, vectors["tau_inverse"], rtol=1e-5)
 
 
-@pytest.mark.parametrize("variant", "ab")
+@pytest.mark.parametrize("variant", ["a", pytest.param("b", marks=pytest.mark.slow)])
 def test_golden_hard_loss(golden, variant):
   """From parameters and the recorded corruption to nats per token."""
   vectors, config = golden(f"udlm_losses__{variant}")
@@ -60,7 +60,7 @@ def test_golden_hard_loss(golden, variant):
   recorded.close(gradient, vectors["grad_mean_nll_wrt_logits"])
 
 
-@pytest.mark.parametrize("variant", "ab")
+@pytest.mark.parametrize("variant", ["a", pytest.param("b", marks=pytest.mark.slow)])
 def test_golden_soft_loss(golden, variant):
   """From parameters and the recorded noise, with the recorded α, α' and then with ours."""
   vectors, config = golden(f"duo_curriculum__{variant}")
@@ -192,7 +192,7 @@ def test_the_switch():
   )
 
 
-@pytest.mark.parametrize("step", [3, 5])
+@pytest.mark.parametrize("step", [3, pytest.param(5, marks=pytest.mark.slow)])
 def test_chunks_change_nothing(step):
   batch = tiny.batch()
   whole, wanted = _run(batch, step, curriculum=CURRICULUM)

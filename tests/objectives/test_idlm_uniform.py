@@ -77,7 +77,7 @@ class Recorded:
     return idlm.cross_entropy(fake, sample, self.batch, student=student, **self.shared(chunk))
 
 
-@pytest.fixture(params="ab")
+@pytest.fixture(params=["a", pytest.param("b", marks=pytest.mark.slow)])
 def recorded(request, golden):
   return Recorded(*golden(f"idlm_duo__{request.param}"))
 
@@ -215,6 +215,7 @@ def _losses(model, params, batch, fake=None, **options):
   return jax.jit(jax.grad(lambda p: loss(p, batch)[0]))(params)
 
 
+@pytest.mark.slow
 def test_no_gradient_at_the_start():
   """Spec, acceptance check 4: with three equal networks the student does not move."""
   model, params = _tiny(dropout=0.0)

@@ -25,6 +25,11 @@ SEED, SLOW = 5, pytest.mark.slow
 every_method = pytest.mark.parametrize("name", NAMES)
 
 
+def _slow_for(*names):
+  """Leave some methods to slow runs: what a test shows, the others show by default."""
+  return [pytest.param(n, marks=SLOW) if n in names else n for n in NAMES]
+
+
 def _module(name):
   return importlib.import_module(f"dlm_jax.objectives.{name}")
 
@@ -187,7 +192,7 @@ def test_jit_changes_nothing(name):
 
 
 @pytest.mark.parametrize(
-  "name", [n if n in ("didi_instruct", "idlm") else pytest.param(n, marks=SLOW) for n in NAMES]
+  "name", [n if n in ("idlm",) else pytest.param(n, marks=SLOW) for n in NAMES]
 )
 def test_a_scan_is_the_loop(name):
   batches = [_batches(name, step) for step in range(3)]
@@ -199,7 +204,7 @@ def test_a_scan_is_the_loop(name):
   _close(jax.tree.map(lambda x: x[-1], metrics), last, 1e-4)
 
 
-@every_method
+@pytest.mark.parametrize("name", _slow_for("ar", "dcd", "duo", "mdlm", "sdtt", "sedd"))
 @pytest.mark.parametrize(
   "accumulate", [2, pytest.param(4, marks=SLOW), pytest.param(8, marks=SLOW)]
 )
@@ -211,7 +216,7 @@ def test_micro_batches_change_nothing(name, accumulate):
   assert all(np.isfinite(x) for x in metrics.values())
 
 
-@every_method
+@pytest.mark.parametrize("name", _slow_for("ar", "block_diffusion", "duo", "sdtt", "sedd"))
 @pytest.mark.parametrize("sizes", [(2, 2, 2), pytest.param((8, 1, 1), marks=SLOW)], ids=str)
 def test_eight_devices_change_nothing(name, sizes):
   states, metrics, used = _run(name, sizes)

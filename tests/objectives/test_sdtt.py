@@ -240,7 +240,11 @@ def test_corrupted_batch():
   assert _run(nothing)[0][0] == 0
 
 
-@pytest.mark.parametrize("options", [{}, {"divergence": "mse", "published_times": True}], ids=str)
+@pytest.mark.parametrize(
+  "options",
+  [{}, pytest.param({"divergence": "mse", "published_times": True}, marks=pytest.mark.slow)],
+  ids=str,
+)
 def test_chunks_change_nothing(options):
   whole, wanted = _run(tiny.batch(), **options)
   value, gradient = _run(tiny.batch(), chunk=2, **options)

@@ -139,6 +139,7 @@ def test_again_nothing_is_done_again(done, arguments, capsys, monkeypatch):
   assert all(path.stat().st_mtime_ns == then for path, then in before.items())
 
 
+@pytest.mark.slow
 def test_a_second_method_is_added(done, arguments):
   """After the others, since it writes into their workdir: nothing of the first is trained again."""
   first = (done / "distillation" / "done.json").read_text()

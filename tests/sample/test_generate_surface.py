@@ -273,7 +273,9 @@ def small():
   return models.Denoiser(model, jax.tree.unflatten(tree, leaves))
 
 
-@every_sampler
+@pytest.mark.parametrize(
+  "sampler", ["ancestral", pytest.param("first_hitting", marks=pytest.mark.slow)]
+)
 def test_real_network(small, sampler):
   proc = process.Absorbing(vocab_size=11, mask_id=4)
   generate = jax.jit(

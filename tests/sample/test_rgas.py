@@ -56,7 +56,7 @@ class Recorded:
     return q.at[..., self.mask].set(jnp.broadcast_to(1 - self.alpha_s[:, None], q.shape[:2]))
 
 
-@pytest.fixture(params="ab")
+@pytest.fixture(params=["a", pytest.param("b", marks=pytest.mark.slow)])
 def recorded(golden, request):
   return Recorded(*golden(f"didi_rgas__{request.param}"))
 

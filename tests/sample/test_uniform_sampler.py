@@ -212,7 +212,7 @@ def test_a_prompt_is_frozen_whole():
 OPTIONS = [
   {"steps": 3},
   {"steps": 3, "noise_removal": "greedy", "nucleus": 0.9},
-  {"steps": 3, "sampler": "psi", "kappa": 0.5},
+  pytest.param({"steps": 3, "sampler": "psi", "kappa": 0.5}, marks=pytest.mark.slow),
 ]
 
 
@@ -258,7 +258,7 @@ def test_bad_input_is_one_line_that_names_the_way_out(options, word):
 # --- recorded numbers ---------------------------------------------------------------------------
 
 
-@pytest.fixture(params="ab")
+@pytest.fixture(params=["a", pytest.param("b", marks=pytest.mark.slow)])
 def recorded(request, golden_dit):
   """Return (vectors, config, denoiser) of one variant."""
   vectors, config, model, params = golden_dit(f"udlm_sampler__{request.param}")
