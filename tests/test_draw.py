@@ -15,6 +15,8 @@ from dlm_jax import draw
 
 FOLLOWS, DIFFERS = 1e-4, 1e-6
 LARGEST_UNIFORM = np.float32(1 - 2.0**-24)
+categorical = jax.jit(draw.categorical)
+gumbel_max = jax.jit(jax.vmap(draw.gumbel_max, in_axes=(None, 0)))
 
 
 def _draw_many(weights_V, samples, seed, *, chunk=2048):
@@ -86,16 +88,15 @@ def test_weights_need_not_be_normalised():
   probs = np.random.default_rng(1).dirichlet(np.ones(300)).astype(np.float32)
   uniform = draw.uniforms(jax.random.key(0), (4096,))
   rows = jnp.broadcast_to(probs, (4096, 300))
-  np.testing.assert_array_equal(
-    draw.categorical(rows, uniform), draw.categorical(rows * 1024.0, uniform)
-  )
+  np.testing.assert_array_equal(categorical(rows, uniform), categorical(rows * 1024.0, uniform))
   assert _p_value(_draw_many(probs * 1e-20, 65_536, seed=5), probs) > FOLLOWS
 
 
 def test_rows_are_independent_draws_from_their_own_weights():
   weights = np.random.default_rng(2).dirichlet(np.ones(5), size=(2, 3)).astype(np.float32)
   uniform = draw.uniforms(jax.random.key(1), (20_000, 2, 3))
-  tokens = np.asarray(jax.vmap(lambda u: draw.categorical(jnp.asarray(weights), u))(uniform))
+  draw_all = jax.jit(jax.vmap(draw.categorical, in_axes=(None, 0)))
+  tokens = np.asarray(draw_all(jnp.asarray(weights), uniform))
   assert tokens.shape == (20_000, 2, 3)
   for row in np.ndindex(2, 3):
     assert _p_value(tokens[:, *row], weights[row]) > FOLLOWS
@@ -142,7 +143,7 @@ def test_tail_tokens_are_reachable_one_by_one():
   shares = padded / padded.sum(axis=1, keepdims=True)
   second = (np.cumsum(shares, axis=1) - shares / 2)[common // 256, common % 256]
   uniform = jnp.asarray(np.stack([first, second], axis=-1), jnp.float32)
-  tokens = jax.vmap(lambda u: draw.categorical(weights, u))(uniform)
+  tokens = jax.jit(jax.vmap(draw.categorical, in_axes=(None, 0)))(weights, uniform)
   np.testing.assert_array_equal(tokens, common)
 
 
@@ -188,7 +189,7 @@ def test_gumbel_reaches_the_tail():
   keys = jax.random.split(jax.random.key(3), 64)
   for mode, same in (("high", True), ("low", False)):
     noise = jax.vmap(lambda k: jax.random.gumbel(k, (512,), mode=mode))(keys)  # noqa: B023
-    tokens = jax.vmap(draw.gumbel_max, in_axes=(None, 0))(jnp.zeros(512), keys)
+    tokens = gumbel_max(jnp.zeros(512), keys)
     assert np.array_equal(tokens, jnp.argmax(noise, axis=-1)) == same
 
 
@@ -209,7 +210,7 @@ def test_weight_zero_is_never_drawn(vocabulary):
     weights[row, support] = rng.uniform(0.1, 3.0, size=len(support))
   weights = np.repeat(weights, len(EXTREMES), axis=0)
   uniform = jnp.asarray(np.tile(EXTREMES, (4, 1)), jnp.float32)
-  tokens = np.asarray(draw.categorical(jnp.asarray(weights), uniform))
+  tokens = np.asarray(categorical(jnp.asarray(weights), uniform))
   assert np.all(weights[np.arange(len(weights)), tokens] > 0)
 
 
@@ -224,7 +225,7 @@ def test_rounding_never_leaves_the_support(seed):
   weights[:, 0] = 0.0
   for extreme in EXTREMES:
     uniform = jnp.broadcast_to(jnp.asarray(extreme, jnp.float32), (64, 2))
-    tokens = np.asarray(draw.categorical(jnp.asarray(weights), uniform))
+    tokens = np.asarray(categorical(jnp.asarray(weights), uniform))
     assert np.all(weights[np.arange(64), tokens] > 0)
 
 
@@ -234,13 +235,20 @@ def test_a_softmax_draws_what_its_weights_draw(vocabulary):
   rng_logits, rng_token = jax.random.split(jax.random.key(8))
   logits = 4 * jax.random.normal(rng_logits, (3, 400, vocabulary)) + 100
   logits = logits.at[:, :, 1::7].set(-jnp.inf)
-  softmax, uniform = draw.softmax(logits), draw.uniforms(rng_token, (3, 400))
-  tokens = softmax.draw(uniform)
+  uniform = draw.uniforms(rng_token, (3, 400))
+  tokens, probability = _softmax_draw(logits, uniform)
   weights = jnp.exp(logits - logits.max(-1, keepdims=True))
-  assert np.array_equal(tokens, draw.categorical(weights, uniform))
+  assert np.array_equal(tokens, categorical(weights, uniform))
   assert not np.any(np.asarray(tokens) % 7 == 1)
   expected = jnp.take_along_axis(jax.nn.softmax(logits), tokens[..., None], -1)[..., 0]
-  np.testing.assert_allclose(softmax.probability(tokens), expected, rtol=1e-5)
+  np.testing.assert_allclose(probability, expected, rtol=1e-5)
+
+
+@jax.jit
+def _softmax_draw(logits, uniform):
+  softmax = draw.softmax(logits)
+  tokens = softmax.draw(uniform)
+  return tokens, softmax.probability(tokens)
 
 
 def test_uniforms_are_in_the_half_open_unit_interval():

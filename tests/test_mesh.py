@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Meshes, batch checks, and checkpoints that move between device counts."""
 
+import collections
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -228,3 +230,47 @@ def test_dimensions_that_do_not_divide_stay_whole():
   placed = mesh.param_shardings(made, axes, shapes)
   assert placed["a"].spec == PartitionSpec(None, "fsdp")
   assert placed["b"].spec == PartitionSpec("tensor", None)
+
+
+# --- hosts ----------------------------------------------------------------------------------------
+
+Device = collections.namedtuple("Device", ["id", "process_index"])
+
+
+@pytest.mark.parametrize(
+  "owners, expected",
+  [
+    ("0011", [(0, 2), (1, 2)]),
+    ("1100", [(1, 2), (0, 2)]),
+    ("0101", [(0, 1), (0, 1)]),  # interleaved
+    ("0001", [(0, 1), (0, 1)]),  # unequal
+    ("00112233", [(n, 4) for n in range(4)]),
+  ],
+)
+def test_rows_of_hosts(monkeypatch, owners, expected):
+  """Each character is the host of a device that holds the next equal slice of 16 rows."""
+  rows = 16 // len(owners)
+  held = {Device(i, int(host)): (slice(i * rows, (i + 1) * rows),) for i, host in enumerate(owners)}
+  _pretend(monkeypatch, held, len(expected))
+  assert [_rows_of(monkeypatch, host) for host in range(len(expected))] == expected
+
+
+def test_every_host_reads_all_where_the_tensor_axis_spans_them(monkeypatch):
+  held = {Device(host, host): (slice(None),) for host in range(2)}
+  _pretend(monkeypatch, held, 2)
+  assert [_rows_of(monkeypatch, host) for host in range(2)] == [(0, 1), (0, 1)]
+
+
+def test_one_process_reads_the_whole_batch():
+  assert mesh.host_rows(mesh.make(), 16) == (0, 1)
+
+
+def _pretend(monkeypatch, held, hosts):
+  sharding = types.SimpleNamespace(devices_indices_map=lambda shape: held)
+  monkeypatch.setattr(mesh, "batch_sharding", lambda made: sharding)
+  monkeypatch.setattr(jax, "process_count", lambda: hosts)
+
+
+def _rows_of(monkeypatch, host):
+  monkeypatch.setattr(jax, "process_index", lambda: host)
+  return mesh.host_rows(mesh.make(), 16)

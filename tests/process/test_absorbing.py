@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
+from compiled import Methods
 
 from dlm_jax import process, schedules
 
@@ -18,6 +19,10 @@ SCHEDULES = {
   "polynomial": schedules.Polynomial(power=2.0),
 }
 every_schedule = pytest.mark.parametrize("schedule", list(SCHEDULES.values()), ids=list(SCHEDULES))
+
+
+def _absorbing(**options):
+  return Methods(process.Absorbing(**options))
 
 
 def _states(vocabulary, length):
@@ -88,7 +93,7 @@ def _chi_square(tokens, law, vocabulary):
 @every_schedule
 @pytest.mark.parametrize("mask", [0, 3])
 def test_law_of_corrupt(schedule, mask):
-  proc = process.Absorbing(vocab_size=4, mask_id=mask, schedule=schedule)
+  proc = _absorbing(vocab_size=4, mask_id=mask, schedule=schedule)
   x0_L = jnp.array([1, 2, 1])
   rows = np.eye(4)[np.asarray(x0_L)]
   keys = jax.random.split(jax.random.key(1), 30_000)
@@ -104,7 +109,7 @@ def test_law_of_corrupt(schedule, mask):
 @pytest.mark.parametrize("mask", [0, 3])
 def test_law_of_corrupt_probs(schedule, mask):
   """Cat(α p₀ + (1 − α) mask), independent over positions; p₀ has a zero at the mask."""
-  proc = process.Absorbing(vocab_size=4, mask_id=mask, schedule=schedule)
+  proc = _absorbing(vocab_size=4, mask_id=mask, schedule=schedule)
   rows = np.random.default_rng(1).dirichlet(np.ones(4), size=3)
   rows[:, mask] = 0
   rows /= rows.sum(axis=1, keepdims=True)
@@ -118,7 +123,7 @@ def test_law_of_corrupt_probs(schedule, mask):
 def test_corrupt_probs_keeps_rare_tokens_at_late_times():
   """20,000 tokens share 20 % of p₀. At α = 0.0035 a token has 3.5e-8 of the mixture's weight."""
   vocabulary, rare = 20_004, 20_000
-  proc = process.Absorbing(vocab_size=vocabulary, mask_id=vocabulary - 1)
+  proc = _absorbing(vocab_size=vocabulary, mask_id=vocabulary - 1)
   row = np.full(vocabulary, 0.2 / rare)
   row[:3], row[-1] = 0.8 / 3, 0.0
   p0_LV = jnp.broadcast_to(jnp.asarray(row, jnp.float32), (128, vocabulary))
@@ -132,7 +137,7 @@ def test_corrupt_probs_keeps_rare_tokens_at_late_times():
 
 
 def test_prior_is_all_masks():
-  proc = process.Absorbing(vocab_size=4, mask_id=2)
+  proc = _absorbing(vocab_size=4, mask_id=2)
   prior = proc.prior(jax.random.key(0), 5)
   assert prior.dtype == jnp.int32
   np.testing.assert_array_equal(prior, [2] * 5)
@@ -147,7 +152,7 @@ def test_prior_is_all_masks():
 def test_posterior_is_brute_force_bayes(schedule, vocabulary, mask, s, t):
   """Every (x₀, x_s, x_t): rows are Σ p(x₀ | x_t) q(x_t | x_s) q(x_s | x₀) / q(x_t | x₀)."""
   with jax.enable_x64(True):
-    proc = process.Absorbing(vocab_size=vocabulary, mask_id=mask, schedule=schedule)
+    proc = _absorbing(vocab_size=vocabulary, mask_id=mask, schedule=schedule)
     alpha_s, alpha_t = float(schedule.alpha(s)), float(schedule.alpha(t))
     xt_L = np.arange(vocabulary)  # one position per value of x_t
     log_x0_LV = _log_x0(proc, xt_L, seed=vocabulary)
@@ -165,7 +170,7 @@ def test_posterior_is_brute_force_bayes(schedule, vocabulary, mask, s, t):
 def test_posterior_of_sequences_by_enumeration():
   """L = 2: Σ over sequences x₀ of p(x₀ | x_t) q(x_s | x_t, x₀) is the product of the rows."""
   with jax.enable_x64(True):
-    proc, mask = process.Absorbing(vocab_size=3, mask_id=2), 2
+    proc, mask = _absorbing(vocab_size=3, mask_id=2), 2
     s, t = 0.35, 0.8
     alpha_s, alpha_t = float(proc.schedule.alpha(s)), float(proc.schedule.alpha(t))
     states = _states(3, 2)
@@ -188,7 +193,7 @@ def test_posterior_carries_the_marginal_at_t_to_the_one_at_s(schedule):
   """Σ_{x_t} q(x_t | x₀) q(x_s | x_t, x₀) = q(x_s | x₀), for every x₀."""
   with jax.enable_x64(True):
     vocabulary, mask, s, t = 4, 1, 0.4, 0.7
-    proc = process.Absorbing(vocab_size=vocabulary, mask_id=mask, schedule=schedule)
+    proc = _absorbing(vocab_size=vocabulary, mask_id=mask, schedule=schedule)
     for x0 in (0, 2, 3):
       xt_L = jnp.arange(vocabulary)
       log_x0_LV = jnp.asarray(np.where(np.eye(vocabulary)[[x0] * vocabulary] > 0, 0.0, -1e6))
@@ -203,7 +208,7 @@ def test_posterior_carries_the_marginal_at_t_to_the_one_at_s(schedule):
 
 def test_subs_by_hand():
   """Masked: softmax without the mask's row. Revealed: the token, whatever the logits."""
-  proc = process.Absorbing(vocab_size=3, mask_id=1)
+  proc = _absorbing(vocab_size=3, mask_id=1)
   logits_LV = jnp.log(jnp.array([[1.0, 50.0, 3.0], [1.0, 50.0, 3.0], [7.0, 1.0, 1.0]]))
   probs = np.exp(proc.log_x0(logits_LV, jnp.array([1, 0, 2])))
   np.testing.assert_allclose(probs, [[0.25, 0, 0.75], [1, 0, 0], [0, 0, 1]], atol=1e-6)
@@ -211,7 +216,7 @@ def test_subs_by_hand():
 
 @every_schedule
 def test_nll_by_hand(schedule):
-  proc = process.Absorbing(vocab_size=3, mask_id=2, schedule=schedule)
+  proc = _absorbing(vocab_size=3, mask_id=2, schedule=schedule)
   log_x0_LV = jnp.log(jnp.array([[0.25, 0.75, 1e-30], [0.1, 0.9, 1e-30], [1.0, 1e-30, 1e-30]]))
   xt_L, x0_L, t = jnp.array([2, 2, 0]), jnp.array([0, 1, 0]), 0.4
   weight = -schedule.dalpha(t) / (1 - schedule.alpha(t))
@@ -221,7 +226,7 @@ def test_nll_by_hand(schedule):
 
 @every_schedule
 def test_nll_soft_is_linear_and_agrees_with_nll(schedule):
-  proc = process.Absorbing(vocab_size=4, mask_id=1, schedule=schedule)
+  proc = _absorbing(vocab_size=4, mask_id=1, schedule=schedule)
   rng = np.random.default_rng(0)
   xt_L = jnp.array([1, 1, 0, 1, 3])
   x0_L = jnp.array([0, 2, 0, 3, 3])
@@ -239,7 +244,7 @@ def test_nll_soft_is_linear_and_agrees_with_nll(schedule):
 
 
 def test_soft_gradients_are_finite_and_vanish_where_revealed():
-  proc = process.Absorbing(vocab_size=4, mask_id=3)
+  proc = _absorbing(vocab_size=4, mask_id=3)
   xt_L = jnp.array([3, 0, 3])
   logits = jnp.asarray(np.random.default_rng(0).normal(size=(3, 4)), jnp.float32)
   p0_LV = jnp.array([[0.2, 0.3, 0.5, 0.0], [1.0, 0, 0, 0], [0.0, 1.0, 0.0, 0.0]])
@@ -247,7 +252,7 @@ def test_soft_gradients_are_finite_and_vanish_where_revealed():
   def loss(logits, p0_LV):
     return proc.nll_soft(proc.log_x0(logits, xt_L), xt_L, p0_LV, 0.01).sum()
 
-  for gradient in jax.grad(loss, argnums=(0, 1))(logits, p0_LV):
+  for gradient in jax.jit(jax.grad(loss, argnums=(0, 1)))(logits, p0_LV):
     assert np.isfinite(gradient).all()
     assert np.all(gradient[1] == 0)
     assert np.abs(gradient[0]).max() > 0
@@ -291,7 +296,7 @@ def test_nelbo_of_an_exact_denoiser_is_the_log_likelihood(schedule):
   patterns = np.array(list(itertools.product([False, True], repeat=length)))
 
   with jax.enable_x64(True):
-    proc = process.Absorbing(vocab_size=clean + 1, mask_id=mask, schedule=schedule)
+    proc = _absorbing(vocab_size=clean + 1, mask_id=mask, schedule=schedule)
     nll = jax.jit(lambda logits, xt, x0, t: proc.nll(proc.log_x0(logits, xt), xt, x0, t).sum())
     over_times = jax.jit(
       jax.vmap(lambda logits, xt, x0, t: nll(logits, xt, x0, t), (None, None, None, 0))
@@ -324,7 +329,7 @@ def _jnp(vectors, *names):
 
 
 def _process(config):
-  return process.Absorbing(vocab_size=config["V"], mask_id=config["mask_index"])
+  return _absorbing(vocab_size=config["V"], mask_id=config["mask_index"])
 
 
 @pytest.mark.parametrize("variant", "ab")
@@ -341,7 +346,7 @@ def test_golden_mdlm_losses(golden, variant):
     nll = jax.vmap(proc.nll)(jax.vmap(proc.log_x0)(logits, xt), xt, x0, t)
     return nll.mean(), nll
 
-  gradient, nll = jax.grad(mean_nll, has_aux=True)(logits)
+  gradient, nll = jax.jit(jax.grad(mean_nll, has_aux=True))(logits)
   np.testing.assert_allclose(nll, vectors["nll_per_token"], rtol=1e-5, atol=1e-5)
   recorded = vectors["grad_mean_nll_wrt_logits"]
   np.testing.assert_allclose(gradient, recorded, rtol=1e-4, atol=1e-6 * np.abs(recorded).max())
@@ -404,7 +409,7 @@ def test_golden_idlm_nll_soft(golden, variant):
       per_sequence = (soft(teacher, xt, p0, t) - soft(fake, xt, p0, t)).sum(axis=-1)
       return per_sequence.mean(), per_sequence
 
-    gradient, per_sequence = jax.grad(mean_loss, has_aux=True)(p0)
+    gradient, per_sequence = jax.jit(jax.grad(mean_loss, has_aux=True))(p0)
     recorded = vectors["generator_loss_per_seq_f64"]
     np.testing.assert_allclose(per_sequence, recorded, rtol=1e-5, atol=1e-6)
     recorded = vectors["grad_generator_loss_mean_wrt_student_probs_f64"]

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
+from compiled import Methods
 
 from dlm_jax import process, schedules
 
@@ -73,6 +74,7 @@ def test_frozen_keyword_only_and_hashable(proc):
 @every_process
 @pytest.mark.parametrize("t", TIMES)
 def test_shapes_ids_and_dtypes(proc, t):
+  proc = Methods(proc)
   prior = proc.prior(jax.random.key(0), L)
   xt = proc.corrupt(jax.random.key(1), CLEAN, t)
   for tokens in (prior, xt):
@@ -96,6 +98,7 @@ def test_no_noise_near_zero(proc):
 @every_process
 @pytest.mark.parametrize("s,t", [(0.0, 0.5), (0.2, 0.21), (0.4, 1.0)])
 def test_posterior_rows_are_distributions(proc, s, t):
+  proc = Methods(proc)
   xt = proc.corrupt(jax.random.key(1), CLEAN, t)
   rows = np.asarray(proc.posterior(proc.log_x0(_logits(), xt), xt, s, t))
   assert rows.shape == (L, V)
@@ -105,6 +108,7 @@ def test_posterior_rows_are_distributions(proc, s, t):
 
 @every_process
 def test_posterior_over_no_time_changes_nothing(proc):
+  proc = Methods(proc)
   xt = proc.corrupt(jax.random.key(1), CLEAN, 0.5)
   rows = proc.posterior(proc.log_x0(_logits(), xt), xt, 0.5, 0.5)
   np.testing.assert_allclose(rows, jax.nn.one_hot(xt, V), atol=1e-5)
@@ -136,6 +140,7 @@ def test_posterior_given_the_truth_retraces_the_forward_process(proc):
 @every_process
 @pytest.mark.parametrize("t", TIMES)
 def test_losses_are_finite_nonnegative_and_zero_for_the_truth(proc, t):
+  proc = Methods(proc)
   xt = proc.corrupt(jax.random.key(1), CLEAN, t)
   nll = np.asarray(proc.nll(proc.log_x0(_logits(), xt), xt, CLEAN, t))
   assert np.isfinite(nll).all() and nll.min() >= -1e-5
@@ -146,6 +151,7 @@ def test_losses_are_finite_nonnegative_and_zero_for_the_truth(proc, t):
 @every_process
 @pytest.mark.parametrize("t", TIMES)
 def test_soft_loss_of_certain_data_is_the_loss(proc, t):
+  proc = Methods(proc)
   xt = proc.corrupt(jax.random.key(1), CLEAN, t)
   log_x0 = proc.log_x0(_logits(), xt)
   soft = proc.nll_soft(log_x0, xt, jax.nn.one_hot(CLEAN, V), t)
@@ -156,6 +162,7 @@ def test_soft_loss_of_certain_data_is_the_loss(proc, t):
 @pytest.mark.parametrize("t", TIMES)
 def test_loss_of_predicted_data(proc, t):
   """Of two networks' logits: the soft loss of what the second predicts, and its gradients."""
+  proc = Methods(proc)
   xt, data_xt = (proc.corrupt(jax.random.key(i), CLEAN, t) for i in (1, 2))
   logits, data_logits = _logits(), _logits() * jnp.linspace(-1, 2, V)[None]
 
@@ -168,7 +175,7 @@ def test_loss_of_predicted_data(proc, t):
     predicted(logits, data_logits), soft(logits, data_logits), rtol=1e-4, atol=1e-6
   )
   gradients = [
-    jax.grad(lambda x, y, f=f: f(x, y).sum(), argnums=(0, 1))(logits, data_logits)
+    jax.jit(jax.grad(lambda x, y, f=f: f(x, y).sum(), argnums=(0, 1)))(logits, data_logits)
     for f in (predicted, soft)
   ]
   for ours, wanted in zip(*gradients, strict=True):
@@ -189,14 +196,16 @@ def test_corrupting_certain_data_is_corrupting_tokens(proc):
 
 @every_process
 def test_gradients_are_finite(proc):
+  proc = Methods(proc)
+
   def loss(logits, p0, t):
     xt = proc.corrupt(jax.random.key(1), CLEAN, t)
     log_x0 = proc.log_x0(logits, xt)
     return proc.nll(log_x0, xt, CLEAN, t).sum() + proc.nll_soft(log_x0, xt, p0, t).sum()
 
+  gradients = jax.jit(jax.grad(loss, argnums=(0, 1)))
   for t in TIMES:
-    p0 = jax.nn.one_hot(CLEAN, V)
-    for gradient in jax.grad(loss, argnums=(0, 1))(_logits() * 20, p0, t):
+    for gradient in gradients(_logits() * 20, jax.nn.one_hot(CLEAN, V), t):
       assert np.isfinite(gradient).all()
 
 

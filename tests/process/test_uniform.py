@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
+from compiled import Methods
 
 from dlm_jax import process, schedules
 
@@ -21,6 +22,10 @@ SCHEDULES = {
 }
 every_schedule = pytest.mark.parametrize("schedule", list(SCHEDULES.values()), ids=list(SCHEDULES))
 f64 = lambda x: np.asarray(x, np.float64)  # noqa: E731
+
+
+def _uniform(**options):
+  return Methods(process.Uniform(**options))
 
 
 def _marginal(p0, alpha):
@@ -98,7 +103,7 @@ def _law(rows, alpha):
 @every_schedule
 def test_law_of_corrupt(schedule):
   """Independent positions; a replacement may repeat the token."""
-  proc = process.Uniform(vocab_size=4, schedule=schedule)
+  proc = _uniform(vocab_size=4, schedule=schedule)
   x0_L = jnp.array([1, 3, 1])
   rows = np.eye(4)[np.asarray(x0_L)]
   keys = jax.random.split(jax.random.key(1), 40_000)
@@ -113,7 +118,7 @@ def test_law_of_corrupt(schedule):
 
 @every_schedule
 def test_law_of_corrupt_probs(schedule):
-  proc = process.Uniform(vocab_size=4, schedule=schedule)
+  proc = _uniform(vocab_size=4, schedule=schedule)
   rows = np.random.default_rng(1).dirichlet(np.ones(4), size=3)
   p0_LV = jnp.asarray(rows, jnp.float32)
   keys = jax.random.split(jax.random.key(2), 40_000)
@@ -123,8 +128,8 @@ def test_law_of_corrupt_probs(schedule):
 
 
 def test_law_of_the_prior():
-  proc = process.Uniform(vocab_size=5)
-  draw = jax.vmap(lambda key: proc.prior(key, 3))
+  proc = _uniform(vocab_size=5)
+  draw = jax.jit(jax.vmap(lambda key: proc.prior(key, 3)))
   tokens = np.asarray(draw(jax.random.split(jax.random.key(0), 40_000)))
   assert tokens.dtype == np.int32
   assert _chi_square(tokens, np.full(125, 1 / 125)) > FOLLOWS
@@ -139,7 +144,7 @@ def test_law_of_the_prior():
 def test_posterior_is_brute_force_bayes(schedule, vocabulary, s, t):
   """Every x₀ and x_t: q(x_s | x_t, x₀) ∝ q(x_t | x_s) q(x_s | x₀)."""
   with jax.enable_x64(True):
-    proc = process.Uniform(vocab_size=vocabulary, schedule=schedule)
+    proc = _uniform(vocab_size=vocabulary, schedule=schedule)
     alpha_s, alpha_t = float(schedule.alpha(s)), float(schedule.alpha(t))
     xt_L = jnp.arange(vocabulary)  # one position per value of x_t
     for x0 in range(vocabulary):
@@ -158,7 +163,7 @@ def test_posterior_of_a_prediction_takes_it_as_the_law_of_clean_tokens(schedule)
   """
   with jax.enable_x64(True):
     size, s, t = 4, 0.3, 0.6
-    proc = process.Uniform(vocab_size=size, schedule=schedule)
+    proc = _uniform(vocab_size=size, schedule=schedule)
     alpha_s, alpha_t = float(schedule.alpha(s)), float(schedule.alpha(t))
     log_f, _, _ = _random(size, 1, seed=3)
     p = np.exp(log_f[0])
@@ -176,7 +181,7 @@ def test_posterior_of_a_prediction_takes_it_as_the_law_of_clean_tokens(schedule)
 
 
 def test_posterior_rows_sum_to_one_at_full_vocabulary():
-  proc = process.Uniform(vocab_size=50_258)
+  proc = _uniform(vocab_size=50_258)
   logits = jax.random.normal(jax.random.key(0), (4, 50_258)) * 5
   xt = logits.argmax(-1).astype(jnp.int32).at[:2].set(7)
   rows = jax.jit(proc.posterior)(proc.log_x0(logits, xt), xt, 0.45, 0.5)
@@ -192,7 +197,7 @@ def test_posterior_rows_sum_to_one_at_full_vocabulary():
 def test_loss_is_the_published_form(schedule, data):
   """KL + Itakura–Saito equals the x̄ form in float64."""
   with jax.enable_x64(True):
-    proc = process.Uniform(vocab_size=4, schedule=schedule)
+    proc = _uniform(vocab_size=4, schedule=schedule)
     log_f, z, p0 = _random(4, 200, seed=1)
     tokens = np.random.default_rng(8).integers(0, 4, 200)
     if data == "one_hot":
@@ -210,7 +215,7 @@ def test_loss_is_the_published_form(schedule, data):
 def test_difference_of_two_losses_drops_the_entropy():
   """What a student minimises, IDLM section 2: q log q cancels between teacher and fake."""
   with jax.enable_x64(True):
-    proc, size, length = process.Uniform(vocab_size=6), 6, 100
+    proc, size, length = _uniform(vocab_size=6), 6, 100
     teacher, z, p0 = _random(size, length, seed=4)
     fake, _, _ = _random(size, length, seed=5)
     for t in (0.05, 0.5, 1.0):
@@ -228,7 +233,7 @@ def test_difference_of_two_losses_drops_the_entropy():
 def test_gradients_follow_finite_differences():
   """In the prediction and, off the simplex too, in the clean data (through 1/q(z) as well)."""
   with jax.enable_x64(True):
-    proc = process.Uniform(vocab_size=5)
+    proc = _uniform(vocab_size=5)
     log_f, z, p0 = (jnp.asarray(x) for x in _random(5, 3, seed=2))
     p0 = 0.9 * p0 + 0.02
 
@@ -236,7 +241,7 @@ def test_gradients_follow_finite_differences():
     def loss(log_f, p0):
       return proc.nll_soft(log_f, z, p0, 0.4).sum()
 
-    for which, gradient in enumerate(jax.grad(loss, argnums=(0, 1))(log_f, p0)):
+    for which, gradient in enumerate(jax.jit(jax.grad(loss, argnums=(0, 1)))(log_f, p0)):
       for place in itertools.product(range(3), range(5)):
         step = 1e-5
         moved = [[log_f, p0], [log_f, p0]]
@@ -250,7 +255,7 @@ def test_gradients_follow_finite_differences():
 def test_loss_of_two_networks_logits(alpha):
   """Of softmaxes of logits: the same value, and gradients in closed form, cotangents included."""
   with jax.enable_x64(True):
-    proc = process.Uniform(vocab_size=6, schedule=_At(alpha, jnp.float64))
+    proc = _uniform(vocab_size=6, schedule=_At(alpha, jnp.float64))
     rng = np.random.default_rng(7)
     logits, data, z, weight = (
       jnp.asarray(x)
@@ -264,7 +269,9 @@ def test_loss_of_two_networks_logits(alpha):
       log_f = proc.log_estimate(logits, z)
       return jnp.sum(weight * proc.nll_soft(log_f, z, jax.nn.softmax(data), 0.5))
 
-    ours, wanted = (jax.value_and_grad(f, argnums=(0, 1))(logits, data) for f in (closed, plain))
+    ours, wanted = (
+      jax.jit(jax.value_and_grad(f, argnums=(0, 1)))(logits, data) for f in (closed, plain)
+    )
     for a, b in zip(*map(jax.tree.leaves, (ours, wanted)), strict=True):
       np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11)
 
@@ -300,7 +307,7 @@ def test_nelbo_of_an_exact_denoiser_is_the_entropy(name):
     return np.log(np.stack([rows[0][tokens[:, 3]], rows[1][tokens[:, 2]]], axis=1))
 
   with jax.enable_x64(True):
-    proc = process.Uniform(vocab_size=size, schedule=schedule)
+    proc = _uniform(vocab_size=size, schedule=schedule)
     nll = jax.jit(
       jax.vmap(lambda log_f, xt, x0, t: proc.nll(log_f, xt, x0, t).sum(), in_axes=(0, 0, 0, None))
     )
@@ -335,7 +342,7 @@ class _At(schedules.Schedule):
 def _relative_error(log_f, z, p0, t):
   """Return |ours − float64| / float64 and the float64 value, per position."""
   alpha = float(np.float32(1 - 0.999 * t))
-  proc = process.Uniform(vocab_size=log_f.shape[-1], schedule=_At(alpha))
+  proc = _uniform(vocab_size=log_f.shape[-1], schedule=_At(alpha))
   ours = jax.jit(proc.nll_soft)(log_f, z, p0, jnp.float32(t))
   exact = sum(_kl_and_is(f64(log_f), np.asarray(z), f64(p0), alpha, -1.0))
   return np.abs(f64(ours) / exact - 1), exact
@@ -382,7 +389,7 @@ def test_float32_error_for_a_distribution(scale, sharpness, t):
 @pytest.mark.parametrize("variant", "ab")
 def test_golden_losses(golden, variant):
   vectors, config = golden(f"udlm_losses__{variant}")
-  proc = process.Uniform(vocab_size=config["V"])
+  proc = _uniform(vocab_size=config["V"])
   logits, xt, x0, t = (jnp.asarray(vectors[k]) for k in ("logits", "xt", "x0", "t"))
   np.testing.assert_allclose(proc.schedule.alpha(t), vectors["alpha_t"][:, 0], atol=1e-7)
   np.testing.assert_allclose(proc.schedule.sigma(t), vectors["sigma"][:, 0], rtol=1e-5)
@@ -393,7 +400,7 @@ def test_golden_losses(golden, variant):
     nll = jax.vmap(proc.nll)(jax.vmap(proc.log_estimate)(logits, xt), xt, x0, t)
     return nll.mean(), nll
 
-  gradient, nll = jax.grad(mean_nll, has_aux=True)(logits)
+  gradient, nll = jax.jit(jax.grad(mean_nll, has_aux=True))(logits)
   np.testing.assert_allclose(nll, vectors["nll_per_token_f64"], rtol=1e-5)
   recorded = vectors["grad_mean_nll_wrt_logits"]
   np.testing.assert_allclose(gradient, recorded, rtol=1e-4, atol=1e-5 * np.abs(recorded).max())
@@ -405,7 +412,7 @@ def test_golden_losses(golden, variant):
 def test_golden_posteriors(golden, variant):
   vectors, config = golden(f"udlm_losses__{variant}")
   with jax.enable_x64(True):
-    proc = process.Uniform(vocab_size=config["V"])
+    proc = _uniform(vocab_size=config["V"])
     xt = jnp.asarray(vectors["xt"])
     log_x0 = jnp.asarray(vectors["log_x_theta"], jnp.float64)
     truth = jnp.where(jax.nn.one_hot(vectors["x0"], config["V"]) > 0, 0.0, -1e6)
@@ -444,7 +451,7 @@ def test_float32_of_two_networks_logits(distance, of_value, of_gradient):
     found = []
     for dtype in (jnp.float32, jnp.float64):
       with jax.enable_x64(dtype is jnp.float64):
-        proc = process.Uniform(vocab_size=50_258, schedule=_At(float(np.float32(alpha)), dtype))
+        proc = _uniform(vocab_size=50_258, schedule=_At(float(np.float32(alpha)), dtype))
         states = jnp.asarray(z, jnp.int32)
         loss = lambda x, y, p=proc, z=states: p.nll_predicted(x, z, y, z, 0.5)  # noqa: E731
         value, pull = jax.vjp(jax.jit(loss), jnp.asarray(logits, dtype), jnp.asarray(data, dtype))

@@ -234,8 +234,11 @@ def test_eager_jit_and_vmap_agree(options):
 
 
 def test_no_key_is_used_twice():
+  generate = functools.partial(sample.generate, batch=2, length=L, steps=2)
   with jax.debug_key_reuse(True):
-    sample.generate(_toy(L), PROC, jax.random.key(3), batch=2, length=L, steps=2)
+    jax.jit(lambda rng: generate(_toy(L), PROC, rng))(jax.random.key(3))
+    with pytest.raises(jax.errors.KeyReuseError):
+      jax.jit(lambda rng: (generate(_toy(L), PROC, rng), jax.random.bits(rng)))(jax.random.key(3))
 
 
 @pytest.mark.parametrize(
@@ -266,11 +269,13 @@ def recorded(request, golden_dit):
   return vectors, config, models.Denoiser(model, params)
 
 
+@functools.partial(jax.jit, static_argnames=("proc", "nucleus"))
 def _prediction(denoiser, proc, x, t_B, nucleus=1.0):
   log_x0 = jax.vmap(proc.log_x0)(denoiser(x, proc.schedule.sigma(t_B)), x)
   return jax.nn.softmax(draw.sharpen(log_x0, nucleus=nucleus))
 
 
+@functools.partial(jax.jit, static_argnames="kappa")
 def _rows(p, x, alpha_s, alpha_t, kappa=1.0):
   p = p / p.sum(axis=-1, keepdims=True)
   return jax.vmap(lambda p, x, s, t: dense(p, x, s, t, kappa))(p, x, alpha_s, alpha_t)

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sentences that the quick start's report concludes with."""
+
+import pytest
+
+from dlm_jax.quickstart import report
+
+
+def _rows(**genppl):
+  """Return rows of a frontier from {model: {NFE: GenPPL}}; a model's entropy is 5 − GenPPL/100."""
+  return [
+    {
+      "name": name,
+      "nfe": nfe,
+      "evaluations": nfe,
+      "genppl": value,
+      "genppl_se": 0.01,
+      "entropy": 5 - value / 100,
+      "entropy_se": 0.001,
+      "samples": 64,
+    }
+    for name, by_nfe in genppl.items()
+    for nfe, value in by_nfe.items()
+  ]
+
+
+def _saved(**genppl):
+  return report._saved({(row["name"], row["nfe"]): row for row in _rows(**genppl)}, "student")
+
+
+def test_the_largest_saving_is_named():
+  """16 → 8, 16 → 4, 32 → 8 and 32 → 4 are all true; so is 8 → 4, a smaller one."""
+  text = _saved(teacher={8: 60.0, 16: 50.0, 32: 41.0}, student={4: 40.0, 8: 30.0, 16: 20.0})
+  assert text == (
+    " With 4 it is at 40.0 (entropy 4.60), the teacher with 32 at 41.0 (4.59): 8 times fewer."
+  )
+
+
+def test_equal_savings_name_the_longer_run():
+  text = _saved(teacher={8: 50.0, 16: 40.0}, student={4: 45.0, 8: 35.0})
+  assert text.endswith("the teacher with 16 at 40.0 (4.60): 2 times fewer.")
+
+
+@pytest.mark.parametrize(
+  "student",
+  [{4: 61.0, 8: 60.5, 16: 60.1}, {16: 10.0, 32: 5.0}, {}],
+  ids=["worse", "not fewer", "absent"],
+)
+def test_nothing_saved_says_nothing(student):
+  assert _saved(teacher={8: 60.0, 16: 55.0}, student=student) == ""
+
+
+def test_other_models_are_not_compared():
+  """Neither another student's rows nor the teacher's own count for this one."""
+  text = _saved(teacher={8: 60.0, 16: 50.0}, other={1: 1.0}, student={8: 55.0})
+  assert text == ""
+
+
+def test_verdict():
+  """At the NFE shown, or the fewest if the teacher was not measured there."""
+  rows = _rows(teacher={4: 80.0, 8: 60.0}, student={4: 60.0, 8: 66.0})
+  text = report._verdict(rows, 4, "student")
+  assert text.startswith(
+    "At 4 NFE the student's GenPPL is 60.0 against the teacher's 80.0 (0.75×), with an entropy "
+    "0.20 nats higher (64 samples each)."
+  )
+  assert text.endswith(
+    " With 4 it is at 60.0 (entropy 4.40), the teacher with 8 at 60.0 (4.40): 2 times fewer."
+  )
+  assert report._verdict(rows, 16, "student") == text
+  lower = report._verdict(rows, 8, "student")
+  assert "66.0 against the teacher's 60.0 (1.10×), with an entropy 0.06 nats lower" in lower
