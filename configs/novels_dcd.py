@@ -19,5 +19,5 @@ def get_config():
   novels.corpus(c)
   novels.network(c)
   dcd.dcd(c, teacher="runs/novels_duo", judge="runs/novels_judge", update_teacher_every=100)
-  brief.distillation(c, lr=2e-4, b2=0.98, steps=500, every=100, nfes=(4, 8), max_entropy_drop=0.5)
+  brief.distillation(c, steps=500, every=100, lr=2e-4, b2=0.98, nfes=(4, 8), max_entropy_drop=0.5)
   return c

@@ -20,14 +20,5 @@ def get_config():
   novels.corpus(c)
   novels.network(c)
   idlm.masked(c, teacher="runs/novels_teacher", judge="runs/novels_judge")
-  brief.distillation(
-    c,
-    lr=3e-6,
-    b2=0.99,
-    steps=120,
-    every=20,
-    nfes=(8, 16),
-    max_entropy_drop=0.15,
-    checkpoint_every=60,
-  )
+  brief.distillation(c, steps=120, every=20, max_entropy_drop=0.15, checkpoint_every=60)
   return c

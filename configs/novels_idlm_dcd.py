@@ -20,16 +20,7 @@ def get_config():
   novels.corpus(c)
   novels.network(c)
   idlm.uniform(c, teacher="runs/novels_dcd", judge="runs/novels_judge", tau=0.0316)  # Duo's
-  brief.distillation(
-    c,
-    lr=3e-6,
-    b2=0.99,
-    steps=200,
-    every=25,
-    nfes=(8, 16),
-    max_entropy_drop=-0.1,
-    checkpoint_every=50,
-  )
+  brief.distillation(c, steps=200, every=25, max_entropy_drop=-0.1, checkpoint_every=50)
   c.objective.accumulate = 4  # gradients pass through three trunks: 38 GiB at 128 sequences at once
   c.evaluate.patience = 9  # the entropy rises slowly
   return c

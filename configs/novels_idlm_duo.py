@@ -20,15 +20,6 @@ def get_config():
   novels.corpus(c)
   novels.network(c)
   idlm.uniform(c, teacher="runs/novels_duo", judge="runs/novels_judge", tau=0.0316)  # the teacher's
-  brief.distillation(
-    c,
-    lr=3e-6,
-    b2=0.99,
-    steps=250,
-    every=25,
-    nfes=(8, 16),
-    max_entropy_drop=0.25,
-    checkpoint_every=50,
-  )
+  brief.distillation(c, steps=250, every=25, checkpoint_every=50)
   c.objective.accumulate = 4  # gradients pass through three trunks: 38 GiB at 128 sequences at once
   return c

@@ -19,15 +19,6 @@ def get_config():
   novels.corpus(c)
   novels.network(c)
   idlm.masked(c, teacher="runs/novels_sedd", judge="runs/novels_judge")
-  brief.distillation(
-    c,
-    lr=1e-6,
-    b2=0.99,
-    steps=120,
-    every=20,
-    nfes=(8, 16),
-    max_entropy_drop=0.15,
-    checkpoint_every=60,
-  )
+  brief.distillation(c, steps=120, every=20, lr=1e-6, max_entropy_drop=0.15, checkpoint_every=60)
   c.process.name = "absorbing_score"
   return c

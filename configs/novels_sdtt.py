@@ -25,5 +25,5 @@ def get_config():
     num_steps=256,
     update_teacher_every=100,
   )
-  brief.distillation(c, lr=2e-4, b2=0.98, steps=600, every=100, nfes=(8, 16), max_entropy_drop=0.5)
+  brief.distillation(c, steps=600, every=100, lr=2e-4, b2=0.98, max_entropy_drop=0.5)
   return c

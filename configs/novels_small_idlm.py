@@ -21,7 +21,7 @@ def get_config():
   novels.corpus(c)
   novels.network(c, dim=256, layers=6, heads=4)
   idlm.masked(c, teacher="runs/novels_small_teacher", judge="runs/novels_small_judge")
-  brief.distillation(c, lr=3e-6, b2=0.99, steps=160, every=10, nfes=(8, 16), max_entropy_drop=0.15)
+  brief.distillation(c, steps=160, every=10, lr=3e-6, b2=0.99, max_entropy_drop=0.15)
   c.model.cond_dim = 64
   c.evaluate.samples = 256
   return c

@@ -26,6 +26,6 @@ def get_config():
     warmup=50,
     rate=5e-5,
   )
-  brief.distillation(c, lr=1e-5, b2=0.98, steps=600, every=50, nfes=(8, 16), max_entropy_drop=0.25)
+  brief.distillation(c, steps=600, every=50, lr=1e-5, b2=0.98)
   c.objective.accumulate = 4  # in one piece 128 × 512 tokens took 48 GiB
   return c

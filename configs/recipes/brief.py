@@ -2,8 +2,13 @@
 """Distillation of a small teacher in minutes: few updates at a constant rate, watched closely."""
 
 
-def distillation(c, *, lr, b2, steps, every, nfes, max_entropy_drop, checkpoint_every=100):
-  """Train in batches of 128, measure 128 samples after every `every` updates."""
+def distillation(
+  c, *, steps, every, lr=3e-6, b2=0.99, nfes=(8, 16), max_entropy_drop=0.25, checkpoint_every=100
+):
+  """Train in batches of 128, measure 128 samples after every `every` updates.
+
+  The rate and b2 are those of IDLM; what trains the student on tokens takes other ones.
+  """
   c.loader.batch_size = 128
   c.objective.ema_decay = 0.98
   c.optim.lr = lr
