@@ -10,17 +10,14 @@ Reference: Duo, arXiv 2506.10892, section 5.
   dlm-jax train --config=novels_dcd --workdir=runs/novels_dcd
 """
 
-from dlm_jax.configs import common, novels_duo
+from dlm_jax.configs.base import base
+from dlm_jax.configs.recipes import brief, dcd, novels
 
 
 def get_config():
-  c = novels_duo.get_config()
-  c.objective = common.base().objective
-  c = common.dcd(c, teacher="runs/novels_duo", judge="runs/novels_judge")
-  c = common.brief(c, steps=500)
-  c.objective.update_teacher_every = 100
-  c.optim.lr = 2e-4
-  c.evaluate.every = 100
-  c.evaluate.nfes = (4, 8)
-  c.evaluate.max_entropy_drop = 0.5
+  c = base()
+  novels.corpus(c)
+  novels.network(c)
+  dcd.dcd(c, teacher="runs/novels_duo", judge="runs/novels_judge", update_teacher_every=100)
+  brief.distillation(c, steps=500, every=100, lr=2e-4, b2=0.98, nfes=(4, 8), max_entropy_drop=0.5)
   return c

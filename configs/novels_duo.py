@@ -10,11 +10,16 @@ Reference: Duo, arXiv 2506.10892.
   dlm-jax train --config=novels_duo --workdir=runs/novels_duo
 """
 
-from dlm_jax.configs import common, novels_teacher
+from dlm_jax.configs.base import base
+from dlm_jax.configs.recipes import duo, novels
 
 
 def get_config():
-  c = common.duo(novels_teacher.get_config())
+  c = base()
+  novels.corpus(c)
+  novels.network(c, unrolled=True)
+  novels.training(c, steps=2200, evaluate_every=400)
+  duo.duo(c)
   c.objective.curriculum_end = 1600  # then 600 steps on hard tokens
   # Warmer than the released 1e-3: at V = 4096 that leaves soft what one position in 250 reads, and
   # a student's gradient through its states, of order 1/tau there, is noise.

@@ -11,18 +11,15 @@ Reference: IDLM, arXiv 2602.19066.
   dlm-jax train --config=novels_idlm_duo --workdir=runs/novels_idlm_duo
 """
 
-from dlm_jax.configs import common, novels_duo
+from dlm_jax.configs.base import base
+from dlm_jax.configs.recipes import brief, idlm, novels
 
 
 def get_config():
-  c = novels_duo.get_config()
-  c.objective = common.base().objective
-  c = common.distill_uniform(c, teacher="runs/novels_duo", judge="runs/novels_judge")
-  c = common.brief_idlm(c, steps=250)
-  c.objective.tau = 0.0316  # the teacher's
+  c = base()
+  novels.corpus(c)
+  novels.network(c)
+  idlm.uniform(c, teacher="runs/novels_duo", judge="runs/novels_judge", tau=0.0316)  # the teacher's
+  brief.distillation(c, steps=250, every=25, checkpoint_every=50)
   c.objective.accumulate = 4  # gradients pass through three trunks: 38 GiB at 128 sequences at once
-  c.train.checkpoint_every = 50
-  c.evaluate.every = 25
-  c.evaluate.nfes = (8, 16)
-  c.evaluate.max_entropy_drop = 0.25
   return c

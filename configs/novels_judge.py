@@ -7,18 +7,14 @@ dlm-jax prepare --config=novels_judge
 dlm-jax train --config=novels_judge --workdir=runs/novels_judge
 """
 
-from dlm_jax.configs import common, novels_teacher
+from dlm_jax.configs.base import base
+from dlm_jax.configs.recipes import next_token, novels
 
 
 def get_config():
-  c = novels_teacher.get_config()
-  c.model = common.base().model
-  c.model.name = "causal"
-  c.model.dim = 512
-  c.model.layers = 9
-  c.model.heads = 8
-  c.model.unroll = c.model.layers
-  c.model.dropout = 0.0
-  c.objective.name = "ar"
-  c.train.steps = 1600
+  c = base()
+  novels.corpus(c)
+  novels.network(c, unrolled=True)
+  novels.training(c, steps=1600, evaluate_every=400)
+  next_token.judge(c)
   return c

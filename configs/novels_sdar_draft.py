@@ -14,14 +14,16 @@ Reference: SDAR, arXiv 2510.06303.
     --config.objective.block_length=8
 """
 
-from dlm_jax.configs import common, novels_ar_draft
+from dlm_jax.configs.base import base
+from dlm_jax.configs.recipes import block_diffusion, next_token, novels
 
 
 def get_config():
-  c = common.sdar(novels_ar_draft.get_config(), start="runs/novels_ar_draft")
+  c = base()
+  novels.corpus(c)
+  novels.training(c, steps=2200, evaluate_every=500)
+  next_token.decoder(c, dim=256, layers=8, heads=4, kv_heads=2)
+  block_diffusion.sdar(c, start="runs/novels_ar_draft")
   c.loader.batch_size = 128  # of twice the tokens: noisy and clean
-  c.optim.lr = 1e-3
   c.optim.warmup = 100
-  c.train.steps = 2200
-  c.evaluate.every = 500
   return c

@@ -14,15 +14,17 @@ Reference: SDAR, arXiv 2510.06303.
     --config.objective.block_length=8
 """
 
-from dlm_jax.configs import common, novels_ar_target
+from dlm_jax.configs.base import base
+from dlm_jax.configs.recipes import block_diffusion, next_token, novels
 
 
 def get_config():
-  c = common.sdar(novels_ar_target.get_config(), start="runs/novels_ar_target")
+  c = base()
+  novels.corpus(c)
+  novels.training(c, steps=900, evaluate_every=300, lr=6e-4)
+  next_token.decoder(c, dim=512, layers=11, heads=8, kv_heads=4)
+  block_diffusion.sdar(c, start="runs/novels_ar_target")
   c.loader.batch_size = 128  # of twice the tokens: noisy and clean
   c.objective.accumulate = 2  # attention scores of one piece would take 36 GiB
-  c.optim.lr = 6e-4
   c.optim.warmup = 100
-  c.train.steps = 900
-  c.evaluate.every = 300
   return c

@@ -10,17 +10,20 @@ Reference: SDTT, arXiv 2410.21035.
   dlm-jax train --config=novels_sdtt --workdir=runs/novels_sdtt
 """
 
-from dlm_jax.configs import common, novels_teacher
+from dlm_jax.configs.base import base
+from dlm_jax.configs.recipes import brief, novels, sdtt
 
 
 def get_config():
-  c = novels_teacher.get_config()
-  c = common.sdtt(c, teacher="runs/novels_teacher", judge="runs/novels_judge")
-  c = common.brief(c, steps=600)
-  c.objective.num_steps_original = 256
-  c.objective.update_teacher_every = 100
-  c.optim.lr = 2e-4
-  c.evaluate.every = 100
-  c.evaluate.nfes = (8, 16)
-  c.evaluate.max_entropy_drop = 0.5
+  c = base()
+  novels.corpus(c)
+  novels.network(c)
+  sdtt.sdtt(
+    c,
+    teacher="runs/novels_teacher",
+    judge="runs/novels_judge",
+    num_steps=256,
+    update_teacher_every=100,
+  )
+  brief.distillation(c, steps=600, every=100, lr=2e-4, b2=0.98, max_entropy_drop=0.5)
   return c

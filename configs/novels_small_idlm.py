@@ -12,15 +12,16 @@ Reference: IDLM, arXiv 2602.19066.
   dlm-jax train --config=novels_small_idlm --workdir=runs/novels_small_idlm
 """
 
-from dlm_jax.configs import common, novels_small_teacher
+from dlm_jax.configs.base import base
+from dlm_jax.configs.recipes import brief, idlm, novels
 
 
 def get_config():
-  c = novels_small_teacher.get_config()
-  c = common.distill(c, teacher="runs/novels_small_teacher", judge="runs/novels_small_judge")
-  c = common.brief_idlm(c, steps=160)
-  c.evaluate.every = 10
+  c = base()
+  novels.corpus(c)
+  novels.network(c, dim=256, layers=6, heads=4)
+  idlm.masked(c, teacher="runs/novels_small_teacher", judge="runs/novels_small_judge")
+  brief.distillation(c, steps=160, every=10, lr=3e-6, b2=0.99, max_entropy_drop=0.15)
+  c.model.cond_dim = 64
   c.evaluate.samples = 256
-  c.evaluate.nfes = (8, 16)
-  c.evaluate.max_entropy_drop = 0.15
   return c

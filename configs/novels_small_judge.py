@@ -9,18 +9,16 @@ token, came after 4,000.
   dlm-jax train --config=novels_small_judge --workdir=runs/novels_small_judge
 """
 
-from dlm_jax.configs import novels_judge
+from dlm_jax.configs.base import base
+from dlm_jax.configs.recipes import next_token, novels
 
 
 def get_config():
-  c = novels_judge.get_config()
-  c.model.dim = 192
-  c.model.layers = 6
-  c.model.unroll = c.model.layers
-  c.model.heads = 3
-  c.optim.lr = 2e-3
-  c.optim.weight_decay = 0.01
-  c.train.steps = 6000
-  c.train.checkpoint_every = 2000
-  c.evaluate.every = 1000
+  c = base()
+  novels.corpus(c)
+  novels.network(c, dim=192, layers=6, heads=3, unrolled=True)
+  novels.training(
+    c, steps=6000, evaluate_every=1000, checkpoint_every=2000, lr=2e-3, weight_decay=0.01
+  )
+  next_token.judge(c)
   return c

@@ -10,19 +10,16 @@ Reference: MDLM, arXiv 2406.07524.
   dlm-jax train --config=novels_small_teacher --workdir=runs/novels_small_teacher
 """
 
-from dlm_jax.configs import novels_teacher
+from dlm_jax.configs.base import base
+from dlm_jax.configs.recipes import novels
 
 
 def get_config():
-  c = novels_teacher.get_config()
-  c.model.dim = 256
+  c = base()
+  novels.corpus(c)
+  novels.network(c, dim=256, layers=6, heads=4, unrolled=True)
+  novels.training(
+    c, steps=10_000, evaluate_every=2000, checkpoint_every=2000, lr=2e-3, weight_decay=0.01
+  )
   c.model.cond_dim = 64
-  c.model.layers = 6
-  c.model.unroll = c.model.layers
-  c.model.heads = 4
-  c.optim.lr = 2e-3
-  c.optim.weight_decay = 0.01
-  c.train.steps = 10_000
-  c.train.checkpoint_every = 2000
-  c.evaluate.every = 2000
   return c

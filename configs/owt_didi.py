@@ -12,15 +12,15 @@ Reference: DiDi-Instruct, arXiv 2509.25035, tables 1 to 3.
   dlm-jax train --config=owt_didi --workdir=runs/owt_didi
 """
 
-from dlm_jax.configs import common, owt_teacher
+from dlm_jax.configs.base import base
+from dlm_jax.configs.recipes import didi, openwebtext
 
 
 def get_config():
-  c = owt_teacher.get_config()
-  c = common.didi(c, teacher="data/mdlm-owt", judge="data/gpt2-large")
-  c.objective.chunk = 128
-  c.evaluate.every = 200
-  c.evaluate.nfes = (8, 16)
-  c.evaluate.samples = 256
-  c.evaluate.batch_size = 32
+  c = base()
+  openwebtext.corpus(c)
+  openwebtext.network(c)
+  openwebtext.measured(c, every=200, nfes=(8, 16))
+  didi.didi(c, teacher="data/mdlm-owt", judge="data/gpt2-large", chunk=128)
+  didi.published(c)
   return c

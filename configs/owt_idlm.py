@@ -10,19 +10,15 @@ Reference: IDLM, arXiv 2602.19066, appendix: AdamW, 1e-6, warm-up 2500, batch 51
   dlm-jax train --config=owt_idlm --workdir=runs/owt_idlm
 """
 
-from dlm_jax.configs import common, owt_teacher
+from dlm_jax.configs.base import base
+from dlm_jax.configs.recipes import idlm, openwebtext
 
 
 def get_config():
-  c = owt_teacher.get_config()
-  c = common.distill(c, teacher="data/mdlm-owt", judge="data/gpt2-large")
-  c.objective.accumulate = 8
-  c.objective.chunk = 128
-  c.optim.schedule = "constant"
-  c.train.steps = 10_000
-  c.train.checkpoint_every = 500
-  c.evaluate.every = 250
-  c.evaluate.nfes = (16, 32)
-  c.evaluate.samples = 256
-  c.evaluate.batch_size = 32
+  c = base()
+  openwebtext.corpus(c)
+  openwebtext.network(c)
+  openwebtext.measured(c, every=250, nfes=(16, 32))
+  idlm.masked(c, teacher="data/mdlm-owt", judge="data/gpt2-large", chunk=128)
+  idlm.published(c)
   return c

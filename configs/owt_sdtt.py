@@ -9,14 +9,15 @@ Reference: SDTT, arXiv 2410.21035: 7 rounds of 10,000 steps, batch 128.
   dlm-jax train --config=owt_sdtt --workdir=runs/owt_sdtt
 """
 
-from dlm_jax.configs import common, owt_teacher
+from dlm_jax.configs.base import base
+from dlm_jax.configs.recipes import openwebtext, sdtt
 
 
 def get_config():
-  c = common.sdtt(owt_teacher.get_config(), teacher="data/mdlm-owt", judge="data/gpt2-large")
-  c.objective.chunk = 128
-  c.evaluate.every = 2500
-  c.evaluate.nfes = (16, 32)
-  c.evaluate.samples = 256
-  c.evaluate.batch_size = 32
+  c = base()
+  openwebtext.corpus(c)
+  openwebtext.network(c)
+  openwebtext.measured(c, every=2500, nfes=(16, 32))
+  sdtt.sdtt(c, teacher="data/mdlm-owt", judge="data/gpt2-large", chunk=128)
+  sdtt.published(c)
   return c

@@ -10,19 +10,13 @@ Reference: MDLM, arXiv 2406.07524, appendix: 1 M steps, batch 512, length 1024.
   dlm-jax train --config=owt_teacher --workdir=runs/owt_teacher
 """
 
-from dlm_jax.configs import common
+from dlm_jax.configs.base import base
+from dlm_jax.configs.recipes import openwebtext
 
 
 def get_config():
-  c = common.base()
-  c.data.directory = "data/owt_packed"
-  c.data.source = "files:data/openwebtext/*.jsonl*"
-  c.data.options.validation_fraction = 0.0125
-  c.data.tokenizer = "data/gpt2"
-  c.data.length = 1024
-  c.model.vocab_size = 50258
-  c.model.unroll = c.model.layers
-  c.loader.batch_size = 512
-  c.train.steps = 1_000_000
-  c.train.checkpoint_every = 5000
+  c = base()
+  openwebtext.corpus(c)
+  openwebtext.network(c)
+  openwebtext.training(c)
   return c

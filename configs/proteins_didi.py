@@ -9,10 +9,23 @@ Reference: DiDi-Instruct, arXiv 2509.25035, section 4.4.
   dlm-jax train --config=proteins_didi --workdir=runs/proteins_didi
 """
 
-from dlm_jax.configs import common, proteins_teacher
+from dlm_jax.configs.base import base
+from dlm_jax.configs.recipes import brief, didi, proteins
 
 
 def get_config():
-  c = proteins_teacher.get_config()
-  c = common.didi(c, teacher="runs/proteins_teacher", judge="runs/proteins_judge")
-  return common.brief_didi(c)
+  c = base()
+  proteins.corpus(c)
+  proteins.network(c)
+  didi.didi(
+    c,
+    teacher="runs/proteins_teacher",
+    judge="runs/proteins_judge",
+    shared_time=True,
+    group_size=8,
+    warmup=50,
+    rate=5e-5,
+  )
+  brief.distillation(c, steps=600, every=50, lr=1e-5, b2=0.98)
+  c.objective.accumulate = 4  # in one piece 128 × 512 tokens took 48 GiB
+  return c

@@ -10,15 +10,14 @@ Reference: IDLM, arXiv 2602.19066.
   dlm-jax train --config=proteins_idlm --workdir=runs/proteins_idlm
 """
 
-from dlm_jax.configs import common, proteins_teacher
+from dlm_jax.configs.base import base
+from dlm_jax.configs.recipes import brief, idlm, proteins
 
 
 def get_config():
-  c = proteins_teacher.get_config()
-  c = common.distill(c, teacher="runs/proteins_teacher", judge="runs/proteins_judge")
-  c = common.brief_idlm(c, steps=120)
-  c.train.checkpoint_every = 60
-  c.evaluate.every = 20
-  c.evaluate.nfes = (8, 16)
-  c.evaluate.max_entropy_drop = 0.15
+  c = base()
+  proteins.corpus(c)
+  proteins.network(c)
+  idlm.masked(c, teacher="runs/proteins_teacher", judge="runs/proteins_judge")
+  brief.distillation(c, steps=120, every=20, max_entropy_drop=0.15, checkpoint_every=60)
   return c

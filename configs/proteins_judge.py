@@ -7,17 +7,14 @@ dlm-jax prepare --config=proteins_judge
 dlm-jax train --config=proteins_judge --workdir=runs/proteins_judge
 """
 
-from dlm_jax.configs import common, proteins_teacher
+from dlm_jax.configs.base import base
+from dlm_jax.configs.recipes import next_token, proteins
 
 
 def get_config():
-  c = proteins_teacher.get_config()
-  c.model = common.base().model
-  c.model.name = "causal"
-  c.model.dim = 384
-  c.model.layers = 8
-  c.model.heads = 6
-  c.model.dropout = 0.1
-  c.objective.name = "ar"
-  c.train.steps = 1000
+  c = base()
+  proteins.corpus(c)
+  proteins.network(c)
+  proteins.training(c, steps=1000)
+  next_token.judge(c)
   return c

@@ -14,32 +14,13 @@ Reference: MDLM, arXiv 2406.07524; proteins by masked diffusion: DPLM, arXiv 240
   dlm-jax train --config=proteins_teacher --workdir=runs/proteins_teacher
 """
 
-from dlm_jax.configs import common
+from dlm_jax.configs.base import base
+from dlm_jax.configs.recipes import proteins
 
 
 def get_config():
-  c = common.base()
-  c.data.directory = "data/proteins_packed"
-  c.data.source = "fasta:data/proteins/*.fa*"
-  c.data.options.min_length = 30  # residues
-  c.data.options.validation_fraction = 0.05
-  c.data.tokenizer = "esm"
-  c.data.packing = "documents"
-  c.data.length = 512
-  c.data.buckets = (128, 256, 512)
-  c.model.dim = 384
-  c.model.layers = 8
-  c.model.heads = 6
-  c.model.dropout = 0.1
-  c.loader.batch_size = 128
-  c.objective.ema_decay = 0.999
-  c.optim.lr = 5e-4
-  c.optim.warmup = 300
-  c.optim.schedule = "cosine"
-  c.optim.b2 = 0.98
-  c.optim.weight_decay = 0.03
-  c.train.steps = 2000
-  c.train.checkpoint_every = 1000
-  c.evaluate.every = 250
-  c.evaluate.samples = 512
+  c = base()
+  proteins.corpus(c)
+  proteins.network(c)
+  proteins.training(c, steps=2000)
   return c

@@ -9,23 +9,26 @@
 Reference: DiDi-Instruct, arXiv 2509.25035.
 """
 
-from dlm_jax.configs import common, quickstart_idlm
+from dlm_jax.configs.base import base
+from dlm_jax.configs.recipes import didi, quickstart
 
 
 def get_config():
-  c = quickstart_idlm.get_config()
-  c.objective = common.base().objective
-  c = common.didi(c, teacher="shipped:teacher", judge="shipped:judge")
+  c = base()
+  quickstart.student(c)
+  didi.didi(
+    c,
+    teacher="shipped:teacher",
+    judge="shipped:judge",
+    shared_time=True,
+    group_size=8,
+    warmup=30,
+    trained_layers=2,
+    rate=2e-4,
+  )
   c.loader.batch_size = 16
-  c.objective.ema_decay = 0.9  # the run is short
-  c.objective.trained_layers = 2
-  c.objective.shared_time = True  # rewards of one noise level are compared, see `DiDiOptions`
-  c.objective.group_size = 8
-  c.objective.warmup = 30
   c.optim.lr = 4e-5
-  c.optim.schedule = "constant"
-  c.optim.discriminator.lr = 2e-4
-  c.train.steps = 60
+  c.optim.warmup = 0
   c.train.checkpoint_every = 20
   c.evaluate.every = 20
   return c

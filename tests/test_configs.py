@@ -3,14 +3,17 @@
 
 import ast
 import importlib
+import inspect
 import pathlib
 import re
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from dlm_jax.configs import common
+from dlm_jax.configs.base import base
+from dlm_jax.configs.recipes import block_diffusion
 from ml_collections import ConfigDict
 
 from dlm_jax import mesh
@@ -19,9 +22,26 @@ from dlm_jax.experiment.config import list_configs, load_config
 from dlm_jax.train import loop
 
 ROOT = pathlib.Path(__file__).parent.parent
-NAMES = sorted(
-  path.stem for path in (ROOT / "configs").glob("*.py") if path.stem not in ("common", "__init__")
-)
+CONFIGS = ROOT / "configs"
+FILES = sorted(p.stem for p in CONFIGS.glob("*.py") if p.stem not in ("base", "__init__"))
+
+
+def _module(name):
+  return importlib.import_module(f"dlm_jax.configs.{name.partition(':')[0]}")
+
+
+def _names():
+  """Return every experiment as --config takes it; without its variant where there is a default."""
+  for file in FILES:
+    module = _module(file)
+    variants = getattr(module, "VARIANTS", ())
+    parameters = inspect.signature(module.get_config).parameters.values()
+    if all(parameter.default is not parameter.empty for parameter in parameters):
+      yield file
+    yield from (f"{file}:{variant}" for variant in variants)
+
+
+NAMES = sorted(_names())
 TREES = {
   "ar": {"model"},
   "block_diffusion": {"model"},
@@ -35,11 +55,7 @@ TREES = {
 }
 
 
-_BILLIONS = {"sdar_1b7": 2.03, "sdar_4b": 4.41, "sdar_8b": 8.19, "sdar_30b_a3b": 30.53}
-
-
-def _module(name):
-  return importlib.import_module(f"dlm_jax.configs.{name}")
+_BILLIONS = {"sdar:1b7": 2.03, "sdar:4b": 4.41, "sdar:8b": 8.19, "sdar:30b_a3b": 30.53}
 
 
 def _tiny(name):
@@ -49,7 +65,9 @@ def _tiny(name):
     small |= {"model.kv_heads": 1, "model.head_dim": 4, "model.mlp_dim": 12, "process.mask_id": -1}
   if config.model.experts:
     small |= {"model.experts": 4, "model.experts_per_token": 2, "model.expert_dim": 8}
-  small |= {"model.cond_dim": 4, "model.vocab_size": 0, "loader.batch_size": 8, "train.steps": 2}
+  if config.model.name == "dit":
+    small["model.cond_dim"] = 4
+  small |= {"model.vocab_size": 0, "loader.batch_size": 8, "train.steps": 2}
   small |= {"optim.warmup": 0, "optim.lr": 1e-2}  # or float32 hides the first updates
   small |= {"mesh.data": -1, "mesh.fsdp": 1, "mesh.tensor": 1}
   if config.objective.get("chunk"):
@@ -66,13 +84,15 @@ def _tiny(name):
 
 
 def test_the_listing_is_the_folder():
-  assert list_configs() == NAMES and "owt_idlm" in NAMES
+  assert list_configs() == NAMES and {"owt_idlm", "sdar:8b"} < set(NAMES)
+  assert "sdar" not in NAMES, "it has no shape of its own"
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_docstring_says_how_to_run_it(name):
   text = _module(name).__doc__
-  assert f"--config={name}" in text and "dlm-jax train" in text
+  file, _, variant = name.partition(":")
+  assert f"--config={file}" in text and variant in text and "dlm-jax train" in text
   config = load_config(name)
   if config.teacher.path:
     assert re.search(r"Reference: .*arXiv \d{4}\.\d{5}", text)
@@ -81,17 +101,17 @@ def test_docstring_says_how_to_run_it(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_values_have_the_types_of_the_base(name):
-  base, config = common.base(), load_config(name)
+  every, config = base(), load_config(name)
   assert config.is_locked
-  for group in base:
+  for group in every:
     if group in ("data", "objective", "seed"):
       continue
     fields = {k for k, v in config[group].items() if not isinstance(v, ConfigDict)}
-    assert fields == set(base[group]), group
+    assert fields == set(every[group]), group
     for part in set(config[group]) - fields:  # of one tree's optimiser
       assert part in TREES[config.objective.name] and set(config[group][part]) <= fields
-    for field in base[group]:
-      assert type(config[group][field]) is type(base[group][field]), f"{group}.{field}"
+    for field in every[group]:
+      assert type(config[group][field]) is type(every[group][field]), f"{group}.{field}"
   build.loop_config(config)
 
 
@@ -150,6 +170,77 @@ def test_two_tiny_steps(name):
   for tree, old in before.items():
     same = [np.array_equal(*p) for p in zip(*map(jax.tree.leaves, (old, state.trees[tree])))]  # noqa: B905
     assert all(same) == (tree == "teacher"), tree
+
+
+# --- where a value stands -------------------------------------------------------------------------
+
+
+def _settings(name, monkeypatch):
+  """Return who set every field of an experiment, in order: {(group, field): [file, ...]}."""
+  seen = []
+  put = ConfigDict.__setitem__
+
+  def watched(self, key, value):
+    frame = sys._getframe(1)
+    while frame and CONFIGS not in pathlib.Path(frame.f_code.co_filename).parents:
+      frame = frame.f_back
+    if frame is not None:
+      seen.append((self, key, pathlib.Path(frame.f_code.co_filename)))
+    return put(self, key, value)
+
+  file, _, variant = name.partition(":")
+  with monkeypatch.context() as patch:
+    patch.setattr(ConfigDict, "__setitem__", watched)
+    config = _module(file).get_config(*([variant] if variant else []))
+  groups = {id(config[group]): group for group in config if isinstance(config[group], ConfigDict)}
+  groups[id(config.data.options)] = "data.options"
+  places = {}
+  for node, key, path in seen:
+    if id(node) in groups and path.name != "base.py":
+      places.setdefault((groups[id(node)], key), []).append(path)
+  return places
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_value_stands_in_at_most_two_files_beside_the_base(name, monkeypatch):
+  """One recipe sets a field, and after it the experiment may: so recipes have no order."""
+  places = _settings(name, monkeypatch)
+  assert ("data", "source") in places
+  for field, paths in places.items():
+    kinds = [path.parent.name for path in paths]
+    assert kinds in (["recipes"], ["configs"], ["recipes", "configs"]), (field, paths)
+
+
+def test_who_set_a_field_is_seen(monkeypatch):
+  places = _settings("novels_didi", monkeypatch)
+  assert [p.name for p in places["objective", "kl_beta"]] == ["didi.py", "novels_didi.py"]
+  assert [p.name for p in places["optim", "lr"]] == ["brief.py"]
+  sdar = _settings("sdar:8b", monkeypatch)
+  assert [p.name for p in sdar["model", "kv_heads"]] == ["sdar.py"], "set by update"
+
+
+def _imported(path):
+  for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    if isinstance(node, ast.ImportFrom) and node.module.startswith("dlm_jax"):
+      yield node.module
+
+
+def test_experiments_lean_on_recipes_only_and_those_on_the_base():
+  for file in FILES:
+    allowed = {"dlm_jax.configs.base", "dlm_jax.configs.recipes"}
+    assert set(_imported(CONFIGS / f"{file}.py")) <= allowed, file
+  for path in (CONFIGS / "recipes").glob("*.py"):
+    assert set(_imported(path)) <= {"dlm_jax.configs.base"}, path
+
+
+def test_bd3_lm_and_sdar_differ_in_their_switches():
+  """BD3-LM has a recipe and no experiment."""
+  ours, theirs = base(), base()
+  block_diffusion.bd3_lm(ours)
+  block_diffusion.sdar(theirs, start="somewhere")
+  different = {k for k, v in ours.objective.items() if v != theirs.objective[k]}
+  assert different == {"levels", "at_least_one", "subs"} and ours.objective.subs
+  assert theirs.start.path == "somewhere" and not ours.start.path
 
 
 # --- no field without a reader --------------------------------------------------------------------

@@ -175,7 +175,7 @@ def _parser() -> flags.Parser:
     "Measure speed: medians of repeated timings, beside the limits of this machine.",
     """
 dlm-jax bench sample --config=owt_duo --batch_size=32 --steps=16
-dlm-jax bench passes --config=sdar_8b --draft=sdar_1b7 --json=passes.json
+dlm-jax bench passes --config=sdar:8b --draft=sdar:1b7 --json=passes.json
 dlm-jax bench decode --checkpoint=SDAR-8B-Chat-b8 --draft=SDAR-1.7B-Chat-b8 --prompts=gsm8k.txt
 """,
     usage="dlm-jax bench WHAT [--flag=value ...]",

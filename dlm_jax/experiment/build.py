@@ -19,6 +19,7 @@ from dlm_jax import mesh, models, objectives, process, schedules
 from dlm_jax.convert import places
 from dlm_jax.data import builder, sources, tokenizers
 from dlm_jax.errors import InputError, hint
+from dlm_jax.experiment import belonging
 from dlm_jax.train import optim
 from dlm_jax.train.loop import LoopConfig
 
@@ -101,10 +102,12 @@ def make_model(config: ConfigDict, vocab_size: int) -> models.DiT | models.Causa
   spare = name == "decoder" and asked > needed
   if asked != needed and not padded and not spare:
     raise InputError(f"model.vocab_size={asked}, but the data needs {needed}; use {needed} or 0.")
+  belonging.check_model(config, fields)
+  known = belonging.of_network(fields)
+  options = {key: value for key, value in options.items() if key in known}
   if name == "decoder":
     options |= _decoder_sizes(config.model)
-  known = {field.name for field in dataclasses.fields(fields)}
-  options = {key: value for key, value in options.items() if key in known}
+    del options["mlp_ratio"]
   try:
     return network(fields(vocab_size=asked, length=config.data.length, **options))
   except ValueError as error:
@@ -128,6 +131,7 @@ def make_process(
   An absorbing one never predicts the given ids.
   """
   name, decoder = config.process.name, isinstance(model, models.Decoder)
+  belonging.check_process(config)
   if isinstance(model, models.Causal) or (decoder and name == "none"):
     return None
   if name not in PROCESSES:

@@ -12,6 +12,7 @@ from dlm_jax import mesh, models, sample
 from dlm_jax.data import loader, templates, tokenizers
 from dlm_jax.evaluate import blocks, frontier, generative, likelihood
 from dlm_jax.evaluate.judge import JudgeWithTokens, load_judge
+from dlm_jax.experiment import several
 from dlm_jax.experiment.build import Experiment
 from dlm_jax.objectives import TrainState, output_params
 from dlm_jax.train.selection import Selection
@@ -21,25 +22,33 @@ Export = Callable[[pathlib.Path, Experiment, TrainState, int], None]
 
 def make(
   built: Experiment, tokenizer: tokenizers.Tokenizer, export: Export, workdir: pathlib.Path
-) -> "Samples | Likelihood | None":
-  """Return the evaluator of a run: samples if it distils a teacher, else held-out likelihood.
+) -> "Samples | Likelihood | several.Several | None":
+  """Return the evaluator that `config.evaluate.measure` names, several in one if it names more.
+
+  Without names: samples if the run distils a teacher, else held-out likelihood.
 
   Args:
     built: the run.
     tokenizer: of its data.
     export: writes a network: (directory, run, state, step).
-    workdir: the best network goes to workdir/best.
+    workdir: the best network, by the first evaluator, goes to workdir/best.
   """
   config = built.config
+  names = several.names(config)
   if not config.evaluate.every:
     return None
   likelihood.check_counts(
     **{f"evaluate.{name}": config.evaluate[name] for name in ("samples", "batch_size", "patience")}
   )
-  if not config.teacher.path:
-    return Likelihood(built, export, workdir, tokenizer.given_ids)
-  judge = load_judge(config.evaluate.judge, tokenizer)
-  return Samples(built, judge, export, workdir)
+  made = {}
+  for name in names:
+    keep = several.export_nothing if made else export
+    if name == "samples":
+      judge = load_judge(config.evaluate.judge, tokenizer)
+      made[name] = Samples(built, judge, keep, workdir)
+    else:
+      made[name] = Likelihood(built, keep, workdir, tokenizer.given_ids)
+  return several.Several(made) if len(made) > 1 else made[names[0]]
 
 
 class Samples:

@@ -9,10 +9,11 @@ from collections.abc import Callable
 
 import numpy as np
 
+from dlm_jax import models
 from dlm_jax.convert import places
 from dlm_jax.data import builder, loader
 from dlm_jax.errors import InputError
-from dlm_jax.experiment import build
+from dlm_jax.experiment import belonging, build
 from dlm_jax.experiment.config import load_config
 from dlm_jax.experiment.run import make_workdir, train
 from dlm_jax.quickstart import comparison
@@ -123,25 +124,29 @@ def _configs(options: Options) -> dict:
     for method in options.methods
   }
   student = configs[options.methods[0]]
-  shared = {k: v for k, v in options.overrides.items() if k.split(".")[0] in _SHARED}
   for name, steps in (("judge", options.judge_steps), ("teacher", options.teacher_steps)):
-    small = {
-      "data.directory": str(workdir / "data"),
-      "data.options.tests": "False",
+    fields = {
+      "data.directory": student.data.directory,
       "data.tokenizer": student.data.tokenizer,
-      "model.dtype": "float32",
-      "loader.batch_size": "64",
       "train.steps": str(steps),
-      "train.checkpoint_every": "100",
       "optim.warmup": str(min(200, steps // 10)),
       "evaluate.every": str(max(steps // 5, 1)),
-      "evaluate.samples": "128",
-      "evaluate.batch_size": "64",
     }
-    configs[name] = load_config(f"quickstart_{name}", small | shared)
+    shared = {k: v for k, v in options.overrides.items() if _reaches(k, name)}
+    configs[name] = load_config(f"quickstart_{name}:cpu", fields | shared)
   for config in configs.values():
     build.loop_config(config)
   return configs
+
+
+def _reaches(field: str, name: str) -> bool:
+  """Return whether an override of a student's field is also one of the teacher or the judge."""
+  group, _, rest = field.partition(".")
+  if name == "judge" and group == "process":
+    return False  # a judge has none
+  if name == "judge" and group == "model":
+    return rest in belonging.of_network(models.CausalConfig)
+  return group in _SHARED
 
 
 def _meant(options: Options, method: str) -> dict[str, str]:

@@ -311,7 +311,7 @@ def _bench(capsys, tmp_path, *arguments):
 
 def _fields(**changes):
   shape = [f"--config.model.{name}={value}" for name, value in (_SHAPE | changes).items()]
-  return ["--config=sdar_8b", *shape, "--config.process.mask_id=39", "--config.data.length=64"]
+  return ["--config=sdar:8b", *shape, "--config.process.mask_id=39", "--config.data.length=64"]
 
 
 def test_passes_from_the_command_line(tiny_limits, capsys, tmp_path):
@@ -381,7 +381,7 @@ def test_checkpoints_from_the_command_line(capsys, tmp_path):
     (["decode", *_fields(), "--num_prompts=0"], "prompts, 0, must be at least 1"),
     (["decode", *_fields(), "--storage=flat"], "storage='flat' is unknown"),
     (["decode", *_fields(), "--prompt_length=60"], "do not fit the network's 64 positions"),
-    (["trunk", "--draft=sdar_1b7"], "--draft is of `bench decode`"),
+    (["trunk", "--draft=sdar:1b7"], "--draft is of `bench decode`"),
     (["passes", "--checkpoint=x"], "--checkpoint is of `bench decode`"),
     (["trunk", "--dtype=float32"], "--dtype is of `bench decode`"),
     (["passes", *_fields(), "--temperature=1"], "--temperature is of `bench decode`"),

@@ -52,7 +52,7 @@ def _prepare(fails, source, tmp_path, **changes):
   fields |= {"data.source": source, "data.directory": out, **changes}
   config = tmp_path / "corpus_config.py"
   config.write_text(
-    "from dlm_jax.configs import common\n\n\ndef get_config():\n  return common.base()\n"
+    "from dlm_jax.configs.base import base\n\n\ndef get_config():\n  return base()\n"
   )
   fields.pop("data.options.tests")
   line = fails("prepare", f"--config={config}", *(f"--config.{k}={v}" for k, v in fields.items()))

@@ -72,7 +72,7 @@ def test_a_config_is_locked():
 def test_a_file_of_the_user(tmp_path):
   path = tmp_path / "mine.py"
   path.write_text(
-    "from dlm_jax.configs import common\n\n\ndef get_config():\n  c = common.base()\n"
+    "from dlm_jax.configs.base import base\n\n\ndef get_config():\n  c = base()\n"
     "  c.optim.lr = 0.5\n  return c\n"
   )
   assert load_config(str(path)).optim.lr == 0.5

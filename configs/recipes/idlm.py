@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""IDLM: students of masked and of uniform-state teachers.
+
+Reference: IDLM, arXiv 2602.19066, appendix; released scripts.
+"""
+
+from dlm_jax.configs.base import optional
+
+
+def masked(c, teacher, judge, chunk=0):
+  """Distil a masked teacher."""
+  c.objective.name = "idlm"
+  c.objective.time_coupling = "same_order"  # same_order or permuted
+  c.objective.chunk = optional(int, chunk)  # positions per chunk of logits; 0: all
+  c.teacher.path = teacher
+  c.evaluate.judge = judge
+  c.optim.clip = 0.0
+
+
+def uniform(c, teacher, judge, chunk=0, tau=1e-3):
+  """Distil a uniform-state teacher."""
+  masked(c, teacher, judge, chunk)
+  c.process.name = "uniform"
+  c.model.time_conditioning = True
+  c.objective.gamma_min = -3.55  # window of the Gaussian states
+  c.objective.gamma_max = -1.85
+  c.objective.tau = tau  # temperature of the soft inputs
+  c.objective.path_gradient = True  # False: the ablation without gradient through the state
+  c.evaluate.noise_removal = "greedy"
+
+
+def published(c):
+  """Train as the paper: AdamW without decay, clipping or learning-rate decay."""
+  c.loader.batch_size = 512
+  c.objective.accumulate = 8
+  c.optim.lr = 1e-6
+  c.train.steps = 10_000
+  c.train.checkpoint_every = 500
