@@ -16,7 +16,11 @@ from tiny_runs import quick  # noqa: F401
 from dlm_jax import sample
 from dlm_jax.decode import select
 
-pytestmark = pytest.mark.slow  # minutes of compilation; `pytest -m slow`
+
+def _one(default, names):
+  """Return the parameters of a test of which the default run takes one."""
+  return [pytest.param(n, marks=() if n == default else pytest.mark.slow) for n in names]
+
 
 FOLLOWS = 1e-4
 KEY = jax.random.key(0)
@@ -77,8 +81,8 @@ def _first_change(rows, final):
   return known.argmax(axis=0) - 1
 
 
-@pytest.mark.parametrize("name", ["sdar_generate__a", "sdar_generate__b"])
-@pytest.mark.parametrize("run", range(5))
+@pytest.mark.parametrize("name", _one("sdar_generate__a", ["sdar_generate__a", "sdar_generate__b"]))
+@pytest.mark.parametrize("run", _one(0, range(5)))
 def test_recorded_decoding(golden, name, run):
   """9.5-a: token for token, step for step and pass for pass the SDAR release's greedy decode."""
   vectors, config = golden(name)
@@ -131,7 +135,7 @@ def _case(name):
   return model, params, options, _decode(model, params, options, PROMPTS, jax.random.key(5))
 
 
-@pytest.mark.parametrize("name", list(CASES))
+@pytest.mark.parametrize("name", _one("dynamic", CASES))
 def test_cached_decode_equals_uncached(name):
   """9.2-a, 9.5-e: each row of a ragged batch, cached, equals its own uncached decode.
 
@@ -184,6 +188,7 @@ def test_folded_equals_separate():
   assert options[0].fold
 
 
+@pytest.mark.slow
 def test_garbage_in_the_cache_is_never_read():
   """9.2-e: slots beyond each row's length hold NaN before every round; nothing changes."""
   model, params, options, expected = _case("dynamic")
@@ -255,6 +260,7 @@ def test_rows_that_are_done_stay_as_they_are():
   assert progress.reason_B.tolist() == [sample.LENGTH, sample.STOP, sample.LENGTH, sample.STOP]
 
 
+@pytest.mark.slow
 def test_jit_equals_eager_and_compiles_once():
   """9.5-g: the plain call equals the compiled one; lengths inside a bucket share a program."""
   params = toy.script(jnp.arange(40) % 11 + 1, sharpness=2.0)
@@ -318,6 +324,7 @@ def _scripted(**changes):
   return tokens, info, len(calls)
 
 
+@pytest.mark.slow
 def test_thresholds_through_decoding():
   """9.5-c: threshold above 1 is the static strategy; 0 takes one pass a block, and really one."""
   _, static, calls = _scripted(strategy="low_confidence_static")
@@ -337,7 +344,7 @@ def test_thresholds_through_decoding():
   assert single.passes_B.tolist() == [21, 16]
 
 
-@pytest.mark.parametrize("strategy", select.STRATEGIES)
+@pytest.mark.parametrize("strategy", _one("entropy_bounded", select.STRATEGIES))
 def test_every_strategy_ends_in_time(strategy):
   """9.5-a: T passes a block at the most, the prompt unchanged, no mask although it is likeliest."""
   params = toy.script(jnp.full(24, toy.MASK)) + (jnp.arange(toy.V) % 5 * 0.3)[None]
@@ -361,6 +368,7 @@ def test_every_strategy_ends_in_time(strategy):
     np.testing.assert_array_equal(steps_of_block, np.arange(8))
 
 
+@pytest.mark.slow
 def test_law_through_decoding():
   """9.5-b: at temperature 0.7 the tokens of 4,000 rows follow the tempered distribution."""
   params = jnp.asarray(np.random.default_rng(2).normal(size=(4, toy.V)), jnp.float32)
@@ -384,7 +392,7 @@ def test_law_through_decoding():
 # --- stop ids and boundaries ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fold", [True, False])
+@pytest.mark.parametrize("fold", _one(True, [True, False]))
 def test_stop_ids(fold):
   """9.5-d: first, in the middle and last in a block, in the prompt, at and beyond the limit."""
   text = np.array([1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 1, 2, 3, 1, 1])
@@ -428,7 +436,7 @@ def _compiled_script(fold, stop_ids):
   return run
 
 
-@pytest.mark.parametrize("window", [8, 10])
+@pytest.mark.parametrize("window", _one(10, [8, 10]))
 def test_boundaries(window):
   """9.5-f: all prompt lengths from none to a full window, all limits; no cache is overrun."""
   params = toy.script(jnp.arange(12) + 1 - (jnp.arange(12) == 11))

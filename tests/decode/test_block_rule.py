@@ -241,7 +241,7 @@ def test_ties_and_known_positions(strategy):
   if strategy != "first_hitting":
     assert bool(result.revealed_BK[1]) and result.tokens_BK.tolist() == [7, 3, 7, MASK]
   nothing = _reveal(options, logits_KV, [0, 0, 0, 0])
-  assert not nothing.revealed_BK.any() and nothing.tokens_K.tolist() == [7] * 4
+  assert not nothing.revealed_BK.any() and nothing.tokens_BK.tolist() == [7] * 4
   assert not nothing.log_prob_BK.any()
 
 
