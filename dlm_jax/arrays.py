@@ -7,7 +7,7 @@ A tensor carries its shape in its name: `log_x0_BLV` is [batch, length, vocabula
   D  width                H  attention heads         C  channels of a head
   F  feed-forward width   N  samples, layers, states K  gathered positions, steps, keys
   Q  queries of a call    S  slots of a cache        G  key/value heads, each serves H/G queries
-  E  experts              R  queries of one key head
+  E  experts              R  queries of one key head, rows admitted to a batch
 """
 
 from typing import Any

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dlm_jax import models, sample
@@ -74,26 +75,25 @@ class _Way(NamedTuple):
 
   name: str
   exact: bool
-  options: Any  # BlockOptions, or SpeculativeOptions
+  rule: Any  # BlockRule, or SpeculativeOptions
 
 
-def ways(rule: sample.BlockOptions, *, drafted: bool, threshold: float = 0.9) -> list[_Way]:
+def ways(rule: sample.BlockRule, *, drafted: bool, threshold: float = 0.9) -> list[_Way]:
   """Return what is compared: static, dynamic, and with a draft SimSD in both layouts and stacked.
 
   Args:
-    rule: gives all but the strategy, which is set. Above temperature 0 SimSD accepts by rejection.
+    rule: gives all but the strategy, which is set.
     drafted: whether there is a draft.
-    threshold: of the dynamic strategy.
+    threshold: of the dynamic strategy, for its name.
   """
   static = dataclasses.replace(rule, strategy="low_confidence_static")
-  dynamic = dataclasses.replace(static, strategy="low_confidence_dynamic", threshold=threshold)
+  dynamic = dataclasses.replace(static, strategy="low_confidence_dynamic")
   found = [_Way("static", True, static), _Way(f"dynamic {threshold:g}", False, dynamic)]
   if not drafted:
     return found
   options = sample.SpeculativeOptions
-  acceptance = sample.fitting_acceptance(static, "simsd")
   for layout in ("published", "unified"):
-    approximate = options(target=static, verify="simsd", layout=layout, acceptance=acceptance)
+    approximate = options(target=static, verify="simsd", layout=layout)
     found.append(_Way(f"SimSD {layout}", False, approximate))
   return [*found, _Way("stacked", True, options(target=static, verify="stacked"))]
 
@@ -102,7 +102,8 @@ def bench_decode(
   target: Network,
   draft: Network | None,
   prompts: Sequence[Sequence[int]],
-  rule: sample.BlockOptions,
+  rule: sample.BlockRule,
+  options: sample.RowOptions,
   *,
   new_tokens: int,
   max_new_tokens: int,
@@ -116,7 +117,9 @@ def bench_decode(
     target: the network.
     draft: a smaller one with the same vocabulary, or None.
     prompts: ids, one row each, decoded one at a time.
-    rule: see `ways`; its stop ids end the texts that are compared.
+    rule: see `ways`.
+    options: of one row; its stop ids end the texts that are compared. Above temperature 0 SimSD
+      accepts by rejection.
     new_tokens: emitted tokens per prompt of the timed runs.
     max_new_tokens: the most tokens per text.
     repeats: timed runs per prompt.
@@ -141,13 +144,18 @@ def bench_decode(
   rows, lengths = sample.pad_prompts(prompts)
   keys = jax.random.split(jax.random.key(0), len(prompts))
   inputs = [(rows[i][None], lengths[i][None], keys[i]) for i in range(len(prompts))]
-  endless = dataclasses.replace(rule, stop_ids=())
-  found = ways(endless, drafted=draft is not None, threshold=threshold)
+  stop_ids = np.asarray(options.stop_BS)[0].tolist()
+  endless = options.replace(
+    stop_BS=jnp.full_like(options.stop_BS, -1),
+    threshold_B=jnp.full_like(options.threshold_B, threshold),
+  )
+  found = ways(rule, drafted=draft is not None, threshold=threshold)
   started: dict[bool, Any] = {}
-  runners = [_Runner(target, draft, way, window, started) for way in found]
+  networks = (target, draft)
+  runners = [_Runner(networks, way, endless, window, started) for way in found]
   timed = _time(runners, inputs, new_tokens, repeats)
   texts = [
-    [cut(runner.text(*one, max_new_tokens), rule.stop_ids) for one in inputs] for runner in runners
+    [cut(runner.text(*one, max_new_tokens), stop_ids) for one in inputs] for runner in runners
   ]
   scores = [score(judge, prompts, text) if judge else (None, None, None) for text in texts]
   return [
@@ -186,28 +194,37 @@ def score(
 
 
 class _Runner:
-  """A decoder in two compiled parts: the prompt's pass, and the loop.
+  """Rounds in two compiled parts: the prompt's pass, and the loop.
 
   The first part does not depend on how blocks are decided: arms share it.
   """
 
-  def __init__(self, target, draft, way, window, started):
-    drafted = not isinstance(way.options, sample.BlockOptions)
+  def __init__(self, networks, way, options, window, started):
+    target, draft = networks
+    drafted = isinstance(way.rule, sample.SpeculativeOptions)
     if drafted:
-      decoder = sample.speculative_decoder(target.model, draft.model, way.options, window)
+      rounds = sample.speculative_decoder(target.model, draft.model, way.rule, window)
       self.params = {"target": target.params, "draft": draft.params}
     else:
-      decoder = sample.block_decoder(target.model, way.options, window)
+      rounds = sample.block_decoder(target.model, way.rule, window)
       self.params = target.params
 
-    self._init = started.setdefault(drafted, jax.jit(decoder.init))
-    self._loop = jax.jit(functools.partial(sample.finish, decoder), donate_argnums=1)
+    self._options = options
+    self._start = started.setdefault(drafted, jax.jit(functools.partial(sample.start, rounds)))
+    self._loop = jax.jit(functools.partial(sample.finish, rounds), donate_argnums=1)
     self.compile_seconds = 0.0
 
   def start(self, prompt_1P, lengths_1, rng, new_tokens):
     """Return the state after the prompt's pass."""
-    limit_1 = lengths_1 + new_tokens
-    return jax.block_until_ready(self._init(self.params, prompt_1P, rng, lengths_1, limit_1))
+    state = self._start(
+      self.params,
+      prompt_1P,
+      rng,
+      lengths=lengths_1,
+      max_length=lengths_1 + new_tokens,
+      options=self._options,
+    )
+    return jax.block_until_ready(state)
 
   def compile(self, prompt_1P, lengths_1, rng, new_tokens):
     """Compile both parts and run them once; return the final state."""

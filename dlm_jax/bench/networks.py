@@ -18,12 +18,13 @@ from dlm_jax.text import load, requests
 
 
 class Task(NamedTuple):
-  """What to decode with what; the rule has block length, temperature, mask and stop ids."""
+  """What to decode with what; the options are of one row: temperature and stop ids."""
 
   target: Network
   draft: Network | None
   prompts: list[list[int]]
-  rule: sample.BlockOptions
+  rule: sample.BlockRule
+  options: sample.RowOptions
   judge: likelihood.Judge | None = None
 
 
@@ -80,7 +81,8 @@ def from_checkpoint(
   reader = _judge(judge, pipe.tokenizer, int(lengths_B.max()) + max_new_tokens) if judge else None
   pipe.load_weights()
   drafting = None if pipe.draft is None else Network(*pipe.draft.loaded)
-  return Task(Network(*pipe.loaded), drafting, rows, plan.rule, reader)
+  options = sample.RowOptions.make(1, temperature=temperature, stop_ids=plan.stop_ids[0])
+  return Task(Network(*pipe.loaded), drafting, rows, plan.rule, options, reader)
 
 
 def _judge(path, tokenizer, length):
@@ -136,9 +138,10 @@ def from_config(
   if proc is None:
     raise InputError(f"process.name={config.process.name!r} has no mask; take a config with one.")
   prompts_BP = np.random.default_rng(0).integers(0, proc.mask_id, (count, length))
-  rule = sample.BlockOptions(block_length=size, mask_id=proc.mask_id, temperature=temperature)
+  rule = sample.BlockRule(block_length=size, mask_id=proc.mask_id)
+  options = sample.RowOptions.make(1, temperature=temperature)
   made = [_random(one, dtype, storage) for one in networks]
-  return Task(made[0], made[1] if draft is not None else None, prompts_BP.tolist(), rule)
+  return Task(made[0], made[1] if draft is not None else None, prompts_BP.tolist(), rule, options)
 
 
 def _random(model, dtype, storage):

@@ -144,6 +144,7 @@ def _decode(options, config, device) -> dict[str, Any]:
     task.draft,
     task.prompts,
     task.rule,
+    task.options,
     new_tokens=options.new_tokens,
     max_new_tokens=options.max_new_tokens,
     repeats=options.repeats,
@@ -154,7 +155,7 @@ def _decode(options, config, device) -> dict[str, Any]:
   print(
     f"{name} on {device}, jax {jax.__version__}: {len(task.prompts)} prompts one at a time, blocks "
     f"of {task.rule.block_length}, {task.target.model.config.dtype}, temperature "
-    f"{task.rule.temperature:g}, {options.new_tokens} new tokens timed\n"
+    f"{options.temperature:g}, {options.new_tokens} new tokens timed\n"
   )
   print(decode.table(arms))
   keys = ("new_tokens", "max_new_tokens", "temperature", "threshold", "repeats", "judge")

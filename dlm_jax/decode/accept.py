@@ -55,7 +55,7 @@ def greedy_match(
   open_BK: Bool[Array, "B K"],
   *,
   fill: str = "truncate",
-  stop_ids: tuple[int, ...] = (),
+  stop_BV: Bool[Array, "B V"] | None = None,
   eos_min_prob: float = 0.0,
 ) -> Verdict:
   """Accept tokens while they are the target's most probable ones.
@@ -65,12 +65,12 @@ def greedy_match(
     target_BKV: probabilities q of the target at every position.
     open_BK: positions to decide.
     fill: see the module.
-    stop_ids: ids that end a text.
+    stop_BV: which ids end the text of each row; None: none.
     eos_min_prob: where q has less than this on the stop ids, a bonus is never one of them.
   """
   best_BK = jnp.argmax(target_BKV, axis=-1).astype(draft_BK.dtype)
   first_B = _first(open_BK & (best_BK != draft_BK))
-  target_BV, banned_BV = _row(target_BKV, first_B, stop_ids, eos_min_prob)
+  target_BV, banned_BV = _row(target_BKV, first_B, stop_BV, eos_min_prob)
   bonus_B = jnp.argmax(jnp.where(banned_BV, -1.0, target_BV), axis=-1).astype(draft_BK.dtype)
   return _settle(draft_BK, best_BK, bonus_B, open_BK, first_B, fill)
 
@@ -84,7 +84,7 @@ def rejection(
   bonus_B2: Float[Array, "B 2"],
   *,
   fill: str = "truncate",
-  stop_ids: tuple[int, ...] = (),
+  stop_BV: Bool[Array, "B V"] | None = None,
   eos_min_prob: float = 0.0,
 ) -> Verdict:
   """Accept token d with probability min(1, q(d) / p(d)); the bonus is drawn from max(0, q − p).
@@ -100,13 +100,15 @@ def rejection(
     open_BK: positions to decide.
     uniform_BK: a uniform per position.
     bonus_B2: two per row for the bonus, see `draw.uniforms`.
-    fill, stop_ids, eos_min_prob: as in `greedy_match`.
+    fill: as in `greedy_match`; so are the others.
+    stop_BV: as there.
+    eos_min_prob: as there.
   """
   at_draft = draft_BK[..., None]
   p_BK = jnp.take_along_axis(draft_BKV, at_draft, axis=-1)[..., 0]
   q_BK = jnp.take_along_axis(target_BKV, at_draft, axis=-1)[..., 0]
   first_B = _first(open_BK & ~(uniform_BK * p_BK < q_BK))
-  target_BV, banned_BV = _row(target_BKV, first_B, stop_ids, eos_min_prob)
+  target_BV, banned_BV = _row(target_BKV, first_B, stop_BV, eos_min_prob)
   draft_BV = _row(draft_BKV, first_B)[0]
   target_BV = jnp.where(banned_BV, 0.0, target_BV)
   residual_BV = jnp.where(banned_BV, 0.0, jnp.maximum(target_BV - draft_BV, 0.0))
@@ -122,15 +124,14 @@ def _first(failed_BK):
   return jnp.where(failed_BK.any(axis=1), jnp.argmax(failed_BK, axis=1), size)
 
 
-def _row(probs_BKV, first_B, stop_ids=(), eos_min_prob=0.0):
+def _row(probs_BKV, first_B, stop_BV=None, eos_min_prob=0.0):
   """Return probabilities at the first failed position, and the ids that may not be its bonus."""
   at = jnp.minimum(first_B, probs_BKV.shape[1] - 1)[:, None, None]
   probs_BV = jnp.take_along_axis(probs_BKV, at, axis=1)[:, 0]
-  if not stop_ids or eos_min_prob <= 0:
+  if stop_BV is None or eos_min_prob <= 0:
     return probs_BV, jnp.zeros_like(probs_BV, bool)
-  stops_V = jnp.zeros(probs_BV.shape[-1], bool).at[jnp.asarray(stop_ids)].set(True)
-  mass_B1 = jnp.sum(probs_BV, axis=-1, where=stops_V[None], keepdims=True)
-  return probs_BV, stops_V[None] & (mass_B1 < eos_min_prob)
+  mass_B1 = jnp.sum(probs_BV, axis=-1, where=stop_BV, keepdims=True)
+  return probs_BV, stop_BV & (mass_B1 < eos_min_prob)
 
 
 def _settle(draft_BK, best_BK, bonus_B, open_BK, first_B, fill):

@@ -18,12 +18,14 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool
 
 from dlm_jax import models
-from dlm_jax.decode.loop import Decoder
-from dlm_jax.decode.passes import block_logits, extend
-from dlm_jax.decode.progress import advance, at_positions, begin, record
-from dlm_jax.decode.rule import BlockOptions, reveal
+from dlm_jax.decode.interfaces import STOP_WIDTH, Rounds, known
+from dlm_jax.decode.passes import Bound, block_at, block_logits
+from dlm_jax.decode.progress import Progress, advance, at_positions, begin, free, place, record
+from dlm_jax.decode.rule import BlockRule, reveal
 from dlm_jax.errors import InputError
 from dlm_jax.models import masks
 
@@ -44,123 +46,120 @@ class BlockState:
   start_B: Any
 
 
-def block_decoder(model, options: BlockOptions, max_length: int) -> Decoder:
-  """Return a decoder for `sample.decode` that decides one block per row and round.
+def block_decoder(model: Any, rule: BlockRule, max_length: int) -> Rounds:
+  """Return rounds that decide one block of every running row each.
 
   Args:
     model: a `models.Decoder` trained on blocks of this length, or any network with its config and
       its methods `extend` and `head`, whose logits are for the token at a position itself.
-    options: how a block is decided.
+    rule: how a block is decided.
     max_length: the window L: most tokens of a row, prompt included. A row's own limit may be any
       number up to it; its last block is decided as a whole and cut.
 
   Raises:
-    InputError: the window is empty or longer than the network's positions, or the mask or a stop id
-      is not in the vocabulary.
+    InputError: the window is empty or longer than the network's positions, or the mask is not in
+      the vocabulary; when rows are admitted: a stop id is not, or see `decode`.
 
   Reference: SDAR, arXiv 2510.06303; BD3-LM, arXiv 2503.09573.
   """
   config = model.config
   if not 1 <= max_length <= config.length:
     raise InputError(f"max_length={max_length} must be in 1 … {config.length}, the network's.")
-  highest = max(options.mask_id, *options.stop_ids, 0)
-  if highest >= config.vocab_size:
-    raise InputError(f"mask_id or stop id {highest} is not below vocab_size={config.vocab_size}.")
-  return Decoder(
-    init=functools.partial(_init, model, options, max_length),
-    round=functools.partial(_round, model, options),
-    done=_done,
+  if rule.mask_id >= config.vocab_size:
+    raise InputError(f"mask_id={rule.mask_id} is not below vocab_size={config.vocab_size}.")
+  return Rounds(
+    init=functools.partial(_init, model, rule, max_length),
+    admit=functools.partial(_admit, model, rule),
+    round=functools.partial(_round, model, rule),
+    done=done,
   )
 
 
-def _done(state):
+def done(state: Any) -> Bool[Array, "B"]:
+  """Return which rows of a state have ended."""
   return ~state.progress.running_B
 
 
-def _init(model, options, window, params, prompt, rng, lengths=None, max_length=None):
-  size = options.block_length
-  progress = begin(
-    prompt,
-    rng,
-    lengths,
-    max_length,
-    window=window,
-    block_length=size,
-    mask_id=options.mask_id,
+def _init(model, rule, window, slots, stop_width=STOP_WIDTH):
+  shape = {"window": window, "block_length": rule.block_length, "mask_id": rule.mask_id}
+  progress = free(slots, stop_width, **shape)
+  capacity = max(progress.tokens_BW.shape[1] - rule.block_length, 1)  # the last is never stored
+  cache = models.Cache.make(model.config, slots, capacity)
+  return BlockState(progress, cache, jnp.zeros(slots, jnp.int32))
+
+
+def _admit(model, rule, params, state, row_R, prompt_RP, lengths_R, options):
+  """Put prompts into rows: their progress is replaced, their part of the cache is started anew."""
+  size, progress = rule.block_length, state.progress
+  highest = np.asarray(options.stop_BS).max(initial=0) if known(options.stop_BS) else 0
+  if highest >= model.config.vocab_size:
+    raise InputError(f"stop id {highest} is not below vocab_size={model.config.vocab_size}.")
+  options = options.widen(progress.options.stop_BS.shape[1])
+  shape = {"window": progress.window, "block_length": size, "mask_id": rule.mask_id}
+  new = begin(prompt_RP, lengths_R, options, **shape)
+  start_R = new.prompt_B // size * size
+  columns = min(jnp.shape(prompt_RP)[1], new.tokens_BW.shape[1] - size) // size * size
+  kv = _prefill(Bound(model, params), new, columns, size)
+  length_R = jnp.where(new.running_B, start_R, 0)
+  return BlockState(
+    progress=place(progress, row_R, new),
+    cache=models.refill(state.cache, row_R, kv, length_R),
+    start_B=place(state.start_B, row_R, start_R),
   )
-  batch, width = progress.tokens_BW.shape
-  capacity = max(width - size, 1)  # the last block is never stored
-  cache = models.Cache.make(model.config, batch, capacity)
-  start_B = progress.prompt_B // size * size
-  cache = _prefill(model, params, progress, cache, start_B, size, jnp.shape(prompt)[1])
-  return BlockState(progress, cache, start_B)
 
 
-def _prefill(model, params, progress, cache, start_B, size, columns):
-  """Store the whole blocks of the prompts; shorter rows compute garbage that nobody keeps."""
-  columns = min(columns, progress.tokens_BW.shape[1] - size) // size * size
+def _prefill(network, new: Progress, columns, size):
+  """Return K/V of the whole blocks of prompts; of shorter rows some of it is garbage."""
   if not columns:
-    return cache
-  given_BQ = progress.tokens_BW[:, :columns]
+    nothing = models.Cache.make(network.model.config, new.tokens_BW.shape[0], 0)
+    return models.KV(nothing.k_NBSGC, nothing.v_NBSGC)
   visible_QQ = masks.block_causal(masks.sequence_slots(jnp.arange(columns), size))
-  kv = extend(model, params, given_BQ, None, visible_QQ[None], cache)[1]
-  return models.commit(cache, kv, jnp.where(progress.running_B, start_B, 0))
+  return network.extend(new.tokens_BW[:, :columns], None, visible_QQ[None], None)[1]
 
 
-def _round(model, options, params, state):
+def _round(model, rule, params, state):
   """Decide one block of every running row, and store what is to be stored."""
-  size, progress = options.block_length, state.progress
-  position_BK = state.start_B[:, None] + jnp.arange(size)[None, :]
-  running_B1 = progress.running_B[:, None]
+  network, size, progress = Bound(model, params), rule.block_length, state.progress
+  options = progress.options.only(progress.running_B)
 
   def passes_left(carry):
     progress, _, step = carry
-    return jnp.any(_masked(progress, position_BK) & running_B1) & (step < size)
+    return jnp.any(block_at(progress, state.start_B, size).masked_BK) & (step < size)
 
   def one_pass(carry, first=False):
     progress, cache, step = carry
-    masked_BK = _masked(progress, position_BK) & running_B1
-    tokens_BK = at_positions(progress.tokens_BW, position_BK)
+    block = block_at(progress, state.start_B, size)
     logits_BKV, cache = block_logits(
-      model, params, progress, cache, tokens_BK, position_BK, folded=first
+      network, progress, cache, block.tokens_BK, block.position_BK, folded=first
     )
-    step_of_row = functools.partial(reveal, options)
-    revealed = jax.vmap(step_of_row, in_axes=(0, 0, 0, 0, None, 0))(
-      progress.rng_B, tokens_BK, masked_BK, logits_BKV, step, position_BK
-    )
+    step_B = jnp.full_like(state.start_B, step)
+    out = reveal(rule, options, block, logits_BKV, step_B)
+    step_BK = jnp.full_like(block.tokens_BK, step)
     progress = record(
-      progress,
-      position_BK,
-      revealed.revealed_K,
-      revealed.tokens_K,
-      jnp.full_like(tokens_BK, step),
-      revealed.log_prob_K,
+      progress, block.position_BK, out.revealed_BK, out.tokens_BK, step_BK, out.log_prob_BK
     )
-    took_part_B = jnp.any(masked_BK, axis=-1).astype(jnp.int32)
+    took_part_B = jnp.any(block.masked_BK, axis=-1).astype(jnp.int32)
     return progress.replace(passes_B=progress.passes_B + took_part_B), cache, step + 1
 
   carry = (progress, state.cache, jnp.zeros((), jnp.int32))
-  if options.fold:
+  if rule.fold:
     carry = one_pass(carry, first=True)
   progress, cache, _ = jax.lax.while_loop(passes_left, one_pass, carry)
-  progress = advance(progress, options.stop_ids)
-  if not options.fold:
-    progress, cache = _store(model, params, progress, cache, position_BK)
+  progress = advance(progress)
+  if not rule.fold:
+    progress, cache = _store(network, progress, cache, state.start_B, size)
   start_B = jnp.where(progress.running_B, state.start_B + size, state.start_B)
   return BlockState(progress, cache, start_B)
 
 
-def _masked(progress, position_BK):
-  return at_positions(progress.masked_BW, position_BK)
-
-
-def _store(model, params, progress, cache, position_BK):
+def _store(network, progress, cache, start_B, size):
   """Encode the finished blocks of rows that go on, if any does."""
+  position_BK = start_B[:, None] + jnp.arange(size)[None, :]
 
   def encode(cache):
     tokens_BK = at_positions(progress.tokens_BW, position_BK)
-    kv = extend(model, params, tokens_BK, position_BK, None, cache)[1]
-    return models.commit(cache, kv, jnp.where(progress.running_B, tokens_BK.shape[1], 0))
+    kv = network.extend(tokens_BK, position_BK, None, cache)[1]
+    return models.commit(cache, kv, jnp.where(progress.running_B, size, 0))
 
   cache = jax.lax.cond(jnp.any(progress.running_B), encode, lambda cache: cache, cache)
   passes_B = progress.passes_B + progress.running_B.astype(jnp.int32)

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every decoder's state holds: tokens, when and how surely they were decided, why rows ended.
+"""What every state holds: tokens, when and how surely they were decided, what rows ask for.
 
-A decoder writes what it decides with `record`, and `advance` finds out which rows that ends.
+A way of decoding writes what it decides with `record`, and `advance` finds out which rows that
+ends. `begin` makes the rows of new prompts, and `place` puts rows into a running batch.
 
 The leaves are typed `Any`: a tree of shardings or of None has the same structure.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import flax.struct
@@ -16,6 +16,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
+from dlm_jax.decode.interfaces import NO_ID, NO_LIMIT, RowOptions, known, per_row
 from dlm_jax.errors import InputError
 
 RUNNING, STOP, LENGTH = range(3)
@@ -31,11 +32,10 @@ class Progress:
     step_BW: reveal step inside the block, from 0; UNDECIDED where masked and in the prompt.
     log_prob_BW: log-probability of a token when it was revealed, nats; 0 elsewhere.
     prompt_B: tokens of the prompt.
-    limit_B: the length at which a row ends, prompt included.
     length_B: the contiguous decided prefix, cut at the limit and after a stop id.
     passes_B: network passes that decided or stored something of the row, without the prefill.
-    reason_B: why the row ended: RUNNING, STOP or LENGTH.
-    rng_B: one key per row.
+    reason_B: why the row ended: RUNNING, STOP or LENGTH, which free rows have too.
+    options: the `RowOptions`; limits are at most the window.
     window: L ≤ W, tokens of the result.
   """
 
@@ -43,11 +43,10 @@ class Progress:
   step_BW: Any
   log_prob_BW: Any
   prompt_B: Any
-  limit_B: Any
   length_B: Any
   passes_B: Any
   reason_B: Any
-  rng_B: Any
+  options: Any
   window: int = flax.struct.field(pytree_node=False)
 
   @property
@@ -63,29 +62,28 @@ class Progress:
 
 def begin(
   prompt: ArrayLike,
-  rng: Array,
   lengths: ArrayLike | None,
-  max_length: ArrayLike | None,
+  options: RowOptions,
   *,
   window: int,
   block_length: int,
   mask_id: int,
 ) -> Progress:
-  """Return the progress of prompts before the first round.
+  """Return the rows of new prompts before their first round.
 
-  A row whose prompt reaches its maximum length is done and keeps its prompt.
+  A row whose prompt reaches its limit is done and keeps its prompt.
 
   Args:
-    prompt: what `decode` was given; so are rng, lengths and max_length.
-    rng: as above.
-    lengths: as above.
-    max_length: as above.
+    prompt: [R, P] with P ≤ window, padded on the right with anything.
+    lengths: tokens of each prompt, 0 … P; None: P.
+    options: of these rows.
     window: L.
     block_length: W is a multiple of it.
     mask_id: what undecided positions hold.
 
   Raises:
-    InputError: see `decode`.
+    InputError: shapes do not fit; or, as far as values are known, lengths or limits are out of
+      range or the mask is a stop id.
   """
   prompt_BP = jnp.asarray(prompt, jnp.int32)
   if prompt_BP.ndim != 2 or prompt_BP.shape[1] > window:
@@ -93,49 +91,61 @@ def begin(
       f"the prompt has shape {prompt_BP.shape}; it must be [rows, tokens] of at most "
       f"max_length={window} tokens, the window of the decoder."
     )
-  batch, columns = prompt_BP.shape
-  lengths_B = _per_row("lengths", columns if lengths is None else lengths, batch, columns)
-  limit_B = _per_row("max_length", window if max_length is None else max_length, batch, window)
+  rows, columns = prompt_BP.shape
+  lengths_B = up_to("lengths", columns if lengths is None else lengths, rows, columns)
+  options = options.replace(limit_B=up_to("max_length", options.limit_B, rows, window))
+  if known(options.stop_BS) and np.any(np.asarray(options.stop_BS) == mask_id):
+    raise InputError(f"mask_id={mask_id} is among stop_ids: the mask must not be a stop id.")
   size = -(-window // block_length) * block_length
   tokens_BW = jnp.pad(prompt_BP, ((0, 0), (0, size - columns)))
   given_BW = jnp.arange(size)[None, :] < lengths_B[:, None]
   progress = Progress(
     tokens_BW=jnp.where(given_BW, tokens_BW, mask_id),
-    step_BW=jnp.full((batch, size), UNDECIDED, jnp.int32),
-    log_prob_BW=jnp.zeros((batch, size), jnp.float32),
+    step_BW=jnp.full((rows, size), UNDECIDED, jnp.int32),
+    log_prob_BW=jnp.zeros((rows, size), jnp.float32),
     prompt_B=lengths_B,
-    limit_B=limit_B,
     length_B=lengths_B,
-    passes_B=jnp.zeros(batch, jnp.int32),
-    reason_B=jnp.full(batch, RUNNING, jnp.int32),
-    rng_B=_keys(rng, batch),
+    passes_B=jnp.zeros(rows, jnp.int32),
+    reason_B=jnp.full(rows, RUNNING, jnp.int32),
+    options=options,
     window=window,
   )
-  return advance(progress, ())
+  return advance(progress)
 
 
-def _per_row(name, given, batch, most):
-  """Return int32 [B] in 0 … most; raise for a value outside if values are known."""
-  if not isinstance(given, jax.core.Tracer):
-    given = np.asarray(given)
-    if given.size and not (given.min() >= 0 and given.max() <= most):
-      raise InputError(f"{name}={given.tolist()} must be in 0 … {most}.")
-  given = jnp.asarray(given, jnp.int32)
-  if given.shape not in ((), (batch,)):
-    raise InputError(
-      f"{name} has shape {given.shape}; give one number, or one for each of {batch} rows."
-    )
-  return jnp.broadcast_to(jnp.clip(given, 0, most), (batch,))
+def free(slots: int, stop_width: int, **shape: int) -> Progress:
+  """Return free rows, which are done.
+
+  Args:
+    slots: how many.
+    stop_width: stop ids that each has room for.
+    **shape: window, block_length and mask_id, as of `begin`.
+  """
+  options = RowOptions.make(
+    slots, jax.random.key(0), limit=0, stop_ids=np.full((slots, stop_width), NO_ID)
+  )
+  return begin(np.zeros((slots, 0), np.int32), None, options, **shape)
 
 
-def _keys(rng, batch):
-  if not jnp.issubdtype(rng.dtype, jax.dtypes.prng_key):
-    raise InputError(f"rng has dtype {rng.dtype}; make a typed key with jax.random.key(seed).")
-  if rng.shape not in ((), (batch,)):
-    raise InputError(f"rng has shape {rng.shape}; give one key, or one for each of {batch} rows.")
-  if rng.shape:
-    return rng
-  return jax.vmap(lambda row: jax.random.fold_in(rng, row))(jnp.arange(batch))
+def place(tree: Any, row_R: Int[Array, "R"], new: Any) -> Any:
+  """Return a tree of rows [B, …] in which some are those of another tree, [R, …].
+
+  Rows beyond the last are dropped.
+  """
+  return jax.tree.map(lambda x, y: x.at[row_R].set(y, mode="drop"), tree, new)
+
+
+def up_to(name: str, given: Any, rows: int, most: int) -> Int[Array, "B"]:
+  """Return int32 [B] in 0 … most, `NO_LIMIT` being most.
+
+  Raises:
+    InputError: a value is outside, as far as it is known outside `jit`; see `per_row`.
+  """
+  if known(given):
+    values = np.asarray(given)
+    if np.any((values < 0) | ((values > most) & (values != NO_LIMIT))):
+      raise InputError(f"{name}={values.tolist()} must be in 0 … {most}.")
+  return jnp.clip(per_row(name, given, rows), 0, most)
 
 
 def at_positions(rows_BW: Array, position_BK: Int[Array, "B K"]) -> Array:
@@ -172,23 +182,22 @@ def record(
   )
 
 
-def advance(progress: Progress, stop_ids: Sequence[int]) -> Progress:
+def advance(progress: Progress) -> Progress:
   """Return the progress with the length of each running row's decided prefix, and who ended.
 
-  A row ends after the first stop id in the prefix behind its prompt, or at its limit, whichever is
+  A row ends after its first stop id in the prefix behind its prompt, or at its limit, whichever is
   first. Rows that had ended stay as they are.
   """
-  size = progress.tokens_BW.shape[1]
+  size, options = progress.tokens_BW.shape[1], progress.options
   position_1W = jnp.arange(size)[None, :]
   first = lambda which_BW: jnp.min(jnp.where(which_BW, position_1W, size), axis=-1)  # noqa: E731
-  prefix_B = jnp.minimum(first(progress.masked_BW), progress.limit_B)
-  is_stop_BW = jnp.zeros_like(progress.masked_BW)
-  for stop_id in stop_ids:
-    is_stop_BW |= progress.tokens_BW == stop_id
+  prefix_B = jnp.minimum(first(progress.masked_BW), options.limit_B)
+  stop_BS1 = options.stop_BS[..., None]
+  is_stop_BW = jnp.any((progress.tokens_BW[:, None, :] == stop_BS1) & (stop_BS1 >= 0), axis=1)
   stop_B = first(is_stop_BW & (position_1W >= progress.prompt_B[:, None]))
   stopped_B = stop_B < prefix_B
   length_B = jnp.where(stopped_B, stop_B + 1, prefix_B)
-  full_B = prefix_B >= progress.limit_B
+  full_B = prefix_B >= options.limit_B
   reason_B = jnp.where(stopped_B, STOP, jnp.where(full_B, LENGTH, RUNNING))
   running_B = progress.running_B
   return progress.replace(

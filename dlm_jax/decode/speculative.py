@@ -13,7 +13,8 @@ that. Two ways to verify, see `verify`:
            for token, whatever the draft, the strategy and the temperature. Up to rounding, which
            decides where positions tie, as masks before the very first token of a text do.
   simsd    an approximation, with fewer tokens per pass. Logits from masks that see the draft, then
-           an acceptance rule from left to right, see `accept`.
+           a rule from left to right, see `accept`: where the row's temperature is 0 tokens are
+           accepted while they are the target's most probable ones, elsewhere by rejection.
 
 Passes: the block before rides along with a round's first pass of either network, as in folded block
 decoding, unless its keys and values are known from a stacked pass in which everything agreed. So a
@@ -30,34 +31,36 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from dlm_jax import models
+from dlm_jax.decode import law
 from dlm_jax.decode.accept import FILLS, greedy_match, rejection
-from dlm_jax.decode.block import block_decoder
+from dlm_jax.decode.block import BlockState, block_decoder, done
 from dlm_jax.decode.draft import propose
-from dlm_jax.decode.loop import Decoder
+from dlm_jax.decode.interfaces import STOP_WIDTH, Rounds
+from dlm_jax.decode.passes import Bound, block_at
 from dlm_jax.decode.progress import advance, at_positions, record
-from dlm_jax.decode.rule import BlockOptions, law, reveal
+from dlm_jax.decode.rule import Block, BlockRule, reveal
 from dlm_jax.decode.verify import Before, states, verify_simsd, verify_stacked
 from dlm_jax.errors import InputError, check_choice
 from dlm_jax.models import masks
 
 VERIFICATIONS = ("stacked", "simsd")
-ACCEPTANCES = ("greedy_match", "rejection")
 STACKED_MOST = 8  # tokens per block up to which stacked states are nearly free
+_OF_SIMSD = ("layout", "fill", "eos_min_prob")
+_COUNTS = ("target_passes", "draft_passes", "drafted", "accepted")
 _ROUNDS = 2**31 - 2  # no position has this number: a child of the row's key of its own
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SpeculativeOptions:
-  """How a draft is made and verified.
+  """How a draft is made and verified; rows choose the rest, see `RowOptions`.
 
   Attributes:
-    target: the target's rule; also gives block length, mask and stop ids.
+    target: the target's rule; also gives block length and mask.
     draft: the draft's rule; None: the target's. Another one never changes the text of "stacked",
       but agreement needs the same order of the same tokens.
+    draft_temperature: of the draft in all rows; None: each row's own.
     verify: "stacked" or "simsd", see the module; None: "stacked" up to 8 tokens per block.
     layout: of "simsd": "unified" or, as released, "published"; see `models.masks.simsd`.
-    acceptance: of "simsd": "greedy_match", with a target of temperature 0; or "rejection", with
-      two temperatures above 0.
     fill: of "simsd": what becomes of the tokens after a rejection, see `accept`.
     eos_min_prob: of "simsd": where the target has less than this on the stop ids, a token of its
       own after a rejection is never one of them; 0 is off.
@@ -66,11 +69,11 @@ class SpeculativeOptions:
     InputError: an option is unknown, or options do not go together.
   """
 
-  target: BlockOptions
-  draft: BlockOptions | None = None
+  target: BlockRule
+  draft: BlockRule | None = None
+  draft_temperature: float | None = None
   verify: str | None = None
   layout: str = "unified"
-  acceptance: str = "greedy_match"
   fill: str = "truncate"
   eos_min_prob: float = 0.0
 
@@ -78,59 +81,41 @@ class SpeculativeOptions:
     if self.draft is None:
       object.__setattr__(self, "draft", self.target)
     if self.verify is None:
-      object.__setattr__(self, "verify", _default_verify(self.target))
+      exact = self.target.block_length <= STACKED_MOST
+      object.__setattr__(self, "verify", "stacked" if exact else "simsd")
     check_choice("verify", self.verify, VERIFICATIONS)
     check_choice("layout", self.layout, masks.LAYOUTS)
-    check_choice("acceptance", self.acceptance, ACCEPTANCES)
     check_choice("fill", self.fill, FILLS)
     for name in ("block_length", "mask_id"):
       ours, theirs = getattr(self.target, name), getattr(self.draft, name)
       if ours != theirs:
         raise InputError(f"draft.{name}={theirs} must be target.{name}={ours}.")
-    self._check_acceptance()
+    self._check_numbers()
 
-  def _check_acceptance(self):
-    temperatures = (self.target.temperature, self.draft.temperature)
+  def _check_numbers(self):
     if not 0 <= self.eos_min_prob <= 1:
       raise InputError(f"eos_min_prob={self.eos_min_prob} must be in 0 … 1.")
-    if self.exact:
-      for field in dataclasses.fields(self)[3:]:
-        if getattr(self, field.name) != field.default:
-          raise InputError(
-            f"{field.name}={getattr(self, field.name)!r} is an option of verify='simsd'; "
-            f"verify='stacked' accepts what the target alone would decide. Leave it out."
-          )
-    elif self.acceptance == "greedy_match" and self.target.temperature != 0:
-      raise InputError(
-        f"acceptance='greedy_match' emits the target's most probable tokens and target.temperature="
-        f"{self.target.temperature}; set it to 0, or take acceptance='rejection' or "
-        "verify='stacked'."
-      )
-    elif self.acceptance == "rejection" and 0 in temperatures:
-      raise InputError(
-        f"acceptance='rejection' needs drawn tokens: temperatures of target and draft above 0, not "
-        f"{temperatures[0]} and {temperatures[1]}; or take acceptance='greedy_match'."
-      )
+    temperature = self.draft_temperature
+    if temperature is not None and not temperature >= 0:
+      raise InputError(f"draft_temperature={temperature} must be 0 or more.")
+    if not self.exact:
+      if temperature == 0:
+        raise InputError(
+          "draft_temperature=0 with verify='simsd': rows above temperature 0 accept by rejection, "
+          "which needs drawn tokens; take one above 0, or leave it out."
+        )
+      return
+    for name in _OF_SIMSD:
+      if getattr(self, name) != getattr(type(self), name):
+        raise InputError(
+          f"{name}={getattr(self, name)!r} is an option of verify='simsd'; "
+          f"verify='stacked' accepts what the target alone would decide. Leave it out."
+        )
 
   @property
   def exact(self) -> bool:
     """Whether the text is the target's own, token for token; up to float32 rounding."""
     return self.verify == "stacked"
-
-
-def _default_verify(target):
-  return "stacked" if target.block_length <= STACKED_MOST else "simsd"
-
-
-def fitting_acceptance(target: BlockOptions, verify: str | None = None) -> str:
-  """Return the acceptance that goes with a rule of both networks: "rejection" of drawn tokens.
-
-  Args:
-    target: the rule.
-    verify: see `SpeculativeOptions`; "stacked" has no choice but the default.
-  """
-  drawn = target.temperature > 0 and (verify or _default_verify(target)) == "simsd"
-  return "rejection" if drawn else "greedy_match"
 
 
 @flax.struct.dataclass
@@ -183,12 +168,12 @@ class Outcome(NamedTuple):
 
 def speculative_decoder(
   target_model: Any, draft_model: Any, options: SpeculativeOptions, max_length: int
-) -> Decoder:
-  """Return a decoder for `sample.decode` whose parameters are {"target": …, "draft": …}.
+) -> Rounds:
+  """Return rounds for `sample.decode` whose parameters are {"target": …, "draft": …}.
 
   Rows are independent and advance at their own pace. `Info.counts` has passes of either network and
   drafted and accepted tokens, per row. With "stacked" tokens, steps and log-probabilities are those
-  of `block_decoder(target_model, options.target, max_length)` for the same key.
+  of `block_decoder(target_model, options.target, max_length)` for the same key and row options.
 
   Args:
     target_model: a `models.Decoder` trained on blocks of this length.
@@ -208,11 +193,11 @@ def speculative_decoder(
     ...   vocab_size=9, dim=8, layers=1, heads=2, kv_heads=1, head_dim=4, mlp_dim=8))
     >>> prompt = jax.numpy.asarray([[1, 2, 3]])
     >>> params = model.init(jax.random.key(0), prompt)["params"]
-    >>> rule = sample.BlockOptions(block_length=4, mask_id=8)
+    >>> rule = sample.BlockRule(block_length=4, mask_id=8)
     >>> options = sample.SpeculativeOptions(target=rule)
-    >>> decoder = sample.speculative_decoder(model, model, options, max_length=12)
+    >>> rounds = sample.speculative_decoder(model, model, options, max_length=12)
     >>> tokens, info = sample.decode(
-    ...   decoder, {"target": params, "draft": params}, prompt, jax.random.key(1))
+    ...   rounds, {"target": params, "draft": params}, prompt, jax.random.key(1))
     >>> info.counts["target_passes"].tolist()  # one per block: the draft is the target
     [3]
   """
@@ -221,18 +206,36 @@ def speculative_decoder(
     raise InputError(f"the draft has vocab_size={sizes[1]}; it must be the target's, {sizes[0]}.")
   target = block_decoder(target_model, options.target, max_length)
   draft = block_decoder(draft_model, options.draft, max_length)
-
-  def init(params, prompt, rng, lengths=None, max_length=None):
-    state = target.init(params["target"], prompt, rng, lengths, max_length)
-    other = draft.init(params["draft"], prompt, rng, lengths, max_length)
-    zero_B = jnp.zeros_like(state.start_B)
-    counts = dict.fromkeys(("target_passes", "draft_passes", "drafted", "accepted"), zero_B)
-    return SpeculativeState(state.progress, state.cache, other.cache, state.start_B, zero_B, counts)
-
-  return Decoder(
-    init=init,
+  return Rounds(
+    init=functools.partial(_init, target, draft),
+    admit=functools.partial(_admit, target, draft),
     round=functools.partial(_round, target_model, draft_model, options),
-    done=lambda state: ~state.progress.running_B,
+    done=done,
+  )
+
+
+def _init(target, draft, slots, stop_width=STOP_WIDTH):
+  state = target.init(slots, stop_width)
+  other = draft.init(slots, stop_width)
+  counts = {name: jnp.zeros(slots, jnp.int32) for name in _COUNTS}
+  step_B = jnp.zeros(slots, jnp.int32)
+  return SpeculativeState(state.progress, state.cache, other.cache, state.start_B, step_B, counts)
+
+
+def _admit(target, draft, params, state, row_R, *request):
+  """Put prompts into rows of both networks' caches."""
+  ours = BlockState(state.progress, state.target_cache, state.start_B)
+  theirs = BlockState(state.progress, state.draft_cache, state.start_B)
+  ours = target.admit(params["target"], ours, row_R, *request)
+  theirs = draft.admit(params["draft"], theirs, row_R, *request)
+  fresh = lambda x_B: x_B.at[row_R].set(0, mode="drop")  # noqa: E731
+  return SpeculativeState(
+    progress=ours.progress,
+    target_cache=ours.cache,
+    draft_cache=theirs.cache,
+    start_B=ours.start_B,
+    step_B=fresh(state.step_B),
+    counts=jax.tree.map(fresh, state.counts),
   )
 
 
@@ -243,109 +246,121 @@ def _round_keys(rng_B, round_B):
   return fold(rng_B, 0), fold(rng_B, 1)
 
 
+def _draft_rows(options, rows, rng_B):
+  """Return the row options of the draft: the target's, with a temperature of its own if given."""
+  rows = rows.replace(rng_B=rng_B)
+  if options.draft_temperature is None:
+    return rows
+  return rows.replace(temperature_B=jnp.full_like(rows.temperature_B, options.draft_temperature))
+
+
 def _round(target_model, draft_model, options, params, state):
   """Draft and verify the rest of the block of every running row."""
+  target = Bound(target_model, params["target"])
+  draft_network = Bound(draft_model, params["draft"])
   progress, size = state.progress, options.target.block_length
-  position_BK = state.start_B[:, None] + jnp.arange(size)[None, :]
-  tokens_BK = at_positions(progress.tokens_BW, position_BK)
-  masked_BK = at_positions(progress.masked_BW, position_BK) & progress.running_B[:, None]
-  before_BK = at_positions(progress.tokens_BW, jnp.maximum(position_BK - size, 0))
+  rows = progress.options.only(progress.running_B)
+  block = block_at(progress, state.start_B, size)
+  before_BK = at_positions(progress.tokens_BW, jnp.maximum(block.position_BK - size, 0))
   pending_B = progress.running_B & (state.target_cache.length_B < state.start_B)
   before = Before(before_BK, pending_B)
 
-  rng_B, want_probs = progress.rng_B, options.acceptance == "rejection"
+  rng_B = rows.rng_B
   if not options.exact:  # fresh noise every round: what was rejected must not come back
     rng_B, rng_accept_B = _round_keys(rng_B, state.counts["target_passes"])
+  draft_rows = _draft_rows(options, rows, rng_B)
   draft = propose(
-    draft_model,
-    params["draft"],
+    draft_network,
     options.draft,
-    rng_B,
+    draft_rows,
     progress,
     state.draft_cache,
-    position_BK,
-    tokens_BK,
-    masked_BK,
+    block,
     state.step_B,
-    want_probs=want_probs,
+    want_logits=not options.exact,
   )
-  target = (target_model, params["target"], state.target_cache)
   if options.exact:
-    out = _replay(target, before, options, rng_B, draft, position_BK, masked_BK, state.step_B)
+    out = _replay(target, state, before, options, rows, draft, block)
   else:
-    out = _judge(target, before, options, rng_accept_B, draft, masked_BK)
-  return _settle(options, state, draft, out, position_BK, masked_BK, pending_B)
+    rows = rows.replace(rng_B=rng_accept_B)
+    out = _judge(target, state, before, options, (rows, draft_rows), draft, block)
+  return _settle(options, state, draft, out, block, pending_B)
 
 
-def _replay(target, before, options, rng_B, draft, position_BK, masked_BK, step_B):
+def _replay(target, state, before, options, rows, draft, block):
   """Apply the target's rule to every state of the draft; stop after the first other outcome."""
   copies, mask_id = options.draft.steps, options.target.mask_id
   states_BNK, used_BN = states(draft.tokens_BK, draft.time_BK, copies, mask_id)
-  found = verify_stacked(*target, states_BNK, used_BN, draft.tokens_BK, before)
+  cache = state.target_cache
+  found = verify_stacked(target, cache, states_BNK, used_BN, draft.tokens_BK, before)
   number_1N = jnp.arange(copies)[None, :]
   time_BNK = jnp.broadcast_to(draft.time_BK[:, None], states_BNK.shape)
-  open_BNK = masked_BK[:, None] & (time_BNK > number_1N[..., None])
-  step_BN = step_B[:, None] + number_1N
-  by_state = jax.vmap(functools.partial(reveal, options.target), in_axes=(None, 0, 0, 0, 0, None))
-  out = jax.vmap(by_state)(rng_B, states_BNK, open_BNK, found.logits_BNKV, step_BN, position_BK)
+  open_BNK = block.masked_BK[:, None] & (time_BNK > number_1N[..., None])
+  step_BN = state.step_B[:, None] + number_1N
+  by_state = jax.vmap(
+    functools.partial(reveal, options.target, rows),
+    in_axes=(Block(None, 1, 1, None), 1, 1),
+    out_axes=1,
+  )
+  copied = block._replace(tokens_BK=states_BNK, masked_BK=open_BNK)
+  out = by_state(copied, found.logits_BNKV, step_BN)  # [B, N, K]
 
-  same_BNK = out.tokens_K == draft.tokens_BK[:, None]
+  same_BNK = out.tokens_BK == draft.tokens_BK[:, None]
   same_BNK = jnp.where(
-    time_BNK == number_1N[..., None] + 1, out.revealed_K & same_BNK, ~out.revealed_K
+    time_BNK == number_1N[..., None] + 1, out.revealed_BK & same_BNK, ~out.revealed_BK
   )
   agree_BN = used_BN & jnp.all(same_BNK, axis=-1)
   agreed_B = jnp.cumprod(agree_BN, axis=1).sum(axis=1)  # steps, from the first
   taken_BN = used_BN & (number_1N <= agreed_B[:, None])
-  taken_BNK = taken_BN[..., None] & out.revealed_K  # a position is in one state at most
+  taken_BNK = taken_BN[..., None] & out.revealed_BK  # a position is in one state at most
 
   def merge(x_BNK):
     return jnp.sum(jnp.where(taken_BNK, x_BNK, 0), axis=1)
 
-  confirmed_BK = masked_BK & (draft.time_BK <= agreed_B[:, None])
+  confirmed_BK = block.masked_BK & (draft.time_BK <= agreed_B[:, None])
   return Outcome(
     revealed_BK=taken_BNK.any(axis=1),
-    tokens_BK=merge(out.tokens_K),
+    tokens_BK=merge(out.tokens_BK),
     step_BK=merge(jnp.broadcast_to(step_BN[..., None], time_BNK.shape)),
-    log_prob_BK=merge(out.log_prob_K),
-    settled_B=step_B + taken_BN.sum(axis=1),
+    log_prob_BK=merge(out.log_prob_BK),
+    settled_B=state.step_B + taken_BN.sum(axis=1),
     accepted_B=confirmed_BK.sum(axis=1),
     before=found.before,
     finished=found.finished,
-    agreed_B=jnp.all(confirmed_BK == masked_BK, axis=1),
+    agreed_B=jnp.all(confirmed_BK == block.masked_BK, axis=1),
   )
 
 
-def _judge(target, before, options, rng_B, draft, masked_BK):
+def _judge(target, state, before, options, both_rows, draft, block):
   """Read the target's opinions from one pass and accept from left to right."""
+  mask_id = options.target.mask_id
   found = verify_simsd(
-    *target,
+    target,
+    state.target_cache,
     draft.tokens_BK[:, None],
     draft.time_BK[:, None],
-    mask_id=options.target.mask_id,
+    mask_id=mask_id,
     layout=options.layout,
     before=before,
   )
+  rows, draft_rows = both_rows
   logits_BKV = found.logits_BNKV[:, 0]
-  gate = {"stop_ids": options.target.stop_ids, "eos_min_prob": options.eos_min_prob}
-  if options.acceptance == "greedy_match":
-    probs_BKV = jax.nn.softmax(law(options.target, logits_BKV, filtered=False), axis=-1)
-    verdict = greedy_match(draft.tokens_BK, probs_BKV, masked_BK, fill=options.fill, **gate)
-  else:
-    size = masked_BK.shape[1]
-    uniform = lambda rng: jax.random.uniform(rng, (size + 2,))  # noqa: E731
-    uniform_BQ = jax.vmap(uniform)(rng_B)
-    probs_BKV = jax.nn.softmax(law(options.target, logits_BKV), axis=-1)
-    verdict = rejection(
-      draft.tokens_BK,
-      draft.probs_BKV,
-      probs_BKV,
-      masked_BK,
-      uniform_BQ[:, :size],
-      uniform_BQ[:, size:],
-      fill=options.fill,
-      **gate,
+  plain_BKV = law.law(mask_id, rows, logits_BKV, block.early_BK, truncated=False)
+  gate = {"fill": options.fill, "eos_min_prob": options.eos_min_prob}
+  gate["stop_BV"] = law.stop_table(rows, plain_BKV.shape[-1])
+
+  def most_probable():
+    return greedy_match(
+      draft.tokens_BK, jax.nn.softmax(plain_BKV, axis=-1), block.masked_BK, **gate
     )
-  log_probs_BKV = jax.nn.log_softmax(law(options.target, logits_BKV, filtered=False), axis=-1)
+
+  def by_row():
+    drawn = _reject(mask_id, rows, draft_rows, draft, block, logits_BKV, gate)
+    choose = lambda x, y: jnp.where(rows.draws_B.reshape(-1, *(1,) * (x.ndim - 1)), x, y)  # noqa: E731
+    return jax.tree.map(choose, drawn, most_probable())
+
+  verdict = jax.lax.cond(jnp.any(rows.draws_B), by_row, most_probable)
+  log_probs_BKV = jax.nn.log_softmax(plain_BKV, axis=-1)
   at_tokens = jnp.take_along_axis(log_probs_BKV, verdict.tokens_BK[..., None], axis=-1)
   return Outcome(
     revealed_BK=verdict.kept_BK,
@@ -360,30 +375,43 @@ def _judge(target, before, options, rng_B, draft, masked_BK):
   )
 
 
-def _settle(options, state, draft, out, position_BK, masked_BK, pending_B):
+def _reject(mask_id, rows, draft_rows, draft, block, logits_BKV, gate):
+  """Accept by rejection, which is right for rows that draw."""
+  size = block.masked_BK.shape[1]
+  uniform_BQ = jax.vmap(lambda rng: jax.random.uniform(rng, (size + 2,)))(rows.rng_B)
+  draft_BKV = law.law(mask_id, draft_rows, draft.logits_BKV, block.early_BK)
+  target_BKV = law.law(mask_id, rows, logits_BKV, block.early_BK)
+  return rejection(
+    draft.tokens_BK,
+    jnp.where(draft.drafted_BK[..., None], jax.nn.softmax(draft_BKV, axis=-1), 0.0),
+    jax.nn.softmax(target_BKV, axis=-1),
+    block.masked_BK,
+    uniform_BQ[:, :size],
+    uniform_BQ[:, size:],
+    **gate,
+  )
+
+
+def _settle(options, state, draft, out, block, pending_B):
   """Write what was decided, store what is known of finished blocks, and count."""
   size, took_part_B = options.target.block_length, state.progress.running_B.astype(jnp.int32)
   progress = record(
-    state.progress, position_BK, out.revealed_BK, out.tokens_BK, out.step_BK, out.log_prob_BK
+    state.progress, block.position_BK, out.revealed_BK, out.tokens_BK, out.step_BK, out.log_prob_BK
   )
-  progress = progress.replace(passes_B=progress.passes_B + took_part_B)
-  progress = advance(progress, options.target.stop_ids)
-  full_B = progress.running_B & ~jnp.any(at_positions(progress.masked_BW, position_BK), axis=1)
+  progress = advance(progress.replace(passes_B=progress.passes_B + took_part_B))
+  left_BK = at_positions(progress.masked_BW, block.position_BK)
+  full_B = progress.running_B & ~jnp.any(left_BK, axis=1)
   cache = models.commit(state.target_cache, out.before, jnp.where(pending_B, size, 0))
   if out.finished is not None:
     reused_B = full_B & out.agreed_B
     cache = models.commit(cache, out.finished, jnp.where(reused_B, size, 0))
-  added = {
-    "target_passes": took_part_B,
-    "draft_passes": draft.passes_B,
-    "drafted": jnp.sum(masked_BK & (draft.time_BK < masks.UNDRAFTED), axis=1),
-    "accepted": out.accepted_B,
-  }
+  drafted_BK = block.masked_BK & draft.drafted_BK
+  added = (took_part_B, draft.passes_B, jnp.sum(drafted_BK, axis=1), out.accepted_B)
   return SpeculativeState(
     progress=progress,
     target_cache=cache,
     draft_cache=draft.cache,
     start_B=jnp.where(full_B, state.start_B + size, state.start_B),
     step_B=jnp.where(full_B, 0, out.settled_B),
-    counts={name: total + added[name] for name, total in state.counts.items()},
+    counts={n: state.counts[n] + more for n, more in zip(_COUNTS, added, strict=True)},
   )

@@ -20,8 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from dlm_jax.arrays import Params
-from dlm_jax.decode.passes import extend, head
+from dlm_jax.decode.passes import Bound
 from dlm_jax.models import KV, masks
 
 
@@ -52,8 +51,7 @@ class Verified(NamedTuple):
 
 
 def verify_simsd(
-  model: Any,
-  params: Params,
+  network: Bound,
   cache: Any,
   tokens_BNK: Int[Array, "B N K"],
   time_BNK: Int[Array, "B N K"],
@@ -71,8 +69,7 @@ def verify_simsd(
   the target seems to think of it; agreement is partly this leak.
 
   Args:
-    model: a `models.Decoder`.
-    params: its parameters.
+    network: the target.
     cache: what comes before the blocks, one length per row.
     tokens_BNK: N drafted blocks of K tokens, carried ones included; the mask where undrafted.
     time_BNK: the step that revealed each, from 1; `masks.CARRIED` or `masks.UNDRAFTED`.
@@ -102,17 +99,16 @@ def verify_simsd(
   tokens = jnp.concatenate([flat, jnp.full_like(flat, mask_id)] + ([flat] if clean else []), axis=1)
   tokens, slots = _prepend(cache, before, masks.PROMPT, tokens, slots)
   visible = masks.simsd(slots, layout=layout, clean=clean)
-  hidden, kv = extend(model, params, tokens, slots.position, visible, cache)
+  hidden, kv = network.extend(tokens, slots.position, visible, cache)
   first = blocks * size + (0 if before is None else size)
-  logits = head(model, params, hidden[:, first : first + blocks * size])
+  logits = network.head(hidden[:, first : first + blocks * size])
   return Verified(
     logits.reshape(batch, blocks, size, -1), None if before is None else _part(kv, 0, size)
   )
 
 
 def verify_stacked(
-  model: Any,
-  params: Params,
+  network: Bound,
   cache: Any,
   states_BNK: Int[Array, "B N K"],
   used_BN: Bool[Array, "B N"],
@@ -126,8 +122,7 @@ def verify_stacked(
   are and no such pass is needed.
 
   Args:
-    model: a `models.Decoder`.
-    params: its parameters.
+    network: the target.
     cache: what comes before the block, one length per row.
     states_BNK: N states of the block, masks included; see `states`.
     used_BN: the logits of other states mean nothing.
@@ -142,10 +137,10 @@ def verify_stacked(
   slots = masks.stacked_slots(step_BN, _start(cache, before), size)
   tokens = jnp.concatenate([states_BNK.reshape(batch, -1), finished_BK], axis=1)
   tokens, slots = _prepend(cache, before, masks.COMMITTED, tokens, slots)
-  hidden, kv = extend(model, params, tokens, slots.position, masks.stacked(slots), cache)
+  hidden, kv = network.extend(tokens, slots.position, masks.stacked(slots), cache)
   first = 0 if before is None else size
   last = first + copies * size
-  logits = head(model, params, hidden[:, first:last])
+  logits = network.head(hidden[:, first:last])
   return Verified(
     logits.reshape(batch, copies, size, -1),
     None if before is None else _part(kv, 0, size),

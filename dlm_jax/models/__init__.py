@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Networks. Linen lives in this folder and nowhere else."""
 
-from dlm_jax.models.cache import KV, Cache, commit, rollback
+from dlm_jax.models.cache import KV, Cache, commit, refill
 from dlm_jax.models.causal import Causal, CausalConfig, next_token_logits
 from dlm_jax.models.decoder import Decoder, DecoderConfig
 from dlm_jax.models.denoiser import Denoiser
@@ -25,6 +25,6 @@ __all__ = [
   "commit",
   "default_storage",
   "next_token_logits",
+  "refill",
   "regroup",
-  "rollback",
 ]

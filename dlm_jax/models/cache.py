@@ -6,7 +6,7 @@ A call of `Decoder.extend` reads a cache and returns its own keys and values; no
 
   extend   what the network says about some tokens after each row's committed ones
   commit   keep the first `count` of these tokens, per row; 0 keeps nothing
-  rollback forget committed tokens from a length on; length 0 frees the row for another request
+  refill   start rows anew with the tokens of a call of their own
 
 Everything at or beyond a row's length is garbage that no query sees.
 
@@ -18,7 +18,7 @@ from typing import Any
 import flax.struct
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Int
 
 
 @flax.struct.dataclass
@@ -36,8 +36,8 @@ class Cache:
   Attributes:
     k_NBSGC: keys; S slots per row, of which `length_B` count.
     v_NBSGC: values.
-    length_B: committed tokens. Above S once a row was given more tokens than it has room for; see
-      `overflow_B`.
+    length_B: committed tokens. Above S once a row was given more tokens than it has room for: its
+      results are void.
   """
 
   k_NBSGC: Any
@@ -62,44 +62,27 @@ class Cache:
   def capacity(self) -> int:
     return self.k_NBSGC.shape[2]
 
-  @property
-  def room_B(self) -> Int[Array, "B"]:
-    """Tokens that each row can still take; negative once tokens were lost."""
-    return self.capacity - self.length_B
 
-  @property
-  def overflow_B(self) -> Bool[Array, "B"]:
-    """Rows that were given more tokens than they have room for: their results are void."""
-    return self.length_B > self.capacity
-
-
-def commit(
-  cache: Cache,
-  kv: KV,
-  count_B: Int[Array, "B"] | None = None,
-  offset_B: Int[Array, "B"] | None = None,
-) -> Cache:
+def commit(cache: Cache, kv: KV, count_B: Int[Array, "B"] | None = None) -> Cache:
   """Append tokens of a call to each row and raise its length.
 
   Exactly `count_B` slots per row are written; committed slots never are. Tokens beyond the capacity
-  are dropped, and the length counts them all the same: `overflow_B` tells, and a rollback to what
-  was there before repairs the row. Under `jit` with a donated cache the write is in place.
+  are dropped, and the length counts them all the same. Under `jit` with a donated cache the write
+  is in place.
 
   Args:
     cache: the cache that the call read, or any of the same shape.
     kv: what the call returned.
-    count_B: how many tokens to keep, 0 … Q − offset (larger ones mean that); None: all.
-    offset_B: the first token to keep; None: 0.
+    count_B: how many tokens to keep, 0 … Q (larger ones mean that); None: all.
   """
   queries = kv.k_NBQGC.shape[2]
-  offset_B = jnp.zeros_like(cache.length_B) if offset_B is None else offset_B
-  rest_B = queries - offset_B
-  count_B = rest_B if count_B is None else jnp.minimum(count_B, rest_B)
-  token_BQ = jnp.arange(queries)[None, :] - offset_B[:, None]
-  kept_BQ = (token_BQ >= 0) & (token_BQ < count_B[:, None])
+  count_B = jnp.minimum(
+    queries if count_B is None else count_B, jnp.full_like(cache.length_B, queries)
+  )
+  token_1Q = jnp.arange(queries)[None, :]
   # Slots outside the cache are dropped by the scatter; each a different one, so that all differ.
-  beyond_BQ = cache.capacity + queries + jnp.arange(queries)[None, :]
-  slot_BQ = jnp.where(kept_BQ, cache.length_B[:, None] + token_BQ, beyond_BQ)
+  beyond_1Q = cache.capacity + queries + token_1Q
+  slot_BQ = jnp.where(token_1Q < count_B[:, None], cache.length_B[:, None] + token_1Q, beyond_1Q)
   row_B1 = jnp.arange(slot_BQ.shape[0])[:, None]
 
   def write(old, new):
@@ -113,6 +96,19 @@ def commit(
   )
 
 
-def rollback(cache: Cache, length_B: Int[Array, "B"]) -> Cache:
-  """Forget each row's tokens from a length on; a length above the row's own changes nothing."""
-  return cache.replace(length_B=jnp.clip(length_B, 0, cache.length_B))
+def refill(cache: Cache, row_R: Int[Array, "R"], kv: KV, length_R: Int[Array, "R"]) -> Cache:
+  """Start rows anew with the first tokens of a call; what they held does not count any more.
+
+  Args:
+    cache: of B rows.
+    row_R: which to start anew, different ones; B and more drop what is for them.
+    kv: of a call with R rows after nothing; Q ≤ S tokens.
+    length_R: how many of these count, 0 … Q.
+  """
+  queries = kv.k_NBQGC.shape[2]
+  write = lambda old, new: old.at[:, row_R, :queries].set(new.astype(old.dtype), mode="drop")  # noqa: E731
+  return cache.replace(
+    k_NBSGC=write(cache.k_NBSGC, kv.k_NBQGC),
+    v_NBSGC=write(cache.v_NBSGC, kv.v_NBQGC),
+    length_B=cache.length_B.at[row_R].set(length_R, mode="drop"),
+  )

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dlm_jax import convert, models, process, sample
@@ -101,7 +102,7 @@ class TextDecoder:
     self,
     prompts: str | Sequence[str | Sequence[int]],
     *,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     on_text: Callable[[int, str, bool], None] | None = None,
     **request: Any,
   ) -> Generation:
@@ -109,7 +110,8 @@ class TextDecoder:
 
     Args:
       prompts: texts, or token ids as they are; one text is one prompt.
-      seed: prompt i of a seed gets the same text whatever else is in the batch.
+      seed: prompt i of a seed gets the same text whatever else is in the batch. One seed per prompt
+        gives each the text that it would get as the only one.
       on_text: called as (number of the prompt, piece, whether that was all) whenever more of its
         text is certain; pieces of a prompt add up to its text. The loop then runs on the host, one
         round per step.
@@ -130,8 +132,9 @@ class TextDecoder:
     prompts: str | Sequence[str | Sequence[int]],
     *,
     chat: bool = False,
-    max_new_tokens: int = 128,
-    stop: Sequence[int | str] | None = None,
+    max_new_tokens: int | Sequence[int] = 128,
+    min_new_tokens: int | Sequence[int] = 0,
+    stop: Sequence[Any] | None = None,
     verify: str | None = None,
     layout: str | None = None,
     **options: Any,
@@ -142,29 +145,40 @@ class TextDecoder:
       prompts: as for `generate`. A text follows the separator of documents, unless the tokenizer
         is that of a chat model.
       chat: each prompt is what a user says; its turn is closed and the answer's opened.
-      max_new_tokens: the most tokens per prompt.
-      stop: ids, or texts of one token, that end a text; None: the tokenizer's; (): nothing does.
+      max_new_tokens: the most tokens per prompt; one number, or one for each.
+      min_new_tokens: so many tokens are no stop tokens; likewise.
+      stop: ids, or texts of one token, that end a text; None: the tokenizer's; (): nothing does. Or
+        a list of such for each prompt.
       verify: with a draft: "stacked", "simsd", or "none" to leave it aside; None: "stacked" up to
         eight tokens per block. See `sample.SpeculativeOptions`.
       layout: of "simsd": "unified" (default) or "published".
-      **options: of `sample.BlockOptions`, e.g. strategy, threshold, steps, top_k. block_length is
-        the checkpoint's by default; temperature is 0, the most probable tokens.
+      **options: of `sample.BlockRule`: strategy, steps and others; block_length is the checkpoint's
+        by default. Of rows, one value or one for each prompt: temperature, by default 0, the most
+        probable tokens; top_k, top_p and threshold. Other values of these, of stop and of numbers
+        of tokens compile nothing new.
 
     Raises:
       InputError: the request cannot be met.
     """
-    here = (self.source, self.tokenizer)
+    here, mask_id = (self.source, self.tokenizer), self.process.mask_id
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     asked = options.pop("block_length", None)
     length = requests.block_length(self.source, self.block_length, asked)
-    stop_ids = requests.stop_ids(*here, self.process.mask_id, stop)
-    rule = requests.rule(length, self.process.mask_id, stop_ids, options)
+    stop_ids = requests.stop_ids(*here, mask_id, stop, len(prompts))
+    rule, rows = requests.rule(length, mask_id, stop_ids, options)
     speculative = requests.speculative(self.draft is not None, rule, verify, layout)
-    prompts = [prompts] if isinstance(prompts, str) else prompts
-    rows = requests.encode(*here, prompts, chat, rule.mask_id, self.model.config.vocab_size)
-    return requests.lay_out(self.source, rows, max_new_tokens, self.model.config, rule, speculative)
+    ids = requests.encode(*here, prompts, chat, mask_id, self.model.config.vocab_size)
+    most, fewest = requests.counts(max_new_tokens, min_new_tokens, len(prompts))
+    laid = requests.lay_out(self.source, ids, most, self.model.config)
+    rows = rows.replace(limit_B=laid.pop("limit_B"), minimum_B=jnp.asarray(fewest, jnp.int32))
+    return Plan(rule=rule, speculative=speculative, options=rows, stop_ids=stop_ids, **laid)
 
   def run(
-    self, plan: Plan, *, seed: int = 0, on_text: Callable[[int, str, bool], None] | None = None
+    self,
+    plan: Plan,
+    *,
+    seed: int | Sequence[int] = 0,
+    on_text: Callable[[int, str, bool], None] | None = None,
   ) -> Generation:
     """Decode what `plan` returned; arguments as for `generate`."""
     draft = self.draft if plan.speculative is not None else None
@@ -173,21 +187,22 @@ class TextDecoder:
       params = {"target": params, "draft": draft.params}
     draft_model = None if draft is None else draft.loaded[0]
     program = _program(model, draft_model, plan.speculative or plan.rule, plan.window)
-    arguments = (params, plan.prompt_BP, jax.random.key(seed), plan.lengths_B, plan.limits_B)
+    rng_B = _keys(seed, len(plan.stop_ids))
+    arguments = (params, plan.prompt_BP, rng_B, plan.lengths_B, plan.options)
     if on_text is None:
-      tokens_BL, info = program.whole(*arguments)
       follow = None
+      tokens_BL, info = program.whole(*arguments)
     else:
       follow = _Follow(self, plan, on_text)
       tokens_BL, info = sample.decode(
-        program.decoder,
+        program.rounds,
         *arguments[:3],
         lengths=plan.lengths_B,
-        max_length=plan.limits_B,
+        options=plan.options,
         on_round=follow,
       )
     rows = _rows(tokens_BL, info.prompt_B, info.lengths_B)
-    texts = [self._text(row, plan.rule.stop_ids) for row in rows]
+    texts = list(map(self._text, rows, plan.stop_ids))
     if follow is not None:
       follow.finish(texts)
     drafted_B = info.counts.get("draft_passes", np.zeros(1, np.int32))
@@ -249,23 +264,34 @@ def open_decoder(
 
 
 class _Program:
-  """A decoder with compiled parts, and as a whole."""
+  """Rounds with compiled parts, and as a whole."""
 
-  def __init__(self, decoder: sample.Decoder):
-    self.decoder = decoder._replace(init=jax.jit(decoder.init), round=jax.jit(decoder.round))
+  def __init__(self, rounds: sample.Rounds):
+    self.rounds = rounds._replace(admit=jax.jit(rounds.admit), round=jax.jit(rounds.round))
 
-    def whole(params, prompt_BP, rng, lengths_B, limits_B):
-      return sample.decode(decoder, params, prompt_BP, rng, lengths=lengths_B, max_length=limits_B)
+    def whole(params, prompt_BP, rng_B, lengths_B, options):
+      return sample.decode(rounds, params, prompt_BP, rng_B, lengths=lengths_B, options=options)
 
     self.whole = jax.jit(whole)
 
 
 @functools.lru_cache(maxsize=16)
-def _program(model, draft_model, options, window: int) -> _Program:
-  """Return a compiled decoder; the cache makes a second call of the same shape fast."""
+def _program(model, draft_model, rule, window: int) -> _Program:
+  """Return compiled rounds; what rows ask for is no part of the key, so it compiles nothing."""
   if draft_model is None:
-    return _Program(sample.block_decoder(model, options, window))
-  return _Program(sample.speculative_decoder(model, draft_model, options, window))
+    return _Program(sample.block_decoder(model, rule, window))
+  return _Program(sample.speculative_decoder(model, draft_model, rule, window))
+
+
+def _keys(seed, rows):
+  """Return a key per row: children of one seed's, or the first child of each row's own."""
+  if not isinstance(seed, Sequence):
+    seeds = [(seed, row) for row in range(rows)]
+  elif len(seed) == rows:
+    seeds = [(one, 0) for one in seed]
+  else:
+    raise InputError(f"seed has {len(seed)} numbers; give one, or one for each of {rows} prompts.")
+  return jnp.stack([jax.random.fold_in(jax.random.key(one), child) for one, child in seeds])
 
 
 def _rows(tokens_BL, prompt_B, lengths_B) -> list[list[int]]:
@@ -285,9 +311,9 @@ class _Follow:
     self._told, self._ended = [""] * len(plan.lengths_B), [False] * len(plan.lengths_B)
 
   def __call__(self, tokens_BL, lengths_B) -> None:
-    stop_ids, limits_B = self._plan.rule.stop_ids, np.asarray(self._plan.limits_B)
+    limits_B = np.asarray(self._plan.limits_B)
     rows = _rows(tokens_BL, self._plan.lengths_B, lengths_B)
-    for number, row in enumerate(rows):
+    for number, (row, stop_ids) in enumerate(zip(rows, self._plan.stop_ids, strict=True)):
       ended = lengths_B[number] >= limits_B[number] or bool(row and row[-1] in stop_ids)
       self._tell(number, self._decoder._text(row, stop_ids), bool(ended))
 

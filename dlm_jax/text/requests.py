@@ -2,9 +2,12 @@
 """What is asked of a decoder, checked: block length, stop tokens, draft, prompts, room."""
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Sequence
 from typing import Any
+
+import numpy as np
 
 from dlm_jax import sample
 from dlm_jax.data import chat as chats
@@ -12,6 +15,8 @@ from dlm_jax.data import tokenizers
 from dlm_jax.errors import InputError, hint
 
 VERIFY = ("stacked", "simsd", "none")
+OF_ROWS = ("temperature", "top_k", "top_p", "threshold")  # these may differ from text to text
+_FEWEST_STOPS = 4  # rows of stop ids are padded to this or a power of two above
 _SHORTEST = 32  # prompts are padded to this or a power of two above: they share a program
 
 
@@ -22,7 +27,8 @@ class Plan:
   Attributes:
     prompt_BP: ids, padded on the right.
     lengths_B: tokens of each prompt.
-    limits_B: the most tokens of each row, prompt included.
+    options: of every row; without keys.
+    stop_ids: of every row, those in the options.
     window: tokens of the longest possible row.
     rule: how the network decides a block.
     speculative: how the draft is verified; None: there is none.
@@ -30,10 +36,16 @@ class Plan:
 
   prompt_BP: Any
   lengths_B: Any
-  limits_B: Any
+  options: sample.RowOptions
+  stop_ids: tuple[tuple[int, ...], ...]
   window: int
-  rule: sample.BlockOptions
-  speculative: Any = None
+  rule: sample.BlockRule
+  speculative: sample.SpeculativeOptions | None = None
+
+  @property
+  def limits_B(self) -> Any:
+    """The most tokens of each row, prompt included."""
+    return self.options.limit_B
 
   @property
   def mode(self) -> str:
@@ -69,16 +81,28 @@ def stop_ids(
   source: pathlib.Path,
   words: tokenizers.Tokenizer,
   mask_id: int,
-  stop: Sequence[int | str] | None,
-) -> tuple[int, ...]:
-  """Return what ends a text: as asked, else a chat model's end of turn and the separator.
+  stop: Sequence[Any] | None,
+  count: int,
+) -> tuple[tuple[int, ...], ...]:
+  """Return what ends each text: as asked, else a chat model's end of turn and the separator.
+
+  Args:
+    source: of the network, for messages.
+    words: its tokenizer.
+    mask_id: its mask.
+    stop: ids or texts of one token; or such a list, or None, for each text.
+    count: texts.
 
   Raises:
-    InputError: something is no token.
+    InputError: something is no token, or there is another number of lists.
   """
-  if stop is None:
-    return tuple(getattr(words, "stop_ids", (words.eos_id,)))
-  return tuple(_stop_id(source, words, mask_id, one) for one in stop)
+  several = stop is not None and any(one is None or isinstance(one, (list, tuple)) for one in stop)
+  lists = list(stop) if several else [stop] * count
+  if len(lists) != count:
+    raise InputError(f"stop has {len(lists)} lists; give one, or one for each of {count} prompts.")
+  default = tuple(getattr(words, "stop_ids", (words.eos_id,)))
+  one = functools.partial(_stop_id, source, words, mask_id)
+  return tuple(default if asked is None else tuple(map(one, asked)) for asked in lists)
 
 
 def _stop_id(source, words, mask_id, stop):
@@ -98,25 +122,37 @@ def _stop_id(source, words, mask_id, stop):
 
 
 def rule(
-  length: int, mask_id: int, stops: tuple[int, ...], options: dict[str, Any]
-) -> sample.BlockOptions:
-  """Return the options of a block; the temperature is 0 unless given.
+  length: int, mask_id: int, stops: tuple[tuple[int, ...], ...], options: dict[str, Any]
+) -> tuple[sample.BlockRule, sample.RowOptions]:
+  """Return what shapes the program, and what each text asks of it.
+
+  Args:
+    length: of a block.
+    mask_id: the mask.
+    stops: stop ids of every text.
+    options: of `BlockRule`, or, one value or one per text, of `RowOptions.make`; the temperature is
+      0 unless given.
 
   Raises:
     InputError: an option is unknown or out of range.
   """
-  known = {field.name for field in dataclasses.fields(sample.BlockOptions)}
-  known -= {"block_length", "mask_id", "stop_ids"}
+  static = {field.name for field in dataclasses.fields(sample.BlockRule)}
+  static -= {"block_length", "mask_id"}
   for name in options:
-    if name not in known:
-      raise InputError(f"{name} is no option of decoding{hint(name, known)}.")
-  return sample.BlockOptions(
-    block_length=length, mask_id=mask_id, stop_ids=stops, **{"temperature": 0.0, **options}
+    if name not in static | set(OF_ROWS):
+      raise InputError(f"{name} is no option of decoding{hint(name, static | set(OF_ROWS))}.")
+  shaping = {name: value for name, value in options.items() if name in static}
+  asked = {name: value for name, value in options.items() if name not in static}
+  width = max(_FEWEST_STOPS, 1 << (max(map(len, stops), default=0) - 1).bit_length())
+  padded = [[*ids, *[-1] * (width - len(ids))] for ids in stops]  # few widths, few programs
+  rows = sample.RowOptions.make(
+    len(stops), **{"temperature": 0.0, **asked}, stop_ids=np.asarray(padded).reshape(-1, width)
   )
+  return sample.BlockRule(block_length=length, mask_id=mask_id, **shaping), rows
 
 
 def speculative(
-  drafted: bool, block: sample.BlockOptions, verify: str | None, layout: str | None
+  drafted: bool, block: sample.BlockRule, verify: str | None, layout: str | None
 ) -> sample.SpeculativeOptions | None:
   """Return how a draft is verified; None: there is none, or it is left aside.
 
@@ -134,8 +170,7 @@ def speculative(
   if not drafted or verify == "none":
     return None
   more = {} if layout is None else {"layout": layout}
-  acceptance = sample.fitting_acceptance(block, verify)
-  return sample.SpeculativeOptions(target=block, verify=verify, acceptance=acceptance, **more)
+  return sample.SpeculativeOptions(target=block, verify=verify, **more)
 
 
 def read_text(path: str, flag: str) -> str:
@@ -200,42 +235,64 @@ def _encode(words, number, prompt, chat, mask_id, rows_of_network):
   return row
 
 
+def counts(
+  max_new_tokens: int | Sequence[int], min_new_tokens: int | Sequence[int], count: int
+) -> tuple[list[int], list[int]]:
+  """Return the most and the fewest new tokens of each of so many texts.
+
+  Raises:
+    InputError: one is out of range, or there is another number of them.
+  """
+  found = []
+  for name, given, least in (
+    ("max_new_tokens", max_new_tokens, 1),
+    ("min_new_tokens", min_new_tokens, 0),
+  ):
+    several = isinstance(given, Sequence)
+    numbers = [int(one) for one in given] if several else [int(given)] * count
+    if len(numbers) != count:
+      raise InputError(
+        f"{name} has {len(numbers)} numbers; give one, or one for each of {count} prompts."
+      )
+    if min(numbers, default=least) < least:
+      raise InputError(f"{name}={given} must be at least {least}.")
+    found.append(numbers)
+  if any(fewest > most for most, fewest in zip(*found, strict=True)):
+    raise InputError(
+      f"min_new_tokens={min_new_tokens} must be at most max_new_tokens={max_new_tokens}."
+    )
+  return found[0], found[1]
+
+
 def lay_out(
-  source: pathlib.Path,
-  rows: list[list[int]],
-  max_new_tokens: int,
-  config: Any,
-  block: sample.BlockOptions,
-  draft: sample.SpeculativeOptions | None,
-) -> Plan:
-  """Return the plan of encoded prompts.
+  source: pathlib.Path, rows: list[list[int]], new: list[int], config: Any
+) -> dict[str, Any]:
+  """Return encoded prompts, their lengths and limits, and the window that they share.
+
+  Args:
+    source: of the network, for messages.
+    rows: ids.
+    new: the most new tokens of each.
+    config: of the network.
 
   Raises:
     InputError: a prompt and what follows it do not fit the network's positions.
   """
-  if max_new_tokens < 1:
-    raise InputError(f"max_new_tokens={max_new_tokens} must be at least 1.")
   most = config.length
-  for number, row in enumerate(rows, start=1):
-    if len(row) + max_new_tokens > most:
+  for number, (row, more) in enumerate(zip(rows, new, strict=True), start=1):
+    if len(row) + more > most:
       room = most - len(row)
       advice = f"use at most {room} new tokens." if room > 0 else "shorten the prompt."
       raise InputError(
-        f"prompt {number} has {len(row)} tokens, and with max_new_tokens={max_new_tokens} they do "
+        f"prompt {number} has {len(row)} tokens, and with max_new_tokens={more} they do "
         f"not fit the cache of {most} positions, the most of {source}; {advice}"
       )
   longest = max(map(len, rows), default=0)
   width = max(_SHORTEST, 1 << max(longest - 1, 0).bit_length())
-  window = min(width + max_new_tokens, most)
+  window = min(width + max(new, default=1), most)
   prompt_BP, lengths_B = sample.pad_prompts(rows, min(width, window))
-  return Plan(
-    prompt_BP=prompt_BP,
-    lengths_B=lengths_B,
-    limits_B=lengths_B + max_new_tokens,
-    window=window,
-    rule=block,
-    speculative=draft,
-  )
+  limit_B = lengths_B + np.asarray(new, np.int32)
+  return {"prompt_BP": prompt_BP, "lengths_B": lengths_B, "limit_B": limit_B, "window": window}
 
 
 def check_pair(target: Any, draft: Any) -> None:

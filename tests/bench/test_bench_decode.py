@@ -16,8 +16,6 @@ from dlm_jax.bench import decode, limits, networks, passes, speedup, weights
 from dlm_jax.cli.main import main
 from dlm_jax.errors import InputError
 
-pytestmark = pytest.mark.slow  # minutes of compilation; `pytest -m slow`
-
 SMALL = dataclasses.replace(tiny.DENSE, layers=2, dim=16, mlp_dim=24)
 
 # --- the model ------------------------------------------------------------------------------------
@@ -46,6 +44,15 @@ def test_predictions(row):
   alone, drafted = [x.alone for x in found], [x.drafted for x in found]
   np.testing.assert_allclose([*alone, *drafted], rates, rtol=0.008)
   assert found[0].ratio == pytest.approx(drafted[0] / alone[0])
+
+
+def test_expected_rounds_by_hand():
+  """Of two tokens the second round is needed where the first fails; full acceptance needs one."""
+  verify = lambda acceptance, size: speedup.predict(  # noqa: E731
+    acceptance, size, target=1.0, verify=1.0, draft=0.0, folded=True
+  )
+  assert verify(0.5, 2).rounds == 1.5 and verify(1.0, 8).rounds == 1.0
+  assert verify(0.0, 4).rounds == 4.0 and verify(0.3, 1).rounds == 1.0
 
 
 def test_draft_passes_by_simulation():
@@ -128,6 +135,7 @@ def _passes(**changes):
   return passes.bench_passes(networks, **options | changes)
 
 
+@pytest.mark.slow
 def test_passes_are_compared_with_reading(monkeypatch):
   """Every variant at every number of tokens, on its own storage; limits by hand."""
   seen = []
@@ -177,7 +185,9 @@ def test_the_fastest_pass_that_is_large_enough_counts():
 
 # --- arms -----------------------------------------------------------------------------------------
 
-_RULE = sample.BlockOptions(block_length=4, mask_id=39, stop_ids=(3, 7, 11))
+_RULE = sample.BlockRule(block_length=4, mask_id=39)
+_STOPS = (3, 7, 11)
+_ROW = sample.RowOptions.make(1, stop_ids=_STOPS)
 
 
 @pytest.fixture(scope="module")
@@ -191,6 +201,7 @@ def arms():
     decode.Network(model, draft),
     prompts,
     _RULE,
+    _ROW,
     new_tokens=11,
     max_new_tokens=14,
     repeats=2,
@@ -208,17 +219,17 @@ def test_arms_are_compared_with_the_static_decode(arms):
   assert static.length < 14, "some text stops"
 
 
+@pytest.mark.slow
 def test_texts_are_cut_where_decoding_stops():
   assert decode.cut([5, 3, 7, 3], (3, 7)) == [5, 3] and decode.cut([5], ()) == [5]
   model, params = tiny.make(SMALL)
   found, prompt = [], jnp.asarray([[6, 7]])
-  for stops in (_RULE.stop_ids, ()):
-    rule = dataclasses.replace(_RULE, temperature=0.0, stop_ids=stops)
-    decoder = sample.block_decoder(model, rule, 20)
-    run = jax.jit(lambda p, d=decoder: sample.decode(d, p, prompt, jax.random.key(0)))
-    tokens, info = run(params)
+  decoder = sample.block_decoder(model, _RULE, 20)
+  run = jax.jit(lambda p, o: sample.decode(decoder, p, prompt, jax.random.key(0), options=o))
+  for stops in (_STOPS, (-1, -1, -1)):
+    tokens, info = run(params, sample.RowOptions.make(1, temperature=0.0, stop_ids=stops))
     found.append(np.asarray(tokens)[0, 2 : int(info.lengths_B[0])].tolist())
-  assert decode.cut(found[1], _RULE.stop_ids) == found[0] and len(found[0]) < len(found[1])
+  assert decode.cut(found[1], _STOPS) == found[0] and len(found[0]) < len(found[1])
 
 
 def test_texts_are_judged_given_their_prompts():
@@ -237,17 +248,16 @@ def test_texts_are_judged_given_their_prompts():
   assert entropy == pytest.approx((np.log(2) + uneven) / 2, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_drawn_texts():
   """Above temperature 0 stacked is exact too, each prompt has its own noise, SimSD rejects."""
   model, params = tiny.make(SMALL)
   one = decode.Network(model, params)
   draft = decode.Network(model, tiny.make(SMALL, seed=1)[1])
-  rule = dataclasses.replace(_RULE, temperature=1.0, stop_ids=())
-  simsd = decode.ways(rule, drafted=True)[2].options
-  assert simsd.acceptance == "rejection" and simsd.target.temperature == 1.0
+  row = sample.RowOptions.make(1, temperature=1.0)
   judge = lambda tokens: jnp.zeros((*tokens.shape, model.config.vocab_size))  # noqa: E731
   found = decode.bench_decode(
-    one, draft, [[5], [5]], rule, new_tokens=6, max_new_tokens=6, repeats=1, judge=judge
+    one, draft, [[5], [5]], _RULE, row, new_tokens=6, max_new_tokens=6, repeats=1, judge=judge
   )
   assert found[0].same == found[-1].same == 1.0
   assert found[0].genppl == pytest.approx(model.config.vocab_size, rel=1e-4)
@@ -277,7 +287,14 @@ def test_what_is_timed_has_a_fixed_number_of_tokens(monkeypatch):
 
   monkeypatch.setattr(decode._Runner, "finish", finish)
   decode.bench_decode(
-    decode.Network(model, params), None, [[5]], _RULE, new_tokens=9, max_new_tokens=9, repeats=2
+    decode.Network(model, params),
+    None,
+    [[5]],
+    _RULE,
+    _ROW,
+    new_tokens=9,
+    max_new_tokens=9,
+    repeats=2,
   )
   first, second = dict.fromkeys(name for name, _ in order[:2])
   assert [name for name, _ in order[:6]] == [first, second] * 3
@@ -314,6 +331,7 @@ def _fields(**changes):
   return ["--config=sdar:8b", *shape, "--config.process.mask_id=39", "--config.data.length=64"]
 
 
+@pytest.mark.slow
 def test_passes_from_the_command_line(tiny_limits, capsys, tmp_path):
   text, content = _bench(
     capsys,
@@ -409,6 +427,7 @@ def test_prompts_of_a_validation_split(monkeypatch, tmp_path):
   )
   assert asked == [("packed", "validation", 2)]
   assert task.prompts == [[0, 1, 2, 3], [6, 7, 8, 9]] and task.draft is None
-  assert task.rule.stop_ids == (258, 256) and task.rule.mask_id == tiny_sdar.MASK
+  assert task.options.stop_BS.tolist() == [[258, 256]]
+  assert task.rule.mask_id == tiny_sdar.MASK and task.options.temperature_B.tolist() == [0.0]
   with pytest.raises(InputError, match="there are no prompts"):
     networks.from_checkpoint(str(target), None, count=2, length=4, max_new_tokens=8)

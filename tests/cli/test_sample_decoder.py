@@ -13,8 +13,6 @@ from dlm_jax.cli.main import main
 from dlm_jax.text import load
 from dlm_jax.text.decoder import TextDecoder
 
-pytestmark = pytest.mark.slow  # minutes of compilation; `pytest -m slow`
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -38,6 +36,7 @@ def run(capsys, folder):
 FEW = ("--max_new_tokens=6", "--stop=none")
 
 
+@pytest.mark.slow
 def test_text_goes_to_stdout_and_the_rest_to_stderr(run, folder):
   out, err = run("--prompt=It was", *FEW)
   texts = load.open_decoder(folder / "target").generate("It was", max_new_tokens=6, stop=()).texts
@@ -65,6 +64,7 @@ def test_pieces_of_later_prompts_wait(capsys):
   assert capsys.readouterr().out == "r\n"
 
 
+@pytest.mark.slow
 def test_drafts_say_whether_they_are_exact(run, folder):
   plain, _ = run("--prompt=It was", *FEW)
   out, err = run("--prompt=It was", *FEW, f"--draft={folder / 'draft'}")
@@ -121,6 +121,7 @@ def test_flags_reach_the_request(folder, monkeypatch, tmp_path, capsys):
   }
 
 
+@pytest.mark.slow
 def test_json(run):
   out, _ = run("--prompt=It was", "--prompt=", *FEW, "--json")
   assert len([json.loads(line) for line in out.splitlines()]) == 2
@@ -167,6 +168,7 @@ def test_flags(fails, folder, arguments, message):
   assert message in fails(folder / "target", *arguments)
 
 
+@pytest.mark.slow
 def test_drafts_of_other_kinds(fails, folder, tmp_path):
   teacher = tiny_runs.make().teacher
   line = fails(folder / "target", f"--draft={teacher}")
@@ -197,6 +199,7 @@ def test_masks_and_block_lengths_that_are_not_named(fails, tmp_path):
   assert "names no mask" in fails(nameless)
 
 
+@pytest.mark.slow
 def test_a_corrupt_shard(fails, tmp_path):
   broken = tiny_sdar.write(tmp_path / "broken", layers=1, saved={"shard_bytes": 20_000})
   shard = max(broken.glob("model-00002-of-*.safetensors"))

@@ -13,6 +13,23 @@ from dlm_jax import models, sample
 from dlm_jax.models import masks
 
 V, MASK = 13, 12
+OF_ROWS = ("temperature", "top_k", "top_p", "threshold", "stop_ids", "minimum", "limit")
+
+
+def split(given):
+  """Return a rule, and what rows ask for as arguments of `RowOptions.make`."""
+  asked = {name: value for name, value in given.items() if name in OF_ROWS}
+  shaping = {name: value for name, value in given.items() if name not in OF_ROWS}
+  return sample.BlockRule(**{"block_length": 4, "mask_id": MASK} | shaping), asked
+
+
+def reveal_one(rule, rows, tokens_K, masked_K, logits_KV, step, position_K):
+  """Apply `reveal` to one block of one row; returns what it returns for that row."""
+  block = sample.Block(
+    position_K[None], tokens_K[None], masked_K[None], jnp.zeros_like(masked_K)[None]
+  )
+  out = sample.reveal(rule, rows, block, logits_KV[None], jnp.asarray(step, jnp.int32).reshape(1))
+  return jax.tree.map(lambda x: x[0], out)
 
 
 def make(seed=0, layers=2, vocabulary=V):
@@ -63,9 +80,12 @@ class Script:
     if self.seen is not None:
       jax.debug.callback(self.seen, tokens_BQ)
     if positions_BQ is None:
-      positions_BQ = jnp.arange(tokens_BQ.shape[1])[None] + cache.length_B[:, None]
-    rows = jnp.minimum(positions_BQ, variables["params"].shape[0] - 1)
-    zeros = jnp.zeros((1, *tokens_BQ.shape, 1, 2), cache.k_NBSGC.dtype)
+      positions_BQ = jnp.arange(tokens_BQ.shape[1])[None]
+      positions_BQ += 0 if cache is None else cache.length_B[:, None]
+    rows = jnp.broadcast_to(
+      jnp.minimum(positions_BQ, variables["params"].shape[0] - 1), tokens_BQ.shape
+    )
+    zeros = jnp.zeros((1, *tokens_BQ.shape, 1, 2), self.config.dtype)
     return variables["params"][rows], models.KV(zeros, zeros)
 
 
@@ -75,46 +95,47 @@ def script(tokens, sharpness=9.0):
 
 
 @functools.cache
-def _uncached(model, options):
+def _uncached(model, rule):
   """Return one denoising step without a cache: a pass over the whole window, block-causal."""
-  size = options.block_length
+  size = rule.block_length
 
   @jax.jit
-  def step(params, key, tokens_W, masked_W, start, number):
+  def step(params, rows, tokens_W, masked_W, start, number):
     slots = masks.sequence_slots(jnp.arange(tokens_W.shape[0]), size)
     visible_WW = masks.block_causal(slots)[None]
     logits_WV = model.apply({"params": params}, tokens_W[None], None, visible_WW)[0]
     cut = lambda x: jax.lax.dynamic_slice_in_dim(x, start, size)  # noqa: E731
-    return sample.reveal(
-      options, key, cut(tokens_W), cut(masked_W), cut(logits_WV), number, start + jnp.arange(size)
-    )
+    position_K = start + jnp.arange(size)
+    return reveal_one(rule, rows, cut(tokens_W), cut(masked_W), cut(logits_WV), number, position_K)
 
   return step
 
 
 def decode_uncached(model, params, options, prompt, key, window, limit=None):
   """Return one row's (tokens, steps, log-probabilities, passes with folding, reason), plainly."""
-  size, limit = options.block_length, window if limit is None else limit
+  rule, asked = options
+  rows = sample.RowOptions.make(1, key[None], **asked)
+  size, limit = rule.block_length, window if limit is None else limit
   width = -(-window // size) * size
   tokens = np.full(width, MASK, np.int32)
   tokens[: len(prompt)] = prompt
   steps, log_probs = np.full(width, -1), np.zeros(width, np.float32)
   masked, start, passes = np.arange(width) >= len(prompt), len(prompt) // size * size, 0
-  step, end, reason = _uncached(model, options), len(prompt), 2
+  step, end, reason = _uncached(model, rule), len(prompt), 2
   while end < limit:
     block, number = slice(start, start + size), 0
     while masked[block].any():
-      out = step(params, key, tokens, masked, start, number)
-      chosen = np.asarray(out.revealed_K)
+      out = step(params, rows, tokens, masked, start, number)
+      chosen = np.asarray(out.revealed_BK)
       assert not (chosen & ~masked[block]).any() and chosen.any()
-      tokens[block] = out.tokens_K
+      tokens[block] = out.tokens_BK
       steps[block] = np.where(chosen, number, steps[block])
-      log_probs[block] = np.where(chosen, out.log_prob_K, log_probs[block])
+      log_probs[block] = np.where(chosen, out.log_prob_BK, log_probs[block])
       masked[block] &= ~chosen
       number, passes = number + 1, passes + 1
     start, end = start + size, min(start + size, limit)
     generated = tokens[len(prompt) : end]
-    stops = np.flatnonzero(np.isin(generated, options.stop_ids))
+    stops = np.flatnonzero(np.isin(generated, asked.get("stop_ids", ())))
     if stops.size:
       end, reason = len(prompt) + int(stops[0]) + 1, 1
       break

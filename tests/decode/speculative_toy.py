@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import tiny_decoder as tiny
 
+from dlm_jax import sample
+
 V, MASK = tiny.V, tiny.V - 1
 # Compiling takes longer than running here; without optimisation a third as long.
 QUICK = {"xla_backend_optimization_level": 0}
@@ -33,8 +35,8 @@ def drafts(layers=2):
   return [params, mixed(0.02), mixed(0.1), other, params | {"project": head}]
 
 
-def requests(batch, window, seed=0, shortest=1):
-  """Return prompts of 1 … 8 tokens, their lengths, limits up to the window, a key per row.
+def requests(batch, window, seed=0, shortest=1, **asked):
+  """Return prompts of 1 … 8 tokens, lengths, limits up to the window, keys, and options per row.
 
   Before the first token of all, masks are all alike and so are their logits, up to rounding: who is
   the most confident is a matter of rounding too. So only rules that do not ask start from nothing.
@@ -43,28 +45,30 @@ def requests(batch, window, seed=0, shortest=1):
   prompt = jnp.asarray(rng.integers(0, MASK, (batch, 8)), jnp.int32)
   lengths = shortest + jnp.arange(batch) % (9 - shortest)
   limits = jnp.asarray(rng.integers(window - 7, window + 1, batch), jnp.int32)
-  return prompt, lengths, limits, jax.random.split(jax.random.key(seed), batch)
+  options = sample.RowOptions.make(batch, **asked)
+  return prompt, lengths, limits, jax.random.split(jax.random.key(seed), batch), options
 
 
 @functools.cache
 def runner(decoder):
-  """Return a compiled (params, prompt, lengths, limits, keys) -> final state."""
+  """Return a compiled (params, prompt, lengths, limits, keys, options) -> final state."""
 
-  def run(params, prompt, lengths, limits, keys):
-    state = decoder.init(params, prompt, keys, lengths, limits)
-    return jax.lax.while_loop(
-      lambda state: ~jnp.all(decoder.done(state)),
-      lambda state: decoder.round(params, state),
-      state,
-    )
+  def run(params, *arguments):
+    return sample.finish(decoder, params, begin(decoder, params, *arguments))
 
   return jax.jit(run, compiler_options=QUICK)
 
 
+def begin(decoder, params, prompt, lengths, limits, keys, options):
+  """Return the state of these rows before their first round."""
+  given = {"lengths": lengths, "max_length": limits, "options": options}
+  return sample.start(decoder, params, prompt, keys, **given)
+
+
 def rounds(decoder, params, arguments):
   """Yield the state at the start and after every round."""
-  prompt, lengths, limits, keys = arguments
-  state = jax.jit(decoder.init, compiler_options=QUICK)(params, prompt, keys, lengths, limits)
+  start = jax.jit(functools.partial(begin, decoder), compiler_options=QUICK)
+  state = start(params, *arguments)
   one_round = jax.jit(decoder.round, compiler_options=QUICK)
   yield state
   while not np.all(decoder.done(state)):

@@ -130,7 +130,7 @@ def test_unlikely_stop_is_no_bonus():
   target = jnp.asarray([[[0.2, 0.3, 0.5], [0.2, 0.3, 0.5]], [[0.2, 0.1, 0.7], [0.2, 0.3, 0.5]]])
   is_open = jnp.ones((2, 2), bool)
   for gate, wanted in ((0.0, [2, 2]), (0.6, [1, 2]), (0.9, [1, 0])):
-    options = {"stop_ids": (2,), "eos_min_prob": gate}
+    options = {"stop_BV": jnp.arange(3)[None] == jnp.full((2, 1), 2), "eos_min_prob": gate}
     verdict = greedy_match(draft, target, is_open, **options)
     np.testing.assert_array_equal(verdict.tokens_BK[:, 0], wanted)
     np.testing.assert_array_equal(verdict.kept_BK, [[True, False]] * 2)

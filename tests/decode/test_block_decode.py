@@ -15,24 +15,35 @@ import tiny_decoder
 from dlm_jax import sample
 from dlm_jax.decode import select
 
-pytestmark = pytest.mark.slow  # minutes of compilation; `pytest -m slow`
+
+def _one(default, names):
+  """Return the parameters of a test of which the default run takes one."""
+  return [pytest.param(n, marks=() if n == default else pytest.mark.slow) for n in names]
+
 
 FOLLOWS = 1e-4
+KEY = jax.random.key(0)
 # No empty prompt: a block of masks that sees nothing else is the same at every position.
 PROMPTS = ([1, 2, 3, 4, 5, 6, 7, 8, 9], [3, 1], [11], [5] * 8, [2, 7, 1, 8, 2, 8])
 WINDOW = 22
 
 
 def _options(**changes):
-  return sample.BlockOptions(**{"block_length": 4, "mask_id": toy.MASK} | changes)
+  """Return a rule, and what its rows ask for."""
+  return toy.split(changes)
+
+
+def _rows(options, count):
+  return sample.RowOptions.make(count, **options[1])
 
 
 def _decode(model, params, options, prompts, rng, window=WINDOW, **given):
   """Run the whole decode as one compiled call."""
   prompt, lengths = sample.pad_prompts(prompts)
-  decoder = sample.block_decoder(model, options, window)
+  rounds = sample.block_decoder(model, options[0], window)
+  given = {"options": _rows(options, len(prompts))} | given
   run = jax.jit(
-    lambda params, rng, given: sample.decode(decoder, params, prompt, rng, **given, lengths=lengths)
+    lambda params, rng, given: sample.decode(rounds, params, prompt, rng, **given, lengths=lengths)
   )
   return run(params, rng, given)
 
@@ -69,8 +80,8 @@ def _first_change(rows, final):
   return known.argmax(axis=0) - 1
 
 
-@pytest.mark.parametrize("name", ["sdar_generate__a", "sdar_generate__b"])
-@pytest.mark.parametrize("run", range(5))
+@pytest.mark.parametrize("name", _one("sdar_generate__a", ["sdar_generate__a", "sdar_generate__b"]))
+@pytest.mark.parametrize("run", _one(0, range(5)))
 def test_recorded_decoding(golden, name, run):
   """9.5-a: token for token, step for step and pass for pass the SDAR release's greedy decode."""
   vectors, config = golden(name)
@@ -80,7 +91,7 @@ def test_recorded_decoding(golden, name, run):
   greedy = {"temperature": 0.0}
   if settings["temperature"] != 1.0:  # tempered confidences, the most probable token all the same
     greedy = {"temperature": settings["temperature"], "top_k": 1}
-  options = sample.BlockOptions(
+  options = _options(
     block_length=settings["block_length"],
     mask_id=mask_id,
     steps=settings["denoising_steps"],
@@ -97,11 +108,12 @@ def test_recorded_decoding(golden, name, run):
   np.testing.assert_array_equal(tokens[0], expected)
   inputs, stored = vectors[f"run{run}/forward_inputs"], vectors[f"run{run}/forward_stored"]
   steps, passes = _recorded_steps(inputs, stored, mask_id)
-  aligned = len(prompt) // options.block_length * options.block_length
+  size = options[0].block_length
+  aligned = len(prompt) // size * size
   generated = slice(len(prompt), None)
   np.testing.assert_array_equal(info.step_BL[0, generated], steps[len(prompt) - aligned :])
-  blocks = (len(expected) - aligned) // options.block_length
-  assert int(info.passes_B[0]) == passes + (0 if options.fold else blocks - 1)
+  blocks = (len(expected) - aligned) // size
+  assert int(info.passes_B[0]) == passes + (0 if options[0].fold else blocks - 1)
 
 
 # --- without a cache ------------------------------------------------------------------------------
@@ -122,7 +134,7 @@ def _case(name):
   return model, params, options, _decode(model, params, options, PROMPTS, jax.random.key(5))
 
 
-@pytest.mark.parametrize("name", list(CASES))
+@pytest.mark.parametrize("name", _one("dynamic", CASES))
 def test_cached_decode_equals_uncached(name):
   """9.2-a, 9.5-e: each row of a ragged batch, cached, equals its own uncached decode.
 
@@ -141,7 +153,7 @@ def test_cached_decode_equals_uncached(name):
     np.testing.assert_allclose(info.log_prob_BL[row, :end], log_probs, atol=1e-4)
     assert not tokens[row, end:].any() and not info.log_prob_BL[row, end:].any()
     blocks = -(-WINDOW // 4) - len(prompt) // 4
-    assert int(info.passes_B[row]) == passes + (0 if options.fold else blocks - 1)
+    assert int(info.passes_B[row]) == passes + (0 if options[0].fold else blocks - 1)
   generated = np.concatenate([tokens[r, len(p) :] for r, p in enumerate(PROMPTS)])
   assert len(np.unique(generated)) > 4  # not vacuous
   assert toy.MASK not in np.asarray(tokens)
@@ -158,9 +170,11 @@ def test_folded_equals_separate():
 
   caches = []
   for fold, rounds in ((True, 3), (False, 2)):
-    decoder = sample.block_decoder(model, _options(**CASES["static"] | {"fold": fold}), WINDOW)
+    changed = _options(**CASES["static"] | {"fold": fold})
+    decoder = sample.block_decoder(model, changed[0], WINDOW)
     prompt, lengths = sample.pad_prompts(PROMPTS)
-    state = decoder.init(params, prompt, jax.random.key(5), lengths, None)
+    rows = _rows(changed, len(PROMPTS))
+    state = sample.start(decoder, params, prompt, jax.random.key(5), lengths=lengths, options=rows)
     for _ in range(rounds):
       state = jax.jit(decoder.round)(params, state)
     caches.append(state.cache)
@@ -170,15 +184,17 @@ def test_folded_equals_separate():
   for name in ("k_NBSGC", "v_NBSGC"):
     ours, theirs = (np.asarray(getattr(cache, name)) for cache in caches)
     np.testing.assert_allclose(ours[:, used], theirs[:, used], atol=1e-5)
-  assert options.fold
+  assert options[0].fold
 
 
+@pytest.mark.slow
 def test_garbage_in_the_cache_is_never_read():
   """9.2-e: slots beyond each row's length hold NaN before every round; nothing changes."""
   model, params, options, expected = _case("dynamic")
-  decoder = sample.block_decoder(model, options, WINDOW)
+  decoder = sample.block_decoder(model, options[0], WINDOW)
   prompt, lengths = sample.pad_prompts(PROMPTS)
-  state = decoder.init(params, prompt, jax.random.key(5), lengths, None)
+  rows = _rows(options, len(PROMPTS))
+  state = sample.start(decoder, params, prompt, jax.random.key(5), lengths=lengths, options=rows)
 
   def poison(cache):
     free_BS = jnp.arange(cache.capacity)[None] >= cache.length_B[:, None]
@@ -186,7 +202,7 @@ def test_garbage_in_the_cache_is_never_read():
     return cache.replace(k_NBSGC=spoil(cache.k_NBSGC), v_NBSGC=spoil(cache.v_NBSGC))
 
   poisoned = decoder._replace(
-    init=lambda *_: state,
+    admit=lambda *_: state,
     round=lambda params, s: decoder.round(params, s.replace(cache=poison(s.cache))),
   )
   ours = jax.jit(
@@ -209,10 +225,10 @@ def test_rows_do_not_depend_on_their_batch():
   order = np.array([4, 2, 0, 3])
   prompt, lengths = sample.pad_prompts([PROMPTS[row] for row in order], length=14)
   dirty = jnp.where(jnp.arange(14)[None] < lengths[:, None], prompt, 10_000)
-  decoder = sample.block_decoder(model, options, WINDOW)
-  ours = jax.jit(lambda params, keys: sample.decode(decoder, params, dirty, keys, lengths=lengths))(
-    params, keys[order]
-  )
+  decoder, rows = sample.block_decoder(model, options[0], WINDOW), _rows(options, 4)
+  ours = jax.jit(
+    lambda params, keys: sample.decode(decoder, params, dirty, keys, lengths=lengths, options=rows)
+  )(params, keys[order])
   _equal(ours, jax.tree.map(lambda x: x[order], (tokens, info)))
   assert len(np.unique(info.lengths_B)) > 1  # rows end at different rounds
 
@@ -221,16 +237,19 @@ def test_rows_that_are_done_stay_as_they_are():
   """9.5-e: after its end nothing of a row changes, and limits hold row by row."""
   params = toy.script(jnp.arange(WINDOW + 2) % 11 + 1)
   options = _options(temperature=0.0, stop_ids=(9,))
-  decoder = sample.block_decoder(toy.Script(), options, WINDOW)
+  decoder = sample.block_decoder(toy.Script(), options[0], WINDOW)
   prompt, lengths = sample.pad_prompts([[1], [2, 2], [3] * 6, [4] * 9])
   limits = jnp.asarray([5, WINDOW, 6, WINDOW])
-  state = decoder.init(params, prompt, jax.random.key(0), lengths, limits)
+  rows = _rows(options, 4)
+  state = sample.start(
+    decoder, params, prompt, jax.random.key(0), lengths=lengths, max_length=limits, options=rows
+  )
   assert decoder.done(state).tolist() == [False, False, True, False]
   step, previous = jax.jit(decoder.round), state
   for _ in range(8):
     state = step(params, previous)
     done = np.asarray(decoder.done(previous))
-    rows = lambda s: [s.progress.replace(rng_B=None), s.cache.length_B]  # noqa: E731
+    rows = lambda s: [s.progress.replace(options=None), s.cache.length_B]  # noqa: E731
     for new, old in zip(jax.tree.leaves(rows(state)), jax.tree.leaves(rows(previous)), strict=True):
       np.testing.assert_array_equal(new[done], old[done])
     previous = state
@@ -240,25 +259,27 @@ def test_rows_that_are_done_stay_as_they_are():
   assert progress.reason_B.tolist() == [sample.LENGTH, sample.STOP, sample.LENGTH, sample.STOP]
 
 
+@pytest.mark.slow
 def test_jit_equals_eager_and_compiles_once():
   """9.5-g: the plain call equals the compiled one; lengths inside a bucket share a program."""
   params = toy.script(jnp.arange(40) % 11 + 1, sharpness=2.0)
-  decoder = sample.block_decoder(toy.Script(), _options(temperature=0.7, threshold=0.4), 16)
+  options = _options(temperature=0.7, threshold=0.4)
+  decoder, rows = sample.block_decoder(toy.Script(), options[0], 16), _rows(options, 2)
   traces = []
 
   @jax.jit
   def run(params, prompt, lengths, limits, rng):
     traces.append(1)
-    return sample.decode(decoder, params, prompt, rng, lengths=lengths, max_length=limits)
+    given = {"lengths": lengths, "max_length": limits, "options": rows}
+    return sample.decode(decoder, params, prompt, rng, **given)
 
   for row in range(3):
     prompt, lengths = sample.pad_prompts([[1] * (row + 3), [2] * (7 - row)], length=8)
     arguments = (params, prompt, lengths, jnp.asarray([16 - row, 12 + row]), jax.random.key(row))
     compiled = run(*arguments)
     if row != 1:
-      eager = sample.decode(
-        decoder, params, prompt, jax.random.key(row), lengths=lengths, max_length=arguments[3]
-      )
+      given = {"lengths": lengths, "max_length": arguments[3], "options": rows}
+      eager = sample.decode(decoder, params, prompt, jax.random.key(row), **given)
       _equal(eager, compiled, atol=1e-6)
   assert len(traces) == 1
 
@@ -266,7 +287,7 @@ def test_jit_equals_eager_and_compiles_once():
 def test_streaming():
   """Each round shows a longer decided prefix; the last one is the result of the compiled loop."""
   model, params, options, expected = _case("dynamic")
-  decoder = sample.block_decoder(model, options, WINDOW)
+  decoder = sample.block_decoder(model, options[0], WINDOW)
   prompt, lengths = sample.pad_prompts(PROMPTS)
   shown = []
   result = sample.decode(
@@ -275,6 +296,7 @@ def test_streaming():
     prompt,
     jax.random.key(5),
     lengths=lengths,
+    options=_rows(options, len(PROMPTS)),
     on_round=lambda tokens, lengths: shown.append((tokens, lengths)),
   )
   _equal(result, expected)
@@ -301,6 +323,7 @@ def _scripted(**changes):
   return tokens, info, len(calls)
 
 
+@pytest.mark.slow
 def test_thresholds_through_decoding():
   """9.5-c: threshold above 1 is the static strategy; 0 takes one pass a block, and really one."""
   _, static, calls = _scripted(strategy="low_confidence_static")
@@ -320,7 +343,7 @@ def test_thresholds_through_decoding():
   assert single.passes_B.tolist() == [21, 16]
 
 
-@pytest.mark.parametrize("strategy", select.STRATEGIES)
+@pytest.mark.parametrize("strategy", _one("entropy_bounded", select.STRATEGIES))
 def test_every_strategy_ends_in_time(strategy):
   """9.5-a: T passes a block at the most, the prompt unchanged, no mask although it is likeliest."""
   params = toy.script(jnp.full(24, toy.MASK)) + (jnp.arange(toy.V) % 5 * 0.3)[None]
@@ -344,14 +367,16 @@ def test_every_strategy_ends_in_time(strategy):
     np.testing.assert_array_equal(steps_of_block, np.arange(8))
 
 
+@pytest.mark.slow
 def test_law_through_decoding():
   """9.5-b: at temperature 0.7 the tokens of 4,000 rows follow the tempered distribution."""
   params = jnp.asarray(np.random.default_rng(2).normal(size=(4, toy.V)), jnp.float32)
   # The leftmost first: confidence would prefer likely tokens of the first step.
   options = _options(block_length=2, temperature=0.7, strategy="sequential")
   prompt = jnp.ones((4000, 1), jnp.int32)
-  decoder = sample.block_decoder(toy.Script(), options, 4)
-  tokens, _ = jax.jit(lambda rng: sample.decode(decoder, params, prompt, rng))(jax.random.key(3))
+  decoder, rows = sample.block_decoder(toy.Script(), options[0], 4), _rows(options, 4000)
+  run = jax.jit(lambda rng: sample.decode(decoder, params, prompt, rng, options=rows))
+  tokens, _ = run(jax.random.key(3))
   for position in (1, 2, 3):
     probs = np.exp(np.asarray(params[position, : toy.MASK], np.float64) / 0.7)
     counts = np.bincount(tokens[:, position], minlength=toy.V)
@@ -366,7 +391,7 @@ def test_law_through_decoding():
 # --- stop ids and boundaries ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fold", [True, False])
+@pytest.mark.parametrize("fold", _one(True, [True, False]))
 def test_stop_ids(fold):
   """9.5-d: first, in the middle and last in a block, in the prompt, at and beyond the limit."""
   text = np.array([1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 1, 2, 3, 1, 1])
@@ -400,34 +425,33 @@ def _run_script(fold, stop_ids, prompt, limit):
 @functools.cache
 def _compiled_script(fold, stop_ids):
   options = _options(temperature=0.0, threshold=0.0, stop_ids=stop_ids, fold=fold)
-  decoder = sample.block_decoder(toy.Script(), options, 16)
+  decoder, rows = sample.block_decoder(toy.Script(), options[0], 16), _rows(options, 1)
 
   @jax.jit
   def run(params, prompt, lengths, limits):
-    rng = jax.random.key(0)
-    return sample.decode(decoder, params, prompt, rng, lengths=lengths, max_length=limits)
+    given = {"lengths": lengths, "max_length": limits, "options": rows}
+    return sample.decode(decoder, params, prompt, jax.random.key(0), **given)
 
   return run
 
 
-@pytest.mark.parametrize("window", [8, 10])
+@pytest.mark.parametrize("window", _one(10, [8, 10]))
 def test_boundaries(window):
   """9.5-f: all prompt lengths from none to a full window, all limits; no cache is overrun."""
   params = toy.script(jnp.arange(12) + 1 - (jnp.arange(12) == 11))
-  decoder = sample.block_decoder(
-    toy.Script(), _options(temperature=0.0, strategy="sequential", steps=2), window
-  )
+  options = _options(temperature=0.0, strategy="sequential", steps=2)
+  decoder = sample.block_decoder(toy.Script(), options[0], window)
   pairs = [(p, limit) for p in range(window + 1) for limit in range(window + 1)]
   prompt, lengths = sample.pad_prompts([[9] * p for p, _ in pairs], length=window)
   limits = jnp.asarray([limit for _, limit in pairs])
 
   @jax.jit
   def run(params):
-    rng = jax.random.key(0)
-    state = decoder.init(params, prompt, rng, lengths, limits)
+    given = {"lengths": lengths, "max_length": limits, "options": _rows(options, len(pairs))}
+    state = sample.start(decoder, params, prompt, jax.random.key(0), **given)
     state = jax.lax.fori_loop(0, 5, lambda _, s: decoder.round(params, s), state)
-    result = sample.decode(decoder, params, prompt, rng, lengths=lengths, max_length=limits)
-    return result, state.cache.overflow_B
+    result = sample.decode(decoder, params, prompt, jax.random.key(0), **given)
+    return result, state.cache.length_B > state.cache.capacity
 
   (tokens, info), overflow = run(params)
   assert not overflow.any() and tokens.shape == (len(pairs), window)
@@ -467,7 +491,7 @@ def test_prompt_may_hold_the_mask():
   ],
 )
 def test_input_is_checked(changes, words):
-  decoder = sample.block_decoder(toy.Script(), _options(), 8)
+  decoder = sample.block_decoder(toy.Script(), _options()[0], 8)
   given = {"prompt": jnp.ones((2, 3), jnp.int32), "rng": jax.random.key(0)} | changes
   prompt, rng = given.pop("prompt"), given.pop("rng")
   with pytest.raises(Exception) as caught:
@@ -481,9 +505,12 @@ def test_decoder_and_prompts_are_checked():
     (_options(), 0, "max_length=0"),
     (_options(mask_id=toy.V), 8, "not below vocab_size=13"),
     (_options(stop_ids=(99,)), 8, "stop id 99"),
+    (_options(stop_ids=(3, toy.MASK)), 8, "the mask must not be a stop id"),
   ):
     with pytest.raises(ValueError) as caught:
-      sample.block_decoder(toy.Script(), options, window)
+      decoder = sample.block_decoder(toy.Script(), options[0], window)
+      prompt = jnp.ones((1, 1), jnp.int32)
+      sample.start(decoder, toy.script(range(8)), prompt, KEY, options=_rows(options, 1))
     assert words in str(caught.value)
   with pytest.raises(ValueError, match="at least one row"):
     sample.pad_prompts([])
@@ -494,17 +521,13 @@ def test_decoder_and_prompts_are_checked():
 def test_untyped_keys_are_refused():
   """Raw uint32 keys are not keys of this library."""
   with pytest.raises(ValueError, match="typed key"):
-    _progress_keys(jax.random.PRNGKey(0))
-
-
-def _progress_keys(rng):
-  from dlm_jax.decode.progress import _keys
-
-  return _keys(rng, 2)
+    sample.RowOptions.make(2, jax.random.PRNGKey(0))
 
 
 def test_no_key_is_used_twice():
   """One key per position and step, and none is used twice; a row's key only has children."""
-  decoder = sample.block_decoder(toy.Script(), _options(block_length=2, threshold=0.3), 4)
+  options = _options(block_length=2, threshold=0.3)
+  decoder, rows = sample.block_decoder(toy.Script(), options[0], 4), _rows(options, 2)
+  prompt = jnp.ones((2, 1), jnp.int32)
   with jax.debug_key_reuse(True):
-    sample.decode(decoder, toy.script(range(4)), jnp.ones((2, 1), jnp.int32), jax.random.key(0))
+    sample.decode(decoder, toy.script(range(4)), prompt, jax.random.key(0), options=rows)

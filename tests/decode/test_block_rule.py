@@ -4,6 +4,7 @@
 import functools
 import itertools
 
+import block_toy as toy
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +19,9 @@ FOLLOWS, DIFFERS = 1e-4, 1e-6
 
 
 def _options(**changes):
-  return sample.BlockOptions(**{"block_length": 4, "mask_id": MASK} | changes)
+  """Return a rule and what its row asks for, as something that may be a key of a cache."""
+  rule, asked = toy.split({"mask_id": MASK} | changes)
+  return rule, tuple(asked.items())
 
 
 def _logits(seed=0, size=4, scale=3.0):
@@ -26,15 +29,20 @@ def _logits(seed=0, size=4, scale=3.0):
 
 
 @functools.cache
-def _rule(options):
-  return jax.jit(functools.partial(sample.reveal, options))
+def _rule(rule):
+  return jax.jit(functools.partial(toy.reveal_one, rule))
+
+
+def _row(options, key):
+  return sample.RowOptions.make(1, key[None], **dict(options[1]))
 
 
 def _reveal(options, logits_KV, masked, *, seed=0, step=0, start=0):
   masked_K = jnp.asarray(masked, bool)
   position_K = start + jnp.arange(len(masked))
   tokens_K = jnp.where(masked_K, MASK, 7)
-  return _rule(options)(jax.random.key(seed), tokens_K, masked_K, logits_KV, step, position_K)
+  row = _row(options, jax.random.key(seed))
+  return _rule(options[0])(row, tokens_K, masked_K, logits_KV, step, position_K)
 
 
 # --- filters --------------------------------------------------------------------------------------
@@ -91,10 +99,10 @@ def test_temperature_zero_takes_the_most_probable_token():
   result = _reveal(options, logits_KV, [1, 1, 1, 1])
   expected_K = np.argmax(np.asarray(logits_KV)[:, :MASK], axis=-1)
   assert expected_K[2] == 3
-  np.testing.assert_array_equal(result.tokens_K, expected_K)
+  np.testing.assert_array_equal(result.tokens_BK, expected_K)
   probs_KV = jax.nn.softmax(logits_KV[:, :MASK], axis=-1)
   np.testing.assert_allclose(
-    result.log_prob_K, np.log(probs_KV[np.arange(4), expected_K]), rtol=1e-5
+    result.log_prob_BK, np.log(probs_KV[np.arange(4), expected_K]), rtol=1e-5
   )
 
 
@@ -105,7 +113,7 @@ def test_confidence_conventions():
   """
   logits_KV = jnp.zeros((2, V)).at[0, 1].set(3.0).at[1, 2].set(4.0)
   chosen = lambda **given: np.asarray(  # noqa: E731
-    _reveal(_options(block_length=2, top_k=1, **given), logits_KV, [1, 1]).revealed_K
+    _reveal(_options(block_length=2, top_k=1, **given), logits_KV, [1, 1]).revealed_BK
   ).tolist()
   assert chosen(strategy="low_confidence_static") == [False, True]
   assert chosen(strategy="low_confidence_static", confidence="filtered") == [True, False]
@@ -207,7 +215,7 @@ def test_extremes_of_thresholds():
   """9.5-c: threshold 0 and huge bounds reveal all at once, bound 0 and threshold > 1 the budget."""
   logits_KV, masked = _logits(5), [0, 1, 1, 1]
   revealed = lambda **given: np.asarray(  # noqa: E731
-    _reveal(_options(temperature=0.0, **given), logits_KV, masked).revealed_K
+    _reveal(_options(temperature=0.0, **given), logits_KV, masked).revealed_BK
   ).tolist()
   static = revealed(strategy="low_confidence_static")
   assert sum(static) == 1
@@ -228,12 +236,12 @@ def test_ties_and_known_positions(strategy):
   options = _options(strategy=strategy, temperature=0.0, entropy_bound=0.0, factor=0.0)
   logits_KV = jnp.zeros((4, V)).at[:, 3].set(1.0)
   result = _reveal(options, logits_KV, [0, 1, 0, 1])
-  assert int(result.revealed_K.sum()) == 1 and not result.revealed_K[jnp.array([0, 2])].any()
+  assert int(result.revealed_BK.sum()) == 1 and not result.revealed_BK[jnp.array([0, 2])].any()
   if strategy != "first_hitting":
-    assert bool(result.revealed_K[1]) and result.tokens_K.tolist() == [7, 3, 7, MASK]
+    assert bool(result.revealed_BK[1]) and result.tokens_BK.tolist() == [7, 3, 7, MASK]
   nothing = _reveal(options, logits_KV, [0, 0, 0, 0])
-  assert not nothing.revealed_K.any() and nothing.tokens_K.tolist() == [7] * 4
-  assert not nothing.log_prob_K.any()
+  assert not nothing.revealed_BK.any() and nothing.tokens_BK.tolist() == [7] * 4
+  assert not nothing.log_prob_BK.any()
 
 
 # --- noise ----------------------------------------------------------------------------------------
@@ -245,13 +253,13 @@ def test_noise_is_a_function_of_key_position_and_step():
   logits_KV = jnp.tile(_logits(2, size=1, scale=0.2), (4, 1))
   far = _reveal(options, logits_KV, [1, 1, 1, 1], start=40)
   near = _reveal(options, logits_KV, [1, 1, 1, 1], start=42)
-  np.testing.assert_array_equal(far.tokens_K[2:], near.tokens_K[:2])
+  np.testing.assert_array_equal(far.tokens_BK[2:], near.tokens_BK[:2])
   part = _reveal(options, logits_KV, [0, 1, 0, 1], start=40)
-  np.testing.assert_array_equal(part.tokens_K[1::2], far.tokens_K[1::2])
+  np.testing.assert_array_equal(part.tokens_BK[1::2], far.tokens_BK[1::2])
   # The draw changes with the step, with the key and with the position.
   draws = np.stack(
     [
-      np.asarray(_reveal(options, logits_KV, [1] * 4, seed=seed, step=step).tokens_K)
+      np.asarray(_reveal(options, logits_KV, [1] * 4, seed=seed, step=step).tokens_BK)
       for seed in range(6)
       for step in range(2)
     ]
@@ -265,8 +273,10 @@ def test_stacked_copies_agree_with_single_calls():
   masked_CK = jnp.asarray([[1, 1, 1, 1], [1, 0, 1, 1], [0, 0, 1, 0]], bool)
   logits_CKV = jnp.stack([_logits(seed) for seed in range(3)])
   tokens_CK = jnp.where(masked_CK, MASK, 7)
-  stacked = jax.vmap(functools.partial(sample.reveal, options), in_axes=(None, 0, 0, 0, 0, None))(
-    jax.random.key(0), tokens_CK, masked_CK, logits_CKV, jnp.arange(3), jnp.arange(4)
+  row = _row(options, jax.random.key(0))
+  one = functools.partial(toy.reveal_one, options[0], row)
+  stacked = jax.vmap(one, in_axes=(0, 0, 0, 0, None))(
+    tokens_CK, masked_CK, logits_CKV, jnp.arange(3), jnp.arange(4)
   )
   for copy in range(3):
     single = _reveal(options, logits_CKV[copy], masked_CK[copy], step=copy)
@@ -279,8 +289,9 @@ def _tokens(options, logits_V, keys):
 
   def one(key):
     tokens_K, masked_K = jnp.full(1, MASK), jnp.ones(1, bool)
-    result = sample.reveal(options, key, tokens_K, masked_K, logits_V[None], 0, jnp.arange(1))
-    return result.tokens_K[0]
+    row = _row(options, key)
+    result = toy.reveal_one(options[0], row, tokens_K, masked_K, logits_V[None], 0, jnp.arange(1))
+    return result.tokens_BK[0]
 
   keys = jax.random.split(jax.random.key(9), keys)
   return np.asarray(jax.jit(lambda keys: jax.lax.map(one, keys, batch_size=4096))(keys))
@@ -310,11 +321,12 @@ def test_first_hitting_takes_a_uniform_order():
   def order(key):
     masked_K, picks = ~known, []
     for step in range(3):
-      result = sample.reveal(
-        options, key, jnp.where(masked_K, MASK, 7), masked_K, logits_KV, step, jnp.arange(4)
+      tokens_K = jnp.where(masked_K, MASK, 7)
+      result = toy.reveal_one(
+        options[0], _row(options, key), tokens_K, masked_K, logits_KV, step, jnp.arange(4)
       )
-      picks.append(jnp.argmax(result.revealed_K))
-      masked_K &= ~result.revealed_K
+      picks.append(jnp.argmax(result.revealed_BK))
+      masked_K &= ~result.revealed_BK
     return jnp.stack(picks)
 
   keys = jax.random.split(jax.random.key(1), 6000)
@@ -344,17 +356,33 @@ def test_first_hitting_takes_a_uniform_order():
     ({"top_p": 0.0}, "top_p=0.0"),
     ({"top_k": -1}, "top_k=-1"),
     ({"mask_id": -1}, "mask_id=-1"),
-    ({"stop_ids": (3, MASK)}, "the mask must not be a stop id"),
+    ({"stop_ids": (3, -2)}, "must be token ids, 0 or more"),
     ({"threshold": -0.1}, "threshold=-0.1"),
+    ({"entropy_bound": -0.1}, "entropy_bound=-0.1"),
+    ({"minimum": -1}, "minimum=-1"),
+    ({"temperature": [0.0, 1.0, float("nan")]}, "temperature=[0.0, 1.0, nan] must be 0 or more"),
+    ({"temperature": [0.0, 1.0]}, "one for each of 3 rows"),
+    ({"stop_ids": [[1], [2]]}, "stop_ids are 2 lists; give one list, or one for each of 3 rows"),
   ],
 )
 def test_options_are_checked(changes, words):
   with pytest.raises(ValueError) as caught:
-    _options(**changes)
+    sample.RowOptions.make(3, **dict(_options(**changes)[1]))
   assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_options_are_static_and_complete():
-  options = _options(stop_ids=[1, 2])
-  assert options.steps == 4 and options.stop_ids == (1, 2)
-  assert hash(options) == hash(_options(stop_ids=(1, 2), steps=4))
+  rule = _options()[0]
+  assert rule.steps == 4 and hash(rule) == hash(_options(steps=4)[0])
+
+
+def test_values_are_broadcast_to_rows():
+  rows = sample.RowOptions.make(3, temperature=0.5, top_k=[1, 2, 3], stop_ids=[[4], [], [5, 6]])
+  assert rows.temperature_B.tolist() == [0.5] * 3 and rows.top_k_B.tolist() == [1, 2, 3]
+  assert rows.stop_BS.tolist() == [[4, -1], [-1, -1], [5, 6]]
+  assert sample.RowOptions.make(2, stop_ids=(7, 8)).stop_BS.tolist() == [[7, 8]] * 2
+  assert rows.widen(4).stop_BS.tolist()[2] == [5, 6, -1, -1]
+  with pytest.raises(ValueError, match="up to 2 stop ids and the batch has room for 1"):
+    rows.widen(1)
+  limited = jax.jit(lambda t: sample.RowOptions.make(3, temperature=t))(jnp.float32(-1.0))
+  assert limited.temperature_B.tolist() == [-1.0] * 3  # not known inside `jit`

@@ -15,6 +15,9 @@ import speculative_toy as toy
 import tiny_decoder as tiny
 
 from dlm_jax import sample
+from dlm_jax.decode.draft import propose
+from dlm_jax.decode.law import law
+from dlm_jax.decode.passes import Bound, block_at
 from dlm_jax.decode.progress import begin
 from dlm_jax.errors import InputError
 from dlm_jax.models import Cache, Decoder, commit, masks
@@ -30,12 +33,8 @@ def _recorded(golden, name, trees):
 
 
 def _recorded_rule(config, case, **options):
-  return sample.BlockOptions(
-    mask_id=config["mask_token_id"],
-    steps=case["denoising_steps"],
-    temperature=0.0,
-    count_mask=True,
-    **options,
+  return sample.BlockRule(
+    mask_id=config["mask_token_id"], steps=case["denoising_steps"], count_mask=True, **options
   )
 
 
@@ -55,35 +54,19 @@ def test_recorded_drafts(golden, name):
 
     @functools.partial(jax.jit, compiler_options=toy.QUICK)
     def draft(params, context, size=size, start=start, rule=rule):
-      progress = begin(
-        context,
-        jax.random.key(0),
-        None,
-        None,
-        window=start + size,
-        block_length=size,
-        mask_id=rule.mask_id,
-      )
+      rows = sample.RowOptions.make(1, jax.random.key(0), temperature=0.0)
+      shape = {"window": start + size, "block_length": size, "mask_id": rule.mask_id}
+      progress = begin(context, None, rows, **shape)
       slots = masks.sequence_slots(jnp.arange(start), size)
       arguments = (context, None, masks.block_causal(slots)[None], None)
       _, kv = model.apply({"params": params}, *arguments, method="extend")
       cache = commit(Cache.make(model.config, 1, start), kv)
-      position = start + jnp.arange(size)[None]
-      return draft.propose(
-        model,
-        params,
-        rule,
-        progress.rng_B,
-        progress,
-        cache,
-        position,
-        jnp.full((1, size), rule.mask_id),
-        jnp.ones((1, size), bool),
-        jnp.zeros(1, jnp.int32),
-        want_probs=True,
-      )
+      block = block_at(progress, jnp.full(1, start), size)
+      network, step_B = Bound(model, params), jnp.zeros(1, jnp.int32)
+      found = propose(network, rule, rows, progress, cache, block, step_B, want_logits=True)
+      return found, jax.nn.softmax(law(rule.mask_id, rows, found.logits_BKV, block.early_BK))
 
-    found, wanted = draft(params["draft"], context), v[f"case{number}/step_map"]
+    (found, probs_BKV), wanted = draft(params["draft"], context), v[f"case{number}/step_map"]
     drafted = wanted >= 0
     np.testing.assert_array_equal(np.where(drafted, found.time_BK[0] - 1, -1), wanted)
     tokens = np.where(drafted, found.tokens_BK[0], rule.mask_id)
@@ -91,7 +74,7 @@ def test_recorded_drafts(golden, name):
     probs = v[f"case{number}/draft_probs"][drafted]
     probs[:, rule.mask_id] = 0
     probs /= probs.sum(-1, keepdims=True)
-    np.testing.assert_allclose(found.probs_BKV[0, drafted], probs, rtol=0, atol=2e-5)
+    np.testing.assert_allclose(probs_BKV[0, drafted], probs, rtol=0, atol=2e-5)
     assert int(found.passes_B[0]) == case["denoising_steps"]
 
 
@@ -126,17 +109,20 @@ def test_recorded_decoding(golden, name):
       chosen[0][1],
       block_length=4,
       strategy=strategy,
-      threshold=chosen[0][1]["confidence_threshold"],
+    )
+    rows = sample.RowOptions.make(
+      len(chosen), temperature=0.0, threshold=chosen[0][1]["confidence_threshold"]
     )
     options = sample.SpeculativeOptions(target=rule, verify="simsd", layout="published", fill=fill)
     decoder = sample.speculative_decoder(model, model, options, 44)
     prompts = [v[f"case{i}/prompt"].tolist() for i, _ in chosen]
     prompt, lengths = sample.pad_prompts(prompts)
-    init = jax.jit(decoder.init, compiler_options=toy.QUICK)
+    start = functools.partial(sample.start, decoder, lengths=lengths, options=rows)
+    start = jax.jit(start, compiler_options=toy.QUICK)
     one_round = jax.jit(decoder.round, compiler_options=toy.QUICK)
     for draft, kind in (("draft", "speculative"), ("target", "selfdraft")):
       both = {"target": params["target"], "draft": params[draft]}
-      states = [init(both, prompt, jax.random.key(0), lengths)]
+      states = [start(both, prompt, jax.random.key(0))]
       for _ in range(chosen[0][1]["num_blocks"]):
         states.append(one_round(both, states[-1]))
       for row, (i, _) in enumerate(chosen):
@@ -163,15 +149,15 @@ def _released_text(states, row, fill):
 WINDOW = 22
 
 
-def _greedy(**changes):
-  options = {"block_length": 4, "mask_id": toy.MASK, "temperature": 0.0}
-  return sample.BlockOptions(**options | {"strategy": "low_confidence_static"} | changes)
+def _rule(**changes):
+  options = {"block_length": 4, "mask_id": toy.MASK, "strategy": "low_confidence_static"}
+  return sample.BlockRule(**options | changes)
 
 
 @functools.cache
 def _decoder(layers, **options):
   model, _ = toy.network(layers)
-  options = sample.SpeculativeOptions(target=_greedy(), verify="simsd", **options)
+  options = sample.SpeculativeOptions(target=_rule(), verify="simsd", **options)
   return sample.speculative_decoder(model, model, options, WINDOW)
 
 
@@ -181,7 +167,7 @@ def _decoder(layers, **options):
 def test_rounds_progress_and_the_cache_is_clean(fill):
   """9.3-f: each round decides a token; caches hold the emitted text, whatever was rejected."""
   model, params = toy.network()
-  arguments = toy.requests(12, WINDOW)
+  arguments = toy.requests(12, WINDOW, temperature=0.0)
   decoder = _decoder(2, fill=fill)
   for draft in toy.drafts()[1:4:2]:
     both = {"target": params, "draft": draft}
@@ -209,8 +195,8 @@ def test_self_draft_and_contrary_draft(layers):
   of the tokens are accepted and 9 of 24 texts are the target's own.
   """
   model, params = toy.network(layers)
-  arguments = toy.requests(24, WINDOW)
-  own = toy.run(sample.block_decoder(model, _greedy(fold=False), WINDOW), params, arguments)
+  arguments = toy.requests(24, WINDOW, temperature=0.0)
+  own = toy.run(sample.block_decoder(model, _rule(fold=False), WINDOW), params, arguments)
   decoder = _decoder(layers)
   state = toy.run(decoder, {"target": params, "draft": params}, arguments)
   alpha = float(state.counts["accepted"].sum() / state.counts["drafted"].sum())
@@ -226,7 +212,7 @@ def test_self_draft_and_contrary_draft(layers):
   assert (contrary.counts["target_passes"] <= generated).all()
   if layers == 1:
     assert int(contrary.counts["accepted"].sum()) == 0
-    rest = contrary.progress.limit_B - contrary.progress.prompt_B
+    rest = contrary.progress.options.limit_B - contrary.progress.prompt_B
     np.testing.assert_array_equal(contrary.counts["target_passes"], rest)
 
 
@@ -243,10 +229,11 @@ def test_rejection_has_the_targets_law():
   (model, params), (_, other) = tiny.make(config), tiny.make(config, seed=1)
   scaled = lambda tree, by: tree | {"project": {"kernel": by * tree["project"]["kernel"]}}  # noqa: E731
   params, draft = scaled(params, 0.5), scaled(other, 0.5)
-  rule = sample.BlockOptions(block_length=3, mask_id=3, strategy="sequential", temperature=0.8)
-  options = sample.SpeculativeOptions(target=rule, verify="simsd", acceptance="rejection")
+  rule = sample.BlockRule(block_length=3, mask_id=3, strategy="sequential")
+  options = sample.SpeculativeOptions(target=rule, verify="simsd")
   decoder = sample.speculative_decoder(model, model, options, 6)
   rows = 12_000
+  asked = sample.RowOptions.make(rows, temperature=0.8)
   prompt = jnp.broadcast_to(jnp.asarray([[0, 2, 1]], jnp.int32), (rows, 3))
   keys = jax.random.split(jax.random.key(6), rows)
   counts = []
@@ -254,7 +241,7 @@ def test_rejection_has_the_targets_law():
     state = toy.run(
       decoder,
       {"target": params, "draft": tree},
-      (prompt, jnp.full(rows, 3), jnp.full(rows, 6), keys),
+      (prompt, jnp.full(rows, 3), jnp.full(rows, 6), keys, asked),
     )
     texts = np.asarray(state.progress.tokens_BW[:, 3:]) @ np.array([9, 3, 1])
     counts.append(np.bincount(texts, minlength=27))
@@ -284,10 +271,8 @@ def _law(model, params, prompt, temperature):
 @pytest.mark.parametrize("verify", ["stacked", "simsd"])
 def test_no_key_is_used_twice(verify):
   """Draft and target share noise by making the same key, not by using one twice."""
-  rule = sample.BlockOptions(block_length=2, mask_id=script.MASK, strategy="sequential")
-  options = sample.SpeculativeOptions(
-    target=rule, verify=verify, acceptance="rejection" if verify == "simsd" else "greedy_match"
-  )
+  rule = sample.BlockRule(block_length=2, mask_id=script.MASK, strategy="sequential")
+  options = sample.SpeculativeOptions(target=rule, verify=verify)
   decoder = sample.speculative_decoder(script.Script(), script.Script(), options, 4)
   both = {"target": script.script(range(4)), "draft": script.script([0, 2, 2, 1], 3.0)}
   with jax.debug_key_reuse(True):
@@ -300,7 +285,7 @@ def test_no_key_is_used_twice(verify):
 
 def test_default_is_exact_for_small_blocks():
   for length, verify in ((4, "stacked"), (8, "stacked"), (16, "simsd")):
-    options = sample.SpeculativeOptions(target=_greedy(block_length=length))
+    options = sample.SpeculativeOptions(target=_rule(block_length=length))
     assert (options.verify, options.exact) == (verify, verify == "stacked")
 
 
@@ -311,22 +296,20 @@ def test_default_is_exact_for_small_blocks():
     ({"fill": "redraft", "verify": "simsd"}, "fill='redraft' is unknown"),
     ({"fill": "draft_argmax"}, "fill='draft_argmax' is an option of verify='simsd'"),
     ({"layout": "published", "verify": "stacked"}, "layout='published' is an option"),
-    ({"draft": _greedy(block_length=8)}, "draft.block_length=8 must be target.block_length=4"),
-    (
-      {"target": _greedy(temperature=0.7), "verify": "simsd"},
-      "emits the target's most probable tokens and target.temperature=0.7; set it to 0",
-    ),
-    ({"acceptance": "rejection", "verify": "simsd"}, "temperatures of target and draft above 0"),
+    ({"draft": _rule(block_length=8)}, "draft.block_length=8 must be target.block_length=4"),
+    ({"eos_min_prob": 0.5}, "eos_min_prob=0.5 is an option of verify='simsd'"),
+    ({"draft_temperature": 0.0, "verify": "simsd"}, "rejection, which needs drawn tokens"),
+    ({"draft_temperature": -1.0}, "draft_temperature=-1.0 must be 0 or more"),
     ({"eos_min_prob": 2.0, "verify": "simsd"}, "eos_min_prob=2.0 must be in 0 … 1"),
   ],
 )
 def test_options_that_do_not_go_together(options, message):
   with pytest.raises(InputError, match=message):
-    sample.SpeculativeOptions(**{"target": _greedy(), **options})
+    sample.SpeculativeOptions(**{"target": _rule(), **options})
 
 
 def test_vocabularies_must_be_the_same():
   model, _ = toy.network()
   other = Decoder(dataclasses.replace(model.config, vocab_size=41))
   with pytest.raises(InputError, match="the draft has vocab_size=41; it must be the target's, 40"):
-    sample.speculative_decoder(model, other, sample.SpeculativeOptions(target=_greedy()), 8)
+    sample.speculative_decoder(model, other, sample.SpeculativeOptions(target=_rule()), 8)

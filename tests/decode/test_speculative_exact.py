@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import itertools
 
+import block_toy as script
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -42,8 +43,8 @@ SLOW = set(RULES) - {"static", "dynamic_drawn", "sequential_drawn"}
 
 
 def _rule(name):
-  options = {"block_length": 4, "mask_id": toy.MASK, "stop_ids": (3, 11), **RULES[name]}
-  return sample.BlockOptions(**options)
+  """Return a rule, and what its rows ask for."""
+  return script.split({"mask_id": toy.MASK, "stop_ids": (3, 11), **RULES[name]})
 
 
 def _own(rule, arguments):
@@ -56,7 +57,7 @@ def _own(rule, arguments):
 @functools.cache
 def _speculative(name):
   model, _ = toy.network()
-  options = sample.SpeculativeOptions(target=_rule(name), verify="stacked")
+  options = sample.SpeculativeOptions(target=_rule(name)[0], verify="stacked")
   return sample.speculative_decoder(model, model, options, WINDOW)
 
 
@@ -77,9 +78,9 @@ def _same_text(state, own):
 )
 def test_text_is_the_targets_own(name):
   """9.4-b, c, d, e: 135 texts per rule, token for token; passes; the target as its own draft."""
-  rule = _rule(name)
+  rule, asked = _rule(name)
   shortest = 0 if rule.strategy in ("sequential", "first_hitting") else 1
-  arguments = toy.requests(ROWS, WINDOW, seed=len(name), shortest=shortest)
+  arguments = toy.requests(ROWS, WINDOW, seed=len(name), shortest=shortest, **asked)
   _, params = toy.network()
   own = _own(rule, arguments)
   decoder = _speculative(name)
@@ -103,14 +104,14 @@ def test_text_is_the_targets_own(name):
 
 def test_another_rule_for_the_draft():
   """9.4-b: fewer steps, another order and temperature in the draft: never another text."""
-  rule, arguments = _rule("static"), toy.requests(ROWS, WINDOW, seed=1)
+  rule, asked = _rule("static")
+  arguments = toy.requests(ROWS, WINDOW, seed=1, **asked)
   model, params = toy.network()
   small, weak = toy.network(1)
   options = sample.SpeculativeOptions(
     target=rule,
-    draft=dataclasses.replace(
-      rule, strategy="sequential", steps=2, temperature=0.5, budget="block"
-    ),
+    draft=dataclasses.replace(rule, strategy="sequential", steps=2, budget="block"),
+    draft_temperature=0.5,
   )
   assert options.exact
   decoder = sample.speculative_decoder(model, small, options, WINDOW)
@@ -120,7 +121,7 @@ def test_another_rule_for_the_draft():
 
 def test_rows_are_independent():
   """9.5-e: the same rows in another order, so at other stages side by side, give the same texts."""
-  arguments = toy.requests(ROWS, WINDOW, seed=2)
+  arguments = toy.requests(ROWS, WINDOW, seed=2, **_rule("static")[1])
   _, params = toy.network()
   decoder = _speculative("static")
   both = {"target": params, "draft": toy.drafts()[1]}
@@ -134,7 +135,7 @@ def test_rows_are_independent():
 
 def test_prefix_only_grows():
   """9.4-b: rounds may leave holes, but what is emitted is decided, and stays."""
-  arguments = toy.requests(ROWS, WINDOW, seed=3)
+  arguments = toy.requests(ROWS, WINDOW, seed=3, **_rule("static")[1])
   _, params = toy.network()
   both = {"target": params, "draft": toy.drafts()[2]}
   states = list(toy.rounds(_speculative("static"), both, arguments))

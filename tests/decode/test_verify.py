@@ -11,6 +11,7 @@ import pytest
 import tiny_decoder as tiny
 
 from dlm_jax.decode import verify
+from dlm_jax.decode.passes import Bound
 from dlm_jax.models import Cache, commit, masks
 
 SIZE, MASK_ID = 4, tiny.V - 1
@@ -22,7 +23,7 @@ EXACT = 2e-4  # of logits that vary by several units, float32
 )
 def _simsd(model, params, cache, tokens, time, **options):
   options.setdefault("layout", "unified")
-  found = verify.verify_simsd(model, params, cache, tokens, time, mask_id=MASK_ID, **options)
+  found = verify.verify_simsd(Bound(model, params), cache, tokens, time, mask_id=MASK_ID, **options)
   return found.logits_BNKV
 
 
@@ -35,7 +36,7 @@ _recorded_pass = jax.jit(
 @functools.partial(jax.jit, static_argnums=0)
 def _stacked(model, params, cache, tokens, time):
   states, used = verify.states(tokens, time, SIZE, MASK_ID)
-  found = verify.verify_stacked(model, params, cache, states, used, tokens)
+  found = verify.verify_stacked(Bound(model, params), cache, states, used, tokens)
   return used, found.logits_BNKV, found.finished
 
 
@@ -353,7 +354,7 @@ def test_stacked_logits_do_not_see_other_states():
   cache = _context(model, params, 4)
   tokens, time = _draft(4, 2, 0)
   states, used = verify.states(tokens, time, 3, MASK_ID)
-  run = jax.jit(lambda x, done: verify.verify_stacked(model, params, cache, x, used, done))
+  run = jax.jit(lambda x, done: verify.verify_stacked(Bound(model, params), cache, x, used, done))
   before = run(states, tokens).logits_BNKV[:, 0]
   after = run(states.at[:, 1:].set(0), tokens * 0).logits_BNKV[:, 0]
   np.testing.assert_allclose(before, after, rtol=0, atol=1e-6)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny_decoder as tiny
 
-from dlm_jax.models import KV, Cache, commit, masks, rollback
+from dlm_jax.models import KV, Cache, commit, masks, refill
 
 BLOCK = 4
 
@@ -76,7 +76,7 @@ def test_folded_is_separate():
   close = functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-5)
   jax.tree.map(close, folded, separate)
   # and the second half alone can be kept later
-  after = commit(folded, kv, jnp.full(2, BLOCK), jnp.full(2, BLOCK))
+  after = commit(folded, jax.tree.map(lambda x: x[:, :, BLOCK:], kv))
   jax.tree.map(close, after, commit(separate, noisy))
 
 
@@ -129,18 +129,18 @@ def _blank(capacity, lengths):
 
 
 def test_commit_writes_what_is_kept_and_nothing_else():
-  offset, count = jnp.array([0, 1, 2]), jnp.array([2, 3, 9])  # 9: more than is there
-  after = jax.jit(commit)(_blank(6, [0, 1, 3]), _numbered(4), count, offset)
+  count = jnp.array([2, 3, 9])  # 9: more than is there
+  after = jax.jit(commit)(_blank(7, [0, 1, 3]), _numbered(4), count)
   np.testing.assert_array_equal(
     after.k_NBSGC[1, :, :, 0, 1],
-    [[100, 101, 0, 0, 0, 0], [0, 201, 202, 203, 0, 0], [0, 0, 0, 302, 303, 0]],
+    [[100, 101, 0, 0, 0, 0, 0], [0, 200, 201, 202, 0, 0, 0], [0, 0, 0, 300, 301, 302, 303]],
   )
   np.testing.assert_array_equal(after.k_NBSGC, -after.v_NBSGC)
-  np.testing.assert_array_equal(after.length_B, [2, 4, 5])
+  np.testing.assert_array_equal(after.length_B, [2, 4, 7])
 
 
 def test_a_full_row_loses_tokens_but_never_committed_ones():
-  """What does not fit is dropped, the length tells, and a rollback repairs the row."""
+  """What does not fit is dropped, and the length tells."""
   before = _blank(4, [0, 2, 4])
   before = before.replace(k_NBSGC=before.k_NBSGC + 7, v_NBSGC=before.v_NBSGC + 7)
   after = commit(before, _numbered(3))
@@ -148,19 +148,29 @@ def test_a_full_row_loses_tokens_but_never_committed_ones():
     after.k_NBSGC[0, :, :, 0, 0], [[100, 101, 102, 7], [7, 7, 200, 201], [7, 7, 7, 7]]
   )
   np.testing.assert_array_equal(after.length_B, [3, 5, 7])
-  np.testing.assert_array_equal(after.overflow_B, [False, True, True])
-  np.testing.assert_array_equal(after.room_B, [1, -1, -3])
-  np.testing.assert_array_equal(rollback(after, before.length_B).overflow_B, False)
   again = commit(after, _numbered(3))  # of a row that overflowed already
   np.testing.assert_array_equal(again.k_NBSGC[0, 2], after.k_NBSGC[0, 2])
 
 
-def test_rollback():
-  """A rejected draft leaves no trace: the next step sees what it would have seen without it."""
+def test_refilled_rows_start_anew_and_others_stay():
+  """Rows take the call's rows in the order asked for; one beyond the last is dropped."""
+  before = _blank(4, [1, 2, 3])
+  kv = jax.tree.map(lambda x: x + 1, _numbered(2))
+  after = jax.jit(refill)(before, jnp.array([2, 0, 3]), kv, jnp.array([2, 1, 2]))
+  np.testing.assert_array_equal(
+    after.k_NBSGC[1, :, :, 0, 0], [[201, 202, 0, 0], [0] * 4, [101, 102, 0, 0]]
+  )
+  np.testing.assert_array_equal(after.length_B, [1, 2, 2])
+  nothing = jax.tree.map(lambda x: x[:, :, :0], kv)
+  emptied = refill(before, jnp.array([2, 0, 3]), nothing, jnp.zeros(3, jnp.int32))
+  np.testing.assert_array_equal(emptied.length_B, [0, 2, 0])
+
+
+def test_a_rejected_draft_leaves_no_trace():
+  """Tokens that were written but do not count change no later step."""
   cache = _prefilled(tiny.tokens(2, 8), 20)
   _, kv = _step(tiny.tokens(2, BLOCK, seed=5), None, cache)
-  back = rollback(commit(cache, kv), cache.length_B)
-  np.testing.assert_array_equal(rollback(back, jnp.array([99, -1])).length_B, [8, 0])
+  back = commit(cache, kv).replace(length_B=cache.length_B)
   block = tiny.tokens(2, BLOCK, seed=6)
   wanted, got = (_step(block, None, c) for c in (cache, back))
   jax.tree.map(np.testing.assert_array_equal, wanted, got)

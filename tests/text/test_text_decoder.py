@@ -15,8 +15,6 @@ from dlm_jax.errors import InputError
 from dlm_jax.text import decoder, load, requests
 from dlm_jax.text.decoder import TextDecoder
 
-pytestmark = pytest.mark.slow  # minutes of compilation; `pytest -m slow`
-
 PROMPTS = ["Janet has", "a", ""]
 NEW = 9
 
@@ -39,19 +37,19 @@ def alone(pipe):
   return pipe.generate(PROMPTS, max_new_tokens=NEW, stop=(), verify="none")
 
 
+@pytest.mark.slow
 def test_it_is_the_decoder_of_the_library(pipe, alone):
   """Ids and passes are those of `sample.decode` on the prompts' ids; nothing is added to them."""
-  options = sample.BlockOptions(block_length=4, mask_id=tiny_sdar.MASK, temperature=0.0)
+  rule = sample.BlockRule(block_length=4, mask_id=tiny_sdar.MASK)
   model, params, _ = convert.load(pipe.source, dtype="float32")
   prompts = [
     list(map(pipe.tokenizer._backend.token_to_id, words.replace(" ", "Ġ"))) for words in PROMPTS
   ]
   padded, lengths = sample.pad_prompts(prompts)
-  decoder = sample.block_decoder(model, options, 24)
+  decoder = sample.block_decoder(model, rule, 24)
+  options = sample.RowOptions.make(3, temperature=0.0, limit=lengths + NEW)
   run = jax.jit(
-    lambda p: sample.decode(
-      decoder, p, padded, jax.random.key(0), lengths=lengths, max_length=lengths + NEW
-    )
+    lambda p: sample.decode(decoder, p, padded, jax.random.key(0), lengths=lengths, options=options)
   )
   tokens, info = run(params)
   for row, prompt, ids in zip(np.asarray(tokens), prompts, alone.tokens, strict=True):
@@ -92,28 +90,32 @@ def test_a_draft_changes_nothing_when_stacked(pipe, alone):
   assert stacked.draft_passes > 0 and stacked.target_passes <= alone.target_passes
 
 
+@pytest.mark.slow
 def test_simsd_says_that_it_is_not_exact(pipe):
   simsd = pipe.generate(PROMPTS, max_new_tokens=NEW, stop=(), verify="simsd", layout="published")
   assert "layout=published: not exact" in simsd.mode
   assert [len(row) for row in simsd.tokens] == [NEW] * 3 and simsd.draft_passes > 0
   drawn = pipe.plan("a", verify="simsd", temperature=0.7)
-  assert drawn.speculative.acceptance == "rejection"
+  assert drawn.options.draws_B.tolist() == [True]
 
 
+@pytest.mark.slow
 def test_a_prompt_does_not_depend_on_its_batch(pipe, alone):
   """Nor on the padding of its program."""
   one = pipe.generate(PROMPTS[0], max_new_tokens=NEW, stop=(), verify="none")
   assert one.tokens == alone.tokens[:1] and one.texts == alone.texts[:1]
 
 
+@pytest.mark.slow
 def test_stop_tokens_end_a_text_and_are_not_shown(pipe, alone):
   ids = alone.tokens[0]
   at = next(i for i in range(1, NEW) if ids[i] not in ids[:i] and ids[i] < tiny_sdar.MASK)
   one = pipe.generate(PROMPTS[0], max_new_tokens=NEW, stop=[ids[at]], verify="none")
   assert one.tokens == [ids[: at + 1]]
   assert one.texts == [pipe.tokenizer.decode([i for i in ids[:at] if i < tiny_sdar.MASK])]
-  assert pipe.plan("a").rule.stop_ids == (258, 256)
-  assert pipe.plan("a", stop=["<|im_end|>", "x", 7]).rule.stop_ids[::2] == (258, 7)
+  assert pipe.plan("a").stop_ids == ((258, 256),)
+  assert pipe.plan("a", stop=["<|im_end|>", "x", 7]).stop_ids[0][::2] == (258, 7)
+  assert pipe.plan("a").options.stop_BS.tolist() == [[258, 256, -1, -1]]
 
 
 def test_chat_frames_the_prompt(pipe):
@@ -129,10 +131,43 @@ def test_prompts_share_programs(pipe):
   assert [plan.window for plan in plans] == [42, 42, 42, 74]
   assert [plan.prompt_BP.shape[1] for plan in plans] == [32, 32, 32, 64]
   assert plans[1].limits_B.tolist() == [30]
-  rule = plans[0].rule
-  assert (rule.block_length, rule.mask_id, rule.temperature) == (4, tiny_sdar.MASK, 0.0)
+  rule, options = plans[0].rule, plans[0].options
+  assert (rule.block_length, rule.mask_id) == (4, tiny_sdar.MASK)
+  assert options.temperature_B.tolist() == [0.0] and options.threshold_B.tolist() == [
+    pytest.approx(0.9)
+  ]
 
 
+def test_a_prompt_and_its_text_just_fit(pipe):
+  plan = pipe.plan("a" * 246, max_new_tokens=10)
+  assert plan.limits_B.tolist() == [256] and plan.window == 256
+
+
+def test_each_prompt_asks_for_its_own(pipe, alone, monkeypatch):
+  """Temperatures, limits, stops, seeds per prompt: the texts of separate requests, one program."""
+  traces, original = [], sample.decode
+  monkeypatch.setattr(sample, "decode", lambda *a, **k: traces.append(1) or original(*a, **k))
+  decoder._program.cache_clear()
+  each = {
+    "temperature": [0.0, 1.0, 1.3],
+    "top_k": [0, 5, 0],
+    "max_new_tokens": [NEW, 3, 6],
+    "stop": [(), [alone.tokens[0][0]], None],
+    "min_new_tokens": [0, 2, 1],
+  }
+  together = pipe.generate(PROMPTS, seed=[5, 6, 7], verify="none", **each)
+  assert together.tokens[0] == alone.tokens[0] and len(together.tokens[1]) <= 3
+  again = pipe.generate(PROMPTS, seed=[5, 8, 7], verify="none", **each | {"top_p": 0.9})
+  assert len(traces) == 1, "other values compile nothing"
+  assert again.tokens[0] == together.tokens[0]
+  mine = {name: values[1] for name, values in each.items()}
+  one = pipe.generate(PROMPTS[1], seed=6, verify="none", **mine)
+  assert one.tokens == together.tokens[1:2]
+  with pytest.raises(InputError, match="seed has 2 numbers; give one, or one for each of 3"):
+    pipe.generate(PROMPTS, seed=[1, 2], verify="none")
+
+
+@pytest.mark.slow
 def test_fused_storage_decodes_the_same(folder, alone):
   fused = load.open_decoder(folder / "target", storage="fused")
   assert fused.generate(PROMPTS, max_new_tokens=NEW, stop=()).tokens == alone.tokens
@@ -153,7 +188,13 @@ _REQUESTS = [
   ({"prompts": [[999]]}, "has the id 999"),
   ({"prompts": _LONG}, "has 250 tokens, .* cache of 256 positions.* use at most 6 new tokens"),
   ({"prompts": _LONG * 2}, "shorten the prompt"),
+  ({"prompts": "a" * 247, "max_new_tokens": 10}, "has 247 tokens, .* at most 9 new tokens"),
   ({"max_new_tokens": 0}, "max_new_tokens=0"),
+  ({"max_new_tokens": [1, 2]}, "max_new_tokens has 2 numbers; give one, or one for each of 1"),
+  ({"min_new_tokens": 200}, "min_new_tokens=200 must be at most max_new_tokens=128"),
+  ({"temperature": [0.0, 1.0]}, "temperature has shape .2,.; give one number, or one for each"),
+  ({"temperature": -1.0}, "temperature=-1.0 must be 0 or more"),
+  ({"stop": [["a"], [5]]}, "stop has 2 lists; give one, or one for each of 1 prompts"),
   ({"tresh": 0.5}, "did you mean 'threshold'"),
   ({"strategy": "best"}, "strategy='best' is unknown"),
   ({"steps": 9}, "steps=9 must be in 1"),
@@ -191,8 +232,8 @@ def test_networks_trained_here(tmp_path):
   pipe = load.open_decoder(ours, "bytes")
   plan = pipe.plan(["a", ""])
   assert np.asarray(plan.prompt_BP)[0, :2].tolist() == [256, 97]
-  assert plan.lengths_B.tolist() == [2, 1] and plan.rule.stop_ids == (256,)
-  assert pipe.plan("a", stop=["<|endoftext|>", "z"]).rule.stop_ids == (256, 122)
+  assert plan.lengths_B.tolist() == [2, 1] and plan.stop_ids == ((256,), (256,))
+  assert pipe.plan("a", stop=["<|endoftext|>", "z"]).stop_ids == ((256, 122),)
   with pytest.raises(InputError, match="has no tokenizer of a chat model"):
     pipe.plan("a", chat=True)
 
