@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from tiny_runs import quick  # noqa: F401
 
-from dlm_jax.convert import hf_dit
+from dlm_jax.convert.families import discriminator as public
 from dlm_jax.models import Critic, Discriminator, DiT, DiTConfig, discriminator
 
 CONFIG = DiTConfig(
@@ -33,8 +33,7 @@ def recorded_critic(vectors, config, trained_layers=1):
     for name, value in vectors.items()
     if name.startswith("discriminator/")
   }
-  params, spectral = discriminator.split(model, hf_dit.from_tensors(model, tensors))
-  return Critic(model=model, params=params, spectral=spectral)
+  return public.from_tensors(model, tensors)
 
 
 @pytest.fixture(scope="module")
