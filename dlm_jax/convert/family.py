@@ -28,8 +28,9 @@ class Family:
   """One architecture of checkpoints: its config.json and its tensors, both ways.
 
   Attributes:
-    model_types: what config.json may call it; (): it has no config.json and lies beside others.
-    network: class of the network.
+    model_types: what config.json may call it.
+    network: class whose networks are written so. A class has one such file; another one that reads
+      it under names of its own says None.
     read: (path of the directory or of the weights, config.json, overrides) -> (network, process).
     describe: (network, process) -> config.json, the process included.
     entries: network -> where every public tensor lies among our parameters.
@@ -47,7 +48,7 @@ class Family:
   """
 
   model_types: tuple[str, ...]
-  network: type
+  network: type | None
   read: Callable[[pathlib.Path, dict[str, Any], dict[str, Any]], tuple[Any, Process | None]]
   describe: Callable[[Any, Process | None], dict[str, Any]]
   entries: Callable[[Any], Iterator[Entry]]

@@ -128,12 +128,10 @@ def open_decoder(
     source = places.find_network(place)
     network = convert.open_network(source, params_dtype=_kept(source, dtype), dtype=dtype)
     _check(network, "" if place is path else "the draft ")
-    words = load_tokenizer(source, tokenizer)
-    _check_tokenizer(network, words)
     opened = TextDecoder(
       model=network.model,
       process=network.process,
-      tokenizer=words,
+      tokenizer=_load_tokenizer(network, tokenizer),
       source=source,
       weights=_regrouped(network, storage),
       block_length=network.block_length,
@@ -171,12 +169,14 @@ def _check(network, role):
     )
 
 
-def _check_tokenizer(network, tokenizer):
-  """Refuse a tokenizer that a network was not trained with."""
+def _load_tokenizer(network, path):
+  """Return the tokenizer of a path or beside a network; refuse one that is not the network's."""
   source, rows = network.source, network.model.config.vocab_size
+  tokenizer = load_tokenizer(source, path)
   if tokenizer.vocab_size > rows:
     raise InputError(
       f"{source}: the tokenizer has {tokenizer.vocab_size} tokens and the network {rows} rows."
     )
   if network.facts.get("tokenizer_fingerprint") not in (None, tokenizer.fingerprint):
     raise InputError(f"{source} was trained with another tokenizer; leave tokenizer out.")
+  return tokenizer

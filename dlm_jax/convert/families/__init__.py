@@ -62,8 +62,8 @@ def of(model: Any) -> Family:
   Raises:
     InputError: no file of the folder knows its class.
   """
-  for family in found().values():
-    if type(model) is family.network:
-      return family
-  known = ", ".join(family.network.__name__ for family in found().values())
+  classes = {family.network: family for family in found().values() if family.network is not None}
+  if type(model) in classes:
+    return classes[type(model)]
+  known = ", ".join(kind.__name__ for kind in classes)
   raise InputError(f"a {type(model).__name__} has no checkpoints; known: {known}.")
