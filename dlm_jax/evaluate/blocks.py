@@ -10,13 +10,13 @@ import numpy as np
 from dlm_jax.arrays import Params, RngKey
 from dlm_jax.errors import InputError, check_counts
 from dlm_jax.evaluate import likelihood
-from dlm_jax.models import Decoder
+from dlm_jax.models.protocols import Cached
 from dlm_jax.objectives import block_diffusion
 from dlm_jax.process import Absorbing, BlockNoise
 
 
 def block_elbo(
-  model: Decoder,
+  model: Cached,
   params: Params,
   process: Absorbing,
   tokens_NL: likelihood.Tokens | likelihood.Groups,

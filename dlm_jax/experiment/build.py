@@ -75,7 +75,7 @@ def vocabulary(config: ConfigDict) -> int:
   return tokenizers.load(places.shipped(config.data.tokenizer)).vocab_size
 
 
-def make_model(config: ConfigDict, vocab_size: int) -> models.DiT | models.Causal | models.Decoder:
+def make_model(config: ConfigDict, vocab_size: int) -> Any:
   """Build the network; `vocab_size` is what the data needs, the mask not included.
 
   A decoder has a row for the mask from the start, also where it is trained without: what is trained

@@ -13,10 +13,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from dlm_jax import convert, models, process, sample
+from dlm_jax import convert, process, sample
 from dlm_jax.arrays import Params
 from dlm_jax.data import tokenizers
 from dlm_jax.errors import InputError
+from dlm_jax.models.protocols import Cached
 from dlm_jax.text import requests
 from dlm_jax.text.requests import Plan
 
@@ -73,7 +74,7 @@ class TextDecoder:
     draft: a smaller one of the same tokenizer that drafts for this one.
   """
 
-  model: models.Decoder
+  model: Cached
   process: process.Absorbing
   tokenizer: tokenizers.Tokenizer
   source: pathlib.Path
@@ -117,7 +118,7 @@ class TextDecoder:
     return self.generate(prompt, steps=steps, num=num, seed=seed, **request).texts
 
   @property
-  def loaded(self) -> tuple[models.Decoder, Params]:
+  def loaded(self) -> tuple[Cached, Params]:
     """The network and its parameters in the storage asked for.
 
     Raises:
