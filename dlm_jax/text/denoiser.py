@@ -187,6 +187,8 @@ _ELSEWHERE = (
 
 def _check_options(options):
   """Refuse what only decoders of blocks have; a sampler knows its own options."""
+  if options.get("return_trace"):
+    raise InputError("return_trace gives states besides texts; ask `tokens` for them.")
   for name in options:
     if name in _ELSEWHERE:
       raise InputError(
