@@ -20,6 +20,13 @@ def check_choice(name: str, given: str, allowed: Sequence[str]) -> None:
     )
 
 
+def check_counts(**counts: int) -> None:
+  """Raise an InputError that names the first count below 1."""
+  for name, count in counts.items():
+    if count < 1:
+      raise InputError(f"{name}={count} must be at least 1.")
+
+
 def hint(name: str, known: Iterable[str]) -> str:
   """Return " (did you mean 'idlm'?)" for the known name nearest to a wrong one, or "" without one.
 

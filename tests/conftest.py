@@ -71,7 +71,7 @@ def golden():
 @pytest.fixture
 def golden_dit(golden):
   """Return a loader: name -> (arrays, config, float32 DiT, its recorded parameters)."""
-  from dlm_jax.convert import hf_dit
+  from dlm_jax import convert
   from dlm_jax.models import DiT, DiTConfig
 
   def load(name):
@@ -88,6 +88,6 @@ def golden_dit(golden):
       )
     )
     tensors = {k.removeprefix("params/"): v for k, v in vectors.items() if k.startswith("params/")}
-    return vectors, config, model, hf_dit.from_tensors(model, tensors)
+    return vectors, config, model, convert.from_tensors(model, tensors)
 
   return load

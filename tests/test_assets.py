@@ -49,7 +49,9 @@ def test_names_resolve():
   assert assets.denoisers() == ["novels-student", "novels-teacher", "teacher"]
   for name in NETWORKS:
     assert assets.path(name) == HERE / name
-    assert convert.is_denoiser(HERE / name) == (name in assets.denoisers()), name
+    assert (convert.open_network(HERE / name).writes == "grid") == (name in assets.denoisers()), (
+      name
+    )
     _, params, _ = convert.load(assets.path(name))
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
   with pytest.raises(InputError, match=r"shipped:poems is unknown; found: judge, novels-judge,"):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dlm_jax.convert import hf_qwen3
+from dlm_jax import convert
 from dlm_jax.models import Decoder, DecoderConfig
 
 V = 40
@@ -84,4 +84,4 @@ def recorded(vectors, config, tree="params", **fields):
   )
   start = f"{tree}/"
   tensors = {k.removeprefix(start): v for k, v in vectors.items() if k.startswith(start)}
-  return model, hf_qwen3.from_tensors(model, tensors)
+  return model, convert.from_tensors(model, tensors)

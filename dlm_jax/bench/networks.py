@@ -14,6 +14,7 @@ from dlm_jax.errors import InputError
 from dlm_jax.evaluate import likelihood
 from dlm_jax.evaluate.judge import load_judge
 from dlm_jax.experiment import build
+from dlm_jax.models.protocols import Cached
 from dlm_jax.text import load, requests
 
 
@@ -156,13 +157,13 @@ def _random(model, dtype, storage):
   return Network(model, random_params(model, fields.dtype))
 
 
-def make_decoder(config: Any) -> models.Decoder:
+def make_decoder(config: Any) -> Cached:
   """Build the decoder of a config.
 
   Raises:
     InputError: the config is of another network.
   """
   model = build.make_model(config, build.vocabulary(config))
-  if not isinstance(model, models.Decoder):
+  if not isinstance(model, Cached):
     raise InputError(f"model.name={config.model.name!r} is not 'decoder'; choose such a config.")
   return model

@@ -15,6 +15,7 @@ from dlm_jax import models
 from dlm_jax.bench import measure, speedup, weights
 from dlm_jax.errors import InputError, hint
 from dlm_jax.evaluate import tables
+from dlm_jax.models.protocols import Cached
 
 # How the layers run: (storage of parameters, layers per turn of the scan, 0 for all).
 VARIANTS = {
@@ -80,7 +81,7 @@ def read_rate(dtype: str, repeats: int) -> float:
 
 
 def bench_passes(
-  networks: dict[str, models.Decoder],
+  networks: dict[str, Cached],
   *,
   queries: Sequence[int],
   cache_length: int,

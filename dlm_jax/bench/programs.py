@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from dlm_jax import mesh, models, sample
 from dlm_jax.bench import limits, measure
 from dlm_jax.bench.limits import Limits
+from dlm_jax.convert import families
 from dlm_jax.data import loader
 from dlm_jax.errors import InputError
 from dlm_jax.experiment import build
@@ -153,7 +154,7 @@ def bench_train(
     row = functools.partial(
       Row, batch=batch, timing=timing, rate=tokens / timing.seconds, unit="token/s"
     )
-    if name not in PASSES or not isinstance(built.model, models.DiT):
+    if name not in PASSES or "grid" not in families.of(built.model).writes:
       rows.append(row(name=f"{name} step"))
       continue
     forwards, backwards = PASSES[name]
@@ -228,8 +229,8 @@ def _tokens(cfg, batch, *leading):
 
 
 def _trunk(denoiser, batch, repeats, devices=None):
-  if not isinstance(denoiser.model, models.DiT):
-    raise InputError("model.name='causal' has no denoiser's trunk; choose another config.")
+  if "grid" not in families.of(denoiser.model).writes:
+    raise InputError("there is no denoiser's trunk in this config's model; choose another config.")
   tokens_BL, sigma_B = _tokens(denoiser.model.config, batch), jnp.ones(batch)
   if devices is not None:
     rows = mesh.batch_sharding(devices)

@@ -20,7 +20,7 @@ def random_params(model: Any, dtype: DTypeLike, seed: int = 0) -> Params:
   of the largest array: a float32 copy of 8 B parameters would take 33 GB.
 
   Args:
-    model: a `models.Decoder`, in any storage.
+    model: a decoder, in any storage.
     dtype: of all of them.
     seed: of the values, uniform on ±1/√fan-in; norms are 1.
   """

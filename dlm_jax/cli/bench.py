@@ -10,9 +10,8 @@ import jax
 
 from dlm_jax.bench import decode, limits, networks, passes, programs
 from dlm_jax.cli import flags
-from dlm_jax.errors import InputError
+from dlm_jax.errors import InputError, check_counts
 from dlm_jax.evaluate import tables
-from dlm_jax.evaluate.likelihood import check_counts
 from dlm_jax.experiment import build
 from dlm_jax.experiment.config import load_config
 

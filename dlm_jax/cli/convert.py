@@ -32,22 +32,27 @@ dlm-jax convert --checkpoint=data/idlm/last.ckpt --tokenizer=data/gpt2 --out=mod
   if out.exists() and any(out.iterdir()):
     raise InputError(f"--out={out} is not empty; choose a new directory.")
   source = places.find_network(namespace.checkpoint)
-  decoder = convert.is_decoder(source)
-  kept = {"params_dtype": namespace.dtype} if decoder else {}
-  model, params, proc = convert.load(source, weights=namespace.weights or None, **kept)
-  if not hasattr(model.config, "dim"):
-    raise InputError(f"{source} is a GPT-2 network; it is already in the Hugging Face layout.")
+  family = convert.open_network(source).family
+  kept = namespace.dtype if namespace.dtype in family.dtypes else None
+  network = convert.open_network(source, weights=namespace.weights or None, params_dtype=kept)
   tokenizer = denoiser.load_tokenizer(source, namespace.tokenizer)
-  if decoder:
-    _check_rows(source, tokenizer, model)
-  elif proc is not None:
-    denoiser.check_vocabulary(source, tokenizer, proc)
-  extra = convert.read_config(source).get("dlm_jax", {})
-  extra = {key: value for key, value in extra.items() if key != "process"}
+  if family.spare_rows:
+    _check_rows(source, tokenizer, network.model)
+  elif network.process is not None:
+    denoiser.check_vocabulary(source, tokenizer, network.process)
+  extra = {key: value for key, value in network.facts.items() if key != "process"}
   extra["tokenizer_fingerprint"] = tokenizer.fingerprint
+  params = network.params  # read before anything is written
   make_workdir(out)
-  block = {"block_length": convert.block_length(source)} if decoder else {}
-  convert.save(out, model, params, proc, dtype=namespace.dtype, extra=extra, **block)
+  convert.save(
+    out,
+    network.model,
+    params,
+    network.process,
+    dtype=namespace.dtype,
+    extra=extra,
+    block_length=network.block_length,
+  )
   tokenizer.save(out)
   size = sum(file.stat().st_size for file in out.glob("*.safetensors")) / 1e6
   print(f"{out}: {size:.1f} MB, {namespace.dtype}")

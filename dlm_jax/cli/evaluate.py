@@ -11,7 +11,7 @@ from dlm_jax import convert, models
 from dlm_jax.cli import flags
 from dlm_jax.convert import places
 from dlm_jax.data import builder, loader
-from dlm_jax.errors import InputError
+from dlm_jax.errors import InputError, check_counts
 from dlm_jax.evaluate import blocks, frontier, generative, likelihood, proteins
 from dlm_jax.evaluate.judge import check_tokenizer, load_judge
 from dlm_jax.text import denoiser
@@ -58,8 +58,8 @@ dlm-jax evaluate --checkpoint=runs/novels_idlm --judge=runs/novels_judge --steps
   if dataset is not None:
     scores |= _likelihood(flags_, dataset)
   if dataset is not None and dataset.info.packing == "documents":
-    source = places.network_directory(flags_.checkpoint)
-    if flags_.samples and convert.is_denoiser(source):
+    network = convert.open_network(places.network_directory(flags_.checkpoint))
+    if flags_.samples and network.writes == "grid":
       scores |= _proteins(flags_)
   elif flags_.judge:
     scores |= _samples(flags_)
@@ -70,8 +70,8 @@ dlm-jax evaluate --checkpoint=runs/novels_idlm --judge=runs/novels_judge --steps
 def _likelihood(flags_, dataset) -> dict[str, float]:
   directory = places.network_directory(flags_.checkpoint)
   dtype = {} if jax.default_backend() != "cpu" else {"dtype": "float32"}
-  model, params, proc = convert.load(directory, **dtype)
-  check_tokenizer(directory, dataset.tokenizer(), model.config.vocab_size, proc)
+  network = convert.open_network(directory, **dtype)
+  check_tokenizer(network, dataset.tokenizer())
   size = min(flags_.batch_size, flags_.sequences)
   if size < 1:
     raise InputError("--sequences and --batch_size must be positive.")
@@ -82,15 +82,8 @@ def _likelihood(flags_, dataset) -> dict[str, float]:
     "bytes_per_token": dataset.info.splits["validation"].bytes_per_token,
     "given_ids": dataset.info.given_ids,
   }
-  if proc is None:
-    scores = likelihood.ar_perplexity(likelihood.Judge(model, params), tokens, **shared)
-    what = "perplexity"
-  else:
-    rng, what = jax.random.key(flags_.seed), "perplexity bound"
-    if isinstance(model, models.Decoder):
-      scores = _block_likelihood(flags_, directory, model, params, proc, tokens, rng, shared)
-    else:
-      scores = likelihood.elbo(models.Denoiser(model, params), proc, tokens, rng, **shared)
+  scores = _scores(flags_, network, tokens, shared)
+  what = "perplexity" if network.writes == "next" else "perplexity bound"
   if not flags_.json:
     size = scores["tokens"] if dataset.info.given_ids else groups[0].size
     print(
@@ -101,10 +94,17 @@ def _likelihood(flags_, dataset) -> dict[str, float]:
   return scores
 
 
-def _block_likelihood(flags_, directory, model, params, proc, tokens, rng, shared):
-  length = flags_.block_length or convert.block_length(directory)
+def _scores(flags_, network, tokens, shared):
+  """Return the likelihood that belongs to how the network writes; a bound of one with a process."""
+  model, params, proc = network.model, network.params, network.process
+  if network.writes == "next":
+    return likelihood.ar_perplexity(likelihood.Judge(model, params), tokens, **shared)
+  rng = jax.random.key(flags_.seed)
+  if network.writes == "grid":
+    return likelihood.elbo(models.Denoiser(model, params), proc, tokens, rng, **shared)
+  length = flags_.block_length or network.block_length
   if length is None:
-    raise InputError(f"{directory} does not say its block length; give --block_length.")
+    raise InputError(f"{network.source} does not say its block length; give --block_length.")
   return blocks.block_elbo(
     model, params, proc, tokens, rng, block_length=length, first_given=True, **shared
   )
@@ -112,7 +112,7 @@ def _block_likelihood(flags_, directory, model, params, proc, tokens, rng, share
 
 def _proteins(flags_) -> dict[str, Any]:
   """Draw proteins as long as the first validation records; compare them with the dataset."""
-  likelihood.check_counts(samples=flags_.samples, training=flags_.training)
+  check_counts(samples=flags_.samples, training=flags_.training)
   pipe, judge, tokens_NL = _draw(flags_, flags_.data)
 
   def texts(split):
@@ -146,7 +146,7 @@ def _draw(flags_, data: str = ""):
 
 
 def _samples(flags_) -> dict[str, float | int]:
-  likelihood.check_counts(samples=flags_.samples, batch_size=flags_.batch_size)
+  check_counts(samples=flags_.samples, batch_size=flags_.batch_size)
   _, judge, tokens_BL = _draw(flags_)
   quality = judge.quality(tokens_BL, batch_size=flags_.batch_size)
   if not flags_.json:

@@ -8,11 +8,10 @@ import pathlib
 from dlm_jax import convert
 from dlm_jax.cli import flags
 from dlm_jax.convert import places
-from dlm_jax.errors import InputError
+from dlm_jax.errors import InputError, check_counts
 from dlm_jax.evaluate import frontier, matched
 from dlm_jax.evaluate.frontier import sweep_progress
 from dlm_jax.evaluate.judge import load_judge
-from dlm_jax.evaluate.likelihood import check_counts
 from dlm_jax.experiment.run import make_workdir
 from dlm_jax.text import denoiser
 

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """`dlm-jax VERB …`: choose the verb, turn user errors into one line and exit code 2."""
 
-import difflib
 import importlib
 import os
 import sys
 
-from dlm_jax.errors import InputError
+from dlm_jax.errors import InputError, hint
 
 VERBS = {
   "quickstart": "the whole job on this machine: distil, sample, measure, report",
@@ -40,9 +39,8 @@ def main(argv: list[str] | None = None) -> int:
     return 0
   verb, *rest = argv
   if verb not in VERBS:
-    close = difflib.get_close_matches(verb, VERBS, n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
-    print(f"dlm-jax: {verb!r} is no verb; use {', '.join(VERBS)}.{hint}", file=sys.stderr)
+    known = ", ".join(VERBS)
+    print(f"dlm-jax: {verb!r} is no verb; use {known}{hint(verb, VERBS)}.", file=sys.stderr)
     return 2
   try:
     return importlib.import_module(f"dlm_jax.cli.{verb}").main(rest) or 0

@@ -14,17 +14,9 @@ from dlm_jax.convert import places
 from dlm_jax.errors import InputError, hint
 from dlm_jax.text import denoiser, load, requests, viz
 
-# Flags of one kind of network alone; what is not given is left to it.
-_DENOISER = (
-  "num",
-  "length",
-  "sampler",
-  "option",
-  "noise_removal",
-  "precision",
-  "show_steps",
-)
-_DECODER = (
+# Flags of one way of writing alone; what is not given is left to the network.
+_GRID = ("num", "length", "sampler", "option", "noise_removal", "precision", "show_steps")
+_BLOCKS = (
   "chat",
   "max_new_tokens",
   "stop",
@@ -47,8 +39,8 @@ def main(argv: list[str]) -> None:
   path = _source(given.pop("checkpoint", ""), given.pop("model", ""))
   tokenizer = given.pop("tokenizer", None)
   given["prompt"] = [_text(prompt) for prompt in given.get("prompt", [])]
-  decodes = convert.is_decoder(places.find_network(path))
-  for name in _DENOISER if decodes else _DECODER:
+  decodes = load.decodes(convert.open_network(places.find_network(path)))
+  for name in _GRID if decodes else _BLOCKS:
     if name in given:
       other = "decodes blocks" if decodes else "is no decoder of blocks"
       raise InputError(f"--{name} does not apply: {path} {other}.")

@@ -6,10 +6,10 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.flax import load_file, save_file
+from safetensors.flax import save_file
 
 from dlm_jax.convert import torch_file
+from dlm_jax.convert.tensors import Tensors
 from dlm_jax.errors import InputError
 
 _TORCH = (".bin", ".ckpt", ".pt", ".pth")
@@ -45,30 +45,12 @@ def find(path: pathlib.Path | str) -> list[pathlib.Path]:
   return checkpoints
 
 
-def holds(path: pathlib.Path | str, prefix: str) -> bool:
-  """Return whether a name may begin so; of safetensors only the headers are read.
-
-  Raises:
-    InputError: a file is missing or damaged.
-  """
-  found = find(path)
-  if found[0].suffix != ".safetensors":
-    return True
-  try:
-    return any(
-      name.startswith(prefix)
-      for file in found
-      for name in safe_open(str(file), "numpy").keys()  # noqa: SIM118 (no mapping)
-    )
-  except (OSError, SafetensorError) as error:
-    raise InputError(f"{found[0]} cannot be read: {error}") from None
-
-
-def read(path: pathlib.Path | str) -> tuple[dict[str, Any], list[Any] | None]:
+def read(path: pathlib.Path | str) -> tuple[Mapping[str, Any], list[Any] | None]:
   """Return the tensors by name and, if a Lightning checkpoint keeps one, their moving average.
 
-  Everything else in such a checkpoint (optimiser, callbacks, loops, hyper-parameters, averages of
-  other networks) is the state of its training and is not read.
+  They are read when `numpy.asarray` asks for them: safetensors are mapped from disk. Everything
+  else in a checkpoint (optimiser, callbacks, loops, hyper-parameters, averages of other networks)
+  is the state of its training and is not read.
 
   Raises:
     InputError: a file is missing, damaged, unsafe or of another kind, or two shards hold one name.
@@ -78,16 +60,7 @@ def read(path: pathlib.Path | str) -> tuple[dict[str, Any], list[Any] | None]:
     return _read_torch(files[0])
   if files[0].suffix != ".safetensors":
     raise InputError(f"{files[0]}: weights are *.safetensors or {', '.join(_TORCH)}.")
-  tensors: dict[str, Any] = {}
-  for file in files:
-    try:
-      found = load_file(str(file))
-    except (OSError, SafetensorError) as error:
-      raise InputError(f"{file} cannot be read: {error}") from None
-    if twice := sorted(tensors.keys() & found.keys()):
-      raise InputError(f"{file}: tensor {twice[0]} is in another shard as well.")
-    tensors |= found
-  return tensors, None
+  return Tensors(files), None
 
 
 def write(file: pathlib.Path, tensors: Mapping[str, Any]) -> None:

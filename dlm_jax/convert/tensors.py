@@ -1,34 +1,44 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensors of a model directory by name, mapped from disk: read when and where they are needed."""
+"""Tensors of safetensors files by name, mapped from disk: read when and where they are needed."""
 
 import json
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
-import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 
-from dlm_jax.convert import files
 from dlm_jax.errors import InputError
 
-_DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": jax.numpy.bfloat16}
+_DTYPES = {
+  "F64": np.float64,
+  "F32": np.float32,
+  "F16": np.float16,
+  "BF16": jnp.bfloat16,
+  "I64": np.int64,
+  "I32": np.int32,
+  "I16": np.int16,
+  "I8": np.int8,
+  "U8": np.uint8,
+  "BOOL": np.bool_,
+}
 
 
-class Tensors:
-  """The tensors of model.safetensors or of its shards; only the headers are read at first.
+class Tensors(Mapping[str, np.ndarray]):
+  """The tensors of one file or of several shards; only the headers are read at first.
 
-  A tensor is a slice of the mapped file, so a device receives its part of it and nothing else is
+  A tensor is an array over the mapped file, so a device receives its part of it and nothing else is
   held in memory.
 
   Raises:
-    InputError: a shard is missing or damaged, two hold one name, or a tensor is no float.
+    InputError: a file is missing or damaged, or two hold one name.
   """
 
-  def __init__(self, directory: pathlib.Path | str):
-    self._found: dict[str, tuple[pathlib.Path, np.memmap, DTypeLike, tuple[int, ...]]] = {}
-    for file in files.shards(pathlib.Path(directory)):
+  def __init__(self, files: Sequence[pathlib.Path]):
+    self._found: dict[str, tuple[pathlib.Path, np.ndarray, Any, tuple[int, ...]]] = {}
+    for file in files:
       for name, entry in _entries(file):
         if name in self._found:
           raise InputError(f"{file}: tensor {name} is in another shard as well.")
@@ -37,29 +47,16 @@ class Tensors:
   def __iter__(self) -> Iterator[str]:
     return iter(self._found)
 
-  def __contains__(self, name: str) -> bool:
-    return name in self._found
+  def __len__(self) -> int:
+    return len(self._found)
 
-  def shape(self, name: str) -> tuple[int, ...]:
-    """Return the shape of a tensor."""
-    return self._found[name][3]
+  def __getitem__(self, name: str) -> np.ndarray:
+    _, data, dtype, shape = self._found[name]
+    return data.view(np.dtype(dtype)).reshape(shape)
 
   def source(self, name: str) -> pathlib.Path:
     """Return the file that holds a tensor."""
     return self._found[name][0]
-
-  def read(self, name: str) -> np.ndarray:
-    """Return a tensor as an array over the mapped file."""
-    _, data, dtype, shape = self._found[name]
-    return data.view(np.dtype(dtype)).reshape(shape)
-
-  def place(self, name: str, sharding: jax.sharding.Sharding | None) -> jax.Array:
-    """Return a tensor on devices; each process reads only what its devices hold."""
-    value = self.read(name)
-    if sharding is None:
-      sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    read: Callable = lambda index: np.array(value[index])  # noqa: E731
-    return jax.make_array_from_callback(value.shape, sharding, read)
 
 
 def _entries(file: pathlib.Path):
@@ -70,15 +67,17 @@ def _entries(file: pathlib.Path):
     with file.open("rb") as stream:
       size = int.from_bytes(stream.read(8), "little")
       header = json.loads(stream.read(size))
-    mapped = np.memmap(file, np.uint8, "r", offset=8 + size)
+    mapped = np.memmap(file, np.uint8, "r")[8 + size :]
   except FileNotFoundError:
     raise InputError(f"{file} is missing; fetch the checkpoint again.") from None
   except (OSError, ValueError, SafetensorError) as error:
-    raise InputError(f"{file} cannot be read: {error}; fetch it again.") from None
+    raise InputError(
+      f"{file} cannot be read: it is not a readable safetensors file ({error}); fetch it again."
+    ) from None
   for name, entry in header.items():
     if name == "__metadata__":
       continue
     if entry["dtype"] not in _DTYPES:
-      raise InputError(f"{file}: tensor {name} is {entry['dtype']}, not floating-point.")
+      raise InputError(f"{file}: tensor {name} is {entry['dtype']}; known: {', '.join(_DTYPES)}.")
     begin, end = entry["data_offsets"]
     yield name, (mapped[begin:end], _DTYPES[entry["dtype"]], tuple(entry["shape"]))

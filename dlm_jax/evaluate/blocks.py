@@ -8,15 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from dlm_jax.arrays import Params, RngKey
-from dlm_jax.errors import InputError
+from dlm_jax.errors import InputError, check_counts
 from dlm_jax.evaluate import likelihood
-from dlm_jax.models import Decoder
+from dlm_jax.models.protocols import Cached
 from dlm_jax.objectives import block_diffusion
 from dlm_jax.process import Absorbing, BlockNoise
 
 
 def block_elbo(
-  model: Decoder,
+  model: Cached,
   params: Params,
   process: Absorbing,
   tokens_NL: likelihood.Tokens | likelihood.Groups,
@@ -59,7 +59,7 @@ def block_elbo(
 
   Reference: BD3-LM, arXiv 2503.09573, equation 8.
   """
-  likelihood.check_counts(
+  check_counts(
     block_length=block_length, batch_size=batch_size, samples_per_sequence=samples_per_sequence
   )
   noised = functools.partial(

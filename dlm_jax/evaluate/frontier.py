@@ -18,10 +18,9 @@ import jax
 import numpy as np
 from tqdm.auto import tqdm
 
-from dlm_jax.errors import InputError
+from dlm_jax.errors import InputError, check_counts
 from dlm_jax.evaluate import generative, tables
 from dlm_jax.evaluate._samplers import ProteinSampler, Sampler
-from dlm_jax.evaluate.likelihood import check_counts
 
 __all__ = [
   "ProteinSampler",
@@ -278,7 +277,8 @@ class _Finished:
 
   def _parse(self, line, number, last):
     try:
-      return [_row(json.loads(line))]
+      values = json.loads(line)
+      return [{column: values[column] for column in COLUMNS}]
     except (ValueError, TypeError, KeyError) as error:
       if last:
         return []
@@ -296,12 +296,6 @@ class _Finished:
       with self._path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
     return row
-
-
-def _row(values: Mapping[str, Any]) -> Row:
-  # Rows of earlier versions do not have it; they had no guided samplers either.
-  values = {"evaluations": values["nfe"], **values}
-  return {column: values[column] for column in COLUMNS}
 
 
 def _plain(key: Row) -> Row:

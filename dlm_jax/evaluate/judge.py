@@ -2,35 +2,39 @@
 """The autoregressive judge of texts: loading one, its tokens, and what it says of samples."""
 
 import dataclasses
-import pathlib
 from typing import Any
 
 import jax
 import numpy as np
 
-from dlm_jax import convert, process
+from dlm_jax import convert
 from dlm_jax.convert import places
 from dlm_jax.data import tokenizers
 from dlm_jax.errors import InputError
 from dlm_jax.evaluate import generative, likelihood
+from dlm_jax.process import has_mask
 
 
-def check_tokenizer(
-  directory: pathlib.Path, tokenizer: tokenizers.Tokenizer, vocab_size: int, proc=None
-) -> None:
+def check_tokenizer(network: convert.Network, tokenizer: tokenizers.Tokenizer) -> None:
   """Check that a network was trained on the tokens of this tokenizer.
 
+  An absorbing process adds the mask, a uniform one may have a row for padding, and a decoder may
+  have rows to spare.
+
   Args:
-    directory: of the network, for messages.
+    network: a checkpoint's.
     tokenizer: of the data.
-    vocab_size: the network's.
-    proc: its process: an absorbing one adds the mask, a uniform one may have a row for padding.
+
+  Raises:
+    InputError: it was not.
   """
-  padded = isinstance(proc, process.Uniform) and vocab_size == tokenizer.vocab_size + 1
-  vocab_size -= isinstance(proc, process.Absorbing) or padded
-  if convert.is_decoder(directory):  # it has rows to spare, for the mask at least
+  directory, vocab_size = network.source, network.model.config.vocab_size
+  masked = has_mask(network.process)
+  padded = not masked and network.process is not None and vocab_size == tokenizer.vocab_size + 1
+  vocab_size -= masked or padded
+  if network.family.spare_rows:
     vocab_size = min(vocab_size, tokenizer.vocab_size)
-  stored = convert.read_config(directory).get("dlm_jax", {}).get("tokenizer_fingerprint")
+  stored = network.facts.get("tokenizer_fingerprint")
   if vocab_size != tokenizer.vocab_size or stored not in (None, tokenizer.fingerprint):
     raise InputError(
       f"{directory} has a vocabulary of {vocab_size} tokens and the data one of "
@@ -74,32 +78,33 @@ def load_judge(path: str, tokenizer: tokenizers.Tokenizer) -> JudgeWithTokens:
   if not path:
     raise InputError("evaluate.judge is empty; name the workdir of an autoregressive run.")
   directory = places.network_directory(path)
-  kind = convert.read_config(directory)["model_type"]
-  if kind == "gpt2" and tokenizer.given_ids:
-    raise InputError(f"judge {path} reads text; proteins need an autoregressive run on proteins.")
-  if kind == "gpt2":
-    model, params, _ = convert.load(directory)
-    theirs = tokenizers.load(directory)
-    return JudgeWithTokens(
-      judge=likelihood.Judge(model, params),
-      eos_id=theirs.eos_id,
-      retokenise=lambda tokens_BL: generative.retokenise(
-        np.where(tokens_BL == tokenizer.mask_id, tokenizer.eos_id, tokens_BL),
-        lambda text: theirs.encode(
-          text.replace(tokenizer.eos_text, theirs.eos_text), specials=True
-        ),
-        decode=tokenizer.decode,
-        eos_id=theirs.eos_id,
-      ),
-    )
-  decoder = convert.is_decoder(directory)
-  if kind != "dlm_jax_causal" and not decoder:
-    raise InputError(f"judge {path} is a {kind} network; a judge is autoregressive.")
   dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-  model, params, proc = convert.load(directory, dtype=dtype)
-  if proc is not None:
-    raise InputError(f"judge {path} is a {kind} network with a mask; a judge is autoregressive.")
-  check_tokenizer(directory, tokenizer, model.config.vocab_size)
+  network = convert.open_network(directory, dtype=dtype)
+  if network.writes != "next":
+    mask = " with a mask" if network.family.spare_rows else ""
+    raise InputError(f"judge {path} is a {network.kind} network{mask}; a judge is autoregressive.")
+  if network.family.own_tokenizer:
+    return _translated(path, network, tokenizer)
+  check_tokenizer(network, tokenizer)
   return JudgeWithTokens(
-    judge=likelihood.Judge(model, params), eos_id=tokenizer.eos_id, given_ids=tokenizer.given_ids
+    judge=likelihood.Judge(network.model, network.params),
+    eos_id=tokenizer.eos_id,
+    given_ids=tokenizer.given_ids,
+  )
+
+
+def _translated(path, network, tokenizer):
+  """Return a judge that reads texts in its own tokens."""
+  if tokenizer.given_ids:
+    raise InputError(f"judge {path} reads text; proteins need an autoregressive run on proteins.")
+  theirs = tokenizers.load(network.source)
+  return JudgeWithTokens(
+    judge=likelihood.Judge(network.model, network.params),
+    eos_id=theirs.eos_id,
+    retokenise=lambda tokens_BL: generative.retokenise(
+      np.where(tokens_BL == tokenizer.mask_id, tokenizer.eos_id, tokens_BL),
+      lambda text: theirs.encode(text.replace(tokenizer.eos_text, theirs.eos_text), specials=True),
+      decode=tokenizer.decode,
+      eos_id=theirs.eos_id,
+    ),
   )

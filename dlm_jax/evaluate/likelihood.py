@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from dlm_jax.arrays import Params, RngKey
-from dlm_jax.errors import InputError
+from dlm_jax.errors import InputError, check_counts
 from dlm_jax.models import next_token_logits
 
 Tokens = Int[Array, "N L"] | Int[np.ndarray, "N L"]
@@ -267,13 +267,6 @@ def take_rows(array_N, rows):
 
 def _call(judge, tokens_BL, mask_BL) -> Float[Array, "B L V"]:
   return judge(tokens_BL) if mask_BL is None else judge(tokens_BL, mask_BL)
-
-
-def check_counts(**counts: int):
-  """Raise an InputError that names the first count below 1."""
-  for name, count in counts.items():
-    if count < 1:
-      raise InputError(f"{name}={count} must be at least 1.")
 
 
 def check_clean(tokens_NL, process):

@@ -6,28 +6,23 @@ Everything that can be wrong with a configuration is found here, before anything
 
 import dataclasses
 import importlib
+import inspect
 import pathlib
 import pkgutil
 import typing
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from dlm_jax import mesh, models, objectives, process, schedules
-from dlm_jax.convert import places
+from dlm_jax.convert import families, places
 from dlm_jax.data import builder, sources, tokenizers
 from dlm_jax.errors import InputError, hint
 from dlm_jax.experiment import belonging
 from dlm_jax.train import optim
 from dlm_jax.train.loop import LoopConfig
 
-PROCESSES = {
-  "absorbing": process.Absorbing,
-  "absorbing_score": process.AbsorbingScore,
-  "uniform": process.Uniform,
-}
 _MODELS = {
   "dit": (models.DiT, models.DiTConfig),
   "causal": (models.Causal, models.CausalConfig),
@@ -81,7 +76,7 @@ def vocabulary(config: ConfigDict) -> int:
   return tokenizers.load(places.shipped(config.data.tokenizer)).vocab_size
 
 
-def make_model(config: ConfigDict, vocab_size: int) -> models.DiT | models.Causal | models.Decoder:
+def make_model(config: ConfigDict, vocab_size: int) -> Any:
   """Build the network; `vocab_size` is what the data needs, the mask not included.
 
   A decoder has a row for the mask from the start, also where it is trained without: what is trained
@@ -124,19 +119,20 @@ def _decoder_sizes(c: ConfigDict) -> dict[str, int]:
 
 
 def make_process(
-  config: ConfigDict, model, given_ids: tuple[int, ...] = ()
-) -> process.Absorbing | process.Uniform | None:
+  config: ConfigDict, model: Any, given_ids: tuple[int, ...] = ()
+) -> process.Process | None:
   """Build the forward process; None for an autoregressive network, "none" for such a decoder.
 
   An absorbing one never predicts the given ids.
   """
-  name, decoder = config.process.name, isinstance(model, models.Decoder)
+  name, family = config.process.name, families.of(model)
   belonging.check_process(config)
-  if isinstance(model, models.Causal) or (decoder and name == "none"):
+  if not family.processes or (name == "none" and name in family.processes):
     return None
-  if name not in PROCESSES:
+  if name not in process.NAMES:
+    known = ", ".join(process.NAMES)
     raise InputError(
-      f"process.name={name!r} is unknown{hint(name, PROCESSES)}; found: {', '.join(PROCESSES)}."
+      f"process.name={name!r} is unknown{hint(name, process.NAMES)}; found: {known}."
     )
   size = model.config.vocab_size
   try:
@@ -153,11 +149,11 @@ def make_process(
       )
     return process.Uniform(vocab_size=size, schedule=schedule)
   mask_id = config.process.mask_id
-  if mask_id >= 0 and not decoder:
+  if mask_id >= 0 and not family.spare_rows:
     raise InputError(f"process.mask_id={mask_id}: only of a decoder can it be any but the last id.")
   mask_id = mask_id if mask_id >= 0 else size - 1
   try:
-    return PROCESSES[name](
+    return process.NAMES[name](
       vocab_size=size, mask_id=mask_id, schedule=schedule, blocked=tuple(given_ids)
     )
   except ValueError as error:
@@ -188,9 +184,8 @@ def make_objective(config: ConfigDict, model, proc) -> objectives.Objective:
         + hint(name, known)
       )
     module = importlib.import_module(f"dlm_jax.objectives.{name}")
-  wanted = typing.get_type_hints(module.make).get("model")
-  classes = typing.get_args(wanted) or (wanted,)
-  if all(isinstance(c, type) for c in classes) and not isinstance(model, classes):
+  classes = getattr(module, "NETWORK", None) or _annotated(module.make)
+  if classes and not isinstance(model, classes):
     names = " or a ".join(c.__name__ for c in classes)
     raise InputError(
       f"objective.name={name!r} trains a {names}, but model.name={config.model.name!r}."
@@ -212,10 +207,22 @@ def make_objective(config: ConfigDict, model, proc) -> objectives.Objective:
     tree: optim.make(rates, config.train.steps)
     for tree, rates in optim.per_tree(config.optim.to_dict(), module.TRAINED).items()
   }
+  arguments = {"model": model, "process": proc, "optimizers": optimizers, **options}
   try:
-    return module.make(model=model, process=proc, optimizers=optimizers, **options)
-  except (TypeError, ValueError) as error:
+    inspect.signature(module.make).bind(**arguments)
+  except TypeError as error:  # of the call alone: one raised inside `make` keeps its trace
     raise InputError(f"objective {name!r}: {error}") from None
+  try:
+    return module.make(**arguments)
+  except ValueError as error:
+    raise InputError(f"objective {name!r}: {error}") from None
+
+
+def _annotated(make) -> tuple[type, ...]:
+  """Return the classes of networks that a `make` without a fact NETWORK beside it asks for."""
+  wanted = typing.get_type_hints(make).get("model")
+  classes = typing.get_args(wanted) or (wanted,)
+  return classes if all(isinstance(c, type) for c in classes) else ()
 
 
 def loop_config(config: ConfigDict) -> LoopConfig:
@@ -295,8 +302,6 @@ def experiment(
   )
 
 
-def model_inputs(model) -> tuple[jax.Array, ...]:
+def model_inputs(model: Any) -> tuple[jax.Array, ...]:
   """Return arguments to initialise a network with."""
-  tokens_BL = jnp.zeros((1, model.config.length), jnp.int32)
-  timed = isinstance(model, models.DiT)
-  return (tokens_BL, jnp.zeros((1,))) if timed else (tokens_BL,)
+  return model.inputs(model.config.length)

@@ -8,8 +8,9 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from dlm_jax import mesh, models, sample
+from dlm_jax import convert, mesh, models, sample
 from dlm_jax.data import loader, templates, tokenizers
+from dlm_jax.errors import check_counts
 from dlm_jax.evaluate import blocks, frontier, generative, likelihood
 from dlm_jax.evaluate.judge import JudgeWithTokens, load_judge
 from dlm_jax.experiment import several
@@ -37,7 +38,7 @@ def make(
   names = several.names(config)
   if not config.evaluate.every:
     return None
-  likelihood.check_counts(
+  check_counts(
     **{f"evaluate.{name}": config.evaluate[name] for name in ("samples", "batch_size", "patience")}
   )
   made = {}
@@ -193,7 +194,7 @@ class Likelihood:
     if proc is None:
       return likelihood.ar_perplexity(likelihood.Judge(model, params), self._tokens, **shared)
     rng = jax.random.key(0)
-    if isinstance(model, models.Decoder):
+    if convert.writes(model, proc) == "blocks":
       return blocks.block_elbo(
         model,
         params,

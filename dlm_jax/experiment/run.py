@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-from dlm_jax import convert, mesh, models
+from dlm_jax import convert, mesh
 from dlm_jax.convert import places
 from dlm_jax.data import builder, loader, tokenizers
 from dlm_jax.errors import InputError
@@ -135,13 +135,19 @@ def load_teacher(config, built: Experiment, tokenizer: tokenizers.Tokenizer) -> 
         "--config.teacher.path=DIR."
       )
     return None
-  directory = places.network_directory(config.teacher.path)
-  model, params, theirs = convert.load(directory)
-  check_tokenizer(directory, tokenizer, model.config.vocab_size, theirs)
-  if theirs != built.process:
-    raise InputError(f"the process is {built.process}, but the teacher {directory} had {theirs}.")
-  _check_same_network(built.model, model, f"the teacher {directory}")
-  return params
+  network = _open(config.teacher.path, built, tokenizer)
+  whose = f"the teacher {network.source}"
+  if network.process != built.process:
+    raise InputError(f"the process is {built.process}, but {whose} had {network.process}.")
+  _check_same_network(built.model, network.model, whose)
+  return network.params
+
+
+def _open(path, built, tokenizer) -> convert.Network:
+  """Open a network of the tokens of this run; its parameters are read into the run's shardings."""
+  network = convert.open_network(places.network_directory(path), mesh=built.mesh)
+  check_tokenizer(network, tokenizer)
+  return network
 
 
 def load_start(config, built: Experiment, tokenizer: tokenizers.Tokenizer) -> Any:
@@ -159,18 +165,15 @@ def load_start(config, built: Experiment, tokenizer: tokenizers.Tokenizer) -> An
       f"start.path={config.start.path!r}: a distillation starts from its teacher; name that with "
       "--config.teacher.path=DIR."
     )
-  directory = places.network_directory(config.start.path)
-  placed = {"mesh": built.mesh} if convert.is_decoder(directory) else {}
-  model, params, theirs = convert.load(directory, **placed)
-  check_tokenizer(directory, tokenizer, model.config.vocab_size, theirs)
-  _check_same_network(built.model, model, str(directory))
-  masks = [getattr(p, "mask_id", None) for p in (built.process, theirs)]
-  if isinstance(model, models.Decoder):
+  network = _open(config.start.path, built, tokenizer)
+  _check_same_network(built.model, network.model, str(network.source))
+  masks = [getattr(p, "mask_id", None) for p in (built.process, network.process)]
+  if "none" in network.family.processes:
     if None not in masks and masks[0] != masks[1]:
-      raise InputError(f"process.mask_id={masks[0]}, but {directory} has {masks[1]}.")
-  elif theirs != built.process:
-    raise InputError(f"the process is {built.process}, but {directory} had {theirs}.")
-  return params
+      raise InputError(f"process.mask_id={masks[0]}, but {network.source} has {masks[1]}.")
+  elif network.process != built.process:
+    raise InputError(f"the process is {built.process}, but {network.source} had {network.process}.")
+  return network.params
 
 
 _SHAPE = (
@@ -239,28 +242,9 @@ def _check_same_run(workdir, resolved):
       )
 
 
-# Fields that runs of earlier versions do not have, with the value that they meant.
-_ADDED = {
-  "data": {"packing": "concatenate", "buckets": []},
-  "model": {
-    "kv_heads": 0,
-    "head_dim": 0,
-    "mlp_dim": 0,
-    "rope_theta": 1e4,
-    "tied": False,
-    "experts": 0,
-    "experts_per_token": 0,
-    "expert_dim": 0,
-  },
-  "process": {"mask_id": -1},
-  "start": {"path": ""},
-}
-
-
 def _fixed(group, fields):
   if not isinstance(fields, dict):
-    return _ADDED.get(group, fields)
-  fields = {**_ADDED.get(group, {}), **fields}
+    return fields
   return {key: value for key, value in fields.items() if key not in _FREE.get(group, ())}
 
 
@@ -292,32 +276,24 @@ def export(
   tokenizer: tokenizers.Tokenizer,
 ) -> None:
   """Write the network to sample from, with its tokenizer, in the Hugging Face layout."""
-  params, critic = output_params(state, built.objective), None
-  if built.objective.critic is not None:
-    critic = built.objective.critic(state)
+  params, given = output_params(state, built.objective), dict(built.objective.export(state))
+  beside = given.pop("beside", {})
   if jax.process_count() > 1:
-    params, critic = multihost_utils.process_allgather((params, critic), tiled=True)
+    params, beside = multihost_utils.process_allgather((params, beside), tiled=True)
   if jax.process_index() == 0:
-    extra = {
+    facts = {
       "tokenizer_fingerprint": tokenizer.fingerprint,
       "objective": built.config.objective.name,
       "step": step,
+      **({"buckets": list(built.config.data.buckets)} if built.config.data.buckets else {}),
     }
-    if built.config.data.buckets:
-      extra["buckets"] = list(built.config.data.buckets)
-    if critic is not None:
-      extra["discriminator"] = {"trained_layers": critic.model.trained_layers}
+    given["extra"] = {**facts, **given.get("extra", {})}
     # All files of a network appear together: a reader never sees new weights with an old config.
     fresh, old = (directory.with_name(f".{directory.name}.{kind}") for kind in ("new", "old"))
     for leftover in (fresh, old):
       shutil.rmtree(leftover, ignore_errors=True)
-    options = {}
-    if isinstance(built.model, models.Decoder) and built.process is not None:
-      options = {"block_length": built.config.objective.get("block_length")}
-    params = jax.device_get(params)
-    convert.save(fresh, built.model, params, built.process, extra=extra, **options)
-    if critic is not None:
-      convert.save_discriminator(fresh, jax.device_get(critic))
+    params, beside = jax.device_get((params, beside))
+    convert.save(fresh, built.model, params, built.process, beside=beside, **given)
     tokenizer.save(fresh)
     if directory.exists():
       directory.rename(old)

@@ -7,9 +7,11 @@ from dlm_jax.models.decoder import Decoder, DecoderConfig
 from dlm_jax.models.denoiser import Denoiser
 from dlm_jax.models.discriminator import Critic, Discriminator
 from dlm_jax.models.dit import DiT, DiTConfig
+from dlm_jax.models.gpt2 import GPT2, GPT2Config
 from dlm_jax.models.storage import STORAGES, default_storage, regroup
 
 __all__ = [
+  "GPT2",
   "KV",
   "STORAGES",
   "Cache",
@@ -22,6 +24,7 @@ __all__ = [
   "DiT",
   "DiTConfig",
   "Discriminator",
+  "GPT2Config",
   "commit",
   "default_storage",
   "next_token_logits",

@@ -11,9 +11,9 @@ from dlm_jax.arrays import Params
 from dlm_jax.mesh import split_batch
 from dlm_jax.models import masks
 from dlm_jax.models.attention import Attention
-from dlm_jax.models.decoder import Decoder
 from dlm_jax.models.dit import check_config, scan_layers
 from dlm_jax.models.layers import MLP, Embedding, LayerNorm, Network, dropout, rotary_tables
+from dlm_jax.models.protocols import Cached, NextToken
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,7 +80,7 @@ class Causal(Network):
 
 
 def next_token_logits(
-  model: nn.Module,
+  model: NextToken | Cached,
   params: Params,
   tokens_BL: Int[Array, "B L"],
   rng_B: Key[Array, "B"] | None = None,
@@ -95,7 +95,7 @@ def next_token_logits(
     rng_B: switches the dropout of a `Causal` on; a decoder has none.
     **options: of the network's call.
   """
-  if isinstance(model, Decoder):
+  if isinstance(model, Cached):
     slots = masks.sequence_slots(jnp.arange(tokens_BL.shape[1])[None], 1)
     return model.apply({"params": params}, tokens_BL, None, masks.causal(slots), **options)
   keys = () if rng_B is None else (rng_B,)

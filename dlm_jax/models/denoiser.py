@@ -16,7 +16,7 @@ class Denoiser:
   """Bind a network to parameters; may be an argument of a jitted function.
 
   Attributes:
-    model: a module with `trunk` and `head`; static.
+    model: a network as `protocols.Denoiser` has it; static.
     params: its parameters; the only leaves.
   """
 

@@ -113,6 +113,11 @@ class Discriminator(Network):
     self.upper = scan_layers(Block, upper, broadcast=3)
     self.head = SpectralHead()
 
+  @nn.nowrap
+  def inputs(self, length: int = 1) -> tuple[Array, ...]:
+    """Return arguments to initialise the network with: one sequence of ids, and its σ."""
+    return jnp.zeros((1, length), jnp.int32), jnp.zeros((1,))
+
   @property
   def _kept(self):
     return self.config.layers - self.trained_layers

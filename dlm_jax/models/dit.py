@@ -222,6 +222,11 @@ class DiT(Network):
     self.blocks = scan_layers(Block, cfg, broadcast=3)
     self.output = Head(cfg)
 
+  @nn.nowrap
+  def inputs(self, length: int = 1) -> tuple[Array, ...]:
+    """Return arguments to initialise the network with: one sequence of ids, and its σ."""
+    return jnp.zeros((1, length), jnp.int32), jnp.zeros((1,))
+
   def __call__(
     self, tokens, sigma_B: Float[Array, "B"], rng_B: Key[Array, "B"] | None = None
   ) -> Float[Array, "B L V"]:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from dlm_jax.errors import InputError
+from dlm_jax.models.layers import Network
 
 Mask = Int[Array, "B L"] | Bool[Array, "B L"]
 
@@ -104,7 +105,7 @@ class _Block(nn.Module):
     return x_BLD + self.mlp(self.ln_2(x_BLD)), None
 
 
-class GPT2(nn.Module):
+class GPT2(Network):
   """Map tokens to next-token logits: position l predicts token l + 1.
 
   Everything runs in float32 at full matrix precision. Parameters are named as in the public

@@ -31,6 +31,11 @@ class Network(nn.Module):
     return nn.meta.unbox(super().init(rngs, *args, **kwargs))
 
   @nn.nowrap
+  def inputs(self, length: int = 1) -> tuple[Array, ...]:
+    """Return arguments to initialise the network with: one sequence of ids."""
+    return (jnp.zeros((1, length), jnp.int32),)
+
+  @nn.nowrap
   def axes(self, *args):
     """Return a tree like the parameters with a `PartitionSpec` of logical axis names per leaf."""
     boxed = jax.eval_shape(super().init, jax.random.key(0), *args)

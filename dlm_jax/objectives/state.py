@@ -15,7 +15,6 @@ import optax
 from jaxtyping import Array
 
 from dlm_jax.arrays import Metrics, Params
-from dlm_jax.models import Critic
 from dlm_jax.objectives.batch import Batch
 
 Loss = Callable[[Params, Batch], tuple[Array, tuple[Metrics, Any]]]
@@ -41,6 +40,11 @@ class TrainState:
   aux: Any = flax.struct.field(default_factory=dict)
 
 
+def _export_nothing(state: TrainState) -> dict[str, Any]:
+  del state
+  return {}
+
+
 class Objective(NamedTuple):
   """A training method.
 
@@ -51,7 +55,8 @@ class Objective(NamedTuple):
     batches: fresh global batches that one step consumes.
     check: raises InputError if a state at step 0 is not a start; called with real arrays.
     axes: trees of logical axis names of networks other than the model, see `Network.axes`.
-    critic: returns the discriminator of a state, which is kept beside the network.
+    export: returns what belongs to the exported network besides its parameters, as arguments of
+      `convert.save`: {"beside": {"discriminator": critic}, "block_length": 4, "extra": facts}.
   """
 
   init: Callable[..., TrainState]
@@ -60,7 +65,7 @@ class Objective(NamedTuple):
   batches: int = 1
   check: Callable[[TrainState], None] | None = None
   axes: tuple[Any, ...] = ()
-  critic: Callable[[TrainState], Critic] | None = None
+  export: Callable[[TrainState], dict[str, Any]] = _export_nothing
 
 
 def make_state(

@@ -14,10 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dlm_jax import convert, models, process, sample
+from dlm_jax import convert, process, sample
 from dlm_jax.arrays import Params
 from dlm_jax.data import tokenizers
 from dlm_jax.errors import InputError
+from dlm_jax.models.protocols import Cached
 from dlm_jax.text import requests
 from dlm_jax.text.requests import Plan
 
@@ -47,10 +48,20 @@ class Generation:
   @property
   def count(self) -> int:
     """Tokens in all."""
-    return sum(map(len, self.tokens))
+    return sum(self.lengths)
+
+  @property
+  def lengths(self) -> list[int]:
+    """Tokens of each prompt's text."""
+    return [len(row) for row in self.tokens]
+
+  @property
+  def evaluations(self) -> int:
+    """Passes of both networks."""
+    return self.target_passes + self.draft_passes
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class TextDecoder:
   """A block-diffusion network with its tokenizer; weights are read when they are first needed.
 
@@ -59,33 +70,62 @@ class TextDecoder:
     process: names the mask.
     tokenizer: text ↔ ids.
     source: directory of the weights.
+    weights: own the network as it is stored for decoding, and its parameters.
     block_length: that the checkpoint names, tokens; None: it names none.
     draft: a smaller one of the same tokenizer that drafts for this one.
-    storage: how parameters are kept, see `models.regroup`.
   """
 
-  model: models.Decoder
+  model: Cached
   process: process.Absorbing
   tokenizer: tokenizers.Tokenizer
   source: pathlib.Path
+  weights: convert.Weights
   block_length: int | None = None
   draft: "TextDecoder | None" = None
-  storage: str = "stacked"
 
   def __post_init__(self):
     if self.draft is not None:
       requests.check_pair(self, self.draft)
 
-  @functools.cached_property
-  def loaded(self) -> tuple[models.Decoder, Params]:
+  def __repr__(self) -> str:
+    drafted = "" if self.draft is None else f", draft {str(self.draft.source)!r}"
+    return f"TextDecoder({str(self.source)!r}: blocks of {self.block_length}{drafted})"
+
+  def __call__(
+    self,
+    *,
+    steps: int | None = None,
+    num: int = 1,
+    seed: int = 0,
+    prompt: str | Sequence[str] = "",
+    **request: Any,
+  ) -> list[str]:
+    """Return `num` texts behind a prompt, or behind each of several.
+
+    Args:
+      steps: network passes per block; None: the block's length.
+      num: texts per prompt; at temperature 0, the default, all are the same.
+      seed: text i of a seed is the same whatever `num`.
+      prompt: what the texts go on behind.
+      **request: see `plan`.
+
+    Raises:
+      InputError: an option is none of decoding blocks, or the request cannot be met.
+
+    Example:
+      >>> pipe = load("models/SDAR-8B-Chat-b8")  # doctest: +SKIP
+      >>> print(pipe(prompt="2 + 2?", chat=True)[0])  # doctest: +SKIP
+    """
+    return self.generate(prompt, steps=steps, num=num, seed=seed, **request).texts
+
+  @property
+  def loaded(self) -> tuple[Cached, Params]:
     """The network and its parameters in the storage asked for.
 
     Raises:
       InputError: a tensor is missing, unknown, misshapen or unreadable.
     """
-    dtype = self.model.config.dtype
-    model, params, _ = convert.load(self.source, params_dtype=dtype, dtype=dtype)
-    return models.regroup(model, params, self.storage, consume=True)
+    return self.weights.read()
 
   def load_weights(self) -> None:
     """Read the weights, and those of the draft, now."""
@@ -100,8 +140,9 @@ class TextDecoder:
 
   def generate(
     self,
-    prompts: str | Sequence[str | Sequence[int]],
+    prompts: str | Sequence[str | Sequence[int]] = "",
     *,
+    num: int = 1,
     seed: int | Sequence[int] = 0,
     on_text: Callable[[int, str, bool], None] | None = None,
     **request: Any,
@@ -110,8 +151,10 @@ class TextDecoder:
 
     Args:
       prompts: texts, or token ids as they are; one text is one prompt.
-      seed: prompt i of a seed gets the same text whatever else is in the batch. One seed per prompt
-        gives each the text that it would get as the only one.
+      num: texts per prompt, those of one prompt together; what is given one for each, seeds too, is
+        then given for each text.
+      seed: text i of a seed is the same whatever else is in the batch. One seed for each gives what
+        each would get as the only one.
       on_text: called as (number of the prompt, piece, whether that was all) whenever more of its
         text is certain; pieces of a prompt add up to its text. The loop then runs on the host, one
         round per step.
@@ -125,7 +168,8 @@ class TextDecoder:
       >>> pipe = dlm_jax.load("models/SDAR-8B-Chat-b8")  # doctest: +SKIP
       >>> pipe.generate("2 + 2?", chat=True, max_new_tokens=64).texts[0]  # doctest: +SKIP
     """
-    return self.run(self.plan(prompts, **request), seed=seed, on_text=on_text)
+    prompts = _repeated(prompts, num)
+    return self.run(self.plan(prompts, **_known(request)), seed=seed, on_text=on_text)
 
   def plan(
     self,
@@ -222,45 +266,27 @@ class TextDecoder:
     return self.tokenizer.decode([i for i in ids if i < self.tokenizer.vocab_size])
 
 
-def open_decoder(
-  source: pathlib.Path, tokenizer: tokenizers.Tokenizer, **options: Any
-) -> TextDecoder:
-  """Open a block-diffusion checkpoint; its weights are read later.
+def _repeated(prompts, num):
+  """Return every prompt `num` times."""
+  if num < 1:
+    raise InputError(f"num={num}: there must be at least 1 text.")
+  prompts = [prompts] if isinstance(prompts, str) else prompts
+  return [prompt for prompt in prompts for _ in range(num)]
 
-  Args:
-    source: a model directory.
-    tokenizer: text ↔ ids.
-    **options: of `TextDecoder`: draft and storage; and dtype, of matrix products.
 
-  Raises:
-    InputError: the network has no mask or fewer rows than the tokenizer has tokens, or was trained
-      with another tokenizer.
-  """
-  dtype = options.pop("dtype", "float32")
-  model, proc = convert.open_decoder(source, dtype=dtype)
-  if proc is None:
-    kind = convert.read_config(source)["model_type"]
-    raise InputError(
-      f"{source} is a {kind} network without a mask token, which predicts next tokens; decoding of "
-      "blocks needs one trained with a mask: mask_token_id in config.json names it."
-    )
-  rows = model.config.vocab_size
-  if tokenizer.vocab_size > rows:
-    raise InputError(
-      f"{source}: the tokenizer has {tokenizer.vocab_size} tokens and the network {rows} rows."
-    )
-  stored = convert.read_config(source).get("dlm_jax")
-  trained = stored.get("tokenizer_fingerprint") if isinstance(stored, dict) else None
-  if trained not in (None, tokenizer.fingerprint):
-    raise InputError(f"{source} was trained with another tokenizer; leave tokenizer out.")
-  return TextDecoder(
-    model=model,
-    process=proc,
-    tokenizer=tokenizer,
-    source=pathlib.Path(source),
-    block_length=convert.block_length(source),
-    **options,
-  )
+_ELSEWHERE = ("grid", "length", "noise_removal", "nucleus", "precision", "sampler")
+
+
+def _known(request):
+  """Return a request without what is not given; refuse what only denoisers on a grid have."""
+  for name in request:
+    if name in _ELSEWHERE:
+      raise InputError(
+        f"{name} is an option of denoisers on a grid, and this network decodes blocks; it takes "
+        "steps, num, seed, prompt, chat, max_new_tokens, stop, block_length, strategy, threshold, "
+        "temperature, top_k, top_p, verify and layout."
+      )
+  return {name: value for name, value in request.items() if name != "steps" or value is not None}
 
 
 class _Program:

@@ -19,6 +19,24 @@ from dlm_jax.evaluate import frontier
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Samples:
+  """What a denoiser wrote.
+
+  Attributes:
+    texts: one per sample.
+    tokens: ids of each, given ones included.
+    lengths: tokens of each.
+    evaluations: of the denoiser and, of sampler="rgas", of the discriminator, summed over the
+      texts. "first_hitting" evaluates once per token that is not given.
+  """
+
+  texts: list[str]
+  tokens: list[list[int]]
+  lengths: list[int]
+  evaluations: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class Pipeline:
   """A loaded diffusion language model; call it to get texts.
 
@@ -28,7 +46,8 @@ class Pipeline:
     tokenizer: text ↔ ids.
     length: default number of tokens per text.
     buckets: of proteins: the lengths that sequences were padded to in training.
-    source: directory or file of the weights; the discriminator of sampler="rgas" lies there too.
+    source: directory or file of the weights.
+    guide: owns the discriminator of sampler="rgas", which lies beside them; read when asked for.
   """
 
   denoiser: models.Denoiser
@@ -37,13 +56,16 @@ class Pipeline:
   length: int
   buckets: tuple[int, ...] = ()
   source: pathlib.Path | None = None
+  guide: convert.Weights | None = None
 
-  @functools.cached_property
+  def __repr__(self) -> str:
+    process = type(self.process).__name__
+    return f"Pipeline({str(self.source)!r}: {process}, {self.length} tokens, writes on a grid)"
+
+  @property
   def critic(self) -> models.Critic | None:
-    """The discriminator beside the network, read when it is first asked for; None without one."""
-    if self.source is None:
-      return None
-    return convert.load_discriminator(self.source, dtype=self.denoiser.model.config.dtype)
+    """The discriminator beside the network; None without one."""
+    return self.guide.read() if self.guide is not None else None
 
   def sampler(self, data: str | pathlib.Path = "", **options: Any) -> frontier.Sampler:
     """Return this model with options of `sample.generate`, for `frontier.sweep`.
@@ -65,24 +87,55 @@ class Pipeline:
     return frontier.Sampler(**given)
 
   def __call__(
-    self, *, steps: int = 16, num: int = 1, seed: int = 0, prompt: str = "", **options: Any
+    self, *, steps: int | None = None, num: int = 1, seed: int = 0, prompt: str = "", **options: Any
   ) -> list[str]:
     """Return `num` texts; from a model of proteins, sequences of `length` residues.
 
     Args:
-      steps: network evaluations per text.
+      steps: network evaluations per text; None: 16.
       num: number of texts.
       seed: text i of a seed is the same whatever `num`.
       prompt: text that every sample starts with; it follows the document separator, or the start
         of a protein.
       **options: of `sample.generate`, e.g. temperature=0.9, length=64.
 
+    Raises:
+      InputError: an option is none of the sampler, or out of range.
+
     Example:
       >>> pipe = load("runs/quickstart/student")  # doctest: +SKIP
       >>> print(pipe(steps=8, num=1)[0])  # doctest: +SKIP
     """
-    tokens_BL = self.tokens(steps=steps, num=num, seed=seed, prompt=prompt, **options)
-    return [self.tokenizer.decode(row) for row in jax.device_get(tokens_BL)]
+    return self.generate(prompt, steps=steps, num=num, seed=seed, **options).texts
+
+  def generate(
+    self, prompt: str = "", *, steps: int | None = None, num: int = 1, seed: int = 0, **options: Any
+  ) -> Samples:
+    """Return texts with their tokens and the evaluations that they took; arguments as for a call.
+
+    Raises:
+      InputError: see a call.
+    """
+    _check_options(options)
+    steps = _STEPS if steps is None else steps
+    rows = jax.device_get(self.tokens(steps=steps, num=num, seed=seed, prompt=prompt, **options))
+    return Samples(
+      texts=[self.tokenizer.decode(row) for row in rows],
+      tokens=[row.tolist() for row in rows],
+      lengths=[len(row) for row in rows],
+      evaluations=self._evaluations(rows.shape, steps, prompt, options),
+    )
+
+  def _evaluations(self, shape, steps, prompt, options):
+    """Return evaluations of all networks, in all texts."""
+    sampler = options.get("sampler", "ancestral")
+    if sampler == "first_hitting":
+      _, frozen, _ = self._start(prompt, options.get("length"))
+      return int(np.prod(shape)) - (0 if frozen is None else shape[0] * int(frozen.sum()))
+    if callable(sampler):
+      return shape[0] * steps
+    guided = {key: options[key] for key in _GUIDED if key in options}
+    return shape[0] * sum(sample.evaluations(sampler, steps=steps, **guided).values())
 
   def tokens(
     self, *, steps: int = 16, num: int = 1, seed: int = 0, prompt: str = "", **options: Any
@@ -98,20 +151,51 @@ class Pipeline:
 
   def _start(self, prompt: str, length: int | None):
     """Return what is given, where it is, and how many positions there are in all."""
-    words = self.tokenizer
-    if not words.given_ids:
+    tokenizer = self.tokenizer
+    if not tokenizer.given_ids:
       if not prompt:
         return None, None, self.length if length is None else length
-      given = np.array([words.eos_id, *words.encode(prompt)], np.int32)
+      given = np.array([tokenizer.eos_id, *tokenizer.encode(prompt)], np.int32)
       # Said outright what is given: a uniform process has no id that means "to be generated".
       return given, np.ones(given.shape, bool), self.length if length is None else length
     residues = self.length - 2 if length is None else length
-    row_L = words.template(residues, templates.bucket_of(residues, self.buckets or (self.length,)))
-    start = words.encode(prompt)
+    bucket = templates.bucket_of(residues, self.buckets or (self.length,))
+    row_L = tokenizer.template(residues, bucket)
+    start = tokenizer.encode(prompt)
     if len(start) > residues:
       raise InputError(f"the prompt has {len(start)} residues and length={residues}; shorten it.")
     row_L[1 : len(start) + 1] = start
-    return row_L, row_L != words.mask_id, len(row_L)
+    return row_L, row_L != tokenizer.mask_id, len(row_L)
+
+
+_STEPS = 16
+_GUIDED = ("h", "candidates", "ratio", "reward")  # of sampler="rgas": they decide its evaluations
+_ELSEWHERE = (
+  "block_length",
+  "chat",
+  "draft",
+  "layout",
+  "max_new_tokens",
+  "stop",
+  "strategy",
+  "threshold",
+  "top_k",
+  "top_p",
+  "verify",
+)
+
+
+def _check_options(options):
+  """Refuse what only decoders of blocks have; a sampler knows its own options."""
+  if options.get("return_trace"):
+    raise InputError("return_trace gives states besides texts; ask `tokens` for them.")
+  for name in options:
+    if name in _ELSEWHERE:
+      raise InputError(
+        f"{name} is an option of networks that decode blocks, and this one denoises on a grid; it "
+        "takes steps, num, seed, prompt, length, sampler, precision, and those of the sampler: "
+        "temperature, nucleus, noise_removal, grid, …"
+      )
 
 
 @functools.lru_cache(maxsize=32)
@@ -150,22 +234,20 @@ def load_denoiser(
   """
   source = places.find_network(path)
   dtype = dtype or default_dtype()
-  if not convert.is_denoiser(source):
-    kind = convert.read_config(source)["model_type"]
-    raise InputError(f"{source} is a {kind} network; sampling needs a denoiser.")
-  words = load_tokenizer(source, tokenizer)
-  model, params, proc = convert.load(source, dtype=dtype, weights=weights)
-  check_vocabulary(source, words, proc)
-  denoiser = models.Denoiser(model, params).cast(jnp.dtype(dtype))
-  stored = convert.read_config(source).get("dlm_jax")
-  buckets = tuple(stored.get("buckets", ())) if isinstance(stored, dict) else ()
+  if (opened := convert.open_network(source)).writes != "grid":
+    raise InputError(f"{source} is a {opened.kind} network; sampling needs a denoiser.")
+  tokenizer = load_tokenizer(source, tokenizer)
+  network = convert.open_network(source, dtype=dtype, weights=weights)
+  check_vocabulary(source, tokenizer, network.process)
+  guide = functools.partial(convert.load_beside, source, "discriminator", dtype=dtype)
   return Pipeline(
-    denoiser=denoiser,
-    process=proc,
-    tokenizer=words,
-    length=model.config.length,
-    buckets=buckets,
+    denoiser=models.Denoiser(network.model, network.params).cast(jnp.dtype(dtype)),
+    process=network.process,
+    tokenizer=tokenizer,
+    length=network.model.config.length,
+    buckets=tuple(network.facts.get("buckets", ())),
     source=source,
+    guide=convert.Weights(guide),
   )
 
 
@@ -183,7 +265,9 @@ def load_tokenizer(
   return tokenizers.load(source.parent if source.is_file() else source)
 
 
-def check_vocabulary(source: pathlib.Path, tokenizer: tokenizers.Tokenizer, proc) -> None:
+def check_vocabulary(
+  source: pathlib.Path, tokenizer: tokenizers.Tokenizer, proc: process.Process
+) -> None:
   """Check that a tokenizer has the tokens of a network.
 
   An absorbing process has the mask besides. A uniform one may have one row of padding besides, as
@@ -193,7 +277,7 @@ def check_vocabulary(source: pathlib.Path, tokenizer: tokenizers.Tokenizer, proc
     InputError: the sizes differ.
   """
   size, given = proc.vocab_size, tokenizer.vocab_size
-  uniform = isinstance(proc, process.Uniform)
+  uniform = not process.has_mask(proc)
   if given == size - 1 or (uniform and given == size):
     return
   wanted = f"{size} or, without padding, {size - 1}" if uniform else f"{size - 1} besides the mask"

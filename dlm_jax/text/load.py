@@ -1,14 +1,52 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Strings in three lines: `load` opens whatever writes, a denoiser or a decoder of blocks."""
+"""Strings in three lines: `load` opens whatever writes, and what it returns has one face."""
 
 import pathlib
+from typing import Any, Protocol, runtime_checkable
 
 from dlm_jax import convert, models
 from dlm_jax.convert import places
+from dlm_jax.data import tokenizers
 from dlm_jax.errors import InputError
-from dlm_jax.text import decoder
 from dlm_jax.text.decoder import TextDecoder
 from dlm_jax.text.denoiser import Pipeline, default_dtype, load_denoiser, load_tokenizer
+
+
+@runtime_checkable
+class Written(Protocol):
+  """Texts, and what is known about them.
+
+  Attributes:
+    texts: one per sample.
+    tokens: ids of each.
+    lengths: tokens of each.
+    evaluations: of all networks, summed over the texts.
+  """
+
+  texts: list[str]
+  tokens: Any
+  lengths: list[int]
+  evaluations: int
+
+
+@runtime_checkable
+class Writer(Protocol):
+  """A network that writes, with its tokenizer: call it for texts, or `generate` for more.
+
+  An option that is not one of its way of writing is refused, by a line that names those that are.
+  """
+
+  tokenizer: tokenizers.Tokenizer
+
+  def __call__(
+    self, *, steps: int | None = None, num: int = 1, seed: int = 0, prompt: Any = "", **options: Any
+  ) -> list[str]:
+    """Return `num` texts that begin with, or go on behind, a prompt."""
+    ...
+
+  def generate(self, *args: Any, num: int = 1, seed: int = 0, **options: Any) -> Written:
+    """Return texts with what is known about them; options as for a call."""
+    ...
 
 
 def load(
@@ -31,7 +69,9 @@ def load(
     draft: of a network that decodes blocks: a smaller one, same tokenizer, that drafts for it.
 
   Returns:
-    A `Pipeline` to call; of an SDAR or a decoder of ours a `decoder.TextDecoder` with `generate`.
+    A `Writer`: `pipe(steps=8, num=4, seed=0)` gives texts, `pipe.generate(…)` texts with their
+    tokens and evaluations. Of a denoiser a `Pipeline`, of an SDAR or a decoder of ours trained on
+    blocks a `TextDecoder`.
 
   Raises:
     InputError: no such network there, or its tokenizer is missing or another one.
@@ -40,7 +80,7 @@ def load(
     >>> pipe = load("data/mdlm-owt", tokenizer="data/gpt2")  # doctest: +SKIP
   """
   source = places.find_network(path)
-  if convert.is_decoder(source):
+  if decodes(convert.open_network(source)):
     if weights is not None:
       raise InputError(f"{path}: weights={weights!r} is a choice of Lightning checkpoints only.")
     opened = open_decoder(path, tokenizer, dtype=dtype, draft=draft)
@@ -49,6 +89,11 @@ def load(
   if draft is not None:
     raise InputError(f"{path} does not decode blocks, so it takes no draft ({draft}).")
   return load_denoiser(path, tokenizer, dtype=dtype, weights=weights)
+
+
+def decodes(network: convert.Network) -> bool:
+  """Tell whether a network decodes blocks, or would if it had a mask."""
+  return "blocks" in network.family.writes
 
 
 def open_decoder(
@@ -69,7 +114,8 @@ def open_decoder(
     storage: of parameters, see `models.regroup`; None: `models.default_storage`.
 
   Raises:
-    InputError: one of them is no such network, or the two do not fit each other.
+    InputError: one of them is no such network, or has no mask, fewer rows than the tokenizer has
+      tokens or another tokenizer, or the two do not fit each other.
   """
   dtype = dtype or default_dtype()
   storage = storage or models.default_storage()
@@ -80,10 +126,57 @@ def open_decoder(
     if place is None:
       continue
     source = places.find_network(place)
-    if not convert.is_decoder(source):
-      kind = convert.read_config(source)["model_type"]
-      role = "" if place is path else "the draft "
-      raise InputError(f"{role}{source} is a {kind} network, which does not decode blocks.")
-    words = load_tokenizer(source, tokenizer)
-    opened = decoder.open_decoder(source, words, dtype=dtype, storage=storage, draft=opened)
+    network = convert.open_network(source, params_dtype=_kept(source, dtype), dtype=dtype)
+    _check(network, "" if place is path else "the draft ")
+    opened = TextDecoder(
+      model=network.model,
+      process=network.process,
+      tokenizer=_load_tokenizer(network, tokenizer),
+      source=source,
+      weights=_regrouped(network, storage),
+      block_length=network.block_length,
+      draft=opened,
+    )
   return opened
+
+
+def _kept(source, dtype):
+  """Return what parameters are kept in: what products are of, if the family has that choice."""
+  return dtype if dtype in convert.open_network(source).family.dtypes else None
+
+
+def _regrouped(network, storage) -> convert.Weights:
+  def read():
+    try:
+      return models.regroup(network.model, network.params, storage, consume=True)
+    finally:
+      network.weights.free()  # what was stacked is consumed
+
+  return convert.Weights(read)
+
+
+def _check(network, role):
+  """Refuse a network that does not decode blocks."""
+  if not decodes(network):
+    raise InputError(
+      f"{role}{network.source} is a {network.kind} network, which does not decode blocks."
+    )
+  if network.writes == "next":
+    raise InputError(
+      f"{role}{network.source} is a {network.kind} network without a mask token, which predicts "
+      "next tokens; decoding of blocks needs one trained with a mask: mask_token_id in config.json "
+      "names it."
+    )
+
+
+def _load_tokenizer(network, path):
+  """Return the tokenizer of a path or beside a network; refuse one that is not the network's."""
+  source, rows = network.source, network.model.config.vocab_size
+  tokenizer = load_tokenizer(source, path)
+  if tokenizer.vocab_size > rows:
+    raise InputError(
+      f"{source}: the tokenizer has {tokenizer.vocab_size} tokens and the network {rows} rows."
+    )
+  if network.facts.get("tokenizer_fingerprint") not in (None, tokenizer.fingerprint):
+    raise InputError(f"{source} was trained with another tokenizer; leave tokenizer out.")
+  return tokenizer

@@ -266,5 +266,5 @@ def test_module_is_the_command():
     [sys.executable, "-m", "dlm_jax", "smaple"], capture_output=True, text=True, check=False
   )
   assert answer.returncode == 2 and answer.stdout == ""
-  assert "'smaple' is no verb" in answer.stderr and "Did you mean 'sample'?" in answer.stderr
+  assert "'smaple' is no verb" in answer.stderr and "(did you mean 'sample'?)" in answer.stderr
   assert len(answer.stderr.splitlines()) == 1

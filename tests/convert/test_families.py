@@ -1,229 +1,148 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every family of public checkpoints: recorded logits, round trips, the last id, other trees."""
+"""Every file of `convert/families/`: found by listing, round trips, says how it writes."""
 
-import dataclasses
 import json
 import pathlib
-import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
 
-from dlm_jax import convert, process, schedules
+from dlm_jax import convert, mesh, models, process
+from dlm_jax.convert import families, layout
+from dlm_jax.convert.family import WRITES
 from dlm_jax.errors import InputError
-from dlm_jax.models import DiT
+from dlm_jax.models import discriminator
 
-CHECKPOINTS = pathlib.Path(__file__).parent.parent / "golden" / "checkpoints"
-PROCESSES = {
-  "mdlm": process.Absorbing(vocab_size=48, mask_id=47),
-  "duo": process.Uniform(vocab_size=48),
-  "didi_instruct": process.Absorbing(vocab_size=48, mask_id=47),
+FOLDER = pathlib.Path(families.__file__).parent
+_SIZES = {"vocab_size": 11, "dim": 8, "layers": 2, "heads": 2, "length": 6}
+_DIT = models.DiT(models.DiTConfig(**_SIZES, cond_dim=4))
+_ABSORBING = process.Absorbing(vocab_size=11, mask_id=10)
+_DECODER = models.Decoder(
+  models.DecoderConfig(**_SIZES, kv_heads=1, head_dim=4, mlp_dim=8, dtype="float32")
+)
+_GPT2 = models.GPT2(models.GPT2Config(vocab_size=11, n_positions=6, n_embd=8, n_layer=2, n_head=2))
+# Family -> (network, process, how it writes); a new file of the folder needs a row.
+NETWORKS = {
+  "causal": [(models.Causal(models.CausalConfig(**_SIZES)), None, "next")],
+  "dit": [(_DIT, _ABSORBING, "grid"), (_DIT, process.Uniform(vocab_size=11), "grid")],
+  "gpt2": [(_GPT2, None, "next")],
+  "qwen3": [(_DECODER, _ABSORBING, "blocks"), (_DECODER, None, "next")],
 }
-OUT = "blocks.0.mlp.2.weight"
+_ROWS = [(name, *row) for name, rows in NETWORKS.items() for row in rows]
 
 
-def _trees_equal(left, right):
+def random_params(model):
+  rng = np.random.default_rng(0)
+  return jax.tree.map(
+    lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), layout.param_shapes(model)
+  )
+
+
+def equal(left, right):
   jax.tree.map(np.testing.assert_array_equal, left, right)
 
 
-@pytest.fixture
-def copy(tmp_path):
-  """Return a function that writes a changed copy of a recorded checkpoint."""
-
-  def write(family, tensors=None, config=None):
-    directory = tmp_path / family
-    shutil.copytree(CHECKPOINTS / family, directory, copy_function=shutil.copyfile)
-    if tensors is not None:
-      stored = load_file(directory / "model.safetensors")
-      tensors(stored)
-      stored = {name: np.ascontiguousarray(x) for name, x in stored.items()}
-      save_file(stored, directory / "model.safetensors")
-    if config is not None:
-      stored = json.loads((directory / "config.json").read_text()) | config
-      (directory / "config.json").write_text(json.dumps(stored))
-    return directory
-
-  return write
+def test_the_folder_is_the_registry():
+  files = {file.stem for file in FOLDER.glob("*.py")} - {"__init__"}
+  assert set(families.found()) | set(families.beside()) == files
+  assert set(NETWORKS) == set(families.found())
+  for name, family in families.found().items():
+    assert family.model_types and set(family.writes) <= set(WRITES), name
+    assert families.of(NETWORKS[name][0][0]) is family
+    for kind in family.model_types:
+      assert families.find({"model_type": kind.upper()}, "here") is family
 
 
-# --- reading what others wrote --------------------------------------------------------------------
+@pytest.mark.parametrize("name, model, proc, writes", _ROWS)
+def test_round_trip(tmp_path, name, model, proc, writes):
+  params = random_params(model)
+  convert.save(tmp_path, model, params, proc, extra={"note": 1})
+  network = convert.open_network(tmp_path, dtype=getattr(model.config, "dtype", "float32"))
+  assert network.family is families.found()[name] and not network.weights.held
+  assert network.writes == writes == convert.writes(model, proc)
+  assert network.facts["writes"] == writes and network.facts["note"] == 1
+  assert (network.model, network.process) == (model, proc)
+  equal(network.params, params)
+  assert jax.tree.structure(network.params) == jax.tree.structure(params)
+  assert network.weights.held and "\n" not in repr(network) and len(repr(network)) < 300
+  back, loaded, proc_back = convert.load(tmp_path, dtype=getattr(model.config, "dtype", "float32"))
+  assert (back, proc_back) == (model, proc)
+  equal(loaded, params)
 
 
-@pytest.mark.parametrize("family", sorted(PROCESSES))
-def test_recorded_logits(family):
-  model, params, proc = convert.load(CHECKPOINTS / family, dtype="float32")
-  assert proc == PROCESSES[family] and type(proc) is type(PROCESSES[family])
-  assert model.config.time_conditioning == (family == "duo")
-  example = load_file(CHECKPOINTS / family / "example_io.safetensors")
-  # recorded from the bare network, which listens to σ also where the method feeds 0
-  bare = DiT(dataclasses.replace(model.config, time_conditioning=True))
-  tokens = jnp.asarray(example["input_ids"], jnp.int32)
-  logits = jax.jit(bare.apply)({"params": params}, tokens, jnp.asarray(example["sigma"]))
-  scale = np.abs(example["logits"]).max()
-  np.testing.assert_allclose(logits, example["logits"], rtol=0, atol=2e-5 * scale)
-
-
-@pytest.mark.parametrize("prefix", ["", "backbone.", "backbone.backbone."])
-def test_names_may_have_a_prefix(copy, prefix):
-  def rename(tensors):
-    for name in list(tensors):
-      tensors[prefix + name.removeprefix("backbone.")] = tensors.pop(name)
-
-  _trees_equal(convert.load(copy("mdlm", rename))[1], convert.load(CHECKPOINTS / "mdlm")[1])
-
-
-def test_model_type_in_either_case(copy):
-  directory = copy("duo", config={"model_type": "duo"})
-  assert convert.load(directory)[2] == process.Uniform(vocab_size=48)
-
-
-def test_shards(copy):
-  directory = copy("duo")
-  tensors = load_file(directory / "model.safetensors")
-  (directory / "model.safetensors").unlink()
-  names, files = sorted(tensors), ("model-1-of-2.safetensors", "model-2-of-2.safetensors")
-  for number, file in enumerate(files):
-    save_file({name: tensors[name] for name in names[number::2]}, directory / file)
-  index = {"weight_map": {name: files[number % 2] for number, name in enumerate(names)}}
-  (directory / "model.safetensors.index.json").write_text(json.dumps(index))
-  _trees_equal(convert.load(directory)[1], convert.load(CHECKPOINTS / "duo")[1])
-  save_file({names[0]: tensors[names[0]], names[1]: tensors[names[1]]}, directory / files[1])
-  with pytest.raises(InputError, match="another shard"):
-    convert.load(directory)
-  (directory / files[1]).unlink()
-  with pytest.raises(InputError, match=files[1]):
-    convert.load(directory)
-
-
-# --- trees of distillation ------------------------------------------------------------------------
-
-
-def _with_trees(tensors, *trees):
-  for tree in trees:
-    for name in [name for name in tensors if name.startswith("backbone.")]:
-      tensors[tree + name] = tensors[name] * (1 if name.endswith("inv_freq") else 2)
-
-
-@pytest.mark.parametrize("family", ["mdlm", "duo"])
-def test_complete_trees_of_distillation_are_dropped(copy, family):
-  directory = copy(family, lambda t: _with_trees(t, "fake_model.", "teacher."))
-  _trees_equal(convert.load(directory)[1], convert.load(CHECKPOINTS / family)[1])
-
-
-@pytest.mark.parametrize(
-  "damage, named",
-  [
-    (lambda t: t.pop(f"fake_model.backbone.{OUT}"), f"fake_model.backbone.{OUT} is missing"),
-    (lambda t: t.update({"teacher.extra": np.ones(2, "f4")}), "unknown tensor teacher.extra"),
-    (lambda t: t.update({f"teacher.backbone.{OUT}": np.ones((2, 2), "f4")}), "is (2, 2), expected"),
-    (lambda t: t.update({"critic.weight": np.ones(2, "f4")}), "unknown tensor critic.weight"),
-  ],
-)
-def test_incomplete_trees_are_refused(copy, damage, named):
-  def change(tensors):
-    _with_trees(tensors, "fake_model.", "teacher.")
-    damage(tensors)
-
-  with pytest.raises(InputError) as caught:
-    convert.load(copy("mdlm", change))
-  assert named in str(caught.value)
-
-
-# --- refusals -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("family, prefix", [("duo", "backbone."), ("didi_instruct", "")])
-@pytest.mark.parametrize(
-  "damage, said",
-  [
-    (lambda t, name: t.pop(name), "is missing"),
-    (lambda t, name: t.update({name: t[name].T}), "is it transposed?"),
-    (lambda t, name: t.update({name: t[name][:-1]}), "expected (32, 128)."),
-    (lambda t, name: t.update({name: t[name].astype("i4")}), "not floating-point"),
-    (lambda t, name: t.update({f"backbone.backbone.{OUT}": t[name]}), "is there twice"),
-  ],
-)
-def test_damaged_tensors_are_named(copy, family, prefix, damage, said):
-  with pytest.raises(InputError) as caught:
-    convert.load(copy(family, lambda tensors: damage(tensors, prefix + OUT)))
-  assert prefix + OUT in str(caught.value) and said in str(caught.value)
-
-
-@pytest.mark.parametrize(
-  "family, config, said",
-  [
-    ("duo", {"time_conditioning": False}, "DUO has time_conditioning true, given false"),
-    ("duo", {"dlm_jax": {"process": {"name": "absorbing", "mask_id": 47}}}, "contradicts itself"),
-    ("duo", {"dlm_jax": {"process": {"name": "uniform", "mask_id": 47}}}, "lacks schedule"),
-    (
-      "duo",
-      {"dlm_jax": {"process": {"name": "uniform", "mask_id": 47, "schedule": {}}}},
-      "has unknown mask_id",
-    ),
-    ("duo", {"dlm_jax": {"process": "uniform"}}, "process 'uniform' is unknown"),
-    ("duo", {"causal": True}, "causal"),
-    ("mdlm", {"dlm_jax": {"process": {"name": "uniform", "schedule": {}}}}, "contradicts itself"),
-    ("mdlm", {"dlm_jax": {"process": {"name": "gaussian"}}}, "is unknown; known: absorbing"),
-    ("mdlm", {"time_conditioning": "no"}, "neither true nor false"),
-    ("mdlm", {"model_type": "bd3lm"}, "'bd3lm' is unknown; known: mdlm, DUO, didi-instruct-dit"),
-    ("didi_instruct", {"time_conditioning": True}, "contradicts itself"),
-  ],
-)
-def test_contradictions(copy, family, config, said):
-  directory = copy(family, config=config)
-  with pytest.raises(InputError) as caught:
-    convert.load(directory)
-  assert said in str(caught.value) and str(directory) in str(caught.value)
-
-
-# --- round trips ----------------------------------------------------------------------------------
-
-_COSINE = schedules.Cosine()
-_SAVED = {
-  "absorbing": (process.Absorbing(vocab_size=48, mask_id=3, schedule=_COSINE), False, "mdlm"),
-  "absorbing_timed": (process.Absorbing(vocab_size=48, mask_id=47), True, "mdlm"),
-  "score": (process.AbsorbingScore(vocab_size=48, mask_id=47, schedule=_COSINE), True, "mdlm"),
-  "uniform": (process.Uniform(vocab_size=48, schedule=_COSINE), True, "DUO"),
-  "uniform_untimed": (process.Uniform(vocab_size=48), False, "dlm_jax_uniform"),
-}
-
-
-@pytest.mark.parametrize("name", sorted(_SAVED))
-def test_round_trip_of_every_process(tmp_path, name):
-  proc, timed, model_type = _SAVED[name]
-  model, params, _ = convert.load(CHECKPOINTS / "duo")
-  model = DiT(dataclasses.replace(model.config, time_conditioning=timed))
-  convert.save(tmp_path, model, params, proc)
-  loaded, back, process_back = convert.load(tmp_path)
-  assert loaded == model and process_back == proc and type(process_back) is type(proc)
-  _trees_equal(back, params)
+@pytest.mark.parametrize("name, model, proc, writes", _ROWS)
+def test_what_public_files_do_not_say_is_derived(tmp_path, name, model, proc, writes):
+  convert.save(tmp_path, model, random_params(model), proc)
   config = json.loads((tmp_path / "config.json").read_text())
-  assert config["model_type"] == model_type and config["time_conditioning"] == timed
+  assert config["dlm_jax"].pop("writes") == writes
+  (tmp_path / "config.json").write_text(json.dumps(config))
+  assert convert.open_network(tmp_path).writes == writes
+  config["dlm_jax"]["writes"] = "nekst"
+  (tmp_path / "config.json").write_text(json.dumps(config))
+  with pytest.raises(InputError, match="writes='nekst' is not how this network writes; it writes"):
+    convert.open_network(tmp_path)
 
 
-@pytest.mark.parametrize("family", sorted(PROCESSES))
-def test_round_trip_of_every_family(tmp_path, family):
-  first = convert.load(CHECKPOINTS / family)
-  convert.save(tmp_path, *first)
-  second = convert.load(tmp_path)
-  assert first[0] == second[0] and first[2] == second[2]
-  _trees_equal(first[1], second[1])
-  ours, public = (load_file(p / "model.safetensors") for p in (tmp_path, CHECKPOINTS / family))
-  bare = {name.removeprefix("backbone."): x for name, x in public.items()}
-  bare.pop("rotary_emb.inv_freq")
-  _trees_equal({name.removeprefix("backbone."): x for name, x in ours.items()}, bare)
+def test_a_network_may_write_otherwise(tmp_path):
+  """What its family leaves open is stored."""
+  given = (_DECODER, random_params(_DECODER), _ABSORBING)
+  convert.save(tmp_path, *given, extra={"writes": "introspective"})
+  assert convert.open_network(tmp_path).writes == "introspective"
+  with pytest.raises(InputError, match="writes='grid' is not how"):
+    convert.save(tmp_path / "no", *given, extra={"writes": "grid"})
+  assert not (tmp_path / "no").exists()
 
 
-def test_a_uniform_network_is_written_for_readers_of_duo(tmp_path):
-  convert.save(tmp_path, *convert.load(CHECKPOINTS / "duo"))
-  ours, public = (
-    json.loads((path / "config.json").read_text()) for path in (tmp_path, CHECKPOINTS / "duo")
+@pytest.mark.parametrize("name, model, proc, writes", _ROWS)
+@pytest.mark.parametrize("on_host", [2**26, 0])
+def test_a_mesh_changes_no_number(tmp_path, monkeypatch, name, model, proc, writes, on_host):
+  """Nor does the device that puts the layers together."""
+  monkeypatch.setattr(layout, "_ON_HOST", on_host)
+  params = random_params(model)
+  convert.save(tmp_path, model, params, proc, shard_bytes=900)
+  assert len(list(tmp_path.glob("*.safetensors"))) > 1
+  equal(convert.load(tmp_path)[1], params)
+  devices = mesh.make(1, 2, 1, devices=jax.devices()[:2])
+  placed = convert.load(tmp_path, mesh=devices)[1]
+  equal(jax.device_get(placed), params)
+  wanted = mesh.param_shardings(devices, model.axes(*model.inputs()), params)
+  same = jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), placed, wanted)
+  assert all(jax.tree.leaves(same))
+
+
+def test_a_network_beside_another(tmp_path):
+  model = models.Discriminator(_DIT.config, trained_layers=1)
+  variables = model.init(jax.random.key(0), *model.inputs())
+  critic = models.Critic(model=model, params=variables["params"], spectral=variables["spectral"])
+  beside = {"discriminator": critic}
+  convert.save(tmp_path, _DIT, random_params(_DIT), _ABSORBING, beside=beside)
+  facts = convert.open_network(tmp_path).facts
+  assert facts["discriminator"] == {"trained_layers": 1}
+  back = convert.load_beside(tmp_path, "discriminator")
+  assert back.model == model
+  equal(back, critic)
+  assert families.beside()["discriminator"].network is discriminator.Discriminator
+
+
+def test_unknown_architectures(tmp_path):
+  (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
+  with pytest.raises(InputError) as caught:
+    convert.load(tmp_path)
+  line = str(caught.value)
+  assert (
+    "model_type 'qwen2' is unknown; known: mdlm, DUO" in line and "did you mean 'qwen3'" in line
   )
-  expected = {"model_type", "causal", "var_min", "hidden_dim", "cond_dim", "n_blocks", "n_heads"}
-  assert expected <= set(ours) & set(public)
-  assert {key: ours[key] for key in set(ours) & set(public)} == {
-    key: public[key] for key in set(ours) & set(public)
-  }
+  assert all(kind in line for kind in families.model_types())
+  with pytest.raises(InputError, match="a dict has no checkpoints; known: Causal, DiT"):
+    convert.save(tmp_path, {}, {}, None)
+
+
+def test_weights_are_owned():
+  read = []
+  weights = convert.Weights(lambda: read.append(1) or len(read))
+  assert not weights.held and repr(weights) == "Weights(not read)"
+  assert weights.read() == weights.read() == 1 and weights.held
+  weights.free()
+  assert not weights.held and weights.read() == 2

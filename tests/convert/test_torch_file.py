@@ -17,7 +17,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from dlm_jax import convert
-from dlm_jax.convert import hf_dit, torch_file
+from dlm_jax.convert import mdlm_layout, torch_file
 from dlm_jax.errors import InputError
 
 CHECKPOINTS = pathlib.Path(__file__).parent.parent / "golden" / "checkpoints"
@@ -226,7 +226,7 @@ def _average(family, change=lambda x: x + 1):
   """Return shadow parameters: a list in the order of the modules."""
   state = _state(family)
   model = convert.load(CHECKPOINTS / family)[0]
-  return [change(state["backbone." + name]) for name, *_ in hf_dit._entries(model)]
+  return [change(state[entry.name]) for entry in mdlm_layout.denoiser_entries(model)]
 
 
 @pytest.fixture
@@ -279,7 +279,7 @@ def test_checkpoint_without_average(directory):
 
 def test_average_in_the_published_order():
   model = convert.load(CHECKPOINTS / "mdlm")[0]
-  names = [name for name, *_ in hf_dit._entries(model)]
+  names = [entry.name.removeprefix("backbone.") for entry in mdlm_layout.denoiser_entries(model)]
   block = [
     "norm1.weight",
     "attn_qkv.weight",

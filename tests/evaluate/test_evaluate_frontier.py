@@ -247,12 +247,6 @@ def test_table():
   assert "all nets" in guided[0] and [c.strip() for c in guided[-1].split("|")][2:4] == ["8", "32"]
 
 
-def test_a_file_of_an_earlier_version_has_true_evaluations(tmp_path):
-  old = {key: value for key, value in row("a", 4).items() if key != "evaluations"}
-  (tmp_path / "f.jsonl").write_text(json.dumps(old) + "\n")
-  assert frontier._Finished(tmp_path / "f.jsonl")._rows == [row("a", 4)]
-
-
 @pytest.mark.parametrize("x", list(frontier.AXES))
 def test_every_axis(tmp_path, x):
   rows = [*ROWS, row("guided", 8, evaluations=28, seconds=9.0)]

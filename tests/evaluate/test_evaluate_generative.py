@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from dlm_jax import evaluate
-from dlm_jax.convert import hf_gpt2
+from dlm_jax import convert, evaluate
 from dlm_jax.errors import InputError
 from dlm_jax.evaluate import generative
 
@@ -22,7 +21,7 @@ EOS = 3
 
 @pytest.fixture(scope="module")
 def judge():
-  return evaluate.Judge(*hf_gpt2.load(TINY))
+  return evaluate.Judge(*convert.load(TINY)[:2])
 
 
 @pytest.fixture(scope="module")

@@ -176,7 +176,7 @@ def test_evaluate_prints_what_proteins_are_like(folder, teacher, capsys):
 @pytest.mark.slow
 def test_frontier_of_proteins(folder, teacher, tmp_path, capsys):
   """Samples are as long as validation records; only residues are judged, guided or not."""
-  convert.save_discriminator(teacher / "best", _critic(teacher))
+  convert.save_beside(teacher / "best", "discriminator", _critic(teacher))
   data = folder / "data"
   arguments = ["frontier", f"--judge={folder / 'judge'}", "--samples=5", "--batch_size=4"]
   arguments += ["--nfes=2", f"--workdir={tmp_path}", f"--model=plain={teacher}"]

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dlm_jax.convert import hf_dit
+from dlm_jax.convert.families import discriminator as public
 from dlm_jax.models import Critic, Discriminator, DiT, DiTConfig, discriminator
 
 CONFIG = DiTConfig(
@@ -32,8 +32,7 @@ def recorded_critic(vectors, config, trained_layers=1):
     for name, value in vectors.items()
     if name.startswith("discriminator/")
   }
-  params, spectral = discriminator.split(model, hf_dit.from_tensors(model, tensors))
-  return Critic(model=model, params=params, spectral=spectral)
+  return public.from_tensors(model, tensors)
 
 
 @pytest.fixture(scope="module")

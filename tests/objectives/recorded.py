@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dlm_jax import process
-from dlm_jax.convert import hf_dit
+from dlm_jax import convert, process
 from dlm_jax.models import DiT, DiTConfig
 from dlm_jax.schedules import Derived
 
@@ -68,7 +67,7 @@ def network(config, *, time_conditioning):
 def params(model, vectors, prefix):
   """Return the parameters that are stored below a prefix."""
   names = (name for name in vectors if name.startswith(prefix + "/"))
-  return hf_dit.from_tensors(model, {k.removeprefix(prefix + "/"): vectors[k] for k in names})
+  return convert.from_tensors(model, {k.removeprefix(prefix + "/"): vectors[k] for k in names})
 
 
 def close(left, right, tolerance=1e-5):

@@ -15,8 +15,7 @@ import pytest
 import tiny_decoder as tiny
 from recorded import close
 
-from dlm_jax import models, process, schedules
-from dlm_jax.convert import hf_qwen3
+from dlm_jax import convert, models, process, schedules
 from dlm_jax.models import Cache, attention, commit, dit, layers, masks
 from dlm_jax.objectives import ar, block_diffusion
 from dlm_jax.objectives.block_diffusion.documents import (
@@ -140,7 +139,7 @@ def test_recorded_sdar_loss(golden, name):
 
   value, grads = jax.jit(jax.value_and_grad(loss))(params)
   close(value, vectors["loss"], 1e-5)
-  grads = hf_qwen3.to_tensors(model, grads)
+  grads = convert.to_tensors(model, grads)
   names = [key for key in vectors if key.startswith("grad/")]
   assert len(names) > 4
   for key in names:

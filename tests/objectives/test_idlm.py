@@ -10,8 +10,7 @@ import optax
 import pytest
 import tiny
 
-from dlm_jax import process
-from dlm_jax.convert import hf_dit
+from dlm_jax import convert, process
 from dlm_jax.models import DiT, DiTConfig
 from dlm_jax.objectives import idlm
 
@@ -65,7 +64,7 @@ class Recorded:
     )
     self.model, self.table = DiT(options), Table(options, size=config["B"])
     self.params = {
-      name: hf_dit.from_tensors(self.model, self.under(name))
+      name: convert.from_tensors(self.model, self.under(name))
       for name in ("student", "teacher", "fake")
     }
     self.x_gen, self.z = (jnp.asarray(vectors[k], jnp.int32) for k in ("xt_gen", "xt"))
@@ -126,7 +125,7 @@ def test_golden_generator_loss(recorded):
   r = recorded
   (value, metrics), gradient = jax.jit(jax.value_and_grad(r.gap, has_aux=True))(r.params["student"])
   np.testing.assert_allclose(value, r.vectors["generator_loss_per_seq_f64"].mean(), rtol=1e-5)
-  ours = hf_dit.to_tensors(r.model, gradient)
+  ours = convert.to_tensors(r.model, gradient)
   wanted = r.under("grad_generator_loss_mean_wrt_student")
   assert len(wanted) == 7
   for name, tensor in wanted.items():
@@ -183,7 +182,7 @@ def test_golden_fake_objective(recorded):
   log_fake = np.where(v["fake_log_probs"] < -1e5, 0, v["fake_log_probs"]).astype(np.float64)
   per_position = -(v["student_probs"] * log_fake).sum(-1) / v["t"][:, None]
   np.testing.assert_allclose(value, (per_position * masked).sum(1).mean(), rtol=1e-5)
-  ours = hf_dit.to_tensors(r.model, gradient)
+  ours = convert.to_tensors(r.model, gradient)
   wanted = r.under("grad_fakeobj_loss_mean_wrt_fake")
   assert len(wanted) == 7
   for name, tensor in wanted.items():

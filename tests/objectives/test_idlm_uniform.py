@@ -11,8 +11,7 @@ import optax
 import pytest
 import recorded as quantities
 
-from dlm_jax import process
-from dlm_jax.convert import hf_dit
+from dlm_jax import convert, process
 from dlm_jax.models import DiT, DiTConfig
 from dlm_jax.objectives import draw_batch, idlm
 from dlm_jax.objectives.batch import split_each
@@ -27,7 +26,7 @@ class Recorded:
     self.size = config["B"]
     self.model = quantities.network(config, time_conditioning=True)
     self.params = {
-      name: hf_dit.from_tensors(self.model, self.under(name))
+      name: convert.from_tensors(self.model, self.under(name))
       for name in ("student", "teacher", "fake")
     }
     schedule = quantities.Schedule(
@@ -83,7 +82,7 @@ def recorded(request, golden):
 
 
 def _compare_gradient(r, gradient, prefix, tolerance=2e-4):
-  ours = hf_dit.to_tensors(r.model, gradient)
+  ours = convert.to_tensors(r.model, gradient)
   wanted = r.under(prefix)
   assert len(wanted) == 7
   for name, tensor in wanted.items():

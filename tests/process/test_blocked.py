@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dlm_jax import convert, models, process, sample, schedules
-from dlm_jax.convert import families
+from dlm_jax.convert.families import dit
 from dlm_jax.errors import InputError
 
 V, MASK, BLOCKED = 7, 5, (0, 3)
@@ -132,7 +132,7 @@ def test_checkpoints_keep_them(kind, tmp_path):
     assert convert.load(tmp_path / str(len(blocked)))[2] == proc
   stored = convert.read_config(tmp_path / "0")["dlm_jax"]["process"]
   assert "blocked" not in stored  # as before there was such a field
-  config = families.describe(model, kind(**OPTIONS, blocked=BLOCKED))
+  config = dit.describe(model, kind(**OPTIONS, blocked=BLOCKED))
   config["dlm_jax"]["process"]["blocked"] = [99]
   with pytest.raises(InputError, match=r"process: blocked=\[99\] must be ids"):
-    families.make_process("here", config, model)
+    dit.read(tmp_path, config, {})

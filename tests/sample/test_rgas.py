@@ -10,9 +10,9 @@ import pytest
 import toy
 
 from dlm_jax import draw, process, sample, schedules
-from dlm_jax.convert import hf_dit
+from dlm_jax.convert.families import discriminator as public
 from dlm_jax.errors import InputError
-from dlm_jax.models import Critic, Denoiser, Discriminator, DiT, DiTConfig, discriminator
+from dlm_jax.models import Critic, Denoiser, Discriminator, DiT, DiTConfig
 from dlm_jax.sample import _rgas
 
 every_variant = pytest.mark.parametrize("variant", "ab")
@@ -41,8 +41,7 @@ class Recorded:
       for name, value in v.items()
       if name.startswith("discriminator/")
     }
-    params, spectral = discriminator.split(model, hf_dit.from_tensors(model, tensors))
-    self.critic = Critic(model=model, params=params, spectral=spectral)
+    self.critic = public.from_tensors(model, tensors)
     self.mask, self.x = config["mask_index"], jnp.asarray(v["x"], jnp.int32)
     self.process = process.Absorbing(vocab_size=config["V"], mask_id=self.mask)
     self.masked, self.sigma = self.x == self.mask, jnp.asarray(v["sigma"])

@@ -92,7 +92,7 @@ def test_bad_paths(tmp_path):
 
 # --- public checkpoints with GPT-2's files --------------------------------------------------------
 
-PUBLIC = pathlib.Path(__file__).parent / "golden" / "checkpoints"
+PUBLIC = pathlib.Path(__file__).parents[1] / "golden" / "checkpoints"
 _NAMES = {"hugging_face": ("vocab.json", "merges.txt"), "openai": ("encoder.json", "vocab.bpe")}
 
 

@@ -315,7 +315,7 @@ def make(
     )  # fmt: skip
     return state.replace(step=state.step + 1), metrics | extra
 
-  return Objective(init, step, output="model")
+  return Objective(init, step, output="model", export=lambda state: {"block_length": block_length})
 
 
 def _check(model, process, interval, search_every):

@@ -244,7 +244,7 @@ def make(
     output="student",
     check=method.check,
     axes=(axes, axes["upper"], axes["head"]),
-    critic=method.critic,
+    export=lambda state: {"beside": {"discriminator": method.critic(state)}},
   )
 
 

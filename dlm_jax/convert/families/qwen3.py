@@ -1,15 +1,40 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the config.json of a decoder says: its network, its mask token and its block length."""
+"""`Decoder`: Qwen3 and what has its tensors, SDAR and I-DLM, dense or of experts.
+
+All share the names of Qwen3's tensors; `model_type` tells them apart. SDAR and I-DLM have a mask
+token; their process is an absorbing one that says which.
+"""
 
 import pathlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from dlm_jax import models, process
-from dlm_jax.convert import files
-from dlm_jax.errors import InputError
+import numpy as np
 
-MODEL_TYPES = ("qwen3", "sdar", "qwen3_moe", "sdar_moe")  # I-DLM calls itself sdar
-MASK = "<|MASK|>"
+from dlm_jax import models, process
+from dlm_jax.convert import files, layout
+from dlm_jax.convert.family import Family
+from dlm_jax.convert.layout import Entry
+from dlm_jax.errors import InputError
+from dlm_jax.process import Process
+
+# (public name, our path, transposed).
+_OUTER = (
+  ("model.embed_tokens.weight", "embed/embedding", False),
+  ("model.norm.weight", "norm/scale", False),
+)
+_HEAD = ("lm_head.weight", "project/kernel", True)
+_LAYER = (
+  ("input_layernorm", "norm1/scale", False),
+  *(
+    (f"self_attn.{theirs}_proj", f"attention/{ours}/kernel", True)
+    for theirs, ours in (("q", "q"), ("k", "k"), ("v", "v"), ("o", "out"))
+  ),
+  *((f"self_attn.{name}", f"attention/{name}/scale", False) for name in ("q_norm", "k_norm")),
+  ("post_attention_layernorm", "norm2/scale", False),
+)
+_PARTS = ("gate", "up", "down")
+_MASK = "<|MASK|>"
 _FIELDS = {  # public key -> ours
   "vocab_size": "vocab_size",
   "hidden_size": "dim",
@@ -25,6 +50,7 @@ _EXPERTS = {
   "num_experts_per_tok": "experts_per_token",
   "moe_intermediate_size": "expert_dim",
 }
+_DENSE = ("hidden_act", "attention_bias", "use_sliding_window")
 # Variants of the architecture that would change the numbers; absent means the value given here.
 _REQUIRED = {
   "hidden_act": "silu",
@@ -35,16 +61,25 @@ _REQUIRED = {
 }
 
 
-def make_model(
+def read(
   source: pathlib.Path, config: dict[str, Any], overrides: dict[str, Any]
-) -> models.Decoder:
-  """Build the network that a config describes.
+) -> tuple[models.Decoder, process.Absorbing | None]:
+  """Build the network that a config describes, and an absorbing process that names its mask.
 
-  Training flags (fuse_cross_entropy, attn_implementation, …) are ignored.
+  Training flags (fuse_cross_entropy, attn_implementation, …) are ignored. A network without a mask
+  has no process; how blocks are denoised is the sampler's.
 
   Raises:
-    InputError: a size is missing or impossible, or the config asks for another architecture.
+    InputError: a size is missing or impossible, the config asks for another architecture, or an
+      SDAR names no mask, or one outside the vocabulary.
   """
+  if source.is_file():
+    raise InputError(f"{source} is a file; give the directory that holds config.json.")
+  model = _read_model(source, config, overrides)
+  return model, _read_process(source, config, model)
+
+
+def _read_model(source, config, overrides):
   where = source / "config.json"
   for key, value in _REQUIRED.items():
     if config.get(key, value) not in (value, None):
@@ -92,14 +127,7 @@ def _rotary_base(where, config):
   return _number(where, {**nested, **config}, "rope_theta", float)
 
 
-def make_process(
-  source: pathlib.Path, config: dict[str, Any], model: models.Decoder
-) -> process.Absorbing | None:
-  """Return the absorbing process of a network with a mask token, None for one without.
-
-  Raises:
-    InputError: an SDAR names no mask, or one outside the vocabulary.
-  """
+def _read_process(source, config, model):
   if config["model_type"].lower().startswith("qwen3") and config.get("mask_token_id") is None:
     return None
   try:
@@ -129,30 +157,30 @@ def mask_id(source: pathlib.Path | str, config: dict[str, Any]) -> int:
       return found
   raise InputError(
     f"{source} names no mask: config.json has no mask_token_id and the tokenizer beside it no "
-    f"{MASK}; put the id into config.json."
+    f"{_MASK}; put the id into config.json."
   )
 
 
 def _added(content):
   """Return the id of the mask in any of the three ways in which files list added tokens."""
   for number, token in (content.get("added_tokens_decoder") or {}).items():
-    if token.get("content") == MASK:
+    if token.get("content") == _MASK:
       return int(number)
   listed = content.get("added_tokens") or []
   for token in listed if isinstance(listed, list) else []:
-    if token.get("content") == MASK:
+    if token.get("content") == _MASK:
       return int(token["id"])
-  return content.get(MASK)
+  return content.get(_MASK)
 
 
-def describe(model: models.Decoder, proc: Any, block_length: int | None) -> dict[str, Any]:
-  """Return the config.json of a network.
+def describe(model: models.Decoder, proc: Process | None) -> dict[str, Any]:
+  """Return the config.json of a network: of an sdar if its process names a mask, else of a qwen3.
 
   Raises:
     InputError: the process has no mask.
   """
   cfg = model.config
-  if proc is not None and not isinstance(proc, process.Absorbing):
+  if proc is not None and not process.has_mask(proc):
     raise InputError(f"a decoder cannot be saved with the process {type(proc).__name__}.")
   kind = ("qwen3" if proc is None else "sdar") + ("_moe" if cfg.experts else "")
   names = {
@@ -175,9 +203,69 @@ def describe(model: models.Decoder, proc: Any, block_length: int | None) -> dict
   }
   if proc is not None:
     config["mask_token_id"] = proc.mask_id
-  if block_length is not None:
-    config["block_size"] = block_length
   return config
 
 
-_DENSE = ("hidden_act", "attention_bias", "use_sliding_window")
+def entries(model: models.Decoder) -> Iterator[Entry]:
+  """Yield where tensors lie, layer by layer.
+
+  Raises:
+    InputError: the network does not keep its parameters stacked.
+  """
+  config = model.config
+  if config.storage != "stacked":
+    raise InputError(
+      f"model.storage={config.storage!r}: files are read and written as 'stacked'; regroup the "
+      "parameters after loading, with `models.regroup`."
+    )
+  for name, ours, transposed in (*_OUTER, *(() if config.tied else (_HEAD,))):
+    yield Entry(name, ours, (), transposed)
+  for layer in range(config.layers):
+    prefix = f"model.layers.{layer}."
+    for name, ours, transposed in _LAYER:
+      yield Entry(f"{prefix}{name}.weight", f"blocks/{ours}", (layer,), transposed)
+    if not config.experts:
+      for part in _PARTS:
+        yield Entry(f"{prefix}mlp.{part}_proj.weight", f"blocks/mlp/{part}/kernel", (layer,), True)
+      continue
+    yield Entry(f"{prefix}mlp.gate.weight", "blocks/experts/router/kernel", (layer,), True)
+    for expert in range(config.experts):
+      for part in _PARTS:
+        name = f"{prefix}mlp.experts.{expert}.{part}_proj.weight"
+        yield Entry(name, f"blocks/experts/{part}", (layer, expert), True)
+
+
+def match(
+  model: models.Decoder, tensors: Mapping[str, Any], source: pathlib.Path | str
+) -> Mapping[str, Any]:
+  """Return the tensors by public name; a head beside a tied embedding must be it, and goes.
+
+  Raises:
+    InputError: a tensor is missing, unknown, misshapen or no float.
+  """
+  wanted = layout.public_shapes(entries(model), layout.param_shapes(model))
+  names = {name: name for name in tensors}
+  if model.config.tied and _HEAD[0] in names:
+    names.pop(_HEAD[0])
+    if not np.array_equal(tensors[_HEAD[0]], tensors[_OUTER[0][0]]):
+      raise InputError(
+        f"{source} contradicts itself: tie_word_embeddings is true, but {_HEAD[0]} is not the "
+        "embedding."
+      )
+  shard = getattr(tensors, "source", lambda _: source)
+  layout.check(lambda name: shard(name) if name else source, names, tensors, wanted)
+  return tensors
+
+
+FAMILY = Family(
+  model_types=("qwen3", "sdar", "qwen3_moe", "sdar_moe"),  # I-DLM calls itself sdar
+  network=models.Decoder,
+  read=read,
+  describe=describe,
+  entries=entries,
+  match=match,
+  writes=("blocks", "introspective"),
+  processes=("absorbing", "none"),
+  dtypes=("float32", "bfloat16"),
+  spare_rows=True,
+)

@@ -166,12 +166,11 @@ def test_damaged_tensors_are_named(copy, damage, named):
 
 
 def test_rotary_frequencies_in_bfloat16_are_fine():
-  from dlm_jax.convert import hf_dit
 
   model, params, _ = convert.load(PUBLIC)
   tensors = {k: jnp.asarray(v) for k, v in load_file(PUBLIC / "model.safetensors").items()}
   tensors[ROTARY] = tensors[ROTARY].astype(jnp.bfloat16)
-  _trees_equal(hf_dit.from_tensors(model, tensors), params)
+  _trees_equal(convert.from_tensors(model, tensors), params)
 
 
 @pytest.mark.parametrize("keep", [0, 4, 300, 0.5])

@@ -16,7 +16,6 @@ from safetensors.flax import load_file, save_file
 
 from dlm_jax import convert, mesh, process
 from dlm_jax.cli import convert as cli
-from dlm_jax.convert import hf_qwen3
 from dlm_jax.data import tokenizers
 from dlm_jax.errors import InputError
 from dlm_jax.models import masks
@@ -64,7 +63,8 @@ def test_recorded_logits(name):
   """9.1-b: public names and orientation, shards, tied heads: the logits recorded beside them."""
   model, params, proc = convert.load(CHECKPOINTS / name, dtype="float32")
   assert proc == (ABSORBING if name.startswith("sdar") else None)
-  assert convert.is_decoder(CHECKPOINTS / name) and not convert.is_denoiser(CHECKPOINTS / name)
+  wanted = "blocks" if name.startswith("sdar") else "next"
+  assert convert.open_network(CHECKPOINTS / name).writes == wanted
   assert convert.block_length(CHECKPOINTS / name) == (4 if name.startswith("sdar") else None)
   example = load_file(CHECKPOINTS / name / "example_io.safetensors")
   ids = example["input_ids"].astype(jnp.int32)
@@ -81,7 +81,7 @@ def test_bfloat16_stays(name):
   model, params, _ = convert.load(CHECKPOINTS / name, params_dtype="bfloat16")
   stored = load_file(CHECKPOINTS / name / "model.safetensors")
   assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype(jnp.bfloat16)}
-  _trees_equal(hf_qwen3.to_tensors(model, params), stored)
+  _trees_equal(convert.to_tensors(model, params), stored)
   example = load_file(CHECKPOINTS / name / "example_io.safetensors")
   case = "logits_block_causal" if name.startswith("sdar") else "logits"
   slots = masks.sequence_slots(jnp.arange(24), 4 if name.startswith("sdar") else 1)
@@ -130,7 +130,10 @@ def test_round_trip(tmp_path, changes, shard_bytes):
     again, loaded, process_again = convert.load(directory, dtype="float32")
     assert again.config == config and process_again == proc
     _trees_equal(params, loaded)
-    assert convert.read_config(directory)["dlm_jax"] == {"note": 1}
+    assert convert.read_config(directory)["dlm_jax"] == {
+      "note": 1,
+      "writes": "blocks" if proc else "next",
+    }
     shards = sorted(file.name for file in directory.glob("*.safetensors"))
     assert (len(shards) > 1) == (shard_bytes < 10**9)
     assert all(file.stat().st_size < shard_bytes + 10_000 for file in directory.glob("*.safe*s"))
@@ -141,7 +144,7 @@ def test_public_names(tmp_path):
   """9.1-c: exactly the names and shapes of the public layout, experts included."""
   config = dataclasses.replace(tiny.DENSE, layers=1, **tiny.EXPERTS)
   model, params = tiny.make(config)
-  shapes = {name: x.shape for name, x in hf_qwen3.to_tensors(model, params).items()}
+  shapes = {name: x.shape for name, x in convert.to_tensors(model, params).items()}
   layer = {
     "input_layernorm.weight": (32,),
     "post_attention_layernorm.weight": (32,),
@@ -203,7 +206,7 @@ def _with(name, value):
     (_with("model.norm.bias", jnp.zeros(64)), r"unknown tensor model.norm.bias \(did you mean"),
     (_with("model.layers.2.mlp.down_proj.weight", jnp.zeros(1)), "unknown tensor model.layers.2"),
     (_with(DOWN, jnp.zeros((96, 64))), r"is \(96, 64\), expected \(64, 96\); is it transposed"),
-    (_with(DOWN, jnp.zeros((64, 96), jnp.int32)), "is I32, not floating-point"),
+    (_with(DOWN, jnp.zeros((64, 96), jnp.int32)), "is int32, not floating-point"),
   ],
 )
 def test_tensors_are_matched_strictly(copy, tensors, message):
@@ -269,7 +272,7 @@ def test_damaged_shards(copy, damage):
 def test_options_of_other_families(copy):
   _refused(copy(), "params_dtype='int8' is unknown", params_dtype="int8")
   _refused(CHECKPOINTS / "sdar_bf16", "a choice of Lightning checkpoints", weights="ema")
-  _refused(CHECKPOINTS / "mdlm", "choices of decoders, not of a mdlm", params_dtype="bfloat16")
+  _refused(CHECKPOINTS / "mdlm", "a choice of decoders, not of a mdlm", params_dtype="bfloat16")
   with pytest.raises(InputError, match="is a file; give the directory"):
     convert.load(CHECKPOINTS / "sdar_bf16" / "model.safetensors")
   with pytest.raises(InputError, match="cannot be saved with the process Uniform"):

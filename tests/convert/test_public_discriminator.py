@@ -11,6 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from dlm_jax import convert
+from dlm_jax.convert.families import discriminator as public
 from dlm_jax.errors import InputError
 from dlm_jax.models import Discriminator
 
@@ -29,7 +30,7 @@ def directory(tmp_path):
 
 
 def test_public_directory_gives_the_recorded_scores():
-  critic = convert.load_discriminator(PUBLIC, dtype="float32")
+  critic = convert.load_beside(PUBLIC, "discriminator", dtype="float32")
   example = load_file(PUBLIC / "example_io.safetensors")
   tokens = jnp.asarray(example["input_ids"], jnp.int32)
   ours = jax.jit(lambda c, *args: c(*args))(critic, tokens, jnp.asarray(example["sigma"]))
@@ -38,23 +39,23 @@ def test_public_directory_gives_the_recorded_scores():
 
 
 def test_round_trip(directory):
-  critic = convert.load_discriminator(directory)
+  critic = convert.load_beside(directory, "discriminator")
   (directory / FILE).unlink()
-  convert.save_discriminator(directory, critic)
+  convert.save_beside(directory, "discriminator", critic)
   again, public = load_file(directory / FILE), load_file(PUBLIC / FILE)
   assert set(again) == set(public) - {"rotary_emb.inv_freq"}
   for name, value in again.items():
     np.testing.assert_array_equal(value, public[name])
-  back = convert.load_discriminator(directory)
+  back = convert.load_beside(directory, "discriminator")
   assert back.model == critic.model
   jax.tree.map(np.testing.assert_array_equal, back, critic)
 
 
 def test_another_number_of_trained_layers_is_the_same_function(directory):
-  critic = convert.load_discriminator(directory, dtype="float32")
+  critic = convert.load_beside(directory, "discriminator", dtype="float32")
   tokens, sigma = jnp.arange(48).reshape(2, 24) % 48, jnp.array([0.1, 2.0])
   config = convert.read_config(directory) | {"dlm_jax": {"discriminator": {"trained_layers": 1}}}
-  other = convert.hf_discriminator.load(directory, config, dtype="float32")
+  other = public.load(directory, config, {"dtype": "float32"})
   assert isinstance(other.model, Discriminator) and other.model.trained_layers == 1
   np.testing.assert_allclose(other(tokens, sigma), critic(tokens, sigma), rtol=1e-5, atol=1e-6)
 
@@ -76,12 +77,12 @@ def test_refusals_name_the_tensor(directory, change, message):
   change(tensors)
   save_file(tensors, directory / FILE)
   with pytest.raises(InputError, match=message):
-    convert.load_discriminator(directory)
+    convert.load_beside(directory, "discriminator")
 
 
 def test_none_beside_another_student(directory):
   (directory / FILE).unlink()
-  assert convert.load_discriminator(directory) is None
+  assert convert.load_beside(directory, "discriminator") is None
 
 
 def _lightning(directory):
@@ -103,8 +104,8 @@ def test_a_student_with_its_discriminator_in_one_file(directory):
   (directory / FILE).unlink()
   jax.tree.map(
     np.testing.assert_array_equal,
-    convert.load_discriminator(directory),
-    convert.load_discriminator(PUBLIC),
+    convert.load_beside(directory, "discriminator"),
+    convert.load_beside(PUBLIC, "discriminator"),
   )
   trees.pop("discriminator.output_layer.main.0.weight_v")
   save_file(trees, directory / "model.safetensors")
@@ -128,4 +129,4 @@ def test_a_stored_number_of_layers_is_checked(directory, layers):
     "dlm_jax": {"discriminator": {"trained_layers": layers}}
   }
   with pytest.raises(InputError, match="must be in 1 … 2"):
-    convert.hf_discriminator.load(directory, config)
+    public.load(directory, config, {})

@@ -1,0 +1,378 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A checkpoint as a `Network`: opened without weights, loaded, saved. No family is named here."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import pathlib
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from dlm_jax.arrays import Params
+from dlm_jax.convert import families, files, layout
+from dlm_jax.convert.family import Family
+from dlm_jax.errors import InputError
+from dlm_jax.process import Process
+
+
+class Weights:
+  """Own what is read from disk: once, when first asked for, until `free`.
+
+  Example:
+    >>> weights = Weights(lambda: 3)
+    >>> weights.read(), weights.held
+    (3, True)
+  """
+
+  def __init__(self, reader: Callable[[], Any]):
+    self._reader, self._content = reader, []
+
+  @property
+  def held(self) -> bool:
+    """Whether they are in memory."""
+    return bool(self._content)
+
+  def read(self) -> Any:
+    """Return them.
+
+    Raises:
+      InputError: a tensor is missing, unknown, misshapen or unreadable.
+    """
+    if not self._content:
+      self._content.append(self._reader())
+    return self._content[0]
+
+  def free(self) -> None:
+    """Let them go; asked again they are read again."""
+    self._content.clear()
+
+  def __repr__(self) -> str:
+    return f"Weights({'in memory' if self._content else 'not read'})"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
+class Network:
+  """A network of a checkpoint; how it writes is asked here, never of its class.
+
+  Attributes:
+    model: the network.
+    process: forward process; None for one that predicts next tokens.
+    family: of `convert.families`.
+    writes: "grid", "blocks", "next", "introspective" or "whole", see `family.WRITES`.
+    source: directory or file of the weights.
+    config: its config.json.
+    weights: own the parameters; read when they are first asked for.
+  """
+
+  model: Any
+  process: Process | None
+  family: Family
+  writes: str
+  source: pathlib.Path
+  config: dict[str, Any]
+  weights: Weights
+
+  def __repr__(self) -> str:
+    return f"Network({str(self.source)!r}: {self.kind}, writes {self.writes}, {self.weights!r})"
+
+  @property
+  def params(self) -> Params:
+    """Parameters; see `weights`."""
+    return self.weights.read()
+
+  @property
+  def kind(self) -> str:
+    """What config.json calls it."""
+    return self.config["model_type"]
+
+  @property
+  def facts(self) -> dict[str, Any]:
+    """What we stored of it: tokenizer fingerprint, objective, step, …; {} of public files."""
+    stored = self.config.get("dlm_jax")
+    return stored if isinstance(stored, dict) else {}
+
+  @property
+  def block_length(self) -> int | None:
+    """Tokens of a block, of a network of blocks: config.json's block_size, else the suffix -bN.
+
+    Public files seldom have the former, and names of checkpoints of four tokens no suffix: None.
+
+    Raises:
+      InputError: block_size is no length.
+    """
+    if "blocks" not in self.family.writes:
+      return None
+    given = self.config.get("block_size")
+    if given is None:
+      suffix = re.search(r"-b(\d+)$", self.source.resolve().name)
+      return int(suffix[1]) if suffix else None
+    if isinstance(given, bool) or not isinstance(given, int) or given < 1:
+      raise InputError(
+        f"{self.source}/config.json: block_size={given!r} is not a number of tokens."
+      )
+    return given
+
+
+def read_config(path: pathlib.Path | str) -> dict[str, Any]:
+  """Return the parsed config.json of a checkpoint directory, or beside a file of weights.
+
+  Raises:
+    InputError: it is missing, unreadable or names no model_type.
+  """
+  path = pathlib.Path(path)
+  known = ", ".join(families.model_types())
+  file = (path.parent if path.is_file() else path) / "config.json"
+  try:
+    config = json.loads(file.read_text(encoding="utf-8"))
+  except FileNotFoundError:
+    if path.is_file():
+      raise InputError(
+        f"{path} has no config.json beside it; write one with the sizes and the model_type "
+        f"({known}), which tensors do not tell."
+      ) from None
+    raise InputError(f"{path} is not a checkpoint: it has no config.json.") from None
+  except (OSError, ValueError) as error:
+    raise InputError(f"{file} cannot be read as JSON: {error}") from None
+  if not isinstance(config, dict) or "model_type" not in config:
+    raise InputError(f"{file} names no model_type; is this a model directory? Known: {known}.")
+  return config
+
+
+def open_network(
+  path: pathlib.Path | str,
+  *,
+  weights: str | None = None,
+  params_dtype: str | None = None,
+  mesh: Mesh | None = None,
+  **overrides,
+) -> Network:
+  """Open a checkpoint: what config.json says is checked now, weights are read when asked for.
+
+  Args:
+    path: as for `load`; so are the others.
+    weights: of a Lightning checkpoint.
+    params_dtype: what parameters are kept in.
+    mesh: what they are sharded over.
+    **overrides: fields of the network's config that change no shape.
+
+  Raises:
+    InputError: unknown model type, a config that contradicts itself, or a choice it does not have.
+  """
+  path, config = pathlib.Path(path), read_config(path)
+  family = families.find(config, path)
+  dtype = params_dtype or family.dtypes[0]
+  if dtype not in family.dtypes:
+    if len(family.dtypes) == 1:
+      raise InputError(
+        f"{path}: params_dtype={dtype!r} is a choice of decoders, not of a {config['model_type']}."
+      )
+    raise InputError(f"params_dtype={dtype!r} is unknown; use {' or '.join(family.dtypes)}.")
+  if weights is not None and family.average is None:
+    raise InputError(f"{path}: weights={weights!r} is a choice of Lightning checkpoints only.")
+  if weights not in (None, "ema", "raw"):
+    raise InputError(f"weights={weights!r} is unknown; use 'ema' or 'raw'.")
+  model, process = family.read(path, config, overrides)
+  stored = config.get("dlm_jax")
+  stored = stored.get("writes") if isinstance(stored, dict) else None
+  return Network(
+    model=model,
+    process=process,
+    family=family,
+    writes=family.way(process, stored, f"{path}/config.json"),
+    source=path,
+    config=config,
+    weights=Weights(functools.partial(_read, family, model, path, weights, dtype, mesh)),
+  )
+
+
+def _read(family, model, path, weights, dtype, mesh):
+  """Return the parameters of a checkpoint; every tensor must be used or explained, and fit."""
+  tensors, shadows = files.read(path)
+  if weights == "ema" and shadows is None:
+    raise InputError(f"{path} keeps no moving average; leave out weights='ema'.")
+  found = family.match(model, tensors, path)
+  if shadows is not None and weights != "raw":
+    if family.average is None:
+      raise InputError(f"{path} keeps a moving average, which of this network is not known.")
+    found = family.average(model, shadows, path)
+  shapes = layout.param_shapes(model)
+  shardings = layout.sharding_of(mesh, model, shapes)
+  return layout.read(family.entries(model), found, shapes, dtype=dtype, shardings=shardings)
+
+
+def load(
+  path: pathlib.Path | str,
+  *,
+  weights: str | None = None,
+  params_dtype: str | None = None,
+  mesh: Mesh | None = None,
+  **overrides,
+) -> tuple[Any, Params, Process | None]:
+  """Load a network from config.json and the weights beside it.
+
+  Weights are model.safetensors or its shards; pytorch_model.bin; or one Lightning *.ckpt. The
+  latter two are read without torch and without running anything they contain.
+
+  Args:
+    path: directory in the Hugging Face layout, or the file of weights next to a config.json.
+    weights: of a Lightning checkpoint: "raw", or "ema" for the moving average; None: the average
+      if there is one.
+    params_dtype: of a decoder: "bfloat16" keeps public weights as they are; None: float32.
+    mesh: devices that parameters are sharded over by the rules of `dlm_jax.mesh`; None: the first.
+    **overrides: fields of the network's config that change no shape, e.g. dtype="float32".
+
+  Returns:
+    (model, params, process); the process is None for autoregressive networks. That of a decoder
+    with a mask token is absorbing: it names the mask; how blocks are denoised is the sampler's.
+
+  Raises:
+    InputError: unknown model type; missing, extra, misshapen or unreadable tensors.
+
+  Example:
+    >>> model, params, proc = load("data/idlm-duo", dtype="float32")  # doctest: +SKIP
+  """
+  options = {"weights": weights, "params_dtype": params_dtype, "mesh": mesh}
+  network = open_network(path, **options, **overrides)
+  return network.model, network.params, network.process
+
+
+def save(
+  path: pathlib.Path | str,
+  model: Any,
+  params: Params,
+  proc: Process | None = None,
+  *,
+  dtype: str | None = None,
+  extra: Mapping[str, Any] | None = None,
+  block_length: int | None = None,
+  beside: Mapping[str, Any] | None = None,
+  shard_bytes: int = layout.SHARD_BYTES,
+) -> None:
+  """Write a network as `load` reads it: config.json and model.safetensors, or shards.
+
+  Args:
+    path: directory, created if needed.
+    model: the network.
+    params: its parameters.
+    proc: forward process; None for an autoregressive network.
+    dtype: "float32" or "bfloat16"; None: float32, of a decoder what its parameters are kept in.
+    extra: JSON-able facts stored in config.json under "dlm_jax" (tokenizer fingerprint, …);
+      "writes" says how the network writes where its family leaves that open.
+    block_length: tokens of the blocks that it was trained on, stored as block_size.
+    beside: networks with parameters that lie beside it, by name: {"discriminator": critic}.
+    shard_bytes: the most that one file holds; one shard at a time is in memory.
+
+  Raises:
+    InputError: there are no checkpoints of such networks, or the process or its schedule has no
+      name to store.
+  """
+  directory, family = pathlib.Path(path), families.of(model)
+  config, extra = family.describe(model, proc), dict(extra or {})
+  if dtype is None:
+    kept = str(jax.tree.leaves(params)[0].dtype)
+    dtype = kept if kept in family.dtypes else "float32"
+  extra["writes"] = family.way(proc, extra.get("writes"), "extra")
+  for name, network in (beside or {}).items():
+    extra[name] = families.beside()[name].facts(network)
+  config |= {"torch_dtype": dtype, "dlm_jax": {**config.get("dlm_jax", {}), **extra}}
+  if block_length is not None:
+    config["block_size"] = block_length
+  directory.mkdir(parents=True, exist_ok=True)
+  entries = list(family.entries(model))
+  layout.write(directory, entries, params, dtype=dtype, shard_bytes=shard_bytes)
+  (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+  for name, network in (beside or {}).items():
+    save_beside(directory, name, network)
+
+
+def to_tensors(model: Any, params: Params) -> dict[str, jax.Array]:
+  """Return a tree like the parameters (gradients too) under public names and orientation."""
+  return layout.to_tensors(families.of(model).entries(model), params)
+
+
+def from_tensors(
+  model: Any,
+  tensors: Mapping[str, Any],
+  *,
+  dtype: str = "float32",
+  source: pathlib.Path | str = "checkpoint",
+) -> Params:
+  """Return parameters from arrays under public names; every one must be used or explained.
+
+  Args:
+    model: says which tensors there must be, and their shapes.
+    tensors: by name.
+    dtype: what parameters are kept in.
+    source: where they come from, for messages.
+
+  Raises:
+    InputError: a tensor is missing, unknown or of the wrong shape.
+  """
+  family = families.of(model)
+  found = family.match(model, tensors, source)
+  return layout.read(family.entries(model), found, layout.param_shapes(model), dtype=dtype)
+
+
+def save_beside(path: pathlib.Path | str, name: str, network: Any) -> None:
+  """Write a network that lies beside another into the directory of that one.
+
+  Args:
+    path: directory, with the other network.
+    name: what it is: a file of `convert/families/` that exports `BESIDE`.
+    network: with its parameters, e.g. a `models.Critic`.
+  """
+  families.beside()[name].save(pathlib.Path(path), network)
+
+
+def load_beside(path: pathlib.Path | str, name: str, **overrides) -> Any:
+  """Load what lies beside a network's weights; None if there is none.
+
+  Args:
+    path: as for `load`.
+    name: "discriminator": a `models.Critic`.
+    **overrides: fields of the network's config that change no shape, e.g. dtype="float32".
+
+  Raises:
+    InputError: unknown model type; missing, extra, misshapen or unreadable tensors.
+  """
+  return families.beside()[name].load(pathlib.Path(path), read_config(path), overrides)
+
+
+def fingerprint(path: pathlib.Path | str) -> str:
+  """Return a hash of a model directory's weights, for recording what a number belongs to.
+
+  What lies beside them counts: a discriminator guides samples.
+
+  Raises:
+    InputError: there are none.
+  """
+  digest = hashlib.sha256()
+  others = [pathlib.Path(path) / f"{name}.safetensors" for name in families.beside()]
+  for file in (*files.find(path), *(file for file in others if file.is_file())):
+    with file.open("rb") as stream:
+      while block := stream.read(2**22):
+        digest.update(block)
+  return digest.hexdigest()[:16]
+
+
+def block_length(path: pathlib.Path | str) -> int | None:
+  """Return `Network.block_length` of a checkpoint.
+
+  Raises:
+    InputError: as `open_network`.
+  """
+  return open_network(path).block_length
+
+
+def writes(model: Any, process: Process | None) -> str:
+  """Return how a network made in code writes, as `Network.writes` of its checkpoint would say.
+
+  Raises:
+    InputError: there are no checkpoints of such networks.
+  """
+  return families.of(model).way(process)
