@@ -22,6 +22,8 @@ from dlm_jax.decode import (
 )
 from dlm_jax.sample import grids
 from dlm_jax.sample._generate import evaluations, generate
+from dlm_jax.sample._logits import from_logits
+from dlm_jax.sample._request import Request
 
 __all__ = [
   "LENGTH",
@@ -30,6 +32,7 @@ __all__ = [
   "BlockOptions",
   "Decoder",
   "Info",
+  "Request",
   "Revealed",
   "SpeculativeOptions",
   "block_decoder",
@@ -38,6 +41,7 @@ __all__ = [
   "evaluations",
   "finish",
   "fitting_acceptance",
+  "from_logits",
   "generate",
   "grids",
   "hitting_times",
