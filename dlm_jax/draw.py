@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dlm_jax.arrays import RngKey
+from dlm_jax.arrays import RngKey, Scalar
 
 _BLOCK = 256  # of the order of √V for the vocabularies in use
 
@@ -155,8 +155,8 @@ def race(
 
 def sharpen(
   logits: Float[Array, "*draws V"],
-  temperature: float = 1.0,
-  nucleus: float = 1.0,
+  temperature: Scalar = 1.0,
+  nucleus: Scalar = 1.0,
   top_k: int = 0,
 ) -> Float[Array, "*draws V"]:
   """Return logits of the tempered, truncated distribution; by default those given.
@@ -168,19 +168,23 @@ def sharpen(
 
   Args:
     logits: float32; need not be normalised.
-    temperature: > 0; 1 leaves the distribution as it is.
-    nucleus: in (0, 1]; 1 keeps everything.
+    temperature: > 0; 1 leaves the distribution as it is. May be traced.
+    nucleus: in (0, 1]; 1 keeps everything. May be traced; then rows are sorted whatever it is.
     top_k: how many tokens to keep; 0, or V and more, keeps everything.
   """
-  if temperature != 1.0:
+  if isinstance(temperature, jax.Array) or temperature != 1.0:
     logits = logits / temperature
   if 0 < top_k < logits.shape[-1]:
     least = jax.lax.top_k(logits, top_k)[0][..., -1:]
     logits = jnp.where(logits >= least, logits, -jnp.inf)
-  if nucleus >= 1.0:
+  traced = isinstance(nucleus, jax.Array)
+  if not traced and nucleus >= 1.0:
     return logits
   probs = jax.nn.softmax(logits, axis=-1)
   descending = -jnp.sort(-probs, axis=-1)
   before = jnp.cumsum(descending, axis=-1) - descending
   smallest = jnp.min(jnp.where(before < nucleus, descending, jnp.inf), axis=-1, keepdims=True)
-  return jnp.where(probs >= smallest, logits, -jnp.inf)
+  kept = probs >= smallest
+  if traced:
+    kept |= nucleus >= 1.0  # the sum of what comes before a rare token may round to 1
+  return jnp.where(kept, logits, -jnp.inf)

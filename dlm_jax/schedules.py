@@ -21,8 +21,8 @@ from jaxtyping import Array, Float
 Times = Float[Array, "*shape"] | float
 
 
-class Derived:
-  """What follows from α and α' alone; the base of every schedule."""
+class Schedule:
+  """The base of every schedule: what follows from α and α' alone."""
 
   def weight(self, t: Times) -> Float[Array, "*shape"]:
     """Return −α'/(1 − α)."""
@@ -34,7 +34,7 @@ class Derived:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LogLinear(Derived):
+class LogLinear(Schedule):
   """Let α fall linearly: α(t) = 1 − (1 − ε) t, so σ = −log α is the "log-linear" noise.
 
   The NELBO weight is exactly 1/t, whatever ε.
@@ -61,7 +61,7 @@ class LogLinear(Derived):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Cosine(Derived):
+class Cosine(Schedule):
   """Let α(t) = 1 − cos(π/2 · (1 − (1 − ε) t)).
 
   The public Duo code returns α' without the inner factor (1 − ε); ours is the derivative.
@@ -83,7 +83,7 @@ class Cosine(Derived):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Polynomial(Derived):
+class Polynomial(Schedule):
   """Let α(t) = 1 − (1 − ε) t^power; power 1 is `LogLinear`."""
 
   power: float = 2.0
@@ -103,7 +103,7 @@ class Polynomial(Derived):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Given(Derived):
+class Given(Schedule):
   """Wrap a user's own decreasing α: a differentiable function of a scalar t in [0, 1]."""
 
   function: Callable[[Array], Array]
@@ -129,7 +129,6 @@ class Given(Derived):
 
 
 NAMES = {"log_linear": LogLinear, "cosine": Cosine, "polynomial": Polynomial}
-Schedule = Derived
 
 
 def make(name: str = "log_linear", **options) -> Schedule:

@@ -3,6 +3,7 @@
 
 import dataclasses
 import functools
+import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,15 +20,6 @@ from dlm_jax.experiment import build
 from dlm_jax.experiment.run import open_data
 from dlm_jax.models import attention
 from dlm_jax.train import loop
-
-# What one step of a method must at least do with the network: forward and backward passes.
-PASSES = {
-  "ar": (1, 1),
-  "mdlm": (1, 1),
-  "sedd": (1, 1),
-  "duo": (1, 1),
-  "idlm": (5, 2),  # student 2 + 1, teacher 1, fake 2 + 1; Algorithm 1 of arXiv 2602.19066
-}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -138,7 +130,7 @@ def bench_train(
 ) -> list[Row]:
   """Time a config's training step: whole, and against the passes that the method must do.
 
-  Model FLOPs utilisation counts forward and backward passes of `PASSES`, a backward as two
+  Model FLOPs utilisation counts the `PASSES` of the method's module, a backward as two
   forwards, nothing recomputed. For methods of several networks there is a second row: the time over
   that of their passes alone, each measured here.
   """
@@ -154,10 +146,12 @@ def bench_train(
     row = functools.partial(
       Row, batch=batch, timing=timing, rate=tokens / timing.seconds, unit="token/s"
     )
-    if name not in PASSES or "grid" not in families.of(built.model).writes:
+    method = importlib.import_module(name if "." in name else f"dlm_jax.objectives.{name}")
+    passes = getattr(method, "PASSES", None)
+    if passes is None or "grid" not in families.of(built.model).writes:
       rows.append(row(name=f"{name} step"))
       continue
-    forwards, backwards = PASSES[name]
+    forwards, backwards = passes
     count = (forwards + 2 * backwards) * limits.forward_operations(cfg, batch)
     used = count / timing.seconds / ceiling.matmul / built.mesh.size
     rows.append(row(name=f"{name} step", limit="matmul rate (MFU)", ratio=used))

@@ -190,27 +190,16 @@ def make_objective(config: ConfigDict, model, proc) -> objectives.Objective:
     raise InputError(
       f"objective.name={name!r} trains a {names}, but model.name={config.model.name!r}."
     )
-  group, batch = options.get("group_size", 1), config.loader.batch_size
-  if group > 1 and batch % group:
-    raise InputError(
-      f"loader.batch_size={batch} is not divisible by objective.group_size={group}; use "
-      f"{max(batch // group, 1) * group} or {(batch // group + 1) * group}."
-    )
-  if not 0 <= options.get("ema_decay", 0) < 1:
-    raise InputError(
-      f"objective.ema_decay={options['ema_decay']} must be in [0, 1); 0: no average."
-    )
-  options = {
-    key: value or None if key in ("chunk", "ema_decay") else value for key, value in options.items()
-  }
   optimizers = {
     tree: optim.make(rates, config.train.steps)
     for tree, rates in optim.per_tree(config.optim.to_dict(), module.TRAINED).items()
   }
   arguments = {"model": model, "process": proc, "optimizers": optimizers, **options}
   try:
+    if hasattr(module, "Options"):
+      module.Options.of(options).check_batch(config.loader.batch_size)
     inspect.signature(module.make).bind(**arguments)
-  except TypeError as error:  # of the call alone: one raised inside `make` keeps its trace
+  except (TypeError, ValueError) as error:  # of the call: one raised inside `make` keeps its trace
     raise InputError(f"objective {name!r}: {error}") from None
   try:
     return module.make(**arguments)

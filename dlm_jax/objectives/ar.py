@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Next-token prediction: trains the judge, and the autoregressive baseline."""
 
+import dataclasses
 import functools
+from typing import Any
 
 import jax.numpy as jnp
 import optax
@@ -10,9 +12,12 @@ from jaxtyping import Array, Float
 from dlm_jax.arrays import Metrics, Params
 from dlm_jax.models import Causal, Decoder, next_token_logits
 from dlm_jax.objectives.batch import Batch
-from dlm_jax.objectives.state import Objective, make_state, update
+from dlm_jax.objectives.options import MethodOptions
+from dlm_jax.objectives.state import Objective, Optimizers, check_class, init_alone, update
 
 TRAINED = ("model",)  # trees with an optimiser
+NETWORK = (Causal, Decoder)  # classes of networks that it trains
+PASSES = (1, 1)  # forward and backward passes of the network that a step needs at least
 
 
 def loss(
@@ -31,42 +36,36 @@ def loss(
   return nll_BL.mean(), ({}, None)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(MethodOptions):
+  """How tokens are learnt one by one; see `MethodOptions`."""
+
+  ema_decay: float | None = 0.999
+
+
 def make(
-  *,
-  model: Causal | Decoder,
-  process=None,
-  optimizers: dict[str, optax.GradientTransformation],
-  accumulate: int = 1,
-  ema_decay: float | None = 0.999,
+  *, model: Causal | Decoder, process=None, optimizers: Optimizers, **options: Any
 ) -> Objective:
   """Build autoregressive training of one tree, "model". `process` is not used.
 
   A decoder's softmax runs over all its rows, the mask's included, which is never a target.
 
+  Args:
+    model: the network.
+    process: none is needed.
+    optimizers: "model".
+    **options: fields of `Options`.
+
   Reference: A Neural Probabilistic Language Model, JMLR 3 (2003); the chain rule of probability.
   """
   del process
-  if not isinstance(model, Causal | Decoder):
-    raise ValueError("model.name must be causal or decoder: tokens are predicted one by one.")
-  tx = optimizers["model"]
-
-  def init(rng, teacher_params=None):
-    params = teacher_params
-    if params is None:
-      tokens = jnp.zeros((1, model.config.length), jnp.int32)
-      params = model.init(rng, tokens)["params"]
-    return make_state({"model": params}, {"model": tx}, ("model",) if ema_decay else ())
+  chosen = Options.of(options)
+  check_class("model.name", model, NETWORK, "tokens are predicted one by one")
+  total = functools.partial(loss, model=model)
 
   def step(state, batch):
-    state, metrics, _ = update(
-      state,
-      "model",
-      functools.partial(loss, model=model),
-      batch,
-      tx,
-      accumulate=accumulate,
-      decay=ema_decay,
-    )
+    state, metrics, _ = update(state, "model", total, batch, optimizers["model"], **chosen.updates)
     return state.replace(step=state.step + 1), metrics
 
+  init = init_alone(model, optimizers["model"], chosen, timed=False)
   return Objective(init, step, output="model")

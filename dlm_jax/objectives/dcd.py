@@ -6,23 +6,33 @@ z_t = argmax(α̃_t x₀ + σ̃_t ξ) and z_s with s = t − δ. The student at 
 says at z_s. δ doubles every round, when the student's raw parameters also become the teacher.
 """
 
+import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array, Float, Int, Key
 
 from dlm_jax.arrays import Metrics, Params
 from dlm_jax.models import DiT
 from dlm_jax.objectives import rounds
 from dlm_jax.objectives.batch import Batch, split_each, token_mean
+from dlm_jax.objectives.options import ChunkedOptions
 from dlm_jax.objectives.positions import map_positions, positions_per_chunk
-from dlm_jax.objectives.state import Objective, make_state, update
+from dlm_jax.objectives.setting import Setting
+from dlm_jax.objectives.state import (
+  Objective,
+  Optimizers,
+  check_class,
+  check_time_conditioning,
+  init_from_teacher,
+  update,
+)
 from dlm_jax.process import GaussianDuality, Uniform
 
 TRAINED = ("student",)  # trees with an optimiser
+NETWORK = (DiT,)  # classes of networks that it trains
 DIVERGENCES = ("kl-bwd", "kl-fwd")
 
 
@@ -74,11 +84,9 @@ def consistency(
   pair: Pair,
   *,
   teacher: Params,
-  model: DiT,
-  process: Uniform,
+  setting: Setting,
   divergence: str = "kl-bwd",
   dropout_B: Key[Array, "B"] | None = None,
-  chunk: int | None = None,
 ) -> Float[Array, "B L"]:
   """Return the divergence of the student at (z_t, t) from the teacher at (z_s, s), in nats.
 
@@ -86,36 +94,31 @@ def consistency(
     params: the student's; the teacher is constant.
     pair: the states.
     teacher: its parameters.
-    model: the network of both.
-    process: its schedule gives the σ that the network is told.
+    setting: the process's schedule gives the σ that the network is told.
     divergence: "kl-bwd", KL(student ‖ teacher), or "kl-fwd", the reverse.
     dropout_B: keys of dropout in the student.
-    chunk: see `make`.
   """
-  sigma_t_B, sigma_s_B = map(process.schedule.sigma, (pair.t, pair.s))
-  student_BLD = model.apply({"params": params}, pair.zt, sigma_t_B, dropout_B, method="trunk")
-  teacher_BLD = model.apply({"params": teacher}, pair.zs, sigma_s_B, method="trunk")
+  process = setting.process
+  student_BLD = setting.trunk(params, pair.zt, pair.t, dropout_B)
+  teacher_BLD = setting.trunk(teacher, pair.zs, pair.s)
 
   def compare(student_BKD, teacher_BKD, zt_BK, zs_BK):
-    logits = model.apply({"params": params}, student_BKD, sigma_t_B, method="head")
-    log_student = jax.vmap(process.log_x0)(logits, zt_BK)
-    logits = model.apply({"params": teacher}, teacher_BKD, sigma_s_B, method="head")
-    log_teacher = jax.lax.stop_gradient(jax.vmap(process.log_x0)(logits, zs_BK))
-    return rounds.divergence(log_student, log_teacher, divergence)
+    log_student = jax.vmap(process.log_x0)(setting.head(params, student_BKD, pair.t), zt_BK)
+    log_teacher = jax.vmap(process.log_x0)(setting.head(teacher, teacher_BKD, pair.s), zs_BK)
+    return rounds.divergence(log_student, jax.lax.stop_gradient(log_teacher), divergence)
 
-  return map_positions(compare, (student_BLD, teacher_BLD, pair.zt, pair.zs), chunk)
+  return map_positions(compare, (student_BLD, teacher_BLD, pair.zt, pair.zs), setting.chunk)
 
 
 def loss(
   params: Params,
   batch: Batch,
   *,
-  model: DiT,
+  setting: Setting,
   duality: GaussianDuality,
   teacher: Params,
   delta: Float[Array, ""] | float,
   divergence: str = "kl-bwd",
-  chunk: int | None = None,
 ) -> tuple[Float[Array, ""], tuple[Metrics, None]]:
   """Return the mean of `consistency` over valid tokens, in nats.
 
@@ -123,49 +126,49 @@ def loss(
   dropout stays on.
   """
   rng_noise_B, rng_dropout_B = split_each(batch["rng"], 2)
-  pair = trajectory(batch, rng_noise_B, delta, duality=duality, chunk=chunk)
+  pair = trajectory(batch, rng_noise_B, delta, duality=duality, chunk=setting.chunk)
   loss_BL = consistency(
-    params,
-    pair,
-    teacher=teacher,
-    model=model,
-    process=duality.process,
-    divergence=divergence,
-    dropout_B=rng_dropout_B,
-    chunk=chunk,
+    params, pair, teacher=teacher, setting=setting, divergence=divergence, dropout_B=rng_dropout_B
   )
   return token_mean(loss_BL, batch), ({"changed": jnp.mean(pair.zt != pair.zs)}, None)
 
 
-def make(
-  *,
-  model: DiT,
-  process: Uniform,
-  optimizers: dict[str, optax.GradientTransformation],
-  update_teacher_every: int = 10_000,
-  num_steps: int = 512,
-  gamma_min: float = -4.0,
-  gamma_max: float = -1.0,
-  divergence: str = "kl-bwd",
-  accumulate: int = 1,
-  ema_decay: float | None = 0.999,
-  chunk: int | None = None,
-) -> Objective:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(ChunkedOptions):
+  """The rounds; see also `ChunkedOptions`.
+
+  Attributes:
+    update_teacher_every: steps per round. At a round's first step the student's raw parameters
+      become the teacher; the run's length sets the number of rounds (published: 5).
+    num_steps: T; δ = 2ⁿ/T in round n, at most 1.
+    gamma_min, gamma_max: see `GaussianDuality`.
+    divergence: "kl-bwd" or "kl-fwd", see `consistency`.
+
+  Raises:
+    ValueError: an unknown name, or a number that does not fit.
+  """
+
+  ema_decay: float | None = 0.999
+  update_teacher_every: int = 10_000
+  num_steps: int = 512
+  gamma_min: float = -4.0
+  gamma_max: float = -1.0
+  divergence: str = "kl-bwd"
+
+  def __post_init__(self):
+    super().__post_init__()
+    rounds.check_divergence(self.divergence, DIVERGENCES)
+    rounds.check_round(self.update_teacher_every)
+
+
+def make(*, model: DiT, process: Uniform, optimizers: Optimizers, **options: Any) -> Objective:
   """Build distillation of a Duo teacher in rounds.
 
   Args:
     model: a time-conditioned network.
     process: the teacher's; samplers use its schedule, the loss that of the Gaussian window.
     optimizers: "student".
-    update_teacher_every: steps per round. At a round's first step the student's raw parameters
-      become the teacher; the run's length sets the number of rounds (published: 5).
-    num_steps: T; δ = 2ⁿ/T in round n, at most 1.
-    gamma_min, gamma_max: see `GaussianDuality`.
-    divergence: "kl-bwd" or "kl-fwd", see `consistency`.
-    accumulate: micro-batches per update.
-    ema_decay: of the student; None keeps no average.
-    chunk: positions whose [B, chunk, V] arrays are alive at a time, recomputed in the backward
-      pass; must divide L. None takes the most that stay below 2²² entries per sequence.
+    **options: fields of `Options`.
 
   Returns:
     An objective with trees "teacher" and "student".
@@ -175,39 +178,34 @@ def make(
 
   Reference: Duo, arXiv 2506.10892, section 5 and algorithm 1.
   """
-  if not isinstance(model, DiT):
-    raise ValueError("model.name must be dit: a denoiser is distilled.")
-  if not model.config.time_conditioning:
-    raise ValueError("a uniform process needs model.time_conditioning=True.")
-  rounds.check_divergence(divergence, DIVERGENCES)
-  rounds.check_round(update_teacher_every)
-  duality = GaussianDuality(vocab_size=process.vocab_size, gamma_min=gamma_min, gamma_max=gamma_max)
-  chunk = positions_per_chunk(chunk, model.config.length, process.vocab_size)
-  shared = {"model": model, "duality": duality, "divergence": divergence, "chunk": chunk}
-
-  def init(rng, teacher_params=None):
-    if teacher_params is None:
-      raise ValueError("DCD starts from a teacher; give teacher_params (config: teacher.path).")
-    del rng
-    trees = dict.fromkeys(("teacher", "student"), teacher_params)
-    return make_state(trees, optimizers, ("student",) if ema_decay else ())
+  chosen = Options.of(options)
+  check_class("model.name", model, NETWORK, "a denoiser is distilled")
+  check_time_conditioning(model)
+  duality = GaussianDuality(
+    vocab_size=process.vocab_size, gamma_min=chosen.gamma_min, gamma_max=chosen.gamma_max
+  )
+  chunk = positions_per_chunk(chosen.chunk, model.config.length, process.vocab_size)
+  setting = Setting(model=model, process=duality.process, chunk=chunk)
 
   def step(state, batch):
-    delta = step_size(state.step, every=update_teacher_every, num_steps=num_steps)
-    state = rounds.refresh_teacher(state, update_teacher_every)
-    student_loss = functools.partial(loss, teacher=state.trees["teacher"], delta=delta, **shared)
-    state, metrics, _ = update(
-      state,
-      "student",
-      student_loss,
-      batch,
-      optimizers["student"],
-      accumulate=accumulate,
-      decay=ema_decay,
+    every = chosen.update_teacher_every
+    delta = step_size(state.step, every=every, num_steps=chosen.num_steps)
+    state = rounds.refresh_teacher(state, every)
+    total = functools.partial(
+      loss,
+      setting=setting,
+      duality=duality,
+      teacher=state.trees["teacher"],
+      delta=delta,
+      divergence=chosen.divergence,
     )
+    tx = optimizers["student"]
+    state, metrics, _ = update(state, "student", total, batch, tx, **chosen.updates)
     return state.replace(step=state.step + 1), metrics
 
-  return Objective(init, step, output="student")
+  return Objective(
+    init_from_teacher("DCD", ("student",), optimizers, chosen), step, output="student"
+  )
 
 
 def step_size(step: Int[Array, ""], *, every: int, num_steps: int) -> Float[Array, ""]:

@@ -9,27 +9,39 @@ given process: plain UDLM.
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from dlm_jax.arrays import Metrics, Params
+from dlm_jax.errors import InputError
 from dlm_jax.models import DiT
 from dlm_jax.objectives.batch import Batch, split_each, token_mean, valid_tokens
 from dlm_jax.objectives.gaussian_states import Relaxation, embed_data
+from dlm_jax.objectives.options import ChunkedOptions
 from dlm_jax.objectives.positions import map_positions, positions_per_chunk
-from dlm_jax.objectives.state import Objective, make_state, update
+from dlm_jax.objectives.setting import Setting
+from dlm_jax.objectives.state import (
+  Objective,
+  Optimizers,
+  check_class,
+  check_time_conditioning,
+  init_alone,
+  update,
+)
 from dlm_jax.process import GaussianDuality, Uniform
-from dlm_jax.schedules import Derived, Schedule, Times
+from dlm_jax.schedules import Schedule, Times
 
 TRAINED = ("model",)  # trees with an optimiser
+NETWORK = (DiT,)  # classes of networks that it trains
+PASSES = (1, 1)  # forward and backward passes of the network that a step needs at least
 _HARD_LOG10 = -10.0  # of τ once the curriculum is over
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Curriculum:
+class SoftCurriculum:
   """When and how soft inputs replace hard tokens.
 
   Attributes:
@@ -50,6 +62,10 @@ class Curriculum:
     """How many entries hold the softmax at any temperature of the curriculum; None above 3e-3."""
     return self.duality.enough(10.0 ** max(self.tau_log10_start, self.tau_log10_end))
 
+  def relaxation(self, step: Int[Array, ""] | int) -> Relaxation:
+    """Return how tokens are softened at a step."""
+    return Relaxation(duality=self.duality, tau=self.tau(step), few=self.few)
+
   def tau(self, step: Int[Array, "*shape"] | int) -> Float[Array, "*shape"]:
     """Return the temperature of a step's soft inputs; 1e-10 once the curriculum is over."""
     step = jnp.asarray(step)
@@ -59,7 +75,7 @@ class Curriculum:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Either(Derived):
+class _Either(Schedule):
   """One of two schedules, chosen while running."""
 
   first: Bool[Array, ""]
@@ -79,13 +95,13 @@ class _Either(Derived):
 
 
 def hard_inputs(
-  params: Params, batch: Batch, rng_B: Key[Array, "B"], *, model: DiT, process: Uniform
+  params: Params, batch: Batch, rng_B: Key[Array, "B"], *, setting: Setting
 ) -> tuple[Int[Array, "B L"], Float[Array, "B L D"]]:
   """Return corrupted tokens, prompts kept, and their embeddings."""
   x0_BL = batch["tokens"]
-  z_BL = jax.vmap(process.corrupt)(rng_B, x0_BL, batch["t"])
+  z_BL = jax.vmap(setting.process.corrupt)(rng_B, x0_BL, batch["t"])
   z_BL = jnp.where(valid_tokens(batch), z_BL, x0_BL)
-  return z_BL, model.apply({"params": params}, z_BL, method="embedded")
+  return z_BL, setting.model.apply({"params": params}, z_BL, method="embedded")
 
 
 def soft_inputs(
@@ -93,25 +109,19 @@ def soft_inputs(
   batch: Batch,
   rng_B: Key[Array, "B"],
   *,
-  model: DiT,
-  duality: GaussianDuality,
-  tau: Float[Array, ""] | float,
-  chunk: int | None,
-  few: int | None = None,
+  setting: Setting,
+  relaxation: Relaxation,
 ) -> tuple[Int[Array, "B L"], Float[Array, "B L D"]]:
-  """Return argmax w of diffused tokens, prompts kept, and the embeddings of softmax(w/τ).
-
-  `few`: see `Relaxation`.
-  """
+  """Return argmax w of diffused tokens, prompts kept, and the embeddings of softmax(w/τ)."""
   return embed_data(
     params,
     batch["tokens"],
     rng_B,
     batch["t"],
     valid_tokens(batch),
-    model=model,
-    relaxation=Relaxation(duality=duality, tau=tau, few=few),
-    chunk=chunk,
+    model=setting.model,
+    relaxation=relaxation,
+    chunk=setting.chunk,
   )
 
 
@@ -121,9 +131,7 @@ def token_nll(
   batch: Batch,
   dropout_B: Key[Array, "B"] | None,
   *,
-  model: DiT,
-  process: Uniform,
-  chunk: int | None = None,
+  setting: Setting,
 ) -> Float[Array, "B L"]:
   """Return the NELBO integrand in nats at hard tokens whose embeddings may be soft.
 
@@ -132,32 +140,26 @@ def token_nll(
     inputs: hard tokens and embeddings.
     batch: with "tokens" and "t".
     dropout_B: keys of dropout.
-    model: the network.
-    process: its schedule gives α, α' and σ of the hard tokens.
-    chunk: see `make`.
+    setting: the process's schedule gives α, α' and σ of the hard tokens.
   """
   z_BL, x_BLD = inputs
-  t_B = batch["t"]
-  sigma_B = process.schedule.sigma(t_B)
-  hidden_BLD = model.apply({"params": params}, x_BLD, sigma_B, dropout_B, method="body")
+  t_B, process = batch["t"], setting.process
+  hidden_BLD = setting.body(params, x_BLD, t_B, dropout_B)
 
   def nll(hidden_BKD, z_BK, x0_BK):
-    logits_BKV = model.apply({"params": params}, hidden_BKD, sigma_B, method="head")
-    log_x0_BKV = jax.vmap(process.log_estimate)(logits_BKV, z_BK)
+    log_x0_BKV = jax.vmap(process.log_estimate)(setting.head(params, hidden_BKD, t_B), z_BK)
     return jax.vmap(process.nll)(log_x0_BKV, z_BK, x0_BK, t_B)
 
-  return map_positions(nll, (hidden_BLD, z_BL, batch["tokens"]), chunk)
+  return map_positions(nll, (hidden_BLD, z_BL, batch["tokens"]), setting.chunk)
 
 
 def loss(
   params: Params,
   batch: Batch,
   *,
-  model: DiT,
-  process: Uniform,
-  curriculum: Curriculum | None = None,
+  setting: Setting,
+  curriculum: SoftCurriculum | None = None,
   step: Int[Array, ""] | None = None,
-  chunk: int | None = None,
 ) -> tuple[Float[Array, ""], tuple[Metrics, None]]:
   """Return the Monte-Carlo NELBO in nats per valid token, one corruption per sequence.
 
@@ -165,113 +167,103 @@ def loss(
   curriculum. Only the inputs are made in a branch; network and head are shared.
   """
   rng_noise_B, rng_dropout_B = split_each(batch["rng"], 2)
-  harden = functools.partial(hard_inputs, params, batch, rng_noise_B, model=model, process=process)
+  harden = functools.partial(hard_inputs, params, batch, rng_noise_B, setting=setting)
   if curriculum is None:
     inputs = harden()
   else:
-    soft, duality = step < curriculum.end, curriculum.duality
     soften = functools.partial(
       soft_inputs,
       params,
       batch,
       rng_noise_B,
-      model=model,
-      duality=duality,
-      tau=curriculum.tau(step),
-      chunk=chunk,
-      few=curriculum.few,
+      setting=setting,
+      relaxation=curriculum.relaxation(step),
     )
+    soft = step < curriculum.end
     inputs = jax.lax.cond(soft, soften, harden)
-    schedules = (duality.process.schedule, process.schedule)
+    schedules = (curriculum.duality.process.schedule, setting.process.schedule)
     either = _Either(first=soft, schedules=schedules)
-    process = dataclasses.replace(process, schedule=either)
-  nll_BL = token_nll(
-    params, inputs, batch, rng_dropout_B, model=model, process=process, chunk=chunk
-  )
+    process = dataclasses.replace(setting.process, schedule=either)
+    setting = dataclasses.replace(setting, process=process)
+  nll_BL = token_nll(params, inputs, batch, rng_dropout_B, setting=setting)
   changed = jnp.mean(inputs[0] != batch["tokens"])
   return token_mean(nll_BL, batch), ({"changed": changed}, None)
 
 
-def make(
-  *,
-  model: DiT,
-  process: Uniform,
-  optimizers: dict[str, optax.GradientTransformation],
-  curriculum_start: int = 100_000,
-  curriculum_end: int = 200_000,
-  gamma_min: float = -3.5,
-  gamma_max: float = -1.75,
-  tau_log10_start: float = -1.0,
-  tau_log10_end: float = -2.0,
-  accumulate: int = 1,
-  ema_decay: float | None = 0.9999,
-  chunk: int | None = None,
-) -> Objective:
-  """Build training of one tree, "model", with a curriculum of soft inputs.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(ChunkedOptions):
+  """The curriculum; its defaults are the released configuration's; see also `ChunkedOptions`.
 
-  The defaults of the curriculum are the released configuration's. The released scripts keep
-  τ = 1e-3 for 500,000 steps: curriculum_start=0, curriculum_end=500_000 and both log₁₀ τ at −3.
+  The released scripts keep τ = 1e-3 for 500,000 steps: curriculum_start=0, curriculum_end=500_000
+  and both log₁₀ τ at −3.
+
+  Attributes:
+    curriculum_start: step at which τ begins to fall.
+    curriculum_end: first step on hard tokens; 0 is plain UDLM from the start.
+    gamma_min, gamma_max: window of the soft phase, see `GaussianDuality`.
+    tau_log10_start, tau_log10_end: log₁₀ τ before and at the end of the curriculum.
+
+  Raises:
+    InputError: a number does not fit.
+  """
+
+  curriculum_start: int = 100_000
+  curriculum_end: int = 200_000
+  gamma_min: float = -3.5
+  gamma_max: float = -1.75
+  tau_log10_start: float = -1.0
+  tau_log10_end: float = -2.0
+
+  def __post_init__(self):
+    super().__post_init__()
+    if not 0 <= self.curriculum_start <= max(self.curriculum_end, 0) and self.curriculum_end:
+      raise InputError(
+        f"objective.curriculum_start={self.curriculum_start} must lie between 0 and"
+        f" objective.curriculum_end={self.curriculum_end}."
+      )
+
+  def curriculum(self, vocab_size: int) -> SoftCurriculum | None:
+    """Return the curriculum; None where tokens are hard from the start."""
+    if self.curriculum_end <= 0:
+      return None
+    return SoftCurriculum(
+      duality=GaussianDuality(
+        vocab_size=vocab_size, gamma_min=self.gamma_min, gamma_max=self.gamma_max
+      ),
+      start=self.curriculum_start,
+      end=self.curriculum_end,
+      tau_log10_start=self.tau_log10_start,
+      tau_log10_end=self.tau_log10_end,
+    )
+
+
+def make(*, model: DiT, process: Uniform, optimizers: Optimizers, **options: Any) -> Objective:
+  """Build training of one tree, "model", with a curriculum of soft inputs.
 
   Args:
     model: a time-conditioned network.
     process: of the hard tokens, and of sampling.
     optimizers: "model".
-    curriculum_start: step at which τ begins to fall.
-    curriculum_end: first step on hard tokens; 0 is plain UDLM from the start.
-    gamma_min, gamma_max: window of the soft phase, see `GaussianDuality`.
-    tau_log10_start, tau_log10_end: log₁₀ τ before and at the end of the curriculum.
-    accumulate: micro-batches per update.
-    ema_decay: None keeps no average.
-    chunk: positions whose [B, chunk, V] arrays are alive at a time, recomputed in the backward
-      pass; must divide L. None takes the most that stay below 2²² entries per sequence.
+    **options: fields of `Options`.
 
   Raises:
-    ValueError: the network is not time-conditioned, or a number does not fit.
+    InputError: the network is not time-conditioned, or an option does not fit.
 
   Reference: Duo, arXiv 2506.10892, section 4; UDLM, arXiv 2412.10193.
   """
-  if not isinstance(model, DiT):
-    raise ValueError("model.name must be dit: a denoiser is trained.")
-  if not model.config.time_conditioning:
-    raise ValueError("a uniform process needs model.time_conditioning=True.")
-  if not 0 <= curriculum_start <= max(curriculum_end, 0) and curriculum_end:
-    raise ValueError(
-      f"objective.curriculum_start={curriculum_start} must lie between 0 and"
-      f" objective.curriculum_end={curriculum_end}."
-    )
-  chunk = positions_per_chunk(chunk, model.config.length, process.vocab_size)
-  curriculum = None
-  if curriculum_end > 0:
-    duality = GaussianDuality(
-      vocab_size=process.vocab_size, gamma_min=gamma_min, gamma_max=gamma_max
-    )
-    curriculum = Curriculum(
-      duality=duality,
-      start=curriculum_start,
-      end=curriculum_end,
-      tau_log10_start=tau_log10_start,
-      tau_log10_end=tau_log10_end,
-    )
-  tx = optimizers["model"]
-
-  def init(rng, teacher_params=None):
-    params = teacher_params
-    if params is None:
-      tokens = jnp.zeros((1, model.config.length), jnp.int32)
-      params = model.init(rng, tokens, jnp.zeros((1,)))["params"]
-    return make_state({"model": params}, {"model": tx}, ("model",) if ema_decay else ())
+  chosen = Options.of(options)
+  check_class("model.name", model, NETWORK, "a denoiser is trained")
+  check_time_conditioning(model)
+  chunk = positions_per_chunk(chosen.chunk, model.config.length, process.vocab_size)
+  total = functools.partial(
+    loss,
+    setting=Setting(model=model, process=process, chunk=chunk),
+    curriculum=chosen.curriculum(process.vocab_size),
+  )
 
   def step(state, batch):
-    options = {"model": model, "process": process, "curriculum": curriculum, "chunk": chunk}
-    state, metrics, _ = update(
-      state,
-      "model",
-      functools.partial(loss, step=state.step, **options),
-      batch,
-      tx,
-      accumulate=accumulate,
-      decay=ema_decay,
-    )
+    now = functools.partial(total, step=state.step)
+    state, metrics, _ = update(state, "model", now, batch, optimizers["model"], **chosen.updates)
     return state.replace(step=state.step + 1), metrics
 
-  return Objective(init, step, output="model")
+  return Objective(init_alone(model, optimizers["model"], chosen), step, output="model")

@@ -1,20 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """Masked diffusion language modelling: the NELBO of an absorbing process; trains teachers."""
 
+import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array, Float
 
 from dlm_jax.arrays import Metrics, Params
 from dlm_jax.models import DiT
 from dlm_jax.objectives.batch import Batch, split_each, token_mean, valid_tokens
-from dlm_jax.objectives.state import Objective, make_state, update
+from dlm_jax.objectives.options import MethodOptions
+from dlm_jax.objectives.state import Objective, Optimizers, check_class, init_alone, update
 from dlm_jax.process import Absorbing
 
 TRAINED = ("model",)  # trees with an optimiser
+NETWORK = (DiT,)  # classes of networks that it trains
+PASSES = (1, 1)  # forward and backward passes of the network that a step needs at least
 
 
 def loss(
@@ -35,39 +39,28 @@ def loss(
   return token_mean(nll_BL, batch), ({"masked": masked}, None)
 
 
-def make(
-  *,
-  model: DiT,
-  process: Absorbing,
-  optimizers: dict[str, optax.GradientTransformation],
-  accumulate: int = 1,
-  ema_decay: float | None = 0.9999,
-) -> Objective:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(MethodOptions):
+  """How one network is trained on a NELBO; see `MethodOptions`."""
+
+
+def make(*, model: DiT, process: Absorbing, optimizers: Optimizers, **options: Any) -> Objective:
   """Build training of one tree, "model", on the continuous-time NELBO.
+
+  Args:
+    model: the network.
+    process: absorbing.
+    optimizers: "model".
+    **options: fields of `Options`.
 
   Reference: MDLM, arXiv 2406.07524, equation 10.
   """
-  if not isinstance(model, DiT):
-    raise ValueError("model.name must be dit: a denoiser is trained.")
-  tx = optimizers["model"]
-
-  def init(rng, teacher_params=None):
-    params = teacher_params
-    if params is None:
-      tokens = jnp.zeros((1, model.config.length), jnp.int32)
-      params = model.init(rng, tokens, jnp.zeros((1,)))["params"]
-    return make_state({"model": params}, {"model": tx}, ("model",) if ema_decay else ())
+  chosen = Options.of(options)
+  check_class("model.name", model, NETWORK, "a denoiser is trained")
+  total = functools.partial(loss, model=model, process=process)
 
   def step(state, batch):
-    state, metrics, _ = update(
-      state,
-      "model",
-      functools.partial(loss, model=model, process=process),
-      batch,
-      tx,
-      accumulate=accumulate,
-      decay=ema_decay,
-    )
+    state, metrics, _ = update(state, "model", total, batch, optimizers["model"], **chosen.updates)
     return state.replace(step=state.step + 1), metrics
 
-  return Objective(init, step, output="model")
+  return Objective(init_alone(model, optimizers["model"], chosen), step, output="model")

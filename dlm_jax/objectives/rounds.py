@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from dlm_jax.errors import InputError
 from dlm_jax.objectives.state import TrainState
 
 DIVERGENCES = ("kl-bwd", "kl-fwd", "mse", "tvd")
@@ -35,20 +36,20 @@ def check_divergence(kind: str, allowed: tuple[str, ...]) -> None:
   """Check a name from a config.
 
   Raises:
-    ValueError: it is not among the allowed ones.
+    InputError: it is not among the allowed ones.
   """
   if kind not in allowed:
-    raise ValueError(f"objective.divergence={kind!r} is unknown; use one of {', '.join(allowed)}.")
+    raise InputError(f"objective.divergence={kind!r} is unknown; use one of {', '.join(allowed)}.")
 
 
 def check_round(update_teacher_every: int) -> None:
   """Check the length of a round.
 
   Raises:
-    ValueError: it is below 1.
+    InputError: it is below 1.
   """
   if update_teacher_every < 1:
-    raise ValueError(f"objective.update_teacher_every={update_teacher_every} must be at least 1.")
+    raise InputError(f"objective.update_teacher_every={update_teacher_every} must be at least 1.")
 
 
 def doubled(step: Int[Array, ""], every: int, most: float | int) -> Float[Array, ""]:

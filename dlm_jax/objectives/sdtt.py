@@ -7,24 +7,28 @@ The student predicts all of this at once. δ doubles every round, when the stude
 also become the teacher.
 """
 
+import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array, Float, Int, Key
 
 from dlm_jax import draw
 from dlm_jax.arrays import Metrics, Params
+from dlm_jax.errors import InputError
 from dlm_jax.models import DiT
 from dlm_jax.objectives import rounds
 from dlm_jax.objectives.batch import Batch, split_each
+from dlm_jax.objectives.options import ChunkedOptions
 from dlm_jax.objectives.positions import map_positions, positions_per_chunk
-from dlm_jax.objectives.state import Objective, make_state, update
+from dlm_jax.objectives.setting import Setting
+from dlm_jax.objectives.state import Objective, Optimizers, check_class, init_from_teacher, update
 from dlm_jax.process import Absorbing
 
 TRAINED = ("student",)  # trees with an optimiser
+NETWORK = (DiT,)  # classes of networks that it trains
 _BATCH_EPS = 1e-3  # smallest time of `draw_batch`
 
 
@@ -68,16 +72,21 @@ def chosen_steps(states: tuple[Int[Array, "B L"], ...], mask_id: int) -> Int[Arr
 
 
 def rollout(
-  teacher: Params, xt_BL: Int[Array, "B L"], times_SB: Float[Array, "S B"],
-  delta: Float[Array, ""] | float, rng_B: Key[Array, "B"], *, model: DiT, process: Absorbing,
-  eps: float = 1e-5, chunk: int | None = None,
-) -> Rollout:  # fmt: skip
+  teacher: Params,
+  xt_BL: Int[Array, "B L"],
+  times_SB: Float[Array, "S B"],
+  delta: Float[Array, ""] | float,
+  rng_B: Key[Array, "B"],
+  *,
+  setting: Setting,
+  eps: float = 1e-5,
+) -> Rollout:
   """Take ancestral steps of size δ with the teacher, without dropout.
 
   A step draws in two stages, whether to reveal and then which token, exactly. Times are kept at
   `eps` or above, where a step reveals nothing more.
   """
-  num, length = times_SB.shape[0], xt_BL.shape[1]
+  num, length, process = times_SB.shape[0], xt_BL.shape[1], setting.process
   rngs = split_each(rng_B, 2 * num)
   times_SB = jnp.maximum(times_SB, eps)
   x_BL, hidden, states = xt_BL, [], []
@@ -85,14 +94,13 @@ def rollout(
     reveal_B = jax.vmap(process.reveal_probability)(jnp.maximum(t_B - delta, eps), t_B)
     u_BL = jax.vmap(lambda rng: jax.random.uniform(rng, (length,)))(rngs[2 * i])
     u_BL2 = jax.vmap(lambda rng: draw.uniforms(rng, (length,)))(rngs[2 * i + 1])
-    sigma_B = process.schedule.sigma(t_B)
-    hidden.append(model.apply({"params": teacher}, x_BL, sigma_B, method="trunk"))
+    hidden.append(setting.trunk(teacher, x_BL, t_B))
 
-    def tokens(hidden_BKD, u_BK2, sigma_B=sigma_B):
-      logits = model.apply({"params": teacher}, hidden_BKD, sigma_B, method="head")
+    def tokens(hidden_BKD, u_BK2, t_B=t_B):
+      logits = setting.head(teacher, hidden_BKD, t_B)
       return draw.softmax(process.clean_logits(logits)).draw(u_BK2)
 
-    token_BL = map_positions(tokens, (hidden[-1], u_BL2), chunk)
+    token_BL = map_positions(tokens, (hidden[-1], u_BL2), setting.chunk)
     revealed_BL = (x_BL == process.mask_id) & (u_BL < reveal_B[:, None])
     x_BL = jnp.where(revealed_BL, token_BL, x_BL)
     states.append(x_BL)
@@ -100,23 +108,32 @@ def rollout(
 
 
 def target(
-  teacher: Params, hidden: tuple[Float[Array, "B K D"], ...], times_SB: Float[Array, "S B"],
-  chosen_BK: Int[Array, "B K"], xt_BK: Int[Array, "B K"], *, model: DiT, process: Absorbing,
-) -> Float[Array, "B K V"]:  # fmt: skip
+  teacher: Params,
+  hidden: tuple[Float[Array, "B K D"], ...],
+  times_SB: Float[Array, "S B"],
+  chosen_BK: Int[Array, "B K"],
+  xt_BK: Int[Array, "B K"],
+  *,
+  setting: Setting,
+) -> Float[Array, "B K V"]:
   """Return the teacher's log-probabilities at the chosen steps; one-hot where xₜ is revealed."""
-  logits_BKV = jnp.zeros((*xt_BK.shape, process.vocab_size))
+  logits_BKV = jnp.zeros((*xt_BK.shape, setting.process.vocab_size))
   for i, (hidden_BKD, t_B) in enumerate(zip(hidden, times_SB, strict=True)):
-    sigma_B = process.schedule.sigma(t_B)
-    step_BKV = model.apply({"params": teacher}, hidden_BKD, sigma_B, method="head")
+    step_BKV = setting.head(teacher, hidden_BKD, t_B)
     logits_BKV = jnp.where((chosen_BK == i)[..., None], step_BKV, logits_BKV)
-  return jax.vmap(process.log_x0)(logits_BKV, xt_BK)
+  return jax.vmap(setting.process.log_x0)(logits_BKV, xt_BK)
 
 
 def position_loss(
-  params: Params, batch: Batch, steps: Rollout, *, teacher: Params, model: DiT,
-  process: Absorbing, divergence: str = "kl-bwd", dropout_B: Key[Array, "B"] | None = None,
-  chunk: int | None = None,
-) -> Float[Array, "B L"]:  # fmt: skip
+  params: Params,
+  batch: Batch,
+  steps: Rollout,
+  *,
+  teacher: Params,
+  setting: Setting,
+  divergence: str = "kl-bwd",
+  dropout_B: Key[Array, "B"] | None = None,
+) -> Float[Array, "B L"]:
   """Return the student's divergence from the target per position, 0 where xₜ is revealed.
 
   Args:
@@ -124,25 +141,20 @@ def position_loss(
     batch: with "xt" and "t".
     steps: of the teacher, from xₜ.
     teacher: its parameters.
-    model: the network of both.
-    process: the forward process.
+    setting: what both networks run on.
     divergence: "kl-bwd", "kl-fwd", "mse" or "tvd", see `rounds.divergence`.
     dropout_B: keys of dropout in the student.
-    chunk: see `make`.
   """
-  xt_BL, sigma_B = batch["xt"], process.schedule.sigma(batch["t"])
-  student_BLD = model.apply({"params": params}, xt_BL, sigma_B, dropout_B, method="trunk")
+  xt_BL, t_B, process = batch["xt"], batch["t"], setting.process
+  student_BLD = setting.trunk(params, xt_BL, t_B, dropout_B)
 
   def compare(student_BKD, xt_BK, chosen_BK, *hidden):
-    logits = model.apply({"params": params}, student_BKD, sigma_B, method="head")
-    log_student = jax.vmap(process.log_x0)(logits, xt_BK)
-    log_teacher = target(
-      teacher, hidden, steps.times, chosen_BK, xt_BK, model=model, process=process
-    )
+    log_student = jax.vmap(process.log_x0)(setting.head(params, student_BKD, t_B), xt_BK)
+    log_teacher = target(teacher, hidden, steps.times, chosen_BK, xt_BK, setting=setting)
     each_BK = rounds.divergence(log_student, jax.lax.stop_gradient(log_teacher), divergence)
     return jnp.where(xt_BK == process.mask_id, each_BK, 0.0)
 
-  return map_positions(compare, (student_BLD, xt_BL, steps.chosen, *steps.hidden), chunk)
+  return map_positions(compare, (student_BLD, xt_BL, steps.chosen, *steps.hidden), setting.chunk)
 
 
 def corrupt(batch: Batch, *, process: Absorbing, eps: float = 1e-5) -> Batch:
@@ -163,48 +175,11 @@ def corrupt(batch: Batch, *, process: Absorbing, eps: float = 1e-5) -> Batch:
   return {**batch, "rng": rng_B, "t": t_B, "xt": xt_BL, "weight": weight_B}
 
 
-def loss(
-  params: Params, batch: Batch, *, model: DiT, process: Absorbing, teacher: Params,
-  delta: Float[Array, ""] | float, num_distill_steps: int = 2, divergence: str = "kl-bwd",
-  published_times: bool = False, eps: float = 1e-5, chunk: int | None = None,
-) -> tuple[Float[Array, ""], tuple[Metrics, None]]:  # fmt: skip
-  """Return the mean of `position_loss` over masked positions of a `corrupt`ed batch.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(ChunkedOptions):
+  """The rounds, and what a step compares; see also `ChunkedOptions`.
 
-  Dropout in the student only.
-  """
-  rng_B, rng_dropout_B = split_each(batch["rng"], 2)
-  times_SB = teacher_times(batch["t"], delta, num=num_distill_steps, published=published_times)
-  shared = {"model": model, "process": process, "chunk": chunk}
-  steps = rollout(teacher, batch["xt"], times_SB, delta, rng_B, eps=eps, **shared)
-  loss_BL = position_loss(
-    params, batch, steps, teacher=teacher, divergence=divergence, dropout_B=rng_dropout_B, **shared
-  )
-  value = jnp.mean(batch["weight"] * loss_BL.sum(1))
-  return value, ({"masked": jnp.mean(batch["xt"] == process.mask_id)}, None)
-
-
-def make(
-  *,
-  model: DiT,
-  process: Absorbing,
-  optimizers: dict[str, optax.GradientTransformation],
-  update_teacher_every: int = 10_000,
-  num_steps_original: int = 1024,
-  min_num_steps: int = 8,
-  num_distill_steps: int = 2,
-  divergence: str = "kl-bwd",
-  published_times: bool = False,
-  eps: float = 1e-5,
-  accumulate: int = 1,
-  ema_decay: float | None = 0.9999,
-  chunk: int | None = None,
-) -> Objective:
-  """Build distillation of a masked-diffusion teacher in rounds.
-
-  Args:
-    model: network of teacher and student.
-    process: the teacher's forward process.
-    optimizers: "student".
+  Attributes:
     update_teacher_every: steps per round. At a round's first step the student's raw parameters
       become the teacher; the run's length sets the number of rounds (published: 7).
     num_steps_original: the teacher's steps in round 0: δ = (1 − ε)/num_steps_original · 2ᵏ in
@@ -214,10 +189,78 @@ def make(
     divergence: "kl-bwd", "kl-fwd", "mse" or "tvd".
     published_times: times of the teacher as in the released code, see `teacher_times`.
     eps: smallest time.
-    accumulate: micro-batches per update.
-    ema_decay: of the student; None keeps no average.
-    chunk: positions whose [B, chunk, V] arrays are alive at a time, recomputed in the backward
-      pass; must divide L. None takes the most that stay below 2²² entries per sequence.
+
+  Raises:
+    ValueError: an unknown name, or a number that does not fit.
+  """
+
+  update_teacher_every: int = 10_000
+  num_steps_original: int = 1024
+  min_num_steps: int = 8
+  num_distill_steps: int = 2
+  divergence: str = "kl-bwd"
+  published_times: bool = False
+  eps: float = 1e-5
+
+  def __post_init__(self):
+    super().__post_init__()
+    rounds.check_divergence(self.divergence, rounds.DIVERGENCES)
+    rounds.check_round(self.update_teacher_every)
+    if self.num_distill_steps < 1:
+      raise InputError(f"objective.num_distill_steps={self.num_distill_steps} must be at least 1.")
+    if not 1 <= self.min_num_steps <= self.num_steps_original:
+      raise InputError(
+        f"objective.min_num_steps={self.min_num_steps} must lie between 1 and"
+        f" objective.num_steps_original={self.num_steps_original}."
+      )
+
+  def delta(self, step: Int[Array, ""]) -> Float[Array, ""]:
+    """Return the size of the teacher's steps at a step of training."""
+    most = self.num_steps_original / self.min_num_steps
+    growth = rounds.doubled(step, self.update_teacher_every, most)
+    return (1 - self.eps) / self.num_steps_original * growth
+
+
+def loss(
+  params: Params,
+  batch: Batch,
+  *,
+  setting: Setting,
+  teacher: Params,
+  delta: Float[Array, ""] | float,
+  options: Options,
+) -> tuple[Float[Array, ""], tuple[Metrics, None]]:
+  """Return the mean of `position_loss` over masked positions of a `corrupt`ed batch.
+
+  Dropout in the student only.
+  """
+  rng_B, rng_dropout_B = split_each(batch["rng"], 2)
+  times_SB = teacher_times(
+    batch["t"], delta, num=options.num_distill_steps, published=options.published_times
+  )
+  xt_BL = batch["xt"]
+  steps = rollout(teacher, xt_BL, times_SB, delta, rng_B, setting=setting, eps=options.eps)
+  loss_BL = position_loss(
+    params,
+    batch,
+    steps,
+    teacher=teacher,
+    setting=setting,
+    divergence=options.divergence,
+    dropout_B=rng_dropout_B,
+  )
+  value = jnp.mean(batch["weight"] * loss_BL.sum(1))
+  return value, ({"masked": jnp.mean(xt_BL == setting.process.mask_id)}, None)
+
+
+def make(*, model: DiT, process: Absorbing, optimizers: Optimizers, **options: Any) -> Objective:
+  """Build distillation of a masked-diffusion teacher in rounds.
+
+  Args:
+    model: network of teacher and student.
+    process: the teacher's forward process.
+    optimizers: "student".
+    **options: fields of `Options`.
 
   Returns:
     An objective with trees "teacher" and "student".
@@ -227,40 +270,20 @@ def make(
 
   Reference: SDTT, arXiv 2410.21035, algorithm 1.
   """
-  if not isinstance(model, DiT):
-    raise ValueError("model.name must be dit: a denoiser is distilled.")
-  rounds.check_divergence(divergence, rounds.DIVERGENCES)
-  rounds.check_round(update_teacher_every)
-  if num_distill_steps < 1:
-    raise ValueError(f"objective.num_distill_steps={num_distill_steps} must be at least 1.")
-  if not 1 <= min_num_steps <= num_steps_original:
-    raise ValueError(
-      f"objective.min_num_steps={min_num_steps} must lie between 1 and"
-      f" objective.num_steps_original={num_steps_original}."
-    )
-  chunk = positions_per_chunk(chunk, model.config.length, process.vocab_size)
-  shared = {
-    "model": model, "process": process, "num_distill_steps": num_distill_steps, "eps": eps,
-    "divergence": divergence, "published_times": published_times, "chunk": chunk,
-  }  # fmt: skip
-
-  def init(rng, teacher_params=None):
-    if teacher_params is None:
-      raise ValueError("SDTT starts from a teacher; give teacher_params (config: teacher.path).")
-    del rng
-    trees = dict.fromkeys(("teacher", "student"), teacher_params)
-    return make_state(trees, optimizers, ("student",) if ema_decay else ())
+  chosen = Options.of(options)
+  check_class("model.name", model, NETWORK, "a denoiser is distilled")
+  chunk = positions_per_chunk(chosen.chunk, model.config.length, process.vocab_size)
+  setting = Setting(model=model, process=process, chunk=chunk)
 
   def step(state, batch):
-    most = num_steps_original / min_num_steps
-    growth = rounds.doubled(state.step, update_teacher_every, most)
-    delta = (1 - eps) / num_steps_original * growth
-    state = rounds.refresh_teacher(state, update_teacher_every)
-    student_loss = functools.partial(loss, teacher=state.trees["teacher"], delta=delta, **shared)
-    state, metrics, _ = update(
-      state, "student", student_loss, corrupt(batch, process=process, eps=eps),
-      optimizers["student"], accumulate=accumulate, decay=ema_decay,
-    )  # fmt: skip
+    delta = chosen.delta(state.step)
+    state = rounds.refresh_teacher(state, chosen.update_teacher_every)
+    teacher = state.trees["teacher"]
+    total = functools.partial(loss, setting=setting, teacher=teacher, delta=delta, options=chosen)
+    batch, tx = corrupt(batch, process=process, eps=chosen.eps), optimizers["student"]
+    state, metrics, _ = update(state, "student", total, batch, tx, **chosen.updates)
     return state.replace(step=state.step + 1), metrics
 
-  return Objective(init, step, output="student")
+  return Objective(
+    init_from_teacher("SDTT", ("student",), optimizers, chosen), step, output="student"
+  )

@@ -5,6 +5,7 @@ A method is an `Objective`: two pure functions and two facts about them. Its `st
 calls of `update` in plain sight.
 """
 
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,9 +16,12 @@ import optax
 from jaxtyping import Array
 
 from dlm_jax.arrays import Metrics, Params
+from dlm_jax.errors import InputError
 from dlm_jax.objectives.batch import Batch
+from dlm_jax.objectives.options import MethodOptions
 
 Loss = Callable[[Params, Batch], tuple[Array, tuple[Metrics, Any]]]
+Optimizers = dict[str, optax.GradientTransformation]  # by trained tree
 
 
 @flax.struct.dataclass
@@ -70,7 +74,7 @@ class Objective(NamedTuple):
 
 def make_state(
   trees: dict[str, Params],
-  optimizers: dict[str, optax.GradientTransformation],
+  optimizers: Optimizers,
   averaged: tuple[str, ...] = (),
 ) -> TrainState:
   """Build the state at step 0.
@@ -85,6 +89,80 @@ def make_state(
     opt={name: tx.init(trees[name]) for name, tx in optimizers.items()},
     ema={name: copy(trees[name]) for name in averaged},
   )
+
+
+def init_alone(
+  model: Any, tx: optax.GradientTransformation, options: MethodOptions, *, timed: bool = True
+) -> Callable[..., TrainState]:
+  """Return the `init` of a method with one tree, "model": parameters that are given, or fresh ones.
+
+  Args:
+    model: the network.
+    tx: its optimiser.
+    options: say whether there is an average.
+    timed: whether the network is told the time.
+  """
+
+  def init(rng, teacher_params=None):
+    params = teacher_params
+    if params is None:
+      tokens = jnp.zeros((1, model.config.length), jnp.int32)
+      sigma = (jnp.zeros((1,)),) if timed else ()
+      params = model.init(rng, tokens, *sigma)["params"]
+    return make_state({"model": params}, {"model": tx}, options.averaged("model"))
+
+  return init
+
+
+def init_from_teacher(
+  method: str,
+  copies: tuple[str, ...],
+  optimizers: Optimizers,
+  options: MethodOptions,
+) -> Callable[..., TrainState]:
+  """Return the `init` of a method that starts from a teacher.
+
+  Args:
+    method: its name, for the error where there is no teacher.
+    copies: trees besides "teacher" that start as its copies.
+    optimizers: by trained tree.
+    options: say whether there are averages of the copies.
+  """
+
+  def init(rng, teacher_params=None):
+    del rng
+    trees = dict.fromkeys(("teacher", *copies), check_teacher(method, teacher_params))
+    return make_state(trees, optimizers, options.averaged(*copies))
+
+  return init
+
+
+def check_teacher(method: str, teacher_params: Params | None) -> Params:
+  """Return the teacher's parameters; raise InputError where there are none."""
+  if teacher_params is None:
+    raise InputError(f"{method} starts from a teacher; give teacher_params (config: teacher.path).")
+  return teacher_params
+
+
+def check_class(field: str, given: Any, allowed: tuple[type, ...], why: str) -> None:
+  """Raise InputError unless a network or a process is of an allowed class.
+
+  Args:
+    field: of the config, which chooses it.
+    given: the network or process.
+    allowed: classes.
+    why: a method needs one of them.
+  """
+  if not isinstance(given, allowed):
+    snake = lambda name: re.sub("(?<=[a-z])(?=[A-Z][a-z])", "_", name).lower()  # noqa: E731
+    names = " or ".join(snake(kind.__name__) for kind in allowed)
+    raise InputError(f"{field} must be {names}: {why}.")
+
+
+def check_time_conditioning(model: Any) -> None:
+  """Raise InputError unless a network is told the time."""
+  if not model.config.time_conditioning:
+    raise InputError("a uniform process needs model.time_conditioning=True.")
 
 
 def output_params(state: TrainState, objective: Objective) -> Params:

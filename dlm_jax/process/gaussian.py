@@ -21,7 +21,7 @@ from scipy import special
 from dlm_jax.arrays import RngKey, Scalar
 from dlm_jax.process import extremes
 from dlm_jax.process.uniform import Uniform
-from dlm_jax.schedules import Derived, Times
+from dlm_jax.schedules import Schedule, Times
 
 _NODES = 4097  # of the table over γ; cubic interpolation between them is exact to 1e-12
 _HALF_WIDTH, _POINTS = 9.0, 4001  # of the quadrature over u, in standard deviations
@@ -62,7 +62,7 @@ def _table(vocab_size: int, gamma_min: float, gamma_max: float) -> _Table:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DualitySchedule(Derived):
+class DualitySchedule(Schedule):
   """The survival α(γ(t)) of the argmax, γ linear in t: a schedule for `Uniform`.
 
   Attributes:

@@ -24,6 +24,8 @@ from dlm_jax.decode import (
 )
 from dlm_jax.sample import grids
 from dlm_jax.sample._generate import evaluations, generate
+from dlm_jax.sample._logits import from_logits
+from dlm_jax.sample._request import Request
 
 __all__ = [
   "LENGTH",
@@ -32,6 +34,7 @@ __all__ = [
   "Block",
   "BlockRule",
   "Info",
+  "Request",
   "Revealed",
   "Rounds",
   "RowOptions",
@@ -41,6 +44,7 @@ __all__ = [
   "draw",
   "evaluations",
   "finish",
+  "from_logits",
   "generate",
   "grids",
   "hitting_times",

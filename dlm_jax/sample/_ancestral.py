@@ -15,91 +15,56 @@ sampling: the limit of infinitely many steps, in at most L evaluations.
 Mask-or-token and which-token are two separate draws, so nothing races: see `dlm_jax.draw`.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int, Key
+from jaxtyping import Array, Int
 
-from dlm_jax.errors import InputError
-from dlm_jax.process import Absorbing
 from dlm_jax.sample import grids
+from dlm_jax.sample._request import GridSampler, Request, walk
 from dlm_jax.sample._reveal import Revealer, capacity_for
 
-NOISE_REMOVALS = ("ancestral", "greedy", "none")
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ancestral(GridSampler):
+  """The reverse process on a grid: one evaluation per step that reveals something."""
+
+  def run(self, request: Request) -> Int[Array, "K B L"]:
+    """Return the states after every step; the last one is the sample."""
+    t_K, length = self.times(request), request.length
+    capacity = capacity_for(length / request.steps, length)
+    return self._reveal(request, lambda u_BL: _grid_times(request.process, u_BL, t_K), capacity)
+
+  def _reveal(self, request, reveal_times, capacity):
+    """Reveal masks at the steps that `reveal_times` makes of a uniform per position."""
+    draws_BL3 = jax.vmap(lambda rng: jax.random.uniform(rng, (request.length, 3)))(request.rng_B)
+    u_BL = jnp.where(request.frozen_BL, 2.0, draws_BL3[..., 0])  # frozen: never revealed
+    reveal_BL, t_KB = reveal_times(u_BL)
+    process = request.process
+    revealer = Revealer(
+      denoiser=request.denoiser, process=process, capacity=capacity, truncation=self
+    )
+
+    def reveal(x_BL, k, t_B, greedy=False):
+      sigma_B = process.schedule.sigma(t_B)
+      return revealer.reveal(x_BL, reveal_BL == k, draws_BL3[..., 1:], sigma_B, greedy)
+
+    count = t_KB.shape[0] - 1
+    _, trace_KBL = walk(reveal, request.x_BL, (jnp.arange(count), t_KB[:-1]))
+    return self.remove_noise(trace_KBL, lambda x_BL, greedy: reveal(x_BL, count, t_KB[-1], greedy))
 
 
-def run(
-  denoiser,
-  process: Absorbing,
-  rng_B: Key[Array, "B"],
-  x_BL: Int[Array, "B L"],
-  frozen_BL: Bool[Array, "B L"],
-  *,
-  steps: int,
-  grid: str = "uniform",
-  noise_removal: str = "ancestral",
-  temperature: float = 1.0,
-  nucleus: float = 1.0,
-  first_hitting: bool = False,
-) -> Int[Array, "K B L"]:
-  """Return the states after every step; the last one is the sample.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FirstHitting(Ancestral):
+  """Reveal one position at a time, at its exact continuous time.
 
-  Args:
-    denoiser: has `trunk` and `head`.
-    process: absorbing.
-    rng_B: one key per sequence.
-    x_BL: initial state: masks, and given tokens where frozen.
-    frozen_BL: positions that never change.
-    steps: K grid steps. Ignored by first-hitting, which takes one step per masked position.
-    grid: name in `grids`.
-    noise_removal: what happens to masks that outlive the grid (an expected 1e-5 of them): one more
-      "ancestral" step, its "greedy" form (most probable token), or "none".
-    temperature: divides the logits of the clean-token prediction.
-    nucleus: p of nucleus truncation of that prediction.
-    first_hitting: reveal one position at a time, at its exact continuous time.
+  One step per masked position: grid and number of steps are not read.
   """
-  check_options(noise_removal, temperature, nucleus)
-  length = x_BL.shape[1]
-  draws_BL3 = jax.vmap(lambda rng: jax.random.uniform(rng, (length, 3)))(rng_B)
-  u_BL = jnp.where(frozen_BL, 2.0, draws_BL3[..., 0])  # frozen: never revealed
-  if first_hitting:
-    reveal_BL, t_KB = _hitting_times(process, u_BL)
-    capacity = 1
-  else:
-    reveal_BL, t_KB = _grid_times(process, u_BL, grids.make(grid, steps))
-    capacity = capacity_for(length / steps, length)
 
-  revealer = Revealer(
-    denoiser=denoiser, process=process, capacity=capacity, temperature=temperature, nucleus=nucleus
-  )
-
-  def reveal(x_BL, k, t_B, greedy=False):
-    sigma_B = process.schedule.sigma(t_B)
-    return revealer.reveal(x_BL, reveal_BL == k, draws_BL3[..., 1:], sigma_B, greedy)
-
-  def step(x_BL, inputs):
-    k, t_B = inputs
-    x_BL = reveal(x_BL, k, t_B)
-    return x_BL, x_BL
-
-  count = t_KB.shape[0] - 1
-  x_BL, trace_KBL = jax.lax.scan(step, x_BL, (jnp.arange(count), t_KB[:-1]))
-  if noise_removal == "none":
-    return trace_KBL
-  x_BL = reveal(x_BL, count, t_KB[-1], greedy=noise_removal == "greedy")
-  return jnp.concatenate([trace_KBL, x_BL[None]])
-
-
-def check_options(noise_removal: str, temperature: float, nucleus: float):
-  """Raise InputError for options that no sampler can use."""
-  if noise_removal not in NOISE_REMOVALS:
-    raise InputError(
-      f"noise_removal={noise_removal!r} is unknown; use one of {', '.join(NOISE_REMOVALS)}."
-    )
-  if temperature <= 0 or not 0 < nucleus <= 1:
-    raise InputError(
-      f"temperature={temperature} must be positive and nucleus={nucleus} in (0, 1]; for the most "
-      "probable tokens use a small nucleus."
-    )
+  def run(self, request: Request) -> Int[Array, "K B L"]:
+    """Return the states after every step; the last one is the sample."""
+    return self._reveal(request, lambda u_BL: _hitting_times(request.process, u_BL), 1)
 
 
 def _grid_times(process, u_BL, t_K):

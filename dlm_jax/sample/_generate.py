@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`generate`: samples on a fixed grid, in one traceable function."""
 
+import dataclasses
 import functools
-import inspect
 from collections.abc import Callable
 
 import jax
@@ -10,19 +10,28 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from dlm_jax.arrays import RngKey
-from dlm_jax.errors import InputError
+from dlm_jax.errors import InputError, check_choice, hint
 from dlm_jax.mesh import split_batch
 from dlm_jax.process import Absorbing, Uniform
-from dlm_jax.sample import _analytic, _ancestral, _legacy, _psi, _rgas, _uniform
+from dlm_jax.sample import _rgas
+from dlm_jax.sample._analytic import Analytic
+from dlm_jax.sample._ancestral import Ancestral, FirstHitting
+from dlm_jax.sample._legacy import Legacy
+from dlm_jax.sample._psi import Psi, UniformPsi
+from dlm_jax.sample._request import Request
+from dlm_jax.sample._uniform import UniformAncestral
 
-_RUNS = {
-  "ancestral": _ancestral.run,
-  "first_hitting": functools.partial(_ancestral.run, first_hitting=True),
-  "psi": _psi.run,
-  "analytic": _analytic.run,
-  "rgas": _rgas.run,
+# By process: the classes of samplers, whose fields are their options.
+SAMPLERS = {
+  Absorbing: {
+    "ancestral": Ancestral,
+    "first_hitting": FirstHitting,
+    "psi": Psi,
+    "analytic": Analytic,
+    "rgas": _rgas.Rgas,
+  },
+  Uniform: {"ancestral": UniformAncestral, "psi": UniformPsi},
 }
-SAMPLERS = tuple(_RUNS)
 PRECISIONS = ("exact", "legacy")
 
 
@@ -38,7 +47,6 @@ def generate(
   prompt: Int[Array, "..."] | None = None,
   frozen: Bool[Array, "..."] | None = None,
   return_trace: bool = False,
-  precision: str = "exact",
   **sampler_options,
 ) -> Int[Array, "B L"] | tuple[Int[Array, "B L"], Int[Array, "K B L"]]:
   """Generate token sequences with a few network evaluations.
@@ -59,20 +67,21 @@ def generate(
       "ancestral": the reverse process, step by step.
       "first_hitting": absorbing only; one token per evaluation, exact for infinitely many steps.
       "psi": ancestral steps that also noise tokens again and so correct them; options kappa, eta,
-        window, hold: see `_psi.run`.
+        window, hold: see `Psi`.
       "analytic": absorbing only; the sampler of score networks, whose ratios set the pace too.
       "rgas": absorbing only; ancestral steps that a discriminator guides; options critic (needed),
-        h, candidates, ratio, reward: see `_rgas.run`.
-      Or a function with the signature of `_ancestral.run`.
+        h, candidates, ratio, reward: see `Rgas`.
+      Or your own: a function (request, **sampler_options) -> states after every step, int32
+        [steps, B, L]; see `Request`.
     prompt: int32 [P], [L] or [B, L]: given tokens; a prefix if shorter than `length`. Where it
       holds the mask id, text is generated.
     frozen: bool, shape of prompt: given positions. Default: wherever the prompt is not the mask;
       all of it under a uniform process, which has no mask.
     return_trace: also return the state after every step.
-    precision: "exact", or "legacy" for the public float32 race (`_legacy`); absorbing only.
     **sampler_options: of every sampler: grid ("uniform", "cosine"), noise_removal ("ancestral",
-      "greedy", "none"), temperature, nucleus, both acting on the prediction of the clean token:
-      see `_ancestral.run` and `_uniform.run`.
+      "greedy", "none"), and temperature, nucleus and top_k, which act on the prediction of the
+      clean token; see `GridOptions` and `Truncation`. Of "ancestral" under an absorbing process
+      also precision="legacy": the public float32 race, see `Legacy`.
 
   Returns:
     int32 [batch, length]; with `return_trace` also the state after every step, int32
@@ -99,14 +108,14 @@ def generate(
   for name, count in (("batch", batch), ("length", length), ("steps", steps)):
     if count < 1:
       raise InputError(f"{name}={count}: sampling needs at least 1.")
-  if precision not in PRECISIONS:
-    raise InputError(f"precision={precision!r} is unknown; use one of {', '.join(PRECISIONS)}.")
+  run = _choose(sampler, proc, sampler_options)
   rng_B = split_batch(jax.vmap(lambda i: jax.random.fold_in(rng, i))(jnp.arange(batch)))
   rng_prior_B, rng_B = _split_each(rng_B)
   x_BL, frozen_BL = map(split_batch, _start(proc, rng_prior_B, length, prompt, frozen))
-  run = _choose(sampler, precision, proc)
-  _check_options(run, sampler, sampler_options)
-  trace_KBL = run(denoiser, proc, rng_B, x_BL, frozen_BL, steps=steps, **sampler_options)
+  request = Request(
+    denoiser=denoiser, process=proc, rng_B=rng_B, x_BL=x_BL, frozen_BL=frozen_BL, steps=steps
+  )
+  trace_KBL = run(request)
   return (trace_KBL[-1], trace_KBL) if return_trace else trace_KBL[-1]
 
 
@@ -115,38 +124,36 @@ def _split_each(rng_B):
   return keys[:, 0], keys[:, 1]
 
 
-def _check_options(run, sampler, options):
-  """Raise InputError for an option that the sampler does not have."""
-  parameters = inspect.signature(run).parameters.values()
-  if any(p.kind is p.VAR_KEYWORD for p in parameters):
-    return
-  known = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY} - {"steps", "first_hitting"}
-  for name in options:
-    if name not in known:
-      raise InputError(f"sampler={sampler!r} has no option {name!r}; it has {sorted(known)}.")
-
-
-def _choose(sampler, precision, proc):
+def _choose(sampler, proc, options):
+  """Return a function of a request: the sampler with its options, which are checked here."""
   if callable(sampler):
-    return sampler
-  if sampler not in SAMPLERS:
-    raise InputError(f"sampler={sampler!r} is unknown; use one of {', '.join(SAMPLERS)}.")
-  if precision == "legacy" and sampler != "ancestral":
-    raise InputError(f"precision='legacy' exists for sampler='ancestral' only, not {sampler!r}.")
-  if isinstance(proc, Uniform):
-    return _choose_uniform(sampler, precision)
-  return _legacy.run if precision == "legacy" else _RUNS[sampler]
-
-
-def _choose_uniform(sampler, precision):
-  if precision == "legacy":
-    raise InputError("precision='legacy' exists for absorbing processes only; use 'exact'.")
-  if sampler not in ("ancestral", "psi"):
+    return functools.partial(sampler, **options)
+  known = next((k for process, k in SAMPLERS.items() if isinstance(proc, process)), {})
+  everywhere = dict.fromkeys(name for names in SAMPLERS.values() for name in names)
+  check_choice("sampler", sampler, tuple(everywhere))
+  if sampler not in known:
     raise InputError(
-      f"sampler={sampler!r} needs an absorbing process, and this one is uniform; use 'ancestral' "
-      "or 'psi'."
+      f"sampler={sampler!r} needs an absorbing process, and this one is "
+      f"{type(proc).__name__.lower()}; use {' or '.join(map(repr, known))}."
     )
-  return _psi.run if sampler == "psi" else _uniform.run
+  options = dict(options)
+  made = known[sampler]
+  precision = options.pop("precision", "exact")
+  check_choice("precision", precision, PRECISIONS)
+  if precision == "legacy":
+    if made is not Ancestral:
+      raise InputError(
+        "precision='legacy' exists for sampler='ancestral' of an absorbing process only; use "
+        "'exact'."
+      )
+    made = Legacy
+  fields = sorted(field.name for field in dataclasses.fields(made))
+  for name in options:
+    if name not in fields:
+      raise InputError(
+        f"sampler={sampler!r} has no option {name!r}{hint(name, fields)}; it has {fields}."
+      )
+  return made(**options).run
 
 
 def _start(proc, rng_B, length, prompt, frozen):

@@ -21,44 +21,25 @@ vocabulary head, and a step that reveals none evaluates nothing.
 Reference: ReMDM, arXiv 2503.00307, sections 3 and 4.
 """
 
-import jax
+import dataclasses
+
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Float, Int
 
 from dlm_jax.errors import InputError
 from dlm_jax.process import Absorbing, Uniform
-from dlm_jax.sample import _ancestral, _uniform, grids
+from dlm_jax.sample._request import GridSampler, Request, walk
 from dlm_jax.sample._reveal import Revealer, capacity_for
+from dlm_jax.sample._uniform import UniformAncestral
 
 SCHEDULES = ("cap", "rescale", "loop")
 
 
-def run(
-  denoiser,
-  process: Absorbing | Uniform,
-  rng_B: Key[Array, "B"],
-  x_BL: Int[Array, "B L"],
-  frozen_BL: Bool[Array, "B L"],
-  *,
-  steps: int,
-  kappa: float | str = "cap",
-  eta: float = 0.02,
-  window: tuple[float, float] = (0.55, 0.05),
-  hold: float = 0.9,
-  grid: str = "uniform",
-  noise_removal: str = "ancestral",
-  temperature: float = 1.0,
-  nucleus: float = 1.0,
-) -> Int[Array, "K B L"]:
-  """Return the states after every step; the last one is the sample.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Psi(GridSampler):
+  """Ancestral steps that also noise tokens again.
 
-  Args:
-    denoiser: called with (tokens, sigma_B); has `trunk` and `head`.
-    process: absorbing or uniform.
-    rng_B: one key per sequence.
-    x_BL: initial state.
-    frozen_BL: positions that never change.
-    steps: K grid steps.
+  Attributes:
     kappa: κ in [0, 1] of every step, or the name of a schedule of σ, with η = `eta`: "cap"
       min(η, largest σ), "rescale" η · largest σ, or "loop": no noising while α rises to `hold`,
       then "cap" at constant α, then no noising to the end. The defaults are the published ones of
@@ -67,29 +48,69 @@ def run(
     eta: η in [0, 1] of the named schedules.
     window: of "loop": the grid times between which α is held, the larger first.
     hold: α that "loop" holds.
-    grid: name in `grids`.
-    noise_removal: as in ancestral sampling of the process: "ancestral", "greedy" or "none".
-    temperature: divides the logits of the clean-token prediction.
-    nucleus: p of nucleus truncation of that prediction.
+
+  Raises:
+    InputError: an unknown name, or a number out of range.
   """
-  _ancestral.check_options(noise_removal, temperature, nucleus)
-  _check(kappa, eta, window, hold)
-  t_K = grids.make(grid, steps)
-  if kappa == "loop":
-    t_K, held_K = _loop(process, t_K, window, hold)
-    sigma_K = jnp.where(held_K, renoising(process, t_K, "cap", eta), 0.0)
-  else:
-    sigma_K = renoising(process, t_K, kappa, eta)
-  given = {"noise_removal": noise_removal, "temperature": temperature, "nucleus": nucleus}
-  start = (denoiser, process, rng_B, x_BL, frozen_BL)
-  if isinstance(process, Uniform):
-    kappa_K = jnp.clip(1 - sigma_K / (1 - process.schedule.alpha(t_K[1:])), 0.0, 1.0)
-    return _uniform.walk(*start, t_K=t_K, kappa_K=kappa_K, **given)
-  # α(1 − α) ≤ 1/4: what (1 − κ) reveals anew at most, on average
-  share = eta if isinstance(kappa, str) else (1 - kappa) / 4
-  length = x_BL.shape[1]
-  capacity = capacity_for(length * min(1 / steps + share, 1.0), length)
-  return _remask(*start, t_K=t_K, sigma_K=sigma_K, capacity=capacity, **given)
+
+  kappa: float | str = "cap"
+  eta: float = 0.02
+  window: tuple[float, float] = (0.55, 0.05)
+  hold: float = 0.9
+
+  def __post_init__(self):
+    super().__post_init__()
+    _check(self.kappa, self.eta, self.window, self.hold)
+
+  def run(self, request: Request) -> Int[Array, "K B L"]:
+    """Return the states of the absorbing process after every step."""
+    t_K, sigma_K = self.renoised(request)
+    alpha_K, steps = request.process.schedule.alpha(t_K), request.steps
+    reveal_K = reveal_probability(alpha_K[1:], alpha_K[:-1], sigma_K)
+    # α(1 − α) ≤ 1/4: what (1 − κ) reveals anew at most, on average
+    share = self.eta if isinstance(self.kappa, str) else (1 - self.kappa) / 4
+    length, mask_id = request.length, request.process.mask_id
+    revealer = Revealer(
+      denoiser=request.denoiser,
+      process=request.process,
+      capacity=capacity_for(length * min(1 / steps + share, 1.0), length),
+      truncation=self,
+    )
+
+    def step(x_BL, k, t, sigma, probability):
+      draws_BL3 = request.uniforms(k, length, 3)
+      masked_BL = request.masked(x_BL)
+      due_BL = masked_BL & (draws_BL3[..., 0] < probability)
+      back_BL = ~masked_BL & ~request.frozen_BL & (draws_BL3[..., 0] < sigma)
+      x_BL = revealer.reveal(x_BL, due_BL, draws_BL3[..., 1:], request.sigma(t))
+      return jnp.where(back_BL, mask_id, x_BL)
+
+    def remove(x_BL, greedy):
+      draws_BL2 = request.uniforms(steps, length, 3)[..., 1:]
+      due_BL, sigma_B = request.masked(x_BL), request.sigma(t_K[-1])
+      return revealer.reveal(x_BL, due_BL, draws_BL2, sigma_B, greedy)
+
+    inputs = (jnp.arange(steps), t_K[:-1], sigma_K, reveal_K)
+    return self.remove_noise(walk(step, request.x_BL, inputs)[1], remove)
+
+  def renoised(self, request: Request) -> tuple[Float[Array, "K"], Float[Array, "K-1"]]:
+    """Return the times, and σ of every step."""
+    process, t_K = request.process, self.times(request)
+    if self.kappa != "loop":
+      return t_K, renoising(process, t_K, self.kappa, self.eta)
+    t_K, held_K = _loop(process, t_K, self.window, self.hold)
+    return t_K, jnp.where(held_K, renoising(process, t_K, "cap", self.eta), 0.0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class UniformPsi(Psi, UniformAncestral):
+  """The same under a uniform process, where κ stops at 0."""
+
+  def run(self, request: Request) -> Int[Array, "K B L"]:
+    """Return the states after every step; the last one is the sample."""
+    t_K, sigma_K = self.renoised(request)
+    alpha_K = request.process.schedule.alpha(t_K[1:])
+    return self.walk(request, t_K, jnp.clip(1 - sigma_K / (1 - alpha_K), 0.0, 1.0))
 
 
 def renoising(
@@ -133,52 +154,3 @@ def _loop(process, t_K, window, hold):
   still = process.schedule.inverse(hold)
   place = jnp.array([0.0, off, on, 1.0])
   return jnp.interp(t_K, place, jnp.stack([0.0, still, still, 1.0])), held_K
-
-
-def _remask(
-  denoiser,
-  process,
-  rng_B,
-  x_BL,
-  frozen_BL,
-  *,
-  t_K,
-  sigma_K,
-  capacity,
-  noise_removal,
-  temperature,
-  nucleus,
-):
-  """Return the states of the absorbing sampler."""
-  steps, (batch, length) = t_K.shape[0] - 1, x_BL.shape
-  alpha_K = process.schedule.alpha(t_K)
-  reveal_K = reveal_probability(alpha_K[1:], alpha_K[:-1], sigma_K)
-
-  revealer = Revealer(
-    denoiser=denoiser, process=process, capacity=capacity, temperature=temperature, nucleus=nucleus
-  )
-
-  def reveal(x_BL, due_BL, draws_BL2, t, greedy=False):
-    sigma_B = jnp.broadcast_to(process.schedule.sigma(t), (batch,))
-    return revealer.reveal(x_BL, due_BL, draws_BL2, sigma_B, greedy)
-
-  def uniforms(k):
-    one = lambda rng: jax.random.uniform(jax.random.fold_in(rng, k), (length, 3))  # noqa: E731
-    return jax.vmap(one)(rng_B)
-
-  def step(x_BL, inputs):
-    k, t, sigma, probability = inputs
-    draws_BL3 = uniforms(k)
-    masked_BL = (x_BL == process.mask_id) & ~frozen_BL
-    due_BL = masked_BL & (draws_BL3[..., 0] < probability)
-    back_BL = ~masked_BL & ~frozen_BL & (draws_BL3[..., 0] < sigma)
-    x_BL = reveal(x_BL, due_BL, draws_BL3[..., 1:], t)
-    x_BL = jnp.where(back_BL, process.mask_id, x_BL)
-    return x_BL, x_BL
-
-  x_BL, trace_KBL = jax.lax.scan(step, x_BL, (jnp.arange(steps), t_K[:-1], sigma_K, reveal_K))
-  if noise_removal == "none":
-    return trace_KBL
-  left_BL = (x_BL == process.mask_id) & ~frozen_BL
-  x_BL = reveal(x_BL, left_BL, uniforms(steps)[..., 1:], t_K[-1], noise_removal == "greedy")
-  return jnp.concatenate([trace_KBL, x_BL[None]])

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from dlm_jax import draw
 from dlm_jax.process import Absorbing
+from dlm_jax.sample._request import Truncation
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,14 +26,13 @@ class Revealer:
     denoiser: has `trunk` and `head`.
     process: absorbing.
     capacity: positions per row that are gathered at a time, see `capacity_for`.
-    temperature, nucleus: of the draw of a token.
+    truncation: of the draw of a token.
   """
 
   denoiser: Any
   process: Absorbing
   capacity: int
-  temperature: float
-  nucleus: float
+  truncation: Truncation
 
   def reveal(
     self,
@@ -81,7 +80,7 @@ class Revealer:
       if greedy:
         return jnp.argmax(logits_BKV, -1).astype(x_BL.dtype)
       uniform_BK2 = jnp.take_along_axis(draws_BL2, position_BK[..., None], axis=1)
-      return self.tokens(logits_BKV, uniform_BK2).astype(x_BL.dtype)
+      return self.truncation.draw(logits_BKV, uniform_BK2).astype(x_BL.dtype)
 
     return fill_due(x_BL, hidden_BLD, due_BL, predict, self.capacity)
 
@@ -90,13 +89,6 @@ class Revealer:
   ) -> Float[Array, "B K V"]:
     """Return logits whose softmax is p(x₀) of masks with these hidden states."""
     return self.process.clean_logits(self.denoiser.head(hidden_BKD, sigma_B))
-
-  def tokens(
-    self, logits_BKV: Float[Array, "B K V"], uniform_BK2: Float[Array, "B K 2"]
-  ) -> Int[Array, "B K"]:
-    """Draw clean tokens from a tempered, truncated prediction."""
-    sharp_BKV = draw.sharpen(logits_BKV, self.temperature, self.nucleus)
-    return draw.softmax(sharp_BKV).draw(uniform_BK2)
 
 
 def capacity_for(mean: float, length: int) -> int:

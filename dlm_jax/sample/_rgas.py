@@ -18,49 +18,30 @@ Reference: DiDi-Instruct, arXiv 2509.25035, section 3.4 and algorithm 2.
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int
 
 from dlm_jax.errors import InputError
-from dlm_jax.process import Absorbing
-from dlm_jax.sample import _ancestral, grids
+from dlm_jax.sample._request import GridSampler, Request, walk
 from dlm_jax.sample._reveal import Revealer, capacity_for
 
 REWARDS = ("sum", "mean", "all")
 
 
-def run(
-  denoiser,
-  process: Absorbing,
-  rng_B: Key[Array, "B"],
-  x_BL: Int[Array, "B L"],
-  frozen_BL: Bool[Array, "B L"],
-  *,
-  steps: int,
-  critic=None,
-  h: tuple[float, float] = (30.0, 40.0),
-  candidates: int = 4,
-  ratio: float = 0.5,
-  reward: str = "sum",
-  grid: str = "uniform",
-  noise_removal: str = "ancestral",
-  temperature: float = 1.0,
-  nucleus: float = 1.0,
-) -> Int[Array, "K B L"]:
-  """Return the states after every step; the last one is the sample.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rgas(GridSampler):
+  """Ancestral steps that a discriminator guides: one evaluation of the denoiser each.
 
-  Args:
-    denoiser: has `trunk` and `head`.
-    process: absorbing.
-    rng_B: one key per sequence.
-    x_BL: initial state: masks, and given tokens where frozen.
-    frozen_BL: positions that never change.
-    steps: K grid steps, one evaluation of the denoiser each; see `cost` for the discriminator's.
+  Temperature and truncation act on the tilted prediction. See `cost` for the discriminator's
+  evaluations.
+
+  Attributes:
     critic: `models.Critic`: logits of real text, in two parts, `embedded` and `body`.
     h: tilt at the first and the last tilted step, linear between; zeros do not tilt. The default
       is the published one. How strong it is depends on how sure the discriminator is: look at the
@@ -72,77 +53,60 @@ def run(
     reward: "sum" of logits over masked positions, nearly an argmax; their "mean": every logit
       estimates the log-ratio of the whole sequence, so their mean does; or "all": as published,
       the sum over all positions, of candidates that reveal positions of their own.
-    grid: name in `grids`.
-    noise_removal: as in ancestral sampling: "ancestral", "greedy" or "none".
-    temperature: divides the logits of the clean-token prediction, tilted before.
-    nucleus: p of nucleus truncation of that prediction.
+
+  Raises:
+    InputError: no critic, an unknown name or a number out of range.
   """
-  _ancestral.check_options(noise_removal, temperature, nucleus)
-  _check(critic, h, candidates, ratio, reward)
-  length, t_K = x_BL.shape[1], grids.make(grid, steps)
-  revealer = Revealer(
-    denoiser=denoiser,
-    process=process,
-    capacity=capacity_for(length / steps, length),
-    temperature=temperature,
-    nucleus=nucleus,
-  )
-  guide = _Guide(
-    revealer=revealer,
-    process=process,
-    critic=critic,
-    rng_B=rng_B,
-    frozen_BL=frozen_BL,
-    reward=reward,
-  )
-  split = tilted_steps(steps, ratio)
-  inputs = (jnp.arange(steps), t_K[:-1], t_K[1:])
-  scale_K = jnp.asarray(tilts(split, h))
-  tilting = lambda x_BL, step: guide.tilt(x_BL, *step, guided=any(h))  # noqa: E731
-  ranking = lambda x_BL, step: guide.rank(x_BL, *step, candidates)  # noqa: E731
-  alone = lambda x_BL, step: guide.rank(x_BL, *step, 1)  # noqa: E731
-  ranked = split + ranked_steps(steps, candidates, ratio, reward)
-  x_BL, first_KBL = jax.lax.scan(tilting, x_BL, (*(x[:split] for x in inputs), scale_K))
-  x_BL, second_KBL = jax.lax.scan(ranking, x_BL, tuple(x[split:ranked] for x in inputs))
-  x_BL, third_KBL = jax.lax.scan(alone, x_BL, tuple(x[ranked:] for x in inputs))
-  trace_KBL = jnp.concatenate([first_KBL, second_KBL, third_KBL])
-  if noise_removal == "none":
-    return trace_KBL
-  x_BL = revealer.reveal(
-    x_BL,
-    guide.masked(x_BL),
-    guide.uniforms(steps, length, 2),
-    guide.sigma(t_K[-1]),
-    noise_removal == "greedy",
-  )
-  return jnp.concatenate([trace_KBL, x_BL[None]])
+
+  critic: Any = None
+  h: tuple[float, float] = (30.0, 40.0)
+  candidates: int = 4
+  ratio: float = 0.5
+  reward: str = "sum"
+
+  def __post_init__(self):
+    super().__post_init__()
+    _check(self.critic, self.h, self.candidates, self.ratio, self.reward)
+
+  def run(self, request: Request) -> Int[Array, "K B L"]:
+    """Return the states after every step; the last one is the sample."""
+    steps, length, t_K = request.steps, request.length, self.times(request)
+    revealer = Revealer(
+      denoiser=request.denoiser,
+      process=request.process,
+      capacity=capacity_for(length / steps, length),
+      truncation=self,
+    )
+    guide = _Guide(request=request, revealer=revealer, critic=self.critic, reward=self.reward)
+    split = tilted_steps(steps, self.ratio)
+    ranked = split + ranked_steps(steps, self.candidates, self.ratio, self.reward)
+    inputs = (jnp.arange(steps), t_K[:-1], t_K[1:])
+    scale_K = jnp.asarray(tilts(split, self.h))
+    tilted = functools.partial(guide.tilt, guided=any(self.h))
+    some, one = (functools.partial(guide.rank, candidates=n) for n in (self.candidates, 1))
+    x_BL, first_KBL = walk(tilted, request.x_BL, (*(x[:split] for x in inputs), scale_K))
+    x_BL, second_KBL = walk(some, x_BL, tuple(x[split:ranked] for x in inputs))
+    x_BL, third_KBL = walk(one, x_BL, tuple(x[ranked:] for x in inputs))
+
+    def remove(x_BL, greedy):
+      draws_BL2, sigma_B = request.uniforms(steps, length, 2), request.sigma(t_K[-1])
+      return revealer.reveal(x_BL, request.masked(x_BL), draws_BL2, sigma_B, greedy)
+
+    return self.remove_noise(jnp.concatenate([first_KBL, second_KBL, third_KBL]), remove)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Guide:
-  """One step of each kind, with what they share; a step returns the state twice, for `scan`."""
+  """One step of each kind, with what they share."""
 
+  request: Request
   revealer: Revealer
-  process: Absorbing
   critic: Any
-  rng_B: Key[Array, "B"]
-  frozen_BL: Bool[Array, "B L"]
   reward: str
 
-  def masked(self, x_BL):
-    return (x_BL == self.process.mask_id) & ~self.frozen_BL
-
-  def sigma(self, t):
-    return jnp.broadcast_to(self.process.schedule.sigma(t), self.rng_B.shape)
-
-  def uniforms(self, k, *shape):
-    """Return uniforms of step k per sequence, [B, *shape]."""
-    one = lambda rng: jax.random.uniform(jax.random.fold_in(rng, k), shape)  # noqa: E731
-    return jax.vmap(one)(self.rng_B)
-
   def tilt(self, x_BL, k, t, s, scale, *, guided):
-    masked_BL, sigma_B = self.masked(x_BL), self.sigma(t)
-    draws_BL3 = self.uniforms(k, x_BL.shape[1], 3)
+    masked_BL, sigma_B = self.request.masked(x_BL), self.request.sigma(t)
+    draws_BL3 = self.request.uniforms(k, x_BL.shape[1], 3)
     hidden_BLD = self.revealer.denoiser.trunk(x_BL, sigma_B)
     change = None
     if guided:
@@ -152,9 +116,9 @@ class _Guide:
         slope_BKD = jnp.take_along_axis(slope_BLD, position_BK[..., None], axis=1)
         return tilt(self.critic, logits_BKV, slope_BKD, scale)[0]
 
-    due_BL = masked_BL & (draws_BL3[..., 0] < self.process.reveal_probability(s, t))
+    due_BL = masked_BL & (draws_BL3[..., 0] < self.request.process.reveal_probability(s, t))
     x_BL = self.revealer.fill(x_BL, hidden_BLD, due_BL, draws_BL3[..., 1:], sigma_B, change=change)
-    return x_BL, x_BL
+    return x_BL
 
   def slope(self, x_BL, masked_BL, hidden_BLD, sigma_B):
     """Return ∂R/∂e of the embeddings expected under the student's prediction.
@@ -171,31 +135,30 @@ class _Guide:
     return slope(self.critic, jnp.swapaxes(expected_LBD, 0, 1), x_BL, masked_BL, sigma_B)
 
   def rank(self, x_BL, k, t, s, candidates):
-    masked_BL, length = self.masked(x_BL), x_BL.shape[1]
+    masked_BL, length = self.request.masked(x_BL), x_BL.shape[1]
     # The last number chooses; the others make the candidates.
-    draws_BN = self.uniforms(k, candidates * length * 3 + 1)
+    draws_BN = self.request.uniforms(k, candidates * length * 3 + 1)
     draws_MBL3 = jnp.swapaxes(draws_BN[:, :-1].reshape(-1, candidates, length, 3), 0, 1)
     shared_BL = draws_MBL3[0, ..., 0]
-    sigma_B = self.sigma(t)
+    sigma_B = self.request.sigma(t)
     hidden_BLD = self.revealer.denoiser.trunk(x_BL, sigma_B)
 
     def candidate(draws_BL3):
       chance_BL = draws_BL3[..., 0] if self.reward == "all" else shared_BL
-      due_BL = masked_BL & (chance_BL < self.process.reveal_probability(s, t))
+      due_BL = masked_BL & (chance_BL < self.request.process.reveal_probability(s, t))
       return self.revealer.fill(x_BL, hidden_BLD, due_BL, draws_BL3[..., 1:], sigma_B)
 
     x_MBL = jax.lax.map(candidate, draws_MBL3)
     if candidates == 1:
-      return x_MBL[0], x_MBL[0]
+      return x_MBL[0]
     chosen_B = pick(jax.lax.map(lambda x_BL: self.score(x_BL, s), x_MBL), draws_BN[:, -1])
-    x_BL = jnp.take_along_axis(x_MBL, chosen_B[None, :, None], axis=0)[0]
-    return x_BL, x_BL
+    return jnp.take_along_axis(x_MBL, chosen_B[None, :, None], axis=0)[0]
 
   def score(self, x_BL, s):
-    logits_BL = self.critic(x_BL, self.sigma(s))
+    logits_BL = self.critic(x_BL, self.request.sigma(s))
     if self.reward == "all":
       return logits_BL.sum(1)
-    masked_BL = self.masked(x_BL)
+    masked_BL = self.request.masked(x_BL)
     total_B = jnp.sum(jnp.where(masked_BL, logits_BL, 0.0), axis=1)
     return total_B if self.reward == "sum" else total_B / jnp.maximum(masked_BL.sum(1), 1)
 

@@ -14,16 +14,17 @@ the token stays whatever the network says. The vocabulary head runs on the other
 gathered: on a grid of 16 uniform steps 42 % of them on average, less with more steps.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Float, Int
 
 from dlm_jax import draw
 from dlm_jax.arrays import RngKey, Scalar
 from dlm_jax.process import Uniform
-from dlm_jax.sample import _ancestral, grids
+from dlm_jax.sample._request import GridSampler, Request, walk
 from dlm_jax.sample._reveal import fill_due
 
 _TINY = 1e-30  # in place of 1 − α where float32 rounds it to 0
@@ -95,101 +96,57 @@ def redraw(
   return jnp.where(given.which < keep_K, x_K, moved_K).astype(x_K.dtype)
 
 
-def walk(
-  denoiser,
-  process: Uniform,
-  rng_B: Key[Array, "B"],
-  x_BL: Int[Array, "B L"],
-  frozen_BL: Bool[Array, "B L"],
-  *,
-  t_K: Float[Array, "K"],
-  kappa_K: Float[Array, "K-1"],
-  noise_removal: str,
-  temperature: float,
-  nucleus: float,
-) -> Int[Array, "_ B L"]:
-  """Return what `run` does, on given times, with κ of every step: one entry fewer than times."""
-  steps = t_K.shape[0] - 1
-  count = steps + (noise_removal == "ancestral")  # the tail is a step to α = 1 with κ = 1
-  alpha_K = jnp.append(process.schedule.alpha(t_K), 1.0)
-  kappa_K = jnp.append(kappa_K, 1.0)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class UniformAncestral(GridSampler):
+  """The reverse process of uniform states on a grid: one evaluation per step.
 
-  length = x_BL.shape[1]
-  capacity = min(length, 8 * -(-length // 64))  # an eighth of the positions per turn
-
-  def settle(x_BL, due_BL, t, tokens):
-    """Set due positions to tokens(logits_BKV, gather), `gather` taking what belongs to them."""
-    sigma_B = jnp.broadcast_to(process.schedule.sigma(t), x_BL.shape[:1])
-
-    def predict(hidden_BKD, position_BK):
-      def gather(array):
-        index = position_BK.reshape(*position_BK.shape, *[1] * (array.ndim - 2))
-        return jnp.take_along_axis(array, index, axis=1)
-
-      return tokens(denoiser.head(hidden_BKD, sigma_B), gather)
-
-    return fill_due(x_BL, denoiser.trunk(x_BL, sigma_B), due_BL, predict, capacity)
-
-  def step(x_BL, inputs):
-    k, t, alpha_t, alpha_s, kappa = inputs
-    given = jax.vmap(lambda rng: draws(process, jax.random.fold_in(rng, k), length))(rng_B)
-    (least,), _ = mixture(process.vocab_size, jnp.zeros(1), alpha_s, alpha_t, kappa)
-
-    def tokens(logits_BKV, gather):
-      sharp_BKV = draw.sharpen(logits_BKV, temperature, nucleus)
-      one = lambda *row: redraw(process, *row, alpha_s, alpha_t, kappa)  # noqa: E731
-      return jax.vmap(one)(jax.tree.map(gather, given), sharp_BKV, gather(x_BL))
-
-    x_BL = settle(x_BL, ~frozen_BL & (given.which >= least), t, tokens)
-    return x_BL, x_BL
-
-  of_step = (t_K[:count], alpha_K[:count], alpha_K[1 : count + 1], kappa_K[:count])
-  x_BL, trace_KBL = jax.lax.scan(step, x_BL, (jnp.arange(count), *of_step))
-  if noise_removal != "greedy":
-    return trace_KBL
-  best = lambda logits_BKV, _: jnp.argmax(logits_BKV, axis=-1).astype(x_BL.dtype)  # noqa: E731
-  return jnp.concatenate([trace_KBL, settle(x_BL, ~frozen_BL, t_K[-1], best)[None]])
-
-
-def run(
-  denoiser,
-  process: Uniform,
-  rng_B: Key[Array, "B"],
-  x_BL: Int[Array, "B L"],
-  frozen_BL: Bool[Array, "B L"],
-  *,
-  steps: int,
-  grid: str = "uniform",
-  noise_removal: str = "ancestral",
-  temperature: float = 1.0,
-  nucleus: float = 1.0,
-) -> Int[Array, "K B L"]:
-  """Return the states after every step; the last one is the sample.
-
-  Args:
-    denoiser: has `trunk` and `head`.
-    process: uniform.
-    rng_B: one key per sequence.
-    x_BL: initial state: uniform tokens, and given tokens where frozen.
-    frozen_BL: positions that never change.
-    steps: K grid steps, one evaluation each.
-    grid: name in `grids`.
-    noise_removal: what follows the grid, for one more evaluation: an "ancestral" step to α = 1,
-      "greedy" (the most probable clean token everywhere, the setting of the published few-step
-      figures), or "none".
-    temperature: divides the logits of the clean-token prediction.
-    nucleus: p of nucleus truncation of that prediction, before it enters the posterior.
+  A "greedy" removal, the most probable clean token everywhere, is the setting of the published
+  few-step figures. Temperature and truncation act before the prediction enters the posterior.
   """
-  _ancestral.check_options(noise_removal, temperature, nucleus)
-  return walk(
-    denoiser,
-    process,
-    rng_B,
-    x_BL,
-    frozen_BL,
-    t_K=grids.make(grid, steps),
-    kappa_K=jnp.ones(steps),
-    noise_removal=noise_removal,
-    temperature=temperature,
-    nucleus=nucleus,
-  )
+
+  def run(self, request: Request) -> Int[Array, "K B L"]:
+    """Return the states after every step; the last one is the sample."""
+    return self.walk(request, self.times(request), jnp.ones(request.steps))
+
+  def walk(
+    self, request: Request, t_K: Float[Array, "K"], kappa_K: Float[Array, "K-1"]
+  ) -> Int[Array, "_ B L"]:
+    """Return what `run` does, on given times, with κ of every step: one entry fewer than times."""
+    process, length = request.process, request.length
+    ancestral = self.noise_removal == "ancestral"  # a step to α = 1 with κ = 1, like the others
+    count = t_K.shape[0] - 1 + ancestral
+    alpha_K = jnp.append(process.schedule.alpha(t_K), 1.0)
+    kappa_K = jnp.append(kappa_K, 1.0)
+    capacity = min(length, 8 * -(-length // 64))  # an eighth of the positions per turn
+
+    def settle(x_BL, due_BL, t, tokens):
+      """Set due positions to tokens(logits_BKV, gather), `gather` taking what belongs to them."""
+      sigma_B = request.sigma(t)
+
+      def predict(hidden_BKD, position_BK):
+        def gather(array):
+          index = position_BK.reshape(*position_BK.shape, *[1] * (array.ndim - 2))
+          return jnp.take_along_axis(array, index, axis=1)
+
+        return tokens(request.denoiser.head(hidden_BKD, sigma_B), gather)
+
+      return fill_due(x_BL, request.denoiser.trunk(x_BL, sigma_B), due_BL, predict, capacity)
+
+    def step(x_BL, k, t, alpha_t, alpha_s, kappa):
+      one = lambda rng: draws(process, jax.random.fold_in(rng, k), length)  # noqa: E731
+      given = jax.vmap(one)(request.rng_B)
+      (least,), _ = mixture(process.vocab_size, jnp.zeros(1), alpha_s, alpha_t, kappa)
+
+      def tokens(logits_BKV, gather):
+        one = lambda *row: redraw(process, *row, alpha_s, alpha_t, kappa)  # noqa: E731
+        return jax.vmap(one)(jax.tree.map(gather, given), self.sharpen(logits_BKV), gather(x_BL))
+
+      return settle(x_BL, ~request.frozen_BL & (given.which >= least), t, tokens)
+
+    def most_probable(x_BL, _):
+      best = lambda logits_BKV, _: jnp.argmax(logits_BKV, axis=-1).astype(x_BL.dtype)  # noqa: E731
+      return settle(x_BL, ~request.frozen_BL, t_K[-1], best)
+
+    of_step = (t_K[:count], alpha_K[:count], alpha_K[1 : count + 1], kappa_K[:count])
+    _, trace_KBL = walk(step, request.x_BL, (jnp.arange(count), *of_step))
+    return trace_KBL if ancestral else self.remove_noise(trace_KBL, most_probable)

@@ -22,6 +22,12 @@ def cosine(steps: int, end: float = END) -> Float[Array, "K"]:
 _NAMES = {"uniform": uniform, "cosine": cosine}
 
 
+def check(name: str) -> None:
+  """Raise InputError unless a grid has this name."""
+  if name not in _NAMES:
+    raise InputError(f"grid={name!r} is unknown; use one of {', '.join(sorted(_NAMES))}.")
+
+
 def make(name: str, steps: int, end: float = END) -> Float[Array, "K"]:
   """Return the named grid, float32 [steps + 1].
 
@@ -30,6 +36,5 @@ def make(name: str, steps: int, end: float = END) -> Float[Array, "K"]:
   """
   if steps < 1:
     raise InputError(f"steps={steps}: sampling needs at least 1 step.")
-  if name not in _NAMES:
-    raise InputError(f"grid={name!r} is unknown; use one of {', '.join(sorted(_NAMES))}.")
+  check(name)
   return _NAMES[name](steps, end)

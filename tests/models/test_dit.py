@@ -295,12 +295,25 @@ def test_dropout_of_a_sequence_depends_on_its_key_only():
 
 
 def test_every_dropout_of_the_network_differs():
-  """A layer that reused another's mask would give the same branch twice."""
-  from dlm_jax.models.layers import dropout
+  """Every branch of every layer alone, all other gates shut: to which entries it adds something.
 
-  ones = jnp.ones((1, 64, 16))
-  masks = {np.asarray(dropout(ones, _keys(1), 0.5, tag)).tobytes() for tag in range(6)}
-  assert len(masks) == 6
+  A layer that reused another's mask would give the same branch twice.
+  """
+  model, params = _tiny()
+  run = jax.jit(functools.partial(model.apply, method="trunk"))
+  embedded = model.apply({"params": params}, _tokens(), method="embedded")
+  modulation, dim = params["blocks"]["modulation"], TINY.dim
+  masks = set()
+  for layer in range(TINY.layers):
+    for gate in (2, 5):  # of shift, scale and gate, twice
+      bias = jnp.zeros_like(modulation["bias"])
+      bias = bias.at[layer, gate * dim : (gate + 1) * dim].set(1.0)
+      alone = {"kernel": jnp.zeros_like(modulation["kernel"]), "bias": bias}
+      tree = {**params, "blocks": {**params["blocks"], "modulation": alone}}
+      kept = np.asarray(run({"params": tree}, _tokens(), jnp.ones(4), _keys()) != embedded)
+      assert abs(kept.mean() - 0.6) < 0.1
+      masks.add(kept.tobytes())
+  assert len(masks) == 2 * TINY.layers
 
 
 # --- bad configurations -------------------------------------------------------------------------

@@ -7,13 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dlm_jax import convert, process
+from dlm_jax import convert, process, schedules
 from dlm_jax.models import DiT, DiTConfig
-from dlm_jax.schedules import Derived
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Schedule(Derived):
+class Schedule(schedules.Schedule):
   """α(t) and α'(t) at the recorded times: the reference reads a table and differences it."""
 
   times: np.ndarray

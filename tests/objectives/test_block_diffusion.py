@@ -435,6 +435,38 @@ def test_a_variance_by_hand():
   np.testing.assert_array_equal(found, intervals[1])
 
 
+def test_the_quietest_candidate_is_that_of_means():
+  """By hand: a document's estimate is the mean over its scored tokens, not their sum."""
+  model, params = _tiny()
+  rng = np.random.default_rng(0)
+  starts = rng.random((24, L)) < 0.3
+  position = jax.vmap(positions_between)(jnp.asarray(starts))
+  valid = jnp.asarray(rng.random((24, L)) < 0.8)
+  noise = BlockNoise(process=PROCESS, levels="document")
+  batch = _noised(_raw(24, position=position, valid=valid), noise=noise, block_length=2)
+  options = {"model": model, "process": PROCESS, "block_length": 2}
+  intervals = candidates()
+  search = functools.partial(block_diffusion.search, levels="document", **options)
+  found = jax.jit(search)(params, batch, jnp.asarray(intervals))
+
+  nats, time = np.asarray(_nll(params, batch, model, 2), np.float64), np.asarray(batch["time"])
+  groups = [
+    (time[row, here].max(), nats[row, here & scored])
+    for row, scored in enumerate(np.asarray(batch["valid"]))
+    for here in (np.asarray(batch["document"][row]) == d for d in range(L))
+    if (here & scored).any()
+  ]
+  t = np.array([t for t, _ in groups])
+
+  def quietest(estimate):
+    values = np.array([estimate(x) for _, x in groups])
+    inside = [(t >= low) & (t <= high) for low, high in intervals]
+    return intervals[np.argmin([values[x].var(ddof=1) for x in inside])]
+
+  np.testing.assert_array_equal(found, quietest(np.mean))
+  assert not np.array_equal(quietest(np.mean), quietest(np.sum)), "the test could not fail"
+
+
 # --- training -------------------------------------------------------------------------------------
 
 

@@ -13,6 +13,7 @@ import tiny
 
 from dlm_jax import process
 from dlm_jax.objectives import dcd, rounds
+from dlm_jax.objectives.setting import Setting
 
 DUALITY = process.GaussianDuality(vocab_size=tiny.V, gamma_min=-4.0, gamma_max=-1.0)
 network = functools.partial(tiny.network, time_conditioning=True)
@@ -20,7 +21,7 @@ every_variant = pytest.mark.parametrize("variant", "ab")
 every_kind = pytest.mark.parametrize("kind", dcd.DIVERGENCES)
 
 _trajectory = jax.jit(dcd.trajectory, static_argnames=("duality", "chunk"))
-_consistency = jax.jit(dcd.consistency, static_argnames=("model", "process", "divergence", "chunk"))
+_consistency = jax.jit(dcd.consistency, static_argnames=("setting", "divergence"))
 
 
 # --- recorded values ----------------------------------------------------------------------------
@@ -76,9 +77,8 @@ def test_golden_loss(golden, variant, kind):
   pair = dcd.Pair(*(jnp.asarray(vectors[k], jnp.int32) for k in ("xt", "xs")), t, s)
   forward = process.Uniform(vocab_size=config["V"], schedule=schedule)
   for chunk in (None, 4):
-    each = _consistency(
-      student, pair, teacher=teacher, model=model, process=forward, divergence=kind, chunk=chunk
-    )
+    setting = Setting(model=model, process=forward, chunk=chunk)
+    each = _consistency(student, pair, teacher=teacher, setting=setting, divergence=kind)
     recorded.close(each, vectors[f"loss_per_token/{kind}_f64"], 2e-5)
 
   log_student, log_teacher = (
@@ -93,18 +93,19 @@ def test_golden_loss(golden, variant, kind):
 # --- the loss -----------------------------------------------------------------------------------
 
 
-@functools.partial(jax.jit, static_argnames=("model", "duality", "divergence", "chunk"))
+@functools.partial(jax.jit, static_argnames=("setting", "duality", "divergence"))
 def _loss(params, batch, teacher, delta, **options):
   return jax.value_and_grad(dcd.loss, has_aux=True)(
     params, batch, teacher=teacher, delta=delta, **options
   )
 
 
-def _run(batch, delta=0.25, teacher=None, **options):
+def _run(batch, delta=0.25, teacher=None, divergence="kl-bwd", chunk=None):
   model, params = network(dropout=0.0)
   teacher = tiny.random_params(params, seed=3) if teacher is None else teacher
-  options = {"divergence": "kl-bwd", "chunk": None, **options}
-  return _loss(params, batch, teacher, jnp.float32(delta), model=model, duality=DUALITY, **options)
+  setting = Setting(model=model, process=DUALITY.process, chunk=chunk)
+  options = {"setting": setting, "duality": DUALITY, "divergence": divergence}
+  return _loss(params, batch, teacher, jnp.float32(delta), **options)
 
 
 @every_kind

@@ -11,8 +11,9 @@ import pytest
 
 from dlm_jax.models import DiT, DiTConfig
 from dlm_jax.objectives import didi_instruct
-from dlm_jax.objectives.didi_instruct.options import DiDiOptions
+from dlm_jax.objectives.didi_instruct.options import Options
 from dlm_jax.objectives.didi_instruct.rollout import Path, rollout
+from dlm_jax.objectives.setting import Setting
 from dlm_jax.process import Absorbing
 
 V, L, MASK, T = 4, 2, 3, 0.45
@@ -37,6 +38,7 @@ class Table(DiT):
 MODEL = Table(
   DiTConfig(vocab_size=V, dim=4, cond_dim=4, layers=1, heads=1, length=L, dtype="float32")
 )
+SETTING = Setting(model=MODEL, process=PROCESS)
 TEACHER, STUDENT = (
   MODEL.init(jax.random.key(seed), jnp.zeros((1, L), jnp.int32), jnp.zeros(1))["params"]
   for seed in (1, 2)
@@ -66,12 +68,9 @@ def _log_prob(params, path, two_steps):
   terms, _ = rollout(
     params,
     _batch(len(path.x0)),
-    model=MODEL,
-    process=PROCESS,
+    setting=SETTING,
+    options=Options(score_decomposition=two_steps, t0=0.0),
     teacher=TEACHER,
-    two_steps=two_steps,
-    t0=0.0,
-    train=False,
     path=path,
   )
   return terms.log_prob
@@ -126,15 +125,12 @@ def test_the_mean_of_the_estimator_is_the_gradient_of_the_divergence(two_steps):
       terms = rollout(
         params,
         _batch(len(law)),
-        model=MODEL,
-        process=PROCESS,
+        setting=SETTING,
+        options=Options(score_decomposition=two_steps, t0=0.0),
         teacher=TEACHER,
-        two_steps=two_steps,
-        t0=0.0,
-        train=False,
         path=Path(*map(jnp.asarray, path)),
       )[0]
-      return didi_instruct.policy_loss(terms, batch, DiDiOptions())[0]
+      return didi_instruct.policy_loss(terms, batch, Options())[0]
 
     ours = jax.grad(policy)(STUDENT)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6), ours, wanted)
@@ -144,14 +140,8 @@ def test_the_mean_of_the_estimator_is_the_gradient_of_the_divergence(two_steps):
 def test_drawn_paths_follow_their_law():
   """A rollout draws what it scores, and the score of a replay is that of the draw."""
   count = 60_000
-  options = {
-    "model": MODEL,
-    "process": PROCESS,
-    "teacher": TEACHER,
-    "t0": 0.0,
-    "train": False,
-  }
-  run = jax.jit(functools.partial(rollout, **options))
+  options = Options(t0=0.0)
+  run = jax.jit(functools.partial(rollout, setting=SETTING, options=options, teacher=TEACHER))
   terms, path = run(STUDENT, _batch(count))
   replay, _ = run(STUDENT, _batch(count), path=path)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), terms, replay)
@@ -165,7 +155,7 @@ def test_drawn_paths_follow_their_law():
   assert chi_square < 90, "35 degrees of freedom: beyond 90 has probability 1e-6"
 
 
-class Judge:
+class Logits:
   """A discriminator without structure: a logit for every state and position."""
 
   def apply(self, variables, tokens, sigma_B, rng_B=None, **options):
@@ -193,7 +183,7 @@ def test_the_best_discriminator_is_the_reward(smoothing):
   loss = functools.partial(
     plain,
     batch=batch,
-    model=Judge(),
+    model=Logits(),
     spectral={},
     process=PROCESS,
     smoothing=smoothing,
@@ -208,7 +198,7 @@ def test_the_best_discriminator_is_the_reward(smoothing):
   found = np.asarray(jax.nn.sigmoid(logits))
   np.testing.assert_allclose(found[masked], np.stack([wanted] * L, 1)[masked], atol=2e-3)
 
-  critic = lambda tokens, sigma: Judge().apply({"params": logits}, tokens, sigma)  # noqa: E731
+  critic = lambda tokens, sigma: Logits().apply({"params": logits}, tokens, sigma)  # noqa: E731
   rewards = np.asarray(didi_instruct.reward(critic, batch, PROCESS))
   exact = np.log(ratio)
   some = masked.any(1) & (np.abs(exact) > 0.02)

@@ -14,7 +14,7 @@ import tiny
 from dlm_jax.errors import InputError
 from dlm_jax.models import discriminator
 from dlm_jax.objectives import didi_instruct, draw_batch
-from dlm_jax.objectives.didi_instruct.options import DiDiOptions
+from dlm_jax.objectives.didi_instruct.options import Options
 from dlm_jax.objectives.didi_instruct.rewards import (
   beta_times,
   masked_mean,
@@ -22,6 +22,7 @@ from dlm_jax.objectives.didi_instruct.rewards import (
   omega,
 )
 from dlm_jax.objectives.didi_instruct.rollout import rollout, sample
+from dlm_jax.objectives.setting import Setting
 from dlm_jax.schedules import LogLinear
 
 # --- rewards ------------------------------------------------------------------------------------
@@ -55,7 +56,7 @@ def test_sequences_without_a_mask_are_left_out():
 
 def test_a_group_of_one_is_refused():
   with pytest.raises(ValueError, match=r"group_size=1: .* use 2 or more"):
-    DiDiOptions(group_size=1)
+    Options(group_size=1)
 
 
 def test_reward_counts_masked_positions_only():
@@ -86,7 +87,7 @@ def test_omega():
 
 def _times(**options):
   batch = draw_batch(tiny.tokens(batch=64), jax.random.key(0))
-  return didi_instruct.draw_times(batch, DiDiOptions(**options), tiny.PROCESS)
+  return didi_instruct.draw_times(batch, Options(**options), tiny.PROCESS)
 
 
 def test_times_of_a_batch():
@@ -214,11 +215,12 @@ def test_prompts_stay():
   valid = np.ones((tiny.B, tiny.L), bool)
   valid[:, 1] = False
   batch = tiny.batch(valid_BL=jnp.asarray(valid))
-  batch = didi_instruct.draw_times(batch, DiDiOptions(), tiny.PROCESS)
-  shared = {"model": model, "process": tiny.PROCESS}
-  terms, path = jax.jit(functools.partial(rollout, teacher=params, **shared))(params, batch)
+  batch = didi_instruct.draw_times(batch, Options(), tiny.PROCESS)
+  setting, options = Setting(model=model, process=tiny.PROCESS), Options(dropout=True)
+  run = functools.partial(rollout, setting=setting, options=options, teacher=params)
+  terms, path = jax.jit(run)(params, batch)
   sides = didi_instruct.noised(batch, path.x0, batch["tokens"], tiny.PROCESS)
-  drawn = jax.jit(functools.partial(sample, steps=3, **shared))(params, batch, batch["rng"])
+  drawn = jax.jit(functools.partial(sample, steps=3, setting=setting))(params, batch, batch["rng"])
   for state in (path.z, path.x0, sides["fake"], sides["real"], drawn):
     np.testing.assert_array_equal(state[:, 1], batch["tokens"][:, 1])
   assert np.all(drawn != tiny.MASK) and np.all(np.isfinite(terms.log_prob))
@@ -226,24 +228,23 @@ def test_prompts_stay():
 
 def test_groups_share_prompts():
   valid = jnp.asarray(np.random.default_rng(0).random((tiny.B, tiny.L)) < 0.5)
-  batch = didi_instruct.share_prompts(tiny.batch(valid_BL=valid), DiDiOptions())
+  batch = didi_instruct.share_prompts(tiny.batch(valid_BL=valid), Options())
   for name in ("tokens", "valid"):
     groups = batch[name].reshape(-1, 4, tiny.L)
     np.testing.assert_array_equal(groups, jnp.broadcast_to(groups[:, :1], groups.shape))
   plain = tiny.batch()
-  assert didi_instruct.share_prompts(plain, DiDiOptions()) is plain
+  assert didi_instruct.share_prompts(plain, Options()) is plain
 
 
 def test_chunks_change_nothing():
   """Of the rollout's draws, its terms and their gradient."""
   model, params = tiny.network(dropout=0.0)
   other = jax.tree.map(lambda x: x + 0.1, params)
-  batch = didi_instruct.draw_times(tiny.batch(), DiDiOptions(), tiny.PROCESS)
+  batch = didi_instruct.draw_times(tiny.batch(), Options(), tiny.PROCESS)
 
   def total(params, chunk):
-    terms, path = rollout(
-      params, batch, model=model, process=tiny.PROCESS, teacher=other, train=False, chunk=chunk
-    )
+    setting = Setting(model=model, process=tiny.PROCESS, chunk=chunk)
+    terms, path = rollout(params, batch, setting=setting, options=Options(), teacher=other)
     return terms.log_prob.sum() + sum(terms.divergences).sum() + terms.entropy.sum(), path
 
   run = jax.jit(jax.value_and_grad(total, has_aux=True), static_argnames="chunk")
@@ -259,9 +260,10 @@ def test_divergence_and_entropy_of_the_rollout():
   """Of the student from itself 0; of another network, by hand in the first step."""
   model, params = tiny.network(dropout=0.0)
   other = jax.tree.map(lambda x: x + 0.1, params)
-  batch = didi_instruct.draw_times(tiny.batch(), DiDiOptions(), tiny.PROCESS)
-  run = functools.partial(rollout, params, batch, model=model, process=tiny.PROCESS, train=False)
-  zero = run(teacher=params)[0].divergences
+  batch = didi_instruct.draw_times(tiny.batch(), Options(), tiny.PROCESS)
+  setting = Setting(model=model, process=tiny.PROCESS)
+  run = functools.partial(rollout, params, batch, setting=setting)
+  zero = run(teacher=params, options=Options())[0].divergences
   np.testing.assert_allclose(np.stack(zero), 0, atol=1e-5)
   masks = jnp.full((1, tiny.L), tiny.MASK)
   log_p, log_q = (
@@ -271,7 +273,7 @@ def test_divergence_and_entropy_of_the_rollout():
   forward = np.sum(np.exp(log_q) * (log_q - log_p), -1).mean()
   reverse = np.sum(np.exp(log_p) * (log_p - log_q), -1).mean()
   for jeffreys, wanted in ((0.0, forward), (1.0, reverse), (0.25, 0.75 * forward + 0.25 * reverse)):
-    ours = run(teacher=other, jeffreys=jeffreys)[0].divergences[0]
+    ours = run(teacher=other, options=Options(jeffreys=jeffreys))[0].divergences[0]
     np.testing.assert_allclose(ours, wanted, rtol=1e-4)
 
 

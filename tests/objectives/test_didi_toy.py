@@ -17,9 +17,10 @@ import pytest
 from dlm_jax.models import DiT, DiTConfig
 from dlm_jax.objectives import didi_instruct, draw_batch, mdlm
 from dlm_jax.objectives.batch import fold_each
-from dlm_jax.objectives.didi_instruct.options import DiDiOptions
+from dlm_jax.objectives.didi_instruct.options import Options
 from dlm_jax.objectives.didi_instruct.rewards import normalise_groups
 from dlm_jax.objectives.didi_instruct.rollout import rollout
+from dlm_jax.objectives.setting import Setting
 from dlm_jax.objectives.state import make_state, output_params, update
 from dlm_jax.process import Absorbing
 
@@ -125,8 +126,9 @@ def _distil(teacher, **options):
 
 def _distil_exactly(teacher, rng, **options):
   """Distil with the log ratio itself for a reward, which an optimal discriminator would give."""
-  options = DiDiOptions(t0=0.0, **options)
-  run = functools.partial(rollout, model=MODEL, process=PROCESS, teacher=None, t0=0.0, train=False)
+  options = Options(t0=0.0, **options)
+  setting = Setting(model=MODEL, process=PROCESS)
+  run = functools.partial(rollout, setting=setting, options=options, teacher=None)
   place = jnp.asarray(V ** np.arange(L)[::-1])
 
   def loss(params, batch):

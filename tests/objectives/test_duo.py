@@ -14,15 +14,17 @@ import tiny
 from dlm_jax import process
 from dlm_jax.objectives import duo
 from dlm_jax.objectives.batch import split_each
+from dlm_jax.objectives.gaussian_states import Relaxation
+from dlm_jax.objectives.setting import Setting
 
 DUALITY = process.GaussianDuality(vocab_size=tiny.V, gamma_min=-3.5, gamma_max=-1.75)
-CURRICULUM = duo.Curriculum(
+CURRICULUM = duo.SoftCurriculum(
   duality=DUALITY, start=2, end=5, tau_log10_start=-1.0, tau_log10_end=-2.0
 )
 network = functools.partial(tiny.network, time_conditioning=True)
 
-_token_nll = jax.jit(duo.token_nll, static_argnames=("model", "process", "chunk"))
-_soft_inputs = jax.jit(duo.soft_inputs, static_argnames=("model", "duality", "chunk"))
+_token_nll = jax.jit(duo.token_nll, static_argnames=("setting",))
+_soft_inputs = jax.jit(duo.soft_inputs, static_argnames=("setting", "relaxation"))
 
 
 # --- recorded values ----------------------------------------------------------------------------
@@ -30,7 +32,7 @@ _soft_inputs = jax.jit(duo.soft_inputs, static_argnames=("model", "duality", "ch
 
 def test_golden_temperature(golden):
   vectors, config = golden("duo_tau_schedule__a")
-  curriculum = duo.Curriculum(
+  curriculum = duo.SoftCurriculum(
     duality=DUALITY,
     start=config["curriculum_start"],
     end=config["curriculum_end"],
@@ -52,7 +54,8 @@ def test_golden_hard_loss(golden, variant):
   inputs = (xt, model.apply({"params": params}, xt, method="embedded"))
   forward = process.Uniform(vocab_size=config["V"])
   for chunk in (None, 4):
-    nll = _token_nll(params, inputs, batch, None, model=model, process=forward, chunk=chunk)
+    setting = Setting(model=model, process=forward, chunk=chunk)
+    nll = _token_nll(params, inputs, batch, None, setting=setting)
     recorded.close(nll, vectors["network_nll_per_token"], 2e-5)
   nll, log_x0 = jax.vmap(forward.nll), jax.vmap(forward.log_x0)
   mean = lambda logits: nll(log_x0(logits, xt), xt, batch["tokens"], batch["t"]).mean()  # noqa: E731
@@ -71,16 +74,18 @@ def test_golden_soft_loss(golden, variant):
   batch = {"tokens": jnp.asarray(vectors["x0"], jnp.int32), "t": jnp.asarray(vectors["t"])}
   tau = 1 / float(vectors["tau_inverse"])
   for chunk in (None, 4):
-    inputs = _soft_inputs(
-      params, batch, recorded.keys(config["B"]), model=model, duality=duality, tau=tau, chunk=chunk
-    )
+    setting = Setting(model=model, process=duality.process, chunk=chunk)
+    relaxation = Relaxation(duality=duality, tau=tau)
+    rng_B = recorded.keys(config["B"])
+    inputs = _soft_inputs(params, batch, rng_B, setting=setting, relaxation=relaxation)
     np.testing.assert_array_equal(inputs[0], vectors["xt_argmax"])
     scaled = jnp.asarray(vectors["xt_scaled"])
     recorded.close(inputs[1], model.apply({"params": params}, scaled, method="embedded"))
 
   schedule = recorded.Schedule(vectors["t"], vectors["alpha_t"], vectors["dalpha_t"])
   exact = process.Uniform(vocab_size=config["V"], schedule=schedule)
-  each = _token_nll(params, inputs, batch, None, model=model, process=exact, chunk=4)
+  setting = Setting(model=model, process=exact, chunk=4)
+  each = _token_nll(params, inputs, batch, None, setting=setting)
   recorded.close(each, vectors["nll_per_token"], 2e-5)
   ours = duality.process.schedule  # the recorded table has 10,000 nearest points, α' differences
   np.testing.assert_allclose(ours.alpha(batch["t"]), vectors["alpha_t"], atol=3e-4)
@@ -95,15 +100,16 @@ def test_golden_soft_loss(golden, variant):
 # --- the loss -----------------------------------------------------------------------------------
 
 
-@functools.partial(jax.jit, static_argnames=("model", "process", "curriculum", "chunk"))
+@functools.partial(jax.jit, static_argnames=("setting", "curriculum"))
 def _loss(params, batch, step=None, **options):
   return jax.value_and_grad(duo.loss, has_aux=True)(params, batch, step=step, **options)
 
 
-def _run(batch, step=None, **options):
+def _run(batch, step=None, curriculum=None, chunk=None):
   model, params = network(dropout=0.0)
-  options = {"process": tiny.UNIFORM, "chunk": None, "curriculum": None, **options}
-  return _loss(params, batch, step if step is None else jnp.asarray(step), model=model, **options)
+  setting = Setting(model=model, process=tiny.UNIFORM, chunk=chunk)
+  step = step if step is None else jnp.asarray(step)
+  return _loss(params, batch, step, setting=setting, curriculum=curriculum)
 
 
 def _integrand(logits, z, x0, alpha, dalpha):
@@ -169,8 +175,10 @@ def test_prompts_reach_the_network_clean():
     (value, (metrics, _)), _ = _run(nothing, step, curriculum=CURRICULUM)
     assert value == 0 and metrics["changed"] == 0
   model, params = network()
+  setting = Setting(model=model, process=tiny.UNIFORM, chunk=2)
+  relaxation = Relaxation(duality=DUALITY, tau=1e-3)
   z, embedded = _soft_inputs(
-    params, nothing, nothing["rng"], model=model, duality=DUALITY, tau=1e-3, chunk=2
+    params, nothing, nothing["rng"], setting=setting, relaxation=relaxation
   )
   np.testing.assert_array_equal(z, nothing["tokens"])
   recorded.close(embedded, model.apply({"params": params}, z, method="embedded"), 1e-6)
@@ -231,9 +239,8 @@ def test_no_curriculum_is_plain_training():
   objective, state = _make(curriculum_start=0, curriculum_end=0)
   _, metrics = jax.jit(objective.step)(state, tiny.batch())
   model, params = network()
-  (value, _), _ = _loss(
-    params, tiny.batch(), None, model=model, process=tiny.UNIFORM, curriculum=None, chunk=None
-  )
+  setting = Setting(model=model, process=tiny.UNIFORM)
+  (value, _), _ = _loss(params, tiny.batch(), None, setting=setting, curriculum=None)
   np.testing.assert_allclose(metrics["model/loss"], value, rtol=1e-6)
 
 

@@ -14,6 +14,8 @@ import tiny
 from dlm_jax import process
 from dlm_jax.objectives import duo, idlm
 from dlm_jax.objectives import gaussian_states as states
+from dlm_jax.objectives.idlm import method as idlm_method
+from dlm_jax.objectives.setting import Setting
 
 V, L, B = 1024, 4, 3
 
@@ -109,7 +111,7 @@ def test_a_constant_prediction_is_made_once(network):
 def test_duo_trains_on_few_entries(network):
   """The soft phase inside its branch, with gradients, in chunks and whole."""
   model, params = network
-  curriculum = duo.Curriculum(
+  curriculum = duo.SoftCurriculum(
     duality=process.GaussianDuality(vocab_size=V),
     start=0,
     end=9,
@@ -121,11 +123,9 @@ def test_duo_trains_on_few_entries(network):
     loss = functools.partial(
       duo.loss,
       batch=tiny.batch(),
-      model=model,
-      process=process.Uniform(vocab_size=V),
+      setting=Setting(model=model, process=process.Uniform(vocab_size=V), chunk=chunk),
       curriculum=curriculum,
       step=jnp.asarray(3),
-      chunk=chunk,
     )
     found.append(jax.jit(jax.value_and_grad(loss, has_aux=True))(params))
   for one, other in zip(*map(jax.tree.leaves, found), strict=True):
@@ -157,7 +157,7 @@ def test_data_need_no_dense_array(network):
 def test_objectives_use_few_entries_where_they_are_few(monkeypatch):
   """IDLM and Duo choose by vocabulary and temperature."""
   seen, original = [], states.Relaxation
-  monkeypatch.setattr(idlm, "Relaxation", lambda **x: seen.append(x["few"]) or original(**x))
+  monkeypatch.setattr(idlm_method, "Relaxation", lambda **x: seen.append(x["few"]) or original(**x))
   for size, tau in ((V, 1e-3), (V, 0.1), (16, 1e-3)):
     model, _ = tiny.network(vocab_size=size, time_conditioning=True)
     idlm.make(
@@ -167,7 +167,7 @@ def test_objectives_use_few_entries_where_they_are_few(monkeypatch):
       tau=tau,
     )
   assert seen == [7, None, None]
-  curriculum = duo.Curriculum(
+  curriculum = duo.SoftCurriculum(
     duality=process.GaussianDuality(vocab_size=V),
     start=0,
     end=9,

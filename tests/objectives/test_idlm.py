@@ -13,6 +13,8 @@ import tiny
 from dlm_jax import convert, process
 from dlm_jax.models import DiT, DiTConfig
 from dlm_jax.objectives import idlm
+from dlm_jax.objectives.batch import split_each
+from dlm_jax.objectives.idlm.absorbing import HardSample
 
 M = tiny.MASK
 
@@ -35,6 +37,10 @@ class Table(DiT):
 
 def _table(logits):
   return {"logits": jnp.asarray(logits, jnp.float32)}
+
+
+def _states(model, proc=tiny.PROCESS, chunk=None):
+  return idlm.HardStates(model=model, process=proc, chunk=chunk)
 
 
 def _close(left, right, tolerance=1e-5):
@@ -80,13 +86,11 @@ class Recorded:
     hidden = self.model.apply({"params": student}, self.x_gen, self.batch["t"], method="trunk")
     return idlm.gap(
       student,
-      idlm.Sample(self.x_gen, hidden, self.z),
+      HardSample(self.x_gen, hidden, self.z),
       self.batch,
-      model=self.model,
-      process=self.process,
+      states=_states(self.model, self.process, chunk),
       teacher=self.params["teacher"],
       fake=self.params["fake"],
-      chunk=chunk,
     )
 
   def cross_entropy(self, fake, *, chunk=None):
@@ -94,12 +98,10 @@ class Recorded:
     hidden = self.model.apply({"params": student}, self.x_gen, self.batch["t"], method="trunk")
     return idlm.cross_entropy(
       fake,
-      idlm.Sample(self.x_gen, hidden, self.z),
+      HardSample(self.x_gen, hidden, self.z),
       self.batch,
-      model=self.model,
-      process=self.process,
+      states=_states(self.model, self.process, chunk),
       student=student,
-      chunk=chunk,
     )
 
 
@@ -151,15 +153,15 @@ def _on_logits(r, prefix=""):
   teacher, fake = (
     _table(v[f"{prefix}{k}_log_probs"] if prefix else v[f"{k}_logits"]) for k in ("teacher", "fake")
   )
-  shared = {"model": r.table, "process": r.process}
+  shared = {"states": _states(r.table, r.process)}
 
   def generator(logits):
-    sample = idlm.Sample(x_gen, logits, z)
+    sample = HardSample(x_gen, logits, z)
     return idlm.gap(_table(logits), sample, batch, teacher=teacher, fake=fake, **shared)[0]
 
   def fake_objective(logits):
     student = _table(v["student_logits"])
-    sample = idlm.Sample(x_gen, student["logits"], z)
+    sample = HardSample(x_gen, student["logits"], z)
     return idlm.cross_entropy({"logits": logits}, sample, batch, student=student, **shared)
 
   return generator, fake_objective
@@ -240,11 +242,11 @@ def _random_case(seed=0):
 def test_gradient_is_the_advantage():
   """−(1/t) p (a − ⟨p, a⟩) where both states are masked, exactly 0 elsewhere."""
   table, student, teacher, fake, batch = _random_case()
-  keys = idlm.split_each(batch["rng"], 4)
-  shared = {"model": table, "process": tiny.PROCESS, "chunk": None}
-  sample = idlm.rollout(student, batch, rngs=keys[:3], dropout_B=None, **shared)
+  keys = split_each(batch["rng"], 4)
+  states = _states(table)
+  sample = states.rollout(student, batch, rngs=keys[:3], dropout_B=None)
 
-  loss = functools.partial(idlm.student_loss, teacher=teacher, fake=fake, **shared)
+  loss = functools.partial(idlm.student_loss, teacher=teacher, fake=fake, states=states)
   gradient = np.asarray(jax.grad(loss, has_aux=True)(student, batch)[0]["logits"], np.float64)
 
   def log_softmax(tree):
@@ -266,8 +268,7 @@ def test_gradient_is_the_advantage():
 def test_descent_moves_towards_the_teacher():
   """One step against the gradient raises p where the teacher is more likely than the fake."""
   table, student, teacher, fake, batch = _random_case()
-  shared = {"model": table, "process": tiny.PROCESS, "chunk": None}
-  loss = functools.partial(idlm.student_loss, teacher=teacher, fake=fake, **shared)
+  loss = functools.partial(idlm.student_loss, teacher=teacher, fake=fake, states=_states(table))
   gradient = jax.grad(loss, has_aux=True)(student, batch)[0]["logits"]
   advantage = jax.nn.log_softmax(teacher["logits"]) - jax.nn.log_softmax(fake["logits"])
   tokens = np.arange(tiny.V) != M
@@ -279,10 +280,8 @@ def test_descent_moves_towards_the_teacher():
 
 def _rollout(batch, chunk=None):
   model, params = tiny.network()
-  keys = idlm.split_each(batch["rng"], 4)[:3]
-  run = jax.jit(
-    functools.partial(idlm.rollout, model=model, process=tiny.PROCESS, dropout_B=None, chunk=chunk)
-  )
+  keys = split_each(batch["rng"], 4)[:3]
+  run = jax.jit(functools.partial(_states(model, chunk=chunk).rollout, dropout_B=None))
   return run(params, batch, rngs=keys)
 
 
@@ -322,7 +321,7 @@ def test_prompts_are_never_masked_and_never_scored():
     np.testing.assert_array_equal(state[~valid], batch["tokens"][~valid])
   _, student, teacher, fake, _ = _random_case()
   table = _random_case()[0]
-  shared = {"model": table, "process": tiny.PROCESS}
+  shared = {"states": _states(table)}
   loss = functools.partial(idlm.student_loss, teacher=teacher, fake=fake, **shared)
   gradient = jax.grad(loss, has_aux=True)(student, batch)[0]["logits"]
   assert np.any(gradient[valid]) and not np.any(gradient[~valid])
@@ -333,9 +332,7 @@ def test_prompts_are_never_masked_and_never_scored():
 
 def test_all_valid_is_no_mask():
   table, student, teacher, fake, batch = _random_case()
-  loss = functools.partial(
-    idlm.student_loss, model=table, process=tiny.PROCESS, teacher=teacher, fake=fake
-  )
+  loss = functools.partial(idlm.student_loss, states=_states(table), teacher=teacher, fake=fake)
   valid = jnp.ones(batch["tokens"].shape, bool)
   masked, plain = loss(student, {**batch, "valid": valid})[0], loss(student, batch)[0]
   np.testing.assert_allclose(masked, plain, rtol=1e-5)
@@ -378,11 +375,7 @@ def _student_gradient(trees, batch):
   """Return the gradient of the student's loss on its parameters."""
   model, _ = tiny.network(dropout=0.0)
   loss = functools.partial(
-    idlm.student_loss,
-    model=model,
-    process=tiny.PROCESS,
-    teacher=trees["teacher"],
-    fake=trees["fake"],
+    idlm.student_loss, states=_states(model), teacher=trees["teacher"], fake=trees["fake"]
   )
   batch = idlm.couple_times(batch, coupling="same_order")
   return jax.grad(loss, has_aux=True)(trees["student"], batch)[0]
@@ -393,8 +386,7 @@ _compiled_student_gradient = jax.jit(_student_gradient)
 
 def test_no_gradient_on_logits_at_the_start():
   table, student, _, _, batch = _random_case()
-  shared = {"model": table, "process": tiny.PROCESS}
-  loss = functools.partial(idlm.student_loss, teacher=student, fake=student, **shared)
+  loss = functools.partial(idlm.student_loss, teacher=student, fake=student, states=_states(table))
   (value, _), gradient = jax.value_and_grad(loss, has_aux=True)(student, batch)
   assert value == 0 and not np.any(gradient["logits"])
 
@@ -429,9 +421,7 @@ def test_fake_first_each_on_its_own_batch():
 
   # the fake: a step of the raw student's cross entropy on the first batch
   model, _ = tiny.network(dropout=0.0)
-  loss = functools.partial(
-    idlm.fake_loss, model=model, process=tiny.PROCESS, student=state.trees["student"]
-  )
+  loss = functools.partial(idlm.fake_loss, states=_states(model), student=state.trees["student"])
   batch = idlm.couple_times(first, coupling="same_order")
   value, gradient = jax.jit(lambda p: jax.value_and_grad(lambda p: loss(p, batch)[0])(p))(params)
   np.testing.assert_allclose(metrics["fake/loss"], value, rtol=1e-5)
@@ -484,21 +474,21 @@ def test_dropout_roles():
   other = jax.tree.map(lambda x: x * 1.1, params)
 
   def losses(model):
-    shared = {"model": model, "process": tiny.PROCESS}
+    shared = {"states": _states(model)}
     fake, _ = idlm.fake_loss(params, batch, student=other, **shared)
     student, _ = idlm.student_loss(params, batch, teacher=other, fake=params, **shared)
     return fake, student
 
   noisy, still = (jax.jit(losses, static_argnums=0)(network) for network in (model, quiet))
   assert all(a != b for a, b in zip(noisy, still, strict=True))
-  *rngs, dropout_B = idlm.split_each(batch["rng"], 4)
-  shared = {"process": tiny.PROCESS, "chunk": None}
-  sample = idlm.rollout(params, batch, model=model, rngs=tuple(rngs), dropout_B=dropout_B, **shared)
-  by_hand, _ = idlm.gap(params, sample, batch, model=quiet, teacher=other, fake=params, **shared)
+  *rngs, dropout_B = split_each(batch["rng"], 4)
+  noisy_states, states = _states(model), _states(quiet)
+  sample = noisy_states.rollout(params, batch, rngs=tuple(rngs), dropout_B=dropout_B)
+  by_hand, _ = idlm.gap(params, sample, batch, states=states, teacher=other, fake=params)
   np.testing.assert_allclose(noisy[1], by_hand, rtol=1e-5)
-  sample = idlm.rollout(other, batch, model=quiet, rngs=tuple(rngs), dropout_B=None, **shared)
+  sample = states.rollout(other, batch, rngs=tuple(rngs), dropout_B=None)
   by_hand = idlm.cross_entropy(
-    params, sample, batch, model=model, student=other, dropout_B=dropout_B, **shared
+    params, sample, batch, states=noisy_states, student=other, dropout_B=dropout_B
   )
   np.testing.assert_allclose(noisy[0], by_hand, rtol=1e-5)
 
@@ -507,5 +497,7 @@ def test_dropout_roles():
 
 
 def test_unknown_coupling():
-  with pytest.raises(ValueError, match=r"time_coupling='random' is unknown; use same_order or"):
+  with pytest.raises(
+    ValueError, match=r"time_coupling='random' is unknown; use one of same_order, perm"
+  ):
     _objective(time_coupling="random")

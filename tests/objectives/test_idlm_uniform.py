@@ -50,13 +50,15 @@ class Recorded:
     names = (name for name in self.vectors if name.startswith(prefix + "/"))
     return {name.removeprefix(prefix + "/"): self.vectors[name] for name in names}
 
-  def shared(self, chunk=None, **changes):
+  def states(self, chunk=None, **changes):
     relaxation = dataclasses.replace(self.relaxation, **changes)
-    return {"model": self.model, "process": self.process, "relaxation": relaxation, "chunk": chunk}
+    return idlm.SoftStates(
+      model=self.model, process=self.process, relaxation=relaxation, chunk=chunk
+    )
 
   def rollout(self, student, chunk=None):
     rngs = tuple(quantities.keys(self.size, which) for which in (0, 0, 1))
-    return idlm.rollout(student, self.batch, rngs=rngs, dropout_B=None, **self.shared(chunk))
+    return self.states(chunk).rollout(student, self.batch, rngs=rngs, dropout_B=None)
 
   def generator(self, student, chunk=None, **changes):
     """Return (loss, metrics) from the recorded noise; differentiate in the parameters."""
@@ -67,13 +69,14 @@ class Recorded:
       self.batch,
       teacher=self.params["teacher"],
       fake=self.params["fake"],
-      **self.shared(chunk, **changes),
+      states=self.states(chunk, **changes),
     )
 
   def fake(self, fake, chunk=None):
     student = self.params["student"]
     sample = self.rollout(student, chunk)
-    return idlm.cross_entropy(fake, sample, self.batch, student=student, **self.shared(chunk))
+    states = self.states(chunk)
+    return idlm.cross_entropy(fake, sample, self.batch, student=student, states=states)
 
 
 @pytest.fixture(params=["a", pytest.param("b", marks=pytest.mark.slow)])
@@ -101,9 +104,7 @@ def test_golden_states(recorded):
   sigma = r.process.schedule.sigma(r.batch["t_gen"])
   logits = r.model.apply({"params": r.params["student"]}, sample.hidden, sigma, method="head")
   np.testing.assert_allclose(logits, v["student_logits"], rtol=0, atol=1e-4)
-  z, _ = idlm._read(
-    r.params["student"], sample, r.batch, (r.params["teacher"],), (None,), **r.shared()
-  )
+  z, _ = r.states().read(r.params["student"], sample, r.batch, (r.params["teacher"],), (None,))
   np.testing.assert_array_equal(z, v["xt"])
 
 
@@ -207,10 +208,10 @@ def _tiny(length=8, size=11, **options):
 
 def _losses(model, params, batch, fake=None, **options):
   relaxation = Relaxation(duality=process.GaussianDuality(vocab_size=model.config.vocab_size))
-  shared = {"model": model, "process": relaxation.process, "relaxation": relaxation}
-  loss = functools.partial(
-    idlm.student_loss, teacher=params, fake=fake or params, **shared, **options
+  states = idlm.SoftStates(
+    model=model, process=relaxation.process, relaxation=relaxation, **options
   )
+  loss = functools.partial(idlm.student_loss, teacher=params, fake=fake or params, states=states)
   return jax.jit(jax.grad(lambda p: loss(p, batch)[0]))(params)
 
 
@@ -234,10 +235,10 @@ def test_prompts_are_kept_clean():
   batch = draw_batch(tokens, jax.random.key(2), valid_BL=valid)
   batch = idlm.couple_times(batch, coupling="permuted")
   relaxation = Relaxation(duality=process.GaussianDuality(vocab_size=11))
-  shared = {"model": model, "process": relaxation.process, "relaxation": relaxation, "chunk": None}
+  states = idlm.SoftStates(model=model, process=relaxation.process, relaxation=relaxation)
   rngs = split_each(batch["rng"], 3)
-  sample = idlm.rollout(params, batch, rngs=rngs, dropout_B=None, **shared)
-  z, _ = idlm._read(params, sample, batch, (params,), (None,), **shared)
+  sample = states.rollout(params, batch, rngs=rngs, dropout_B=None)
+  z, _ = states.read(params, sample, batch, (params,), (None,))
   np.testing.assert_array_equal(sample.x_gen[:, :3], tokens[:, :3])
   np.testing.assert_array_equal(z[:, :3], tokens[:, :3])
   assert (z[:, 3:] != tokens[:, 3:]).any()

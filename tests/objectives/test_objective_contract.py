@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every training method keeps to. The methods are found by listing the folder."""
 
+import dataclasses
 import functools
 import importlib
 import math
-import pkgutil
 import re
 
 import jax
@@ -15,12 +15,11 @@ import pytest
 import tiny
 
 from dlm_jax import mesh as meshes
-from dlm_jax import objectives
+from dlm_jax.experiment import build
 from dlm_jax.objectives import draw_batch, output_params
 from dlm_jax.train import loop
 
-FILES = (m.name for m in pkgutil.iter_modules(objectives.__path__))
-NAMES = sorted(name for name in FILES if name != "state" and not name.startswith("_"))
+NAMES = build.list_objectives()
 SEED, SLOW = 5, pytest.mark.slow
 every_method = pytest.mark.parametrize("name", NAMES)
 
@@ -110,6 +109,35 @@ def _same(left, right):
 
 def test_the_listing_finds_the_methods():
   assert {"ar", "dcd", "duo", "idlm", "mdlm", "sdtt", "sedd"} <= set(NAMES)
+
+
+@every_method
+def test_facts_and_options(name):
+  """What others read of a module: classes it trains, passes, options with defaults of their own."""
+  module = _module(name)
+  assert module.NETWORK and all(isinstance(kind, type) for kind in module.NETWORK)
+  assert module.NETWORK[0] is tiny.network_class(module.make)
+  forwards, backwards = getattr(module, "PASSES", (1, 1))
+  assert forwards >= backwards >= 1
+  options = module.Options()
+  assert dataclasses.is_dataclass(options) and hash(options) == hash(module.Options.of({}))
+  named = {"chunk", "ema_decay"} & {field.name for field in dataclasses.fields(options)}
+  off = module.Options.of(dict.fromkeys(named, 0))
+  assert all(getattr(off, field) is None for field in named)
+  with pytest.raises(ValueError, match=r"accumulat is no option.*did you mean 'accumulate'"):
+    module.Options.of({"accumulat": 2})
+  with pytest.raises(ValueError, match=r"objective.ema_decay=1.0 must be in \[0, 1\)"):
+    module.Options.of({"ema_decay": 1.0})
+  documented = " ".join(kind.__doc__ for kind in module.Options.__mro__[:-1])
+  for field in dataclasses.fields(options):
+    assert re.search(rf"\b{field.name}\b", documented), field.name
+
+
+def test_groups_fill_the_batch():
+  options = _module("didi_instruct").Options(group_size=8)
+  options.check_batch(16)
+  with pytest.raises(ValueError, match=r"12 is not divisible .*group_size=8; use 8 or 16"):
+    options.check_batch(12)
 
 
 @every_method

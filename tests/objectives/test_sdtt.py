@@ -15,6 +15,7 @@ from safetensors import safe_open
 
 from dlm_jax import process
 from dlm_jax.objectives import rounds, sdtt
+from dlm_jax.objectives.setting import Setting
 
 M = tiny.MASK
 TARGETS = "teacher_log_prob_targets"
@@ -95,15 +96,14 @@ def test_golden_teacher_steps(reference):
 
 def test_golden_targets(reference):
   steps, masked = reference.rollout, reference.vectors["loss_mask"]
-  target = jax.jit(sdtt.target, static_argnames=("model", "process"))
+  target = jax.jit(sdtt.target, static_argnames="setting")
   ours = target(
     reference.teacher,
     steps.hidden,
     steps.times,
     steps.chosen,
     reference.xt,
-    model=reference.model,
-    process=reference.process,
+    setting=Setting(model=reference.model, process=reference.process),
   )
   wanted = reference.vectors[TARGETS]
   possible = np.arange(wanted.shape[-1]) != reference.process.mask_id
@@ -111,9 +111,7 @@ def test_golden_targets(reference):
   recorded.close(np.asarray(ours)[masked][:, possible], wanted[masked][:, possible], 2e-5)
 
 
-_position_loss = jax.jit(
-  sdtt.position_loss, static_argnames=("model", "process", "divergence", "chunk")
-)
+_position_loss = jax.jit(sdtt.position_loss, static_argnames=("setting", "divergence"))
 
 
 @every_kind
@@ -126,10 +124,8 @@ def test_golden_loss(reference, kind):
       batch,
       reference.rollout,
       teacher=reference.teacher,
-      model=reference.model,
-      process=reference.process,
+      setting=Setting(model=reference.model, process=reference.process, chunk=chunk),
       divergence=kind,
-      chunk=chunk,
     )
     assert not np.any(np.asarray(each)[~masked])
     value = each.sum() / masked.sum()
@@ -175,7 +171,8 @@ def test_chosen_steps():
 @functools.partial(jax.jit, static_argnames=("chunk",))
 def _rollout(params, xt, times, delta, rng, chunk=None):
   model, _ = tiny.network()
-  return sdtt.rollout(params, xt, times, delta, rng, model=model, process=tiny.PROCESS, chunk=chunk)
+  setting = Setting(model=model, process=tiny.PROCESS, chunk=chunk)
+  return sdtt.rollout(params, xt, times, delta, rng, setting=setting)
 
 
 def test_a_step_reveals_its_share():
@@ -208,12 +205,12 @@ def test_steps_past_the_data_stay_finite():
 
 
 @functools.partial(jax.jit, static_argnames=("divergence", "published_times", "chunk"))
-def _loss(params, batch, teacher, **options):
+def _loss(params, batch, teacher, chunk=None, **options):
   model, _ = tiny.network(dropout=0.0)
   batch = sdtt.corrupt(batch, process=tiny.PROCESS)
-  return jax.value_and_grad(sdtt.loss, has_aux=True)(
-    params, batch, model=model, process=tiny.PROCESS, teacher=teacher, delta=0.125, **options
-  )
+  setting = Setting(model=model, process=tiny.PROCESS, chunk=chunk)
+  given = {"teacher": teacher, "delta": 0.125, "options": sdtt.Options(**options)}
+  return jax.value_and_grad(sdtt.loss, has_aux=True)(params, batch, setting=setting, **given)
 
 
 def _run(batch, **options):

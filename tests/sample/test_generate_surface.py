@@ -259,6 +259,71 @@ def test_number_of_network_evaluations():
   assert 1 <= _evaluations(steps=100, batch=1) <= L + 1
 
 
+@pytest.mark.parametrize("sampler", ["ancestral", "psi", "analytic"])
+def test_sharpening_may_be_traced(sampler):
+  """One program for all temperatures and nuclei; the same tokens as with numbers."""
+  options = {"batch": 16, "length": L, "steps": 3, "sampler": sampler}
+
+  @jax.jit
+  def traced(temperature, nucleus):
+    return sample.generate(_toy(L), PROC, KEY, temperature=temperature, nucleus=nucleus, **options)
+
+  for temperature, nucleus in ((1.0, 1.0), (0.6, 0.9), (1.3, 0.5)):
+    wanted = _generate(batch=16, steps=3, sampler=sampler, temperature=temperature, nucleus=nucleus)
+    np.testing.assert_array_equal(traced(temperature, nucleus), wanted)
+  assert traced._cache_size() == 1
+
+
+def test_top_k_keeps_the_most_probable():
+  proc = process.Absorbing(vocab_size=toy.VOCABULARY, mask_id=toy.MASK)
+  best = _generate(batch=16, steps=L, sampler="first_hitting", top_k=1)
+  _, trace_KBL = _generate(batch=16, steps=L, sampler="first_hitting", top_k=1, return_trace=True)
+  before = np.concatenate([np.full((1, 16, L), toy.MASK), trace_KBL[:-1]])
+  for state, after in zip(before, np.asarray(trace_KBL), strict=True):
+    logits = _toy(L)(jnp.asarray(state, jnp.int32), jnp.zeros(16))
+    greedy = np.argmax(np.asarray(proc.clean_logits(logits)), -1)
+    np.testing.assert_array_equal(after, np.where(after == state, state, greedy))
+  np.testing.assert_array_equal(best, trace_KBL[-1])
+
+
+@pytest.mark.parametrize("options", [{}, {"proc": process.Uniform(vocab_size=4)}], ids=str)
+def test_inside_shard_map(options):
+  """Every device draws its own sequences, from its own key, under the default checks."""
+  mesh, spec = jax.make_mesh((8,), ("devices",)), PartitionSpec("devices")
+  keys = jax.random.split(KEY, 8)
+  one = lambda rng: _generate(rng[0], batch=2, steps=3, **options)  # noqa: E731
+  tokens = jax.jit(jax.shard_map(one, mesh=mesh, in_specs=spec, out_specs=spec))(keys)
+  wanted = [_generate(rng, batch=2, steps=3, **options) for rng in keys]
+  np.testing.assert_array_equal(tokens, np.concatenate(wanted))
+
+
+@pytest.mark.parametrize("name", ["ancestral", "first_hitting", "psi", "analytic", "uniform"])
+def test_any_function_of_logits_is_a_denoiser(name):
+  """The same tokens as from the network that it calls; as an argument, a closure or a pytree."""
+  table = _toy(L)
+  proc = process.Uniform(vocab_size=toy.VOCABULARY) if name == "uniform" else PROC
+  options = {"proc": proc, "steps": 3, "sampler": "ancestral" if name == "uniform" else name}
+  wanted = _generate(**options)
+  closure = sample.from_logits(lambda tokens_BL, sigma_B: table(tokens_BL, sigma_B))
+  partial = sample.from_logits(
+    jax.tree_util.Partial(lambda table, *arguments: table(*arguments), table)
+  )
+  assert not jax.tree.leaves(closure) and len(jax.tree.leaves(partial)) == 2
+  for denoiser in (closure, partial):
+    np.testing.assert_array_equal(_generate(denoiser=denoiser, **options), wanted)
+
+
+def test_a_sampler_of_ones_own():
+  """A function of the request; its options are whatever it takes."""
+
+  def draw_prior(request, *, shift):
+    state_BL = jnp.where(request.frozen_BL, request.x_BL, shift)
+    return jnp.stack([request.x_BL] * (request.steps - 1) + [state_BL])
+
+  tokens = _generate(prompt=jnp.array([2]), steps=3, sampler=draw_prior, shift=1)
+  np.testing.assert_array_equal(tokens, [[2, 1, 1]] * 8)
+
+
 # --- a real network ----------------------------------------------------------------------------
 
 
@@ -299,6 +364,8 @@ def test_real_network(small, sampler):
   "options,word",
   [
     ({"steps": 0}, "steps"),
+    ({"temprature": 0.5}, "did you mean 'temperature'"),
+    ({"top_k": -1}, "top_k"),
     ({"steps": -3}, "steps"),
     ({"batch": 0}, "batch"),
     ({"length": 0}, "length"),

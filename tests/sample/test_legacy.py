@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dlm_jax import draw, process, schedules
+from dlm_jax import draw, process, sample, schedules
 from dlm_jax.models import Denoiser
 from dlm_jax.sample import _legacy, grids
 
@@ -75,16 +75,17 @@ def _trajectory(recorded, noise_removal):
   vectors, config, denoiser, proc = recorded
   uniforms = jnp.asarray(vectors["traj_uniforms"])
   start = jnp.full((config["B"], config["L"]), config["mask_index"], jnp.int32)
-  return _legacy.race_all(
-    denoiser,
-    proc,
-    lambda k: uniforms[k],
-    start,
-    jnp.zeros(start.shape, bool),
-    t_K=grids.uniform(config["num_steps"], config["eps"]),
-    noise_removal=noise_removal,
-    logits_dtype="float32",
+  request = sample.Request(
+    denoiser=denoiser,
+    process=proc,
+    rng_B=jax.random.split(jax.random.key(0), config["B"]),
+    x_BL=start,
+    frozen_BL=jnp.zeros(start.shape, bool),
+    steps=config["num_steps"],
   )
+  sampler = _legacy.Legacy(noise_removal=noise_removal, logits_dtype="float32")
+  times = grids.uniform(config["num_steps"], config["eps"])
+  return sampler.race(request, lambda k: uniforms[k], times)
 
 
 def test_golden_trajectory(recorded):
@@ -99,7 +100,7 @@ def test_golden_trajectory(recorded):
 
 
 def test_run_feeds_one_uniform_per_key_step_position_and_token(recorded):
-  """`run` is `race_all` on uniforms of fold_in(key, step)."""
+  """`run` is `race` on uniforms of fold_in(key, step)."""
   _, config, denoiser, proc = recorded
   keys = jax.random.split(jax.random.key(0), config["B"])
   start = jnp.full((config["B"], config["L"]), config["mask_index"], jnp.int32)
@@ -110,8 +111,11 @@ def test_run_feeds_one_uniform_per_key_step_position_and_token(recorded):
     shape, rows = (config["L"], config["V"]), range(config["B"])
     return jnp.stack([jax.random.uniform(jax.random.fold_in(keys[i], k), shape) for i in rows])
 
-  ours = _legacy.run(denoiser, proc, keys, start, frozen, steps=3, **options)
-  wanted = _legacy.race_all(denoiser, proc, uniform, start, frozen, t_K=grids.uniform(3), **options)
+  request = sample.Request(
+    denoiser=denoiser, process=proc, rng_B=keys, x_BL=start, frozen_BL=frozen, steps=3
+  )
+  sampler = _legacy.Legacy(**options)
+  ours, wanted = sampler.run(request), sampler.race(request, uniform, grids.uniform(3))
   np.testing.assert_array_equal(ours, wanted)
   assert ours[-1, 0, 0] == config["mask_index"]
   assert np.sum(np.asarray(ours[-1]) == config["mask_index"]) == 1

@@ -107,16 +107,17 @@ def test_golden_ranking(recorded):
 
 
 def _guide(critic, proc, x, **options):
-  rng_B = jax.random.split(jax.random.key(0), x.shape[0])
-  revealer = _rgas.Revealer(denoiser=None, process=proc, capacity=8, temperature=1.0, nucleus=1.0)
-  return _rgas._Guide(
-    revealer=revealer,
+  request = sample.Request(
+    denoiser=None,
     process=proc,
-    critic=critic,
-    rng_B=rng_B,
+    rng_B=jax.random.split(jax.random.key(0), x.shape[0]),
+    x_BL=x,
     frozen_BL=jnp.zeros(x.shape, bool),
-    **{"reward": "sum", **options},
+    steps=1,
   )
+  revealer = _rgas.Revealer(denoiser=None, process=proc, capacity=8, truncation=_rgas.GridSampler())
+  options = {"reward": "sum", **options}
+  return _rgas._Guide(request=request, revealer=revealer, critic=critic, **options)
 
 
 def test_picks_follow_their_probabilities():

@@ -119,9 +119,9 @@ def test_public_checkpoints_with_a_tokenizer_given_by_path(tmp_path, family, nam
   assert len(texts) == 2 and all(texts)
 
 
-def _keep_the_start(denoiser, proc, rng_B, x_BL, frozen_BL, *, steps):
+def _keep_the_start(request):
   """Return what a sampler gets instead of sampling: the state, −1 where nothing is given."""
-  return jnp.where(frozen_BL, x_BL, -1)[None]
+  return jnp.where(request.frozen_BL, request.x_BL, -1)[None]
 
 
 @pytest.mark.parametrize("family", ["mdlm", "duo"])

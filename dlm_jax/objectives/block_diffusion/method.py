@@ -12,10 +12,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from dlm_jax.arrays import Metrics, Params
+from dlm_jax.errors import InputError
 from dlm_jax.models import Decoder, masks
 from dlm_jax.objectives.batch import Batch, split_each, valid_tokens
 from dlm_jax.objectives.block_diffusion.documents import (
@@ -24,49 +25,22 @@ from dlm_jax.objectives.block_diffusion.documents import (
   positions_between,
 )
 from dlm_jax.objectives.block_diffusion.intervals import WIDTHS, candidates, quietest
+from dlm_jax.objectives.block_diffusion.lengths import LengthCurriculum
+from dlm_jax.objectives.options import ChunkedOptions
 from dlm_jax.objectives.positions import map_positions, positions_per_chunk
-from dlm_jax.objectives.state import Objective, make_state, over_micro_batches, update
+from dlm_jax.objectives.state import (
+  Objective,
+  Optimizers,
+  check_class,
+  init_alone,
+  over_micro_batches,
+  update,
+)
 from dlm_jax.process import Absorbing, BlockNoise
 from dlm_jax.process.block import FULL, number_blocks
 
 TRAINED = ("model",)  # trees with an optimiser
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Curriculum:
-  """Block lengths by step.
-
-  Attributes:
-    lengths: one more than there are steps.
-    steps: rising; the step from which the next length holds.
-
-  Raises:
-    ValueError: the numbers do not fit.
-  """
-
-  lengths: tuple[int, ...]
-  steps: tuple[int, ...] = ()
-
-  def __post_init__(self):
-    *earlier, final = self.lengths
-    if final < 1 or min(earlier, default=1) < 1:
-      raise ValueError(
-        f"objective.block_length={final} and objective.earlier_lengths={tuple(earlier)} must be at "
-        "least 1."
-      )
-    rising = all(a < b for a, b in zip((0, *self.steps), self.steps, strict=False))
-    if len(earlier) != len(self.steps) or not rising:
-      raise ValueError(
-        f"objective.earlier_steps={self.steps} must rise from 1 or more and be as many as "
-        f"objective.earlier_lengths={tuple(earlier)}: the step at which each ends."
-      )
-
-  def __call__(self, step: Int[Array, ""]) -> Int[Array, ""] | int:
-    """Return the block length at a step; a plain number if there is but one."""
-    if not self.steps:
-      return self.lengths[0]
-    stage = jnp.sum(step >= jnp.asarray(self.steps))
-    return jnp.asarray(self.lengths)[stage]
+NETWORK = (Decoder,)  # classes of networks that it trains
 
 
 def with_noise(
@@ -130,10 +104,15 @@ def with_noise(
   count = jnp.maximum(valid_BL.sum(), 1) / batch_size
   places = {"position": position_BL, "document": document_BL} if several else {}
   return {
-    "tokens": tokens_BL, "noisy": noised.tokens_L, "time": noised.time_L,
-    "weight": noised.weight_L, "valid": valid_BL, "block": block_BL,
-    "count": jnp.full((batch_size,), count), **places,
-  }  # fmt: skip
+    "tokens": tokens_BL,
+    "noisy": noised.tokens_L,
+    "time": noised.time_L,
+    "weight": noised.weight_L,
+    "valid": valid_BL,
+    "block": block_BL,
+    "count": jnp.full((batch_size,), count),
+    **places,
+  }
 
 
 def token_nll(
@@ -227,37 +206,14 @@ def search(
   return quietest(*flat, intervals_K2)[0]
 
 
-def make(
-  *,
-  model: Decoder,
-  process: Absorbing | None,
-  optimizers: dict[str, optax.GradientTransformation],
-  block_length: int = 4,
-  earlier_lengths: tuple[int, ...] = (),
-  earlier_steps: tuple[int, ...] = (),
-  levels: str = "block",
-  interval: tuple[float, ...] = FULL,
-  weight: str = "nelbo",
-  at_least_one: bool = False,
-  subs: bool = True,
-  first_given: bool = False,
-  separator: int = -1,
-  search_every: int = 0,
-  search_widths: tuple[float, ...] = WIDTHS,
-  chunk: int | None = None,
-  accumulate: int = 1,
-  ema_decay: float | None = 0.9999,
-) -> Objective:
-  """Build training of one tree, "model", from scratch or from an autoregressive network.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(ChunkedOptions):
+  """How blocks are noised and scored; the defaults are BD3-LM's; see also `ChunkedOptions`.
 
-  The defaults are BD3-LM's. SDAR's are levels="document", at_least_one=True, subs=False. Both mean
-  a log-linear schedule with ε = 0. A block length of 1 masks everything and is next-token
-  prediction, whatever the noise.
+  SDAR's are levels="document", at_least_one=True, subs=False. Both mean a log-linear schedule with
+  ε = 0. A block length of 1 masks everything and is next-token prediction, whatever the noise.
 
-  Args:
-    model: a decoder; its last row, or the process's choice, is the mask.
-    process: absorbing; None is refused.
-    optimizers: "model".
+  Attributes:
     block_length: tokens per block.
     earlier_lengths: a curriculum: block lengths before the last one.
     earlier_steps: the step at which each of them ends.
@@ -268,63 +224,101 @@ def make(
     search_every: steps between searches of the interval with the quietest loss, each one forward
       pass over the batch at hand; it is kept in `state.aux`. 0: never.
     search_widths: of the intervals that are tried.
-    chunk: positions whose logits are alive at a time; must divide L. None takes the most that stay
-      below 2²² entries per sequence.
-    accumulate: micro-batches per update.
-    ema_decay: None keeps no average.
+
+  Raises:
+    ValueError: a number that does not fit.
+  """
+
+  block_length: int = 4
+  earlier_lengths: tuple[int, ...] = ()
+  earlier_steps: tuple[int, ...] = ()
+  levels: str = "block"
+  interval: tuple[float, ...] = FULL
+  weight: str = "nelbo"
+  at_least_one: bool = False
+  subs: bool = True
+  first_given: bool = False
+  separator: int = -1
+  search_every: int = 0
+  search_widths: tuple[float, ...] = WIDTHS
+
+  def __post_init__(self):
+    super().__post_init__()
+    _ = self.lengths, self.intervals_K2  # these raise for numbers that do not fit
+    low_high = self.interval
+    if len(low_high) != 2 or not 0 < low_high[0] <= low_high[1] <= 1:
+      raise InputError(f"objective.interval={tuple(low_high)} must be two times in (0, 1], rising.")
+    if self.search_every < 0:
+      raise InputError(f"objective.search_every={self.search_every} is negative; 0 searches never.")
+
+  @property
+  def lengths(self) -> LengthCurriculum:
+    """Block lengths by step."""
+    return LengthCurriculum(
+      lengths=(*self.earlier_lengths, self.block_length), steps=tuple(self.earlier_steps)
+    )
+
+  @property
+  def intervals_K2(self) -> Float[np.ndarray, "K 2"]:
+    """Intervals that are tried."""
+    return candidates(tuple(self.search_widths))
+
+  def noise(self, process: Absorbing) -> BlockNoise:
+    """Return what is masked, and what it counts."""
+    return BlockNoise(
+      process=process, levels=self.levels, weight=self.weight, at_least_one=self.at_least_one
+    )
+
+
+def make(
+  *, model: Decoder, process: Absorbing | None, optimizers: Optimizers, **options: Any
+) -> Objective:
+  """Build training of one tree, "model", from scratch or from an autoregressive network.
+
+  Args:
+    model: a decoder; its last row, or the process's choice, is the mask.
+    process: absorbing; None is refused.
+    optimizers: "model".
+    **options: fields of `Options`.
 
   Raises:
     ValueError: another network or process, or a number that does not fit.
 
   Reference: BD3-LM, arXiv 2503.09573, equations 3 and 8; SDAR, arXiv 2510.06303.
   """
-  _check(model, process, interval, search_every)
-  lengths = Curriculum(lengths=(*earlier_lengths, block_length), steps=tuple(earlier_steps))
-  noise = BlockNoise(process=process, levels=levels, weight=weight, at_least_one=at_least_one)
-  chunk = positions_per_chunk(chunk, model.config.length, model.config.vocab_size)
-  intervals_K2 = candidates(tuple(search_widths))
-  options = {"model": model, "process": process, "subs": subs, "chunk": chunk}
-  places = {"first_given": first_given, "separator": separator, "noise": noise}
-  tx = optimizers["model"]
+  chosen = Options.of(options)
+  check_class("model.name", model, NETWORK, "blocks need a mask of attention")
+  check_class("process.name", process, (Absorbing,), "blocks are masked")
+  chunk = positions_per_chunk(chosen.chunk, model.config.length, model.config.vocab_size)
+  scoring = {"model": model, "process": process, "subs": chosen.subs, "chunk": chunk}
+  places = {"first_given": chosen.first_given, "separator": chosen.separator}
+  noised = functools.partial(with_noise, noise=chosen.noise(process), **places)
+  every, intervals_K2 = chosen.search_every, jnp.asarray(chosen.intervals_K2)
+  lengths, tx = chosen.lengths, optimizers["model"]
+  init_tree = init_alone(model, tx, chosen, timed=False)
 
   def init(rng, teacher_params=None):
-    tokens = jnp.zeros((1, model.config.length), jnp.int32)
-    params = model.init(rng, tokens)["params"] if teacher_params is None else teacher_params
-    state = make_state({"model": params}, {"model": tx}, ("model",) if ema_decay else ())
-    return state.replace(aux={"interval": jnp.asarray(interval)} if search_every else {})
+    state = init_tree(rng, teacher_params)
+    return state.replace(aux={"interval": jnp.asarray(chosen.interval)} if every else {})
 
   def searched(params, batch, rng_B, block_length):
-    noisy = with_noise({**batch, "rng": rng_B}, block_length=block_length, **places)
-    more = {"levels": levels, "accumulate": accumulate, "block_length": block_length, **options}
-    return search(params, noisy, jnp.asarray(intervals_K2), **more)
+    noisy = noised({**batch, "rng": rng_B}, block_length=block_length)
+    more = {"levels": chosen.levels, "accumulate": chosen.accumulate, "block_length": block_length}
+    return search(params, noisy, intervals_K2, **more, **scoring)
 
   def step(state, batch):
     rng_noise_B, rng_search_B = split_each(batch["rng"], 2)
-    block_length, current, extra = lengths(state.step), interval, {}
-    if search_every:
-      due = (state.step > 0) & (state.step % search_every == 0)
+    block_length, current, extra = lengths(state.step), chosen.interval, {}
+    if every:
+      due = (state.step > 0) & (state.step % every == 0)
       find = functools.partial(searched, state.trees["model"], batch, rng_search_B, block_length)
       current = jax.lax.cond(due, find, lambda: state.aux["interval"])
       state = state.replace(aux={"interval": current})
       extra = {"model/interval_low": current[0], "model/interval_high": current[1]}
     batch = {**batch, "rng": rng_noise_B}
-    noisy = with_noise(batch, block_length=block_length, interval=current, **places)
-    state, metrics, _ = update(
-      state, "model", functools.partial(loss, block_length=block_length, **options), noisy, tx,
-      accumulate=accumulate, decay=ema_decay,
-    )  # fmt: skip
+    noisy = noised(batch, block_length=block_length, interval=current)
+    total = functools.partial(loss, block_length=block_length, **scoring)
+    state, metrics, _ = update(state, "model", total, noisy, tx, **chosen.updates)
     return state.replace(step=state.step + 1), metrics | extra
 
   return Objective(init, step, output="model", export=lambda state: {"block_length": block_length})
-
-
-def _check(model, process, interval, search_every):
-  """Refuse what no block diffusion can be trained on."""
-  if not isinstance(model, Decoder):
-    raise ValueError("model.name must be decoder: blocks need a mask of attention.")
-  if not isinstance(process, Absorbing):
-    raise ValueError("process.name must be absorbing: blocks are masked.")
-  if len(interval) != 2 or not 0 < interval[0] <= interval[1] <= 1:
-    raise ValueError(f"objective.interval={tuple(interval)} must be two times in (0, 1], rising.")
-  if search_every < 0:
-    raise ValueError(f"objective.search_every={search_every} is negative; 0 searches never.")

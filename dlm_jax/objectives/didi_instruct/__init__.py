@@ -2,6 +2,7 @@
 """DiDi-Instruct: a student distilled on the integral KL, with a discriminator's rewards."""
 
 from dlm_jax.objectives.didi_instruct.method import (
+  NETWORK,
   TRAINED,
   discriminator_loss,
   draw_times,
@@ -11,11 +12,12 @@ from dlm_jax.objectives.didi_instruct.method import (
   reward,
   share_prompts,
 )
-from dlm_jax.objectives.didi_instruct.options import DiDiOptions
+from dlm_jax.objectives.didi_instruct.options import Options
 
 __all__ = [
+  "NETWORK",
   "TRAINED",
-  "DiDiOptions",
+  "Options",
   "discriminator_loss",
   "draw_times",
   "make",

@@ -20,7 +20,6 @@ batch of one data row repeated G times, unless rows have prompts. The moving ave
 Reference: DiDi-Instruct, arXiv 2509.25035, algorithm 1.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -34,7 +33,7 @@ from dlm_jax.arrays import Metrics, Params
 from dlm_jax.errors import InputError
 from dlm_jax.models import Critic, Discriminator, DiT, discriminator
 from dlm_jax.objectives.batch import Batch, fold_each, split_each, stratified_times, valid_tokens
-from dlm_jax.objectives.didi_instruct.options import DiDiOptions
+from dlm_jax.objectives.didi_instruct.options import Options
 from dlm_jax.objectives.didi_instruct.rewards import (
   beta_times,
   masked_mean,
@@ -43,10 +42,14 @@ from dlm_jax.objectives.didi_instruct.rewards import (
 )
 from dlm_jax.objectives.didi_instruct.rollout import Path, Terms, rollout, sample
 from dlm_jax.objectives.positions import positions_per_chunk
+from dlm_jax.objectives.setting import Setting
 from dlm_jax.objectives.state import (
   Objective,
+  Optimizers,
   TrainState,
   apply_gradients,
+  check_class,
+  check_teacher,
   make_state,
   over_micro_batches,
   update,
@@ -54,9 +57,10 @@ from dlm_jax.objectives.state import (
 from dlm_jax.process import Absorbing
 
 TRAINED = ("discriminator", "student")  # trees with an optimiser
+NETWORK = (DiT,)  # classes of networks that it trains
 
 
-def share_prompts(batch: Batch, options: DiDiOptions) -> Batch:
+def share_prompts(batch: Batch, options: Options) -> Batch:
   """Give all members of a group the row of the first, where rows have prompts or lengths.
 
   Rewards of different prompts would compare the prompts.
@@ -67,7 +71,7 @@ def share_prompts(batch: Batch, options: DiDiOptions) -> Batch:
   return {**batch, "tokens": first(batch["tokens"]), "valid": first(batch["valid"])}
 
 
-def draw_times(batch: Batch, options: DiDiOptions, process: Absorbing) -> Batch:
+def draw_times(batch: Batch, options: Options, process: Absorbing) -> Batch:
   """Add to a global batch the noise level "t", the intermediate time "t_mid" and "weight" ω(t).
 
   Strata are dealt out anew, so that a group's members have times of their own.
@@ -161,7 +165,7 @@ def reward(
   return masked_mean(logits_BL, batch["fake"] == process.mask_id, clip)
 
 
-def policy_loss(terms: Terms, batch: Batch, options: DiDiOptions) -> tuple[Array, Metrics]:
+def policy_loss(terms: Terms, batch: Batch, options: Options) -> tuple[Array, Metrics]:
   """Return the student's loss of a rollout whose batch holds "weight" and "advantage"."""
   policy = -jnp.mean(batch["weight"] * batch["advantage"] * terms.log_prob)
   scales = options.kl_scales if len(terms.divergences) == 2 else options.kl_scales[:1]
@@ -175,77 +179,81 @@ def policy_loss(terms: Terms, batch: Batch, options: DiDiOptions) -> tuple[Array
 
 
 def student_loss(
-  params: Params, batch: Batch, *, options: DiDiOptions, **shared
+  params: Params, batch: Batch, *, setting: Setting, options: Options, teacher: Params | None
 ) -> tuple[Float[Array, ""], tuple[Metrics, None]]:
   """Return `policy_loss` of the rollout that the batch holds as "z" and "x0": for micro-batches."""
-  terms, _ = rollout(params, batch, path=Path(batch["z"], batch["x0"]), **shared)
+  path = Path(batch["z"], batch["x0"])
+  terms, _ = rollout(params, batch, setting=setting, options=options, teacher=teacher, path=path)
   value, metrics = policy_loss(terms, batch, options)
   return value, (metrics, None)
 
 
-def make(
-  *,
-  model: DiT,
-  process: Absorbing,
-  optimizers: dict[str, optax.GradientTransformation],
-  accumulate: int = 1,
-  ema_decay: float | None = 0.999,
-  chunk: int | None = None,
-  **options: Any,
-) -> Objective:
+def make(*, model: DiT, process: Absorbing, optimizers: Optimizers, **options: Any) -> Objective:
   """Build updates of a discriminator and a student, in this order, on one rollout.
 
   Args:
     model: network of teacher and student.
     process: absorbing.
     optimizers: "student" and "discriminator", each with its own clipping.
-    accumulate: micro-batches per update. With one, the student runs once; with more, its rollout is
-      drawn first and run again for its gradient, from the same keys: the same numbers.
-    ema_decay: of the student; None keeps no average.
-    chunk: positions whose [B, chunk, V] arrays are alive at a time, recomputed in the backward
-      pass; must divide L. None takes the most that stay below 2²² entries per sequence.
-    **options: fields of `DiDiOptions`.
+    **options: fields of `Options`.
 
   Returns:
     An objective with trees "teacher" (frozen), "student" and "discriminator", whose spectral state
     is `aux["discriminator"]`.
 
   Raises:
-    ValueError: an option does not fit.
+    InputError: an option does not fit.
 
   Reference: DiDi-Instruct, arXiv 2509.25035, algorithm 1.
   """
-  if not isinstance(model, DiT):
-    raise ValueError("model.name must be dit: a denoiser is distilled.")
+  chosen = Options.of(options)
+  check_class("model.name", model, NETWORK, "a denoiser is distilled")
   if model.config.time_conditioning:
-    raise ValueError("DiDi-Instruct distils masked teachers that are not told the time.")
-  chunk = positions_per_chunk(chunk, model.config.length, process.vocab_size)
-  settings = DiDiOptions(**options)
-  layers = model.config.layers
-  trained = settings.trained_layers if settings.trained_layers is not None else min(4, layers)
-  if not 1 <= trained <= layers:
-    raise ValueError(f"objective.trained_layers={trained} must be in [1, {layers}], model.layers.")
-  judge = Discriminator(model.config, trained_layers=trained)
-  frozen = _freeze(optimizers["discriminator"])
-  method = _Method(
-    model=model,
-    judge=judge,
-    process=process,
-    settings=settings,
-    accumulate=accumulate,
-    decay=ema_decay,
-    chunk=chunk,
-    optimizers={**optimizers, "discriminator": frozen},
-  )
-  axes = judge.axes(jnp.zeros((1, model.config.length), jnp.int32), jnp.zeros((1,)))
+    raise InputError("DiDi-Instruct distils masked teachers that are not told the time.")
+  length = model.config.length
+  chunk = positions_per_chunk(chosen.chunk, length, process.vocab_size)
+  setting = Setting(model=model, process=process, chunk=chunk)
+  layers = chosen.layers_to_train(model.config.layers)
+  network = Discriminator(model.config, trained_layers=layers)
+  inputs = jnp.zeros((1, length), jnp.int32), jnp.zeros((1,))
+  optimizers = {**optimizers, "discriminator": _freeze(optimizers["discriminator"])}
+
+  def init(rng, teacher_params=None):
+    teacher = check_teacher("DiDi-Instruct", teacher_params)
+    fresh = network.init(rng, *inputs)
+    trees = {
+      "teacher": teacher,
+      "student": teacher,
+      "discriminator": discriminator.from_trunk(network, teacher, fresh["params"]["head"]),
+    }
+    state = make_state(trees, optimizers, chosen.averaged("student"))
+    return state.replace(aux={"discriminator": fresh["spectral"]})
+
+  def critic(state: TrainState) -> Critic:
+    spectral = state.aux["discriminator"]
+    return Critic(model=network, params=state.trees["discriminator"], spectral=spectral)
+
+  def step(state, batch):
+    return _step(state, batch, setting=setting, options=chosen, critic=critic, txs=optimizers)
+
+  axes = network.axes(*inputs)
   return Objective(
-    method.init,
-    method.step,
+    init,
+    step,
     output="student",
-    check=method.check,
+    check=functools.partial(check_start, network),
     axes=(axes, axes["upper"], axes["head"]),
-    export=lambda state: {"beside": {"discriminator": method.critic(state)}},
+    export=lambda state: {"beside": {"discriminator": critic(state)}},
   )
+
+
+def check_start(network: Discriminator, state: TrainState) -> None:
+  """Raise InputError unless student and discriminator start from the teacher."""
+  trunk = discriminator.to_trunk(network, state.trees["discriminator"])
+  teacher = state.trees["teacher"]
+  pairs = ((teacher, state.trees["student"]), ({name: teacher[name] for name in trunk}, trunk))
+  if not all(bool(jax.tree.all(jax.tree.map(jnp.array_equal, *pair))) for pair in pairs):
+    raise InputError("DiDi-Instruct: student or discriminator does not start from the teacher.")
 
 
 def _freeze(tx):
@@ -258,137 +266,65 @@ def _freeze(tx):
   )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Method:
-  """`init`, `step` and `check` of an objective, with what they share."""
+def _step(state, batch, *, setting, options, critic, txs):
+  """Draw a rollout, update the discriminator on it, reward it, update the student."""
+  process, count = setting.process, options.accumulate
+  batch = draw_times(share_prompts(batch, options), options, process)
+  teacher, student = state.trees["teacher"], state.trees["student"]
+  frozen = teacher if options.kl_beta else None
+  roll = functools.partial(rollout, setting=setting, options=options, teacher=frozen)
+  kept = None
+  if count == 1:
+    *kept, path = jax.vjp(functools.partial(roll, batch=batch), student, has_aux=True)
+  else:
+    path = over_micro_batches(lambda b: roll(student, b)[1], batch, count)
+  batch = noised(batch, path.x0, _real(teacher, batch, setting, options), process)
 
-  model: DiT
-  judge: Discriminator
-  process: Absorbing
-  settings: DiDiOptions
-  optimizers: dict[str, optax.GradientTransformation]
-  accumulate: int
-  decay: float | None
-  chunk: int | None
+  loss = functools.partial(
+    discriminator_loss,
+    model=critic(state).model,
+    process=process,
+    spectral=state.aux["discriminator"],
+    smoothing=options.label_smoothing,
+  )
+  tx = txs["discriminator"]
+  state, metrics, spectral = update(state, "discriminator", loss, batch, tx, accumulate=count)
+  state = state.replace(aux={"discriminator": spectral})
 
-  def init(self, rng, teacher_params=None):
-    if teacher_params is None:
-      raise ValueError("DiDi-Instruct starts from a teacher; give teacher_params (teacher.path).")
-    tokens = jnp.zeros((1, self.model.config.length), jnp.int32)
-    fresh = self.judge.init(rng, tokens, jnp.zeros((1,)))
-    trees = dict.fromkeys(("teacher", "student"), teacher_params)
-    trees["discriminator"] = discriminator.from_trunk(
-      self.judge, teacher_params, fresh["params"]["head"]
-    )
-    state = make_state(trees, self.optimizers, ("student",) if self.decay else ())
-    return state.replace(aux={"discriminator": fresh["spectral"]})
+  score = functools.partial(reward, critic(state), process=process, clip=options.reward_clip)
+  reward_B = over_micro_batches(score, batch, count)
+  advantage_B = normalise_groups(
+    reward_B,
+    options.group_size,
+    options.advantage_clip,
+    counted_B=jnp.any(batch["fake"] == process.mask_id, axis=1),
+  )
+  batch = {**batch, "z": path.z, "x0": path.x0, "advantage": advantage_B}
+  loss = functools.partial(student_loss, setting=setting, options=options, teacher=frozen)
+  after, student_metrics = _update_student(state, batch, loss, txs["student"], options, kept)
+  if options.warmup:
+    wait = state.step < options.warmup
+    after = jax.tree.map(lambda old, new: jnp.where(wait, old, new), state, after)
+  scores = {"student/reward": reward_B.mean(), "student/reward_std": reward_B.std()}
+  return after.replace(step=state.step + 1), {**metrics, **student_metrics, **scores}
 
-  def step(self, state, batch):
-    batch = draw_times(share_prompts(batch, self.settings), self.settings, self.process)
-    roll = functools.partial(rollout, **self._rollout(state))
-    student = state.trees["student"]
-    if self.accumulate == 1:
-      run = functools.partial(roll, batch=batch)
-      terms, pull_back, path = jax.vjp(run, student, has_aux=True)
-    else:
-      path = self._in_parts(lambda b: roll(student, b)[1], batch)
-    batch = noised(batch, path.x0, self._real(state, batch), self.process)
-    state, metrics = self._update_discriminator(state, batch)
 
-    critic = self.critic(state)
-    clip, size = self.settings.reward_clip, self.settings.group_size
-    reward_B = self._in_parts(lambda b: reward(critic, b, self.process, clip), batch)
-    seen_B = jnp.any(batch["fake"] == self.process.mask_id, axis=1)
-    advantage_B = normalise_groups(reward_B, size, self.settings.advantage_clip, counted_B=seen_B)
-    batch = {**batch, "z": path.z, "x0": path.x0, "advantage": advantage_B}
-    if self.accumulate == 1:
-      value = functools.partial(policy_loss, batch=batch, options=self.settings)
-      (value, student_metrics), slope = jax.value_and_grad(value, has_aux=True)(terms)
-      after, student_metrics = apply_gradients(
-        state,
-        "student",
-        pull_back(slope)[0],
-        self.optimizers["student"],
-        decay=self.decay,
-        metrics={"loss": value, **student_metrics},
-      )
-    else:
-      loss = functools.partial(student_loss, options=self.settings, **self._rollout(state))
-      after, student_metrics, _ = update(
-        state,
-        "student",
-        loss,
-        batch,
-        self.optimizers["student"],
-        accumulate=self.accumulate,
-        decay=self.decay,
-      )
-    if self.settings.warmup:
-      wait = state.step < self.settings.warmup
-      after = jax.tree.map(lambda old, new: jnp.where(wait, old, new), state, after)
-    scores = {"student/reward": reward_B.mean(), "student/reward_std": reward_B.std()}
-    return after.replace(step=state.step + 1), {**metrics, **student_metrics, **scores}
+def _real(teacher, batch, setting, options):
+  """Return the discriminator's other side, clean."""
+  if options.real == "data":
+    return batch["tokens"]
+  batch = {**batch, "rng_real": fold_each(batch["rng"], 300)}
+  draw = lambda b: sample(teacher, b, b["rng_real"], options.teacher_steps, setting=setting)  # noqa: E731
+  return over_micro_batches(draw, batch, options.accumulate)
 
-  def critic(self, state: TrainState) -> Critic:
-    """Return the discriminator."""
-    return Critic(
-      model=self.judge, params=state.trees["discriminator"], spectral=state.aux["discriminator"]
-    )
 
-  def check(self, state: TrainState) -> None:
-    """Raise InputError unless student and discriminator start from the teacher."""
-    trunk = discriminator.to_trunk(self.judge, state.trees["discriminator"])
-    teacher = state.trees["teacher"]
-    pairs = ((teacher, state.trees["student"]), ({name: teacher[name] for name in trunk}, trunk))
-    if not all(bool(jax.tree.all(jax.tree.map(jnp.array_equal, *pair))) for pair in pairs):
-      raise InputError("DiDi-Instruct: student or discriminator does not start from the teacher.")
-
-  def _rollout(self, state):
-    chosen = self.settings
-    return {
-      "teacher": state.trees["teacher"] if chosen.kl_beta else None,
-      "model": self.model,
-      "process": self.process,
-      "two_steps": chosen.score_decomposition,
-      "t0": chosen.t0,
-      "remask": chosen.remask,
-      "jeffreys": chosen.jeffreys,
-      "train": chosen.dropout,
-      "chunk": self.chunk,
-    }
-
-  def _in_parts(self, function, batch):
-    return over_micro_batches(function, batch, self.accumulate)
-
-  def _real(self, state, batch):
-    """Return the discriminator's other side, clean."""
-    if self.settings.real == "data":
-      return batch["tokens"]
-    rng_B = fold_each(batch["rng"], 300)
-    draw = functools.partial(
-      sample,
-      state.trees["teacher"],
-      steps=self.settings.teacher_steps,
-      model=self.model,
-      process=self.process,
-      chunk=self.chunk,
-    )
-    return self._in_parts(lambda b: draw(b, b["rng_real"]), {**batch, "rng_real": rng_B})
-
-  def _update_discriminator(self, state, batch):
-    loss = functools.partial(
-      discriminator_loss,
-      model=self.judge,
-      process=self.process,
-      spectral=state.aux["discriminator"],
-      smoothing=self.settings.label_smoothing,
-    )
-    state, metrics, spectral = update(
-      state,
-      "discriminator",
-      loss,
-      batch,
-      self.optimizers["discriminator"],
-      accumulate=self.accumulate,
-    )
-    return state.replace(aux={"discriminator": spectral}), metrics
+def _update_student(state, batch, loss, tx, options, kept):
+  """Take the student's step: from the terms and the gradient that its rollout kept, or anew."""
+  if kept is None:
+    return update(state, "student", loss, batch, tx, **options.updates)[:2]
+  terms, pull_back = kept
+  value = functools.partial(policy_loss, batch=batch, options=options)
+  (value, metrics), slope = jax.value_and_grad(value, has_aux=True)(terms)
+  gradient, metrics = pull_back(slope)[0], {"loss": value, **metrics}
+  decay = options.ema_decay
+  return apply_gradients(state, "student", gradient, tx, decay=decay, metrics=metrics)

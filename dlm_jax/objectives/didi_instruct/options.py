@@ -4,14 +4,19 @@
 import dataclasses
 import math
 
+from dlm_jax.errors import InputError
 from dlm_jax.objectives.didi_instruct.rewards import OMEGAS
+from dlm_jax.objectives.options import ChunkedOptions
 
 REAL_SIDES = ("data", "teacher")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DiDiOptions:
-  """How a student is distilled on the integral KL.
+class Options(ChunkedOptions):
+  """How a student is distilled on the integral KL; see also `ChunkedOptions`.
+
+  With one micro-batch the student runs once; with more, its rollout is drawn first and run again
+  for its gradient, from the same keys: the same numbers.
 
   Defaults are the released code's, but for: regularisers off, no dropout in the student, groups of
   different data rows (the released code repeats one row G times; so do we where there are prompts).
@@ -46,9 +51,10 @@ class DiDiOptions:
     dropout: in the student's rollout.
 
   Raises:
-    ValueError: a number out of range or an unknown name.
+    InputError: a number out of range or an unknown name.
   """
 
+  ema_decay: float | None = 0.999
   score_decomposition: bool = True
   coupled_time: bool = True
   omega: str = "elbo"
@@ -74,44 +80,67 @@ class DiDiOptions:
   dropout: bool = False
 
   def __post_init__(self):
+    super().__post_init__()
     if self.group_size < 2:
-      raise ValueError(
+      raise InputError(
         f"objective.group_size={self.group_size}: rewards are normalised by their spread within a "
         "group, and one sequence has none; use 2 or more."
       )
     for name, allowed in (("omega", OMEGAS), ("real", REAL_SIDES)):
       if getattr(self, name) not in allowed:
-        raise ValueError(
+        raise InputError(
           f"objective.{name}={getattr(self, name)!r} is unknown; use one of {', '.join(allowed)}."
         )
     for name in ("omega_clip", "time_clip", "time_beta", "kl_scales"):
       if len(getattr(self, name)) != 2:
-        raise ValueError(f"objective.{name}={getattr(self, name)} must be two numbers: (a, b).")
+        raise InputError(f"objective.{name}={getattr(self, name)} must be two numbers: (a, b).")
     for name, top in (("time_clip", 1.0), ("omega_clip", math.inf)):
       low, high = getattr(self, name)
       if not 0 < low < high < top:
-        raise ValueError(f"objective.{name}={(low, high)} must rise and lie inside (0, {top}).")
+        raise InputError(f"objective.{name}={(low, high)} must rise and lie inside (0, {top}).")
     self._check_range(0, math.inf, "kl_beta", "entropy_beta", "warmup")
     self._check_range(0, 1, "jeffreys")
     if not 0 <= self.remask < 1 or not 0 <= self.label_smoothing < 0.5:
-      raise ValueError(
+      raise InputError(
         f"objective.remask={self.remask} must be in [0, 1) and objective.label_smoothing="
         f"{self.label_smoothing} in [0, 0.5)."
       )
     for name in ("reward_clip", "advantage_clip"):
       if getattr(self, name) <= 0:
-        raise ValueError(f"objective.{name}={getattr(self, name)} must be positive.")
+        raise InputError(f"objective.{name}={getattr(self, name)} must be positive.")
     if min(self.time_beta) <= 0 or min(self.kl_scales) < 0:
-      raise ValueError(
+      raise InputError(
         f"objective.time_beta={self.time_beta} must be positive and objective.kl_scales="
         f"{self.kl_scales} not negative."
       )
     if not 0 <= self.t0 < self.time_clip[0]:
-      raise ValueError(f"objective.t0={self.t0} must be below time_clip[0]={self.time_clip[0]}.")
+      raise InputError(f"objective.t0={self.t0} must be below time_clip[0]={self.time_clip[0]}.")
     self._check_range(1, math.inf, "teacher_steps")
+
+  def layers_to_train(self, layers: int) -> int:
+    """Return how many of the discriminator's blocks are trained, of so many.
+
+    Raises:
+      InputError: more than there are, or none.
+    """
+    trained = min(4, layers) if self.trained_layers is None else self.trained_layers
+    if not 1 <= trained <= layers:
+      raise InputError(
+        f"objective.trained_layers={trained} must be in [1, {layers}], model.layers."
+      )
+    return trained
+
+  def check_batch(self, size: int) -> None:
+    """Raise InputError unless groups fill a global batch."""
+    group = self.group_size
+    if size % group:
+      raise InputError(
+        f"loader.batch_size={size} is not divisible by objective.group_size={group}; use "
+        f"{max(size // group, 1) * group} or {(size // group + 1) * group}."
+      )
 
   def _check_range(self, low, high, *names):
     for name in names:
       if not low <= getattr(self, name) <= high:
         allowed = f"at least {low}" if high == math.inf else f"in [{low}, {high}]"
-        raise ValueError(f"objective.{name}={getattr(self, name)} must be {allowed}.")
+        raise InputError(f"objective.{name}={getattr(self, name)} must be {allowed}.")

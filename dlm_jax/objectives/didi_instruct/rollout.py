@@ -21,9 +21,10 @@ from jaxtyping import Array, Float, Int, Key
 
 from dlm_jax import draw
 from dlm_jax.arrays import Params
-from dlm_jax.models import DiT
 from dlm_jax.objectives.batch import Batch, fold_each, split_each, valid_tokens
+from dlm_jax.objectives.didi_instruct.options import Options
 from dlm_jax.objectives.positions import map_positions
+from dlm_jax.objectives.setting import Setting
 from dlm_jax.process import Absorbing
 
 
@@ -57,56 +58,44 @@ def rollout(
   params: Params,
   batch: Batch,
   *,
-  model: DiT,
-  process: Absorbing,
+  setting: Setting,
+  options: Options,
   teacher: Params | None,
-  two_steps: bool = True,
-  t0: float = 1e-3,
-  remask: float = 0.0,
-  jeffreys: float = 0.0,
-  train: bool = True,
   path: Path | None = None,
-  chunk: int | None = None,
 ) -> tuple[Terms, Path]:
   """Run the student from masks at t = 1 to text at t₀, through the state at "t_mid".
 
   Args:
     params: the student's; `Terms` are differentiable in them.
     batch: with "tokens", "rng" and "t_mid".
-    model: network of student and teacher.
-    process: absorbing.
+    setting: what student and teacher run on.
+    options: say in how many steps, down to which time, what is masked again, which divergence, and
+      whether there is dropout.
     teacher: its parameters, constant; None leaves out the divergences, which are then 0.
-    two_steps: False goes from masks to text in one step.
-    t0: time of the last state; at 0 no mask is left.
-    remask: probability with which tokens of the intermediate state are masked again.
-    jeffreys: 0 is KL(teacher ‖ student), 1 KL(student ‖ teacher), between a mixture of both.
-    train: dropout in the student.
     path: score this path, which the same batch gave, instead of drawing one.
-    chunk: positions whose [B, chunk, V] arrays are alive at a time; must divide L.
   """
-  x_BL = start(batch, process)
+  x_BL = start(batch, setting.process)
   ones_B = jnp.ones(x_BL.shape[:1])
-  times = [ones_B, batch["t_mid"], t0 * ones_B] if two_steps else [ones_B, t0 * ones_B]
+  middle = [batch["t_mid"]] if options.score_decomposition else []
+  times = [ones_B, *middle, options.t0 * ones_B]
   states = [x_BL]
   log_prob_B, divergences, entropies = 0.0, [], []
   for k, (t_B, s_B) in enumerate(itertools.pairwise(times)):
     rngs = tuple(fold_each(batch["rng"], 2 * k + i) for i in (0, 1))
     last = k == len(times) - 2
     known = None if path is None else (path.x0 if last else path.z)
-    x_BL, score_B, divergence_B, entropy_B = step(
+    x_BL, score_B, divergence_B, entropy_B = _step(
       params,
       states[-1],
       s_B,
       t_B,
       rngs[0],
-      model=model,
-      process=process,
+      setting=setting,
       teacher=teacher,
-      jeffreys=jeffreys,
-      remask=0.0 if last else remask,
+      jeffreys=options.jeffreys,
+      remask=0.0 if last else options.remask,
       known=known,
-      chunk=chunk,
-      dropout_B=rngs[1] if train else None,
+      dropout_B=rngs[1] if options.dropout else None,
     )
     states.append(x_BL)
     log_prob_B += score_B
@@ -116,31 +105,29 @@ def rollout(
   return terms, Path(z=states[-2], x0=states[-1])
 
 
-def step(
-  params: Params,
-  xt_BL: Int[Array, "B L"],
-  s_B: Float[Array, "B"],
-  t_B: Float[Array, "B"],
-  rng_B: Key[Array, "B"],
+def _step(
+  params,
+  xt_BL,
+  s_B,
+  t_B,
+  rng_B,
   *,
-  model: DiT,
-  process: Absorbing,
-  teacher: Params | None,
-  jeffreys: float = 0.0,
-  remask: float = 0.0,
-  known: Int[Array, "B L"] | None = None,
-  dropout_B: Key[Array, "B"] | None = None,
-  chunk: int | None = None,
-) -> tuple[Int[Array, "B L"], Float[Array, "B"], Float[Array, "B"], Float[Array, "B"]]:
+  setting,
+  teacher=None,
+  jeffreys=0.0,
+  remask=0.0,
+  known=None,
+  dropout_B=None,
+):
   """Take one reverse step; return the state at s, its score, the teacher's divergence, entropy.
 
-  Arguments as for `rollout`; `known` is a state at s to score instead of drawing one, and without a
-  teacher the divergence is 0.
+  `known` is a state at s to score instead of drawing one; without a teacher the divergence is 0.
   """
-  sigma_B, masked_BL = process.schedule.sigma(t_B), xt_BL == process.mask_id
-  hidden = [model.apply({"params": params}, xt_BL, sigma_B, dropout_B, method="trunk")]
+  process = setting.process
+  masked_BL = xt_BL == process.mask_id
+  hidden = [setting.trunk(params, xt_BL, t_B, dropout_B)]
   if teacher is not None:
-    hidden.append(model.apply({"params": teacher}, xt_BL, sigma_B, method="trunk"))
+    hidden.append(setting.trunk(teacher, xt_BL, t_B))
 
   length = xt_BL.shape[1]
   rng_reveal_B, rng_token_B = split_each(rng_B, 2)
@@ -152,8 +139,7 @@ def step(
     new_BL = masked_BL & (known != process.mask_id)
 
   def score(hidden_BKD, xt_BK, uniform_BK2, token_BK, *teacher_hidden):
-    logits_BKV = model.apply({"params": params}, hidden_BKD, sigma_B, method="head")
-    log_p = jax.vmap(process.log_x0)(logits_BKV, xt_BK)
+    log_p = jax.vmap(process.log_x0)(setting.head(params, hidden_BKD, t_B), xt_BK)
     p = jnp.exp(log_p)
     if known is None:
       token_BK = draw.categorical(jax.lax.stop_gradient(p), uniform_BK2)
@@ -162,14 +148,14 @@ def step(
     entropy_BK = -jnp.sum(p * log_p, -1)
     if not teacher_hidden:
       return token_BK, log_prob_BK, jnp.zeros_like(entropy_BK), entropy_BK
-    logits_BKV = model.apply({"params": teacher}, teacher_hidden[0], sigma_B, method="head")
-    log_q = jax.lax.stop_gradient(jax.vmap(process.log_x0)(logits_BKV, xt_BK))
+    log_q = jax.vmap(process.log_x0)(setting.head(teacher, teacher_hidden[0], t_B), xt_BK)
+    log_q = jax.lax.stop_gradient(log_q)
     divergence = (1 - jeffreys) * jnp.exp(log_q) - jeffreys * p
     return token_BK, log_prob_BK, jnp.sum(divergence * (log_q - log_p), -1), entropy_BK
 
   given_BL = xt_BL if known is None else known
   arrays = (hidden[0], xt_BL, uniform_BL2, given_BL, *hidden[1:])
-  token_BL, log_prob_BL, divergence_BL, entropy_BL = map_positions(score, arrays, chunk)
+  token_BL, log_prob_BL, divergence_BL, entropy_BL = map_positions(score, arrays, setting.chunk)
   xs_BL = jnp.where(new_BL, token_BL, xt_BL)
   count_B = jnp.maximum(masked_BL.sum(1), 1)
   mean = lambda x_BL: jnp.sum(jnp.where(masked_BL, x_BL, 0.0), 1) / count_B  # noqa: E731
@@ -183,9 +169,7 @@ def sample(
   rng_B: Key[Array, "B"],
   steps: int,
   *,
-  model: DiT,
-  process: Absorbing,
-  chunk: int | None = None,
+  setting: Setting,
 ) -> Int[Array, "B L"]:
   """Draw clean text from a network by `steps` ancestral steps on a uniform grid down to 0."""
   grid_K = jnp.linspace(1.0, 0.0, steps + 1)
@@ -194,18 +178,7 @@ def sample(
     k, t, s = inputs
     ones_B = jnp.ones(x_BL.shape[:1])
     rng_k = fold_each(rng_B, k)
-    x_BL, *_ = step(
-      params,
-      x_BL,
-      s * ones_B,
-      t * ones_B,
-      rng_k,
-      model=model,
-      process=process,
-      teacher=None,
-      chunk=chunk,
-    )
-    return x_BL, None
+    return _step(params, x_BL, s * ones_B, t * ones_B, rng_k, setting=setting)[0], None
 
   inputs = (jnp.arange(steps), grid_K[:-1], grid_K[1:])
-  return jax.lax.scan(body, start(batch, process), inputs)[0]
+  return jax.lax.scan(body, start(batch, setting.process), inputs)[0]

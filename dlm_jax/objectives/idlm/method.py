@@ -1,0 +1,267 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Inverse distillation (IDLM) of discrete diffusion teachers into few-step students.
+
+Three trees of one network, all started from the teacher. The fake learns to denoise what the
+student generates; the student moves to where the teacher's likelihood exceeds the fake's:
+
+  L(θ) = L(teacher, p_θ) − min_f L(f, p_θ)  =  KL between path measures  ≥  KL(p_θ ‖ p_data).
+
+The student sees really corrupted data at t_gen and predicts p, a distribution per position, from
+which the state of both losses is made. How, depends on the process: `absorbing`, `uniform`.
+
+Reference: IDLM, arXiv 2602.19066, Algorithm 1 and Theorem 1.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+from dlm_jax.arrays import Metrics, Params
+from dlm_jax.errors import check_choice
+from dlm_jax.models import DiT
+from dlm_jax.models.dit import head_params
+from dlm_jax.objectives.batch import Batch, split_each, stratified_times
+from dlm_jax.objectives.gaussian_states import Relaxation
+from dlm_jax.objectives.idlm.absorbing import HardSample, HardStates
+from dlm_jax.objectives.idlm.uniform import SoftSample, SoftStates
+from dlm_jax.objectives.options import ChunkedOptions
+from dlm_jax.objectives.positions import positions_per_chunk, sum_positions
+from dlm_jax.objectives.state import (
+  Objective,
+  Optimizers,
+  check_class,
+  check_time_conditioning,
+  init_from_teacher,
+  update,
+)
+from dlm_jax.process import Absorbing, GaussianDuality, Uniform
+
+TIME_COUPLINGS = ("same_order", "permuted")
+
+TRAINED = ("fake", "student")  # trees with an optimiser
+NETWORK = (DiT,)  # classes of networks that it trains
+# Forward and backward passes of the network that a step needs at least, by Algorithm 1 of arXiv
+# 2602.19066: student 2 + 1, teacher 1, fake 2 + 1.
+PASSES = (5, 2)
+
+
+def couple_times(batch: Batch, *, coupling: str, eps: float = 1e-3) -> Batch:
+  """Add the student's input time "t_gen" to a global batch that holds the loss time "t".
+
+  "same_order" gives sequence i the same stratum for both, so |t_gen − t| < 1/B: what the released
+  code does. "permuted" shuffles the strata, the independent draws that the paper's text describes.
+  """
+  rng_B, rng_time_B, rng_order_B = split_each(batch["rng"], 3)
+  t_gen_B = stratified_times(rng_time_B, eps)
+  if coupling == "permuted":
+    t_gen_B = jax.random.permutation(rng_order_B[0], t_gen_B)
+  return {**batch, "rng": rng_B, "t_gen": t_gen_B}
+
+
+def fake_loss(
+  params: Params, batch: Batch, *, states: HardStates | SoftStates, student: Params
+) -> tuple[Float[Array, ""], tuple[Metrics, None]]:
+  """Return `cross_entropy` of the fake, with dropout, on samples of the student, without."""
+  *rngs, dropout_B = split_each(batch["rng"], 4)
+  sample = states.rollout(student, batch, tuple(rngs), None)
+  options = {"states": states, "student": student, "dropout_B": dropout_B}
+  return cross_entropy(params, sample, batch, **options), ({}, None)
+
+
+def student_loss(
+  params: Params,
+  batch: Batch,
+  *,
+  states: HardStates | SoftStates,
+  teacher: Params,
+  fake: Params,
+) -> tuple[Float[Array, ""], tuple[Metrics, None]]:
+  """Return the `gap` on samples of the student, which alone runs with dropout."""
+  *rngs, dropout_B = split_each(batch["rng"], 4)
+  sample = states.rollout(params, batch, tuple(rngs), dropout_B)
+  value, metrics = gap(params, sample, batch, states=states, teacher=teacher, fake=fake)
+  return value, (metrics, None)
+
+
+def cross_entropy(
+  params: Params,
+  sample: HardSample | SoftSample,
+  batch: Batch,
+  *,
+  states: HardStates | SoftStates,
+  student: Params,
+  dropout_B: Key[Array, "B"] | None = None,
+) -> Float[Array, ""]:
+  """Return the teacher's own training loss on a sample; for MDLM −(1/t) Σ_masked ⟨p, log f⟩.
+
+  Nats per sequence, mean over the batch; differentiate with respect to `params`, the fake's.
+  """
+  z_BL, (fake_BLD,) = states.read(student, sample, batch, (params,), (dropout_B,))
+
+  def nll(head, fake, hidden, x_gen, z):
+    predicted = states.head(student, hidden, batch["t_gen"])
+    logits = states.head(head, fake, batch["t"])
+    return jax.vmap(states.process.nll_predicted)(logits, z, predicted, x_gen, batch["t"]), ()
+
+  fixed = (sample.hidden, sample.x_gen, z_BL)
+  weights_BL = _weights(batch, z_BL.shape)
+  return sum_positions(nll, head_params(params), (fake_BLD,), fixed, weights_BL, states.chunk)[0]
+
+
+def gap(
+  params: Params,
+  sample: HardSample | SoftSample,
+  batch: Batch,
+  *,
+  states: HardStates | SoftStates,
+  teacher: Params,
+  fake: Params,
+) -> tuple[Float[Array, ""], Metrics]:
+  """Return L(teacher, p) − L(fake, p) on a sample, in nats per sequence, mean over the batch.
+
+  The gradient with respect to `params`, the student's, flows through p: through `sample.hidden`
+  and the head, and of a soft state through the inputs of teacher and fake. Metrics, over the
+  positions that carry loss: entropy of the student's predictions, and the advantage, the root mean
+  square under p of a − ⟨p, a⟩ (nats).
+  """
+  process, t_B = states.process, batch["t"]
+  z_BL, read = states.read(params, sample, batch, (teacher, fake), (None, None))
+
+  def difference(head, hidden, teacher_hidden, fake_hidden, x_gen, z):
+    predicted = states.head(head, hidden, batch["t_gen"])
+    of_teacher = states.head(teacher, teacher_hidden, t_B)
+    of_fake = states.head(fake, fake_hidden, t_B)
+    nll = lambda logits: jax.vmap(process.nll_predicted)(logits, z, predicted, x_gen, t_B)  # noqa: E731
+    gap = nll(of_teacher) - nll(of_fake)
+    p = jnp.exp(jax.vmap(process.log_x0)(predicted, x_gen))
+    log_teacher, log_fake = (jax.vmap(process.log_estimate)(x, z) for x in (of_teacher, of_fake))
+    advantage, entropy = log_teacher - log_fake, -jnp.sum(jax.scipy.special.xlogy(p, p), -1)
+    mean = jnp.sum(p * advantage, -1)
+    variance = jnp.maximum(jnp.sum(p * advantage**2, -1) - mean**2, 0)
+    return gap, (variance, entropy)
+
+  arrays = (sample.hidden, *read, sample.x_gen, z_BL)
+  moving = 3 if states.through_inputs else 1  # of the arrays, how many carry gradients
+  value, (variance_BL, entropy_BL) = sum_positions(
+    difference,
+    head_params(params),
+    arrays[:moving],
+    arrays[moving:],
+    _weights(batch, z_BL.shape),
+    states.chunk,
+  )
+  counted_BL = states.counted(sample, z_BL, batch)
+  mean = lambda x: jnp.sum(x * counted_BL) / jnp.maximum(counted_BL.sum(), 1)  # noqa: E731
+  metrics = {"advantage": jnp.sqrt(mean(variance_BL)), "entropy": mean(entropy_BL)}
+  return value, metrics
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(ChunkedOptions):
+  """How times are drawn and, for a uniform process, states made; see also `ChunkedOptions`.
+
+  Without a chunk an absorbing process keeps all positions alive. The defaults are the released
+  scripts'.
+
+  Attributes:
+    time_coupling: "same_order" or "permuted", see `couple_times`.
+    gamma_min, gamma_max: of a uniform process; see `GaussianDuality`.
+    tau, path_gradient: of a uniform process; see `Relaxation`.
+
+  Raises:
+    InputError: an unknown name, or a number out of range.
+  """
+
+  time_coupling: str = "same_order"
+  gamma_min: float = -3.55
+  gamma_max: float = -1.85
+  tau: float = 1e-3
+  path_gradient: bool = True
+
+  def __post_init__(self):
+    super().__post_init__()
+    check_choice("objective.time_coupling", self.time_coupling, TIME_COUPLINGS)
+
+
+def hard_states(model: DiT, process: Absorbing, options: Options) -> HardStates:
+  """Return the states of an absorbing process; None for a chunk keeps all positions alive."""
+  if options.chunk:
+    positions_per_chunk(options.chunk, model.config.length, process.vocab_size)
+  return HardStates(model=model, process=process, chunk=options.chunk)
+
+
+def soft_states(model: DiT, process: Uniform, options: Options) -> SoftStates:
+  """Return the states of a uniform process, in the time of the Gaussian window.
+
+  Only samplers use the schedule of the process itself.
+  """
+  check_time_conditioning(model)
+  duality = GaussianDuality(
+    vocab_size=process.vocab_size, gamma_min=options.gamma_min, gamma_max=options.gamma_max
+  )
+  relaxation = Relaxation(
+    duality=duality,
+    tau=options.tau,
+    few=duality.enough(options.tau),
+    path_gradient=options.path_gradient,
+  )
+  chunk = positions_per_chunk(options.chunk, model.config.length, process.vocab_size)
+  return SoftStates(model=model, process=relaxation.process, chunk=chunk, relaxation=relaxation)
+
+
+STATES = {Absorbing: hard_states, Uniform: soft_states}
+
+
+def make(
+  *, model: DiT, process: Absorbing | Uniform, optimizers: Optimizers, **options: Any
+) -> Objective:
+  """Build alternating updates, fake first, each on its own fresh batch.
+
+  Args:
+    model: network shared by the three trees.
+    process: the teacher's forward process.
+    optimizers: "student" and "fake".
+    **options: fields of `Options`.
+
+  Returns:
+    An objective with trees "teacher" (frozen), "fake" and "student". Its step takes a pair of
+    batches (for the fake, for the student); a single batch serves both.
+
+  Raises:
+    InputError: the network, the process or an option does not fit.
+
+  Reference: IDLM, arXiv 2602.19066, Algorithm 1.
+  """
+  chosen = Options.of(options)
+  check_class("model.name", model, NETWORK, "a denoiser is distilled")
+  check_class("process.name", process, tuple(STATES), "states are drawn from predictions")
+  make_states = next(make for kind, make in STATES.items() if isinstance(process, kind))
+  states = make_states(model, process, chosen)
+  couple = functools.partial(couple_times, coupling=chosen.time_coupling)
+
+  def step(state, batch):
+    fake_batch, student_batch = batch if isinstance(batch, tuple) else (batch, batch)
+    loss = functools.partial(fake_loss, states=states, student=state.trees["student"])
+    batch, tx = couple(fake_batch), optimizers["fake"]
+    state, fake_metrics, _ = update(state, "fake", loss, batch, tx, **chosen.updates)
+    frozen = {"teacher": state.trees["teacher"], "fake": state.trees["fake"]}
+    loss = functools.partial(student_loss, states=states, **frozen)
+    batch, tx = couple(student_batch), optimizers["student"]
+    state, student_metrics, _ = update(state, "student", loss, batch, tx, **chosen.updates)
+    return state.replace(step=state.step + 1), {**fake_metrics, **student_metrics}
+
+  init = init_from_teacher("IDLM", ("fake", "student"), optimizers, chosen)
+  return Objective(init, step, output="student", batches=2)
+
+
+def _weights(batch, shape):
+  """Return weights of positions: L times the mean over valid tokens, averaged over sequences."""
+  if "valid" not in batch:
+    return jnp.full(shape, 1 / shape[0], jnp.float32)
+  valid_BL = batch["valid"]
+  count_B1 = jnp.maximum(valid_BL.sum(1, keepdims=True), 1)
+  return valid_BL * (shape[1] / shape[0] / count_B1)

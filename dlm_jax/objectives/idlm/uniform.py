@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loss states of inverse distillation under a uniform process (Duo teachers).
+
+The state is Gaussian, w = α̃ p + σ̃ ξ, with hard token z = argmax w. Teacher and fake read the soft
+input w/τ, so gradients reach the student by two paths: through its prediction p in the loss, and
+through w in the networks' inputs. Training without the second one is reported to diverge.
+"""
+
+import dataclasses
+from typing import ClassVar, NamedTuple
+
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from dlm_jax.arrays import Params
+from dlm_jax.objectives.batch import Batch, valid_tokens
+from dlm_jax.objectives.gaussian_states import Relaxation, embed_data, embed_predictions
+from dlm_jax.objectives.setting import Setting
+
+
+class SoftSample(NamedTuple):
+  """What one run of the student leaves for the losses.
+
+  Attributes:
+    x_gen: the argmax of its soft input, really diffused data; a prompt's own tokens.
+    hidden: its trunk output; the gradient path to the student starts here.
+    rng_noise: keys of the loss state's noise: it is made from the prediction where it is read.
+  """
+
+  x_gen: Int[Array, "B L"]
+  hidden: Float[Array, "B L D"]
+  rng_noise: Key[Array, "B"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SoftStates(Setting):
+  """How the losses' states are made and read: see the module.
+
+  Attributes:
+    relaxation: how states are made soft.
+  """
+
+  relaxation: Relaxation
+  through_inputs: ClassVar[bool] = True  # whether gradients pass through teacher and fake
+
+  def rollout(
+    self,
+    params: Params,
+    batch: Batch,
+    rngs: tuple[Key[Array, "B"], ...],
+    dropout_B: Key[Array, "B"] | None,
+  ) -> SoftSample:
+    """Run the student once on diffused data; arguments as for `HardStates.rollout`."""
+    rng_gen_B, _, rng_noise_B = rngs
+    x_gen_BL, embedded_BLD = embed_data(
+      params,
+      batch["tokens"],
+      rng_gen_B,
+      batch["t_gen"],
+      valid_tokens(batch),
+      model=self.model,
+      relaxation=self.relaxation,
+      chunk=self.chunk,
+    )
+    hidden_BLD = self.body(params, embedded_BLD, batch["t_gen"], dropout_B)
+    return SoftSample(x_gen_BL, hidden_BLD, rng_noise_B)
+
+  def read(
+    self,
+    student: Params,
+    sample: SoftSample,
+    batch: Batch,
+    trees: tuple[Params, ...],
+    dropouts: tuple[Key[Array, "B"] | None, ...],
+  ) -> tuple[Int[Array, "B L"], tuple[Float[Array, "B L D"], ...]]:
+    """Return the loss state's tokens z and the trunk output of every tree that reads it."""
+    z_BL, inputs = embed_predictions(
+      lambda hidden_BKD: self.head(student, hidden_BKD, batch["t_gen"]),
+      (sample.hidden,),
+      trees,
+      sample.x_gen,
+      sample.rng_noise,
+      batch["t"],
+      valid_tokens(batch),
+      model=self.model,
+      relaxation=self.relaxation,
+      chunk=self.chunk,
+    )
+    each = zip(trees, inputs, dropouts, strict=True)
+    return z_BL, tuple(self.body(tree, x_BLD, batch["t"], rng_B) for tree, x_BLD, rng_B in each)
+
+  def counted(
+    self, sample: SoftSample, z_BL: Int[Array, "B L"], batch: Batch
+  ) -> Bool[Array, "B L"]:
+    """Return which positions carry loss."""
+    del sample, z_BL
+    return valid_tokens(batch)

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the losses of a distillation run on: one network, one process, so many positions at once."""
+
+import dataclasses
+
+from jaxtyping import Array, Float, Int, Key
+
+from dlm_jax.arrays import Params
+from dlm_jax.models import DiT
+from dlm_jax.process import Absorbing, Uniform
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Setting:
+  """A network whose parameters change from call to call, and what it is trained on; static.
+
+  Attributes:
+    model: network of all trees.
+    process: the forward process; its schedule says what the network is told of a time.
+    chunk: positions whose dense [B, chunk, V] arrays are alive at a time; must divide L. None: all.
+  """
+
+  model: DiT
+  process: Absorbing | Uniform
+  chunk: int | None = None
+
+  def sigma(self, t_B: Float[Array, "B"]) -> Float[Array, "B"]:
+    """Return what the network is told of times."""
+    return self.process.schedule.sigma(t_B)
+
+  def trunk(
+    self,
+    params: Params,
+    tokens_BL: Int[Array, "B L"],
+    t_B: Float[Array, "B"],
+    dropout_B: Key[Array, "B"] | None = None,
+  ) -> Float[Array, "B L D"]:
+    """Return hidden states of tokens at their times; dropout where it has keys."""
+    sigma_B = self.sigma(t_B)
+    return self.model.apply({"params": params}, tokens_BL, sigma_B, dropout_B, method="trunk")
+
+  def body(
+    self,
+    params: Params,
+    embedded_BLD: Float[Array, "B L D"],
+    t_B: Float[Array, "B"],
+    dropout_B: Key[Array, "B"] | None = None,
+  ) -> Float[Array, "B L D"]:
+    """Return hidden states of embedded tokens, which may be soft."""
+    sigma_B = self.sigma(t_B)
+    return self.model.apply({"params": params}, embedded_BLD, sigma_B, dropout_B, method="body")
+
+  def head(
+    self, params: Params, hidden_BKD: Float[Array, "B K D"], t_B: Float[Array, "B"]
+  ) -> Float[Array, "B K V"]:
+    """Return logits of hidden states at any positions."""
+    return self.model.apply({"params": params}, hidden_BKD, self.sigma(t_B), method="head")

@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every sampler of a grid is given, and the options that they share.
+
+A sampler is a frozen dataclass: its fields are its options, `run(request)` its states after every
+step. `generate` finds it by name and process.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from dlm_jax import draw
+from dlm_jax.arrays import Scalar
+from dlm_jax.errors import InputError
+from dlm_jax.sample import grids
+
+NOISE_REMOVALS = ("ancestral", "greedy", "none")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+  """Which samples are wanted, and from what.
+
+  Attributes:
+    denoiser: has `trunk` and `head`, and may be called with (tokens, sigma_B).
+    process: the forward process.
+    rng_B: one key per sequence.
+    x_BL: initial state: noise, and given tokens where frozen.
+    frozen_BL: positions that never change.
+    steps: K grid steps.
+  """
+
+  denoiser: Any
+  process: Any
+  rng_B: Key[Array, "B"]
+  x_BL: Int[Array, "B L"]
+  frozen_BL: Bool[Array, "B L"]
+  steps: int
+
+  @property
+  def length(self) -> int:
+    """Tokens per sequence."""
+    return self.x_BL.shape[1]
+
+  def sigma(self, t: Scalar) -> Float[Array, "B"]:
+    """Return what the denoiser is told of a time that all sequences share."""
+    return jnp.broadcast_to(self.process.schedule.sigma(t), self.rng_B.shape)
+
+  def uniforms(self, k: Int[Array, ""] | int, *shape: int) -> Float[Array, "B *shape"]:
+    """Return uniforms of step k per sequence."""
+    one = lambda rng: jax.random.uniform(jax.random.fold_in(rng, k), shape)  # noqa: E731
+    return jax.vmap(one)(self.rng_B)
+
+  def masked(self, x_BL: Int[Array, "B L"]) -> Bool[Array, "B L"]:
+    """Return which positions are masks to be revealed; of an absorbing process."""
+    return (x_BL == self.process.mask_id) & ~self.frozen_BL
+
+  def reveal_all(self, x_BL: Int[Array, "B L"], tokens_BL: Array) -> Int[Array, "B L"]:
+    """Return the state with every mask replaced by its token."""
+    return jnp.where(self.masked(x_BL), tokens_BL.astype(x_BL.dtype), x_BL)
+
+
+def walk(
+  step: Callable[..., Array], x_BL: Int[Array, "B L"], inputs: tuple[Array, ...]
+) -> tuple[Int[Array, "B L"], Int[Array, "K B L"]]:
+  """Scan `step(state, *inputs of a step) -> state`; return the last state and all of them."""
+
+  def body(x_BL, inputs):
+    x_BL = step(x_BL, *inputs)
+    return x_BL, x_BL
+
+  return jax.lax.scan(body, x_BL, inputs)
+
+
+class Sampler(Protocol):
+  """Options of a sampler that know how to draw with them."""
+
+  def run(self, request: Request) -> Int[Array, "K B L"]:
+    """Return the states after every step; the last one is the sample."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GridOptions:
+  """When a sampler steps, and what follows its last step.
+
+  Attributes:
+    grid: name in `grids`.
+    noise_removal: what happens to noise that outlives the grid (an expected 1e-5 of the masks),
+      for one more evaluation: an "ancestral" step to α = 1, its "greedy" form, the most probable
+      clean token, or "none".
+
+  Raises:
+    InputError: an unknown name.
+  """
+
+  grid: str = "uniform"
+  noise_removal: str = "ancestral"
+
+  def __post_init__(self):
+    if self.noise_removal not in NOISE_REMOVALS:
+      raise InputError(
+        f"noise_removal={self.noise_removal!r} is unknown; use one of {', '.join(NOISE_REMOVALS)}."
+      )
+    grids.check(self.grid)
+
+  def times(self, request: Request) -> Float[Array, "K"]:
+    """Return the times of the grid, one more than there are steps."""
+    return grids.make(self.grid, request.steps)
+
+  def remove_noise(
+    self,
+    trace_KBL: Int[Array, "K B L"],
+    remove: Callable[[Int[Array, "B L"], bool], Int[Array, "B L"]],
+  ) -> Int[Array, "_ B L"]:
+    """Return the states, and the one in which what the grid left is gone.
+
+    Args:
+      trace_KBL: states after every step.
+      remove: (the last one, whether greedily) -> the state without noise.
+    """
+    if self.noise_removal == "none":
+      return trace_KBL
+    x_BL = remove(trace_KBL[-1], self.noise_removal == "greedy")
+    return jnp.concatenate([trace_KBL, x_BL[None]])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Truncation:
+  """How a prediction of the clean token is sharpened before a token is drawn from it.
+
+  Temperature and nucleus may be traced: one compiled program then serves all values. They are
+  checked where they are numbers.
+
+  Attributes:
+    temperature: divides the logits.
+    nucleus: p of nucleus truncation.
+    top_k: how many tokens to keep; 0 keeps all.
+
+  Raises:
+    InputError: a number out of range.
+  """
+
+  temperature: Scalar = 1.0
+  nucleus: Scalar = 1.0
+  top_k: int = 0
+
+  def __post_init__(self):
+    known = lambda x: not isinstance(x, jax.core.Tracer)  # noqa: E731
+    cold = known(self.temperature) and self.temperature <= 0
+    if cold or (known(self.nucleus) and not 0 < self.nucleus <= 1):
+      raise InputError(
+        f"temperature={self.temperature} must be positive and nucleus={self.nucleus} in (0, 1]; "
+        "for the most probable tokens use a small nucleus."
+      )
+    if self.top_k < 0:
+      raise InputError(f"top_k={self.top_k} is negative; 0 keeps all tokens.")
+
+  def draw(
+    self, logits: Float[Array, "*draws V"], uniform: Float[Array, "*draws 2"]
+  ) -> Int[Array, "*draws"]:
+    """Draw one token per row of the sharpened distribution, exactly."""
+    return draw.softmax(self.sharpen(logits)).draw(uniform)
+
+  def sharpen(self, logits: Float[Array, "*draws V"]) -> Float[Array, "*draws V"]:
+    """Return the logits of the sharpened distribution."""
+    return draw.sharpen(logits, self.temperature, self.nucleus, self.top_k)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GridSampler(GridOptions, Truncation):
+  """Options of every sampler that draws clean tokens: see `GridOptions` and `Truncation`."""
+
+  def __post_init__(self):
+    GridOptions.__post_init__(self)
+    Truncation.__post_init__(self)
