@@ -137,7 +137,7 @@ def sweep(
     result = generative.quality(judge, tokens_BL, **judged)
     count = factory.evaluations(key["nfe"]) if hasattr(factory, "evaluations") else key["nfe"]
     measured = dataclasses.asdict(result) | {"seconds": seconds, "evaluations": count}
-    return _row(key | measured)
+    return key | measured
 
   fixed = {"samples": samples, "seed": seed, "context": dict(context or {})}
   finished, rows = _Finished(path), []
