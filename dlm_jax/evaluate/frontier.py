@@ -277,8 +277,7 @@ class _Finished:
 
   def _parse(self, line, number, last):
     try:
-      values = json.loads(line)
-      return [{column: values[column] for column in COLUMNS}]
+      return [_row(json.loads(line))]
     except (ValueError, TypeError, KeyError) as error:
       if last:
         return []
@@ -296,6 +295,10 @@ class _Finished:
       with self._path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
     return row
+
+
+def _row(values: Mapping[str, Any]) -> Row:
+  return {column: values[column] for column in COLUMNS}
 
 
 def _plain(key: Row) -> Row:
