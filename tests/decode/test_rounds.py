@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_runs import quick  # noqa: F401
 
 from dlm_jax import draw, sample
 from dlm_jax.decode import law

@@ -4,7 +4,6 @@
 import jax.numpy as jnp
 import pytest
 import tiny_runs
-from tiny_runs import quick  # noqa: F401
 
 from dlm_jax.errors import InputError
 from dlm_jax.experiment import run, several

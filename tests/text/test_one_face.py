@@ -7,7 +7,6 @@ import string
 
 import pytest
 import tiny_sdar
-from tiny_runs import quick  # noqa: F401
 
 import dlm_jax
 from dlm_jax.errors import InputError
