@@ -18,11 +18,11 @@ from dlm_jax.sample._analytic import Analytic
 from dlm_jax.sample._ancestral import Ancestral, FirstHitting
 from dlm_jax.sample._legacy import Legacy
 from dlm_jax.sample._psi import Psi, UniformPsi
-from dlm_jax.sample._request import Request
+from dlm_jax.sample._request import Request, Sampler
 from dlm_jax.sample._uniform import UniformAncestral
 
 # By process: the classes of samplers, whose fields are their options.
-SAMPLERS = {
+SAMPLERS: dict[type, dict[str, type[Sampler]]] = {
   Absorbing: {
     "ancestral": Ancestral,
     "first_hitting": FirstHitting,
@@ -159,7 +159,7 @@ def _choose(sampler, proc, options):
 def _start(proc, rng_B, length, prompt, frozen):
   """Return the state at t = 1 with the prompt in place, and the positions that stay."""
   batch = rng_B.shape[0]
-  x_BL = jax.vmap(lambda rng: proc.prior(rng, length))(rng_B)
+  x_BL = _varying(jax.vmap(lambda rng: proc.prior(rng, length))(rng_B), rng_B)
   if prompt is None:
     if frozen is not None:
       raise InputError("frozen is given without a prompt; pass the tokens to keep as prompt.")
@@ -181,6 +181,16 @@ def _start(proc, rng_B, length, prompt, frozen):
   rest = ((0, 0), (0, length - given))
   x_BL = jnp.concatenate([x_BP, x_BL[:, given:]], axis=1)
   return x_BL, jnp.pad(frozen_BP, rest)
+
+
+def _varying(x_BL, rng_B):
+  """Return the state as a function of its keys, which changes no value.
+
+  Inside `shard_map` a loop's carry has one type from the start: keys that differ between devices
+  make every later state differ too, and a state of masks would not.
+  """
+  nothing_B1 = jax.random.key_data(rng_B)[:, :1] & 0
+  return x_BL + nothing_B1.astype(x_BL.dtype)
 
 
 def evaluations(sampler: str = "ancestral", *, steps: int, **sampler_options) -> dict[str, int]:

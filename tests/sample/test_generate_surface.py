@@ -289,7 +289,7 @@ def test_top_k_keeps_the_most_probable():
 @pytest.mark.parametrize("options", [{}, {"proc": process.Uniform(vocab_size=4)}], ids=str)
 def test_inside_shard_map(options):
   """Every device draws its own sequences, from its own key, under the default checks."""
-  mesh, spec = jax.make_mesh((8,), ("devices",)), PartitionSpec("devices")
+  mesh, spec = Mesh(np.array(jax.devices()), ("devices",)), PartitionSpec("devices")
   keys = jax.random.split(KEY, 8)
   one = lambda rng: _generate(rng[0], batch=2, steps=3, **options)  # noqa: E731
   tokens = jax.jit(jax.shard_map(one, mesh=mesh, in_specs=spec, out_specs=spec))(keys)
