@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from dlm_jax.models import Denoiser, DiT, DiTConfig
+from dlm_jax.models import Denoiser, DiT, DiTConfig, dit
 from dlm_jax.models.dit import TimeEmbedding
-from dlm_jax.models.layers import rotary_tables, rotate
+from dlm_jax.models.layers import dropout, rotary_tables, rotate
 
 TINY = DiTConfig(
   vocab_size=12, dim=16, cond_dim=8, layers=3, heads=2, length=6, dropout=0.4, dtype="float32"
@@ -294,10 +294,19 @@ def test_dropout_of_a_sequence_depends_on_its_key_only():
     _close(some, four[rows], 1e-6)
 
 
-def test_every_dropout_of_the_network_differs():
-  """A layer that reused another's mask would give the same branch twice."""
-  from dlm_jax.models.layers import dropout
+def test_every_dropout_of_the_network_differs(monkeypatch):
+  """A layer or branch that reused another's mask would drop the same entries twice."""
+  tags = []
 
+  def watched(x_BLD, rng_B, rate, tag):
+    jax.debug.callback(lambda tag: tags.append(int(tag)), jnp.asarray(tag))
+    return dropout(x_BLD, rng_B, rate, tag)
+
+  monkeypatch.setattr(dit, "dropout", watched)
+  model, params = _tiny()
+  jax.block_until_ready(model.apply({"params": params}, _tokens(), jnp.ones(4), _keys()))
+  jax.effects_barrier()
+  assert sorted(tags) == list(range(2 * model.config.layers))
   ones = jnp.ones((1, 64, 16))
   masks = {np.asarray(dropout(ones, _keys(1), 0.5, tag)).tobytes() for tag in range(6)}
   assert len(masks) == 6
