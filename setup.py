@@ -47,7 +47,7 @@ setup(
       "nbclient>=0.10",
       "nbformat>=5.10",
       "pytest>=8.3",
-      "pytest-xdist>=3.6",
+      "pytest-xdist>=3.7",
       "ruff>=0.12",
       "scipy>=1.13",
       "setuptools>=77",

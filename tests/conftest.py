@@ -34,9 +34,9 @@ GOLDEN = HERE / "golden"
 MOST_MAPS = 12_000
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def optimised():
-  """Compile with every optimisation: for programs whose running takes the time."""
+  """Compile with every optimisation: for programs whose running takes longer than compiling."""
   jax.config.update("jax_disable_most_optimizations", False)
   yield
   jax.config.update("jax_disable_most_optimizations", True)

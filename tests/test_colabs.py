@@ -8,6 +8,7 @@ import re
 
 import nbformat
 import pytest
+import tiny_runs
 from nbclient import NotebookClient
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -43,8 +44,8 @@ def _run(path, folder):
   with pytest.MonkeyPatch.context() as patch:  # the kernel inherits it
     patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
     patch.setenv("JUPYTER_PLATFORM_DIRS", "1")
-    patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-    patch.delenv("XLA_FLAGS", raising=False)
+    for name in ("JAX_DISABLE_MOST_OPTIMIZATIONS", "XLA_FLAGS"):
+      patch.setenv(name, tiny_runs.environment(devices=1)[name])
     client = NotebookClient(
       notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
     )

@@ -171,6 +171,7 @@ def _gumbel_draws(probs, samples, chunk=1024):
   return np.asarray(draw_one(jax.random.split(jax.random.key(17), samples)))
 
 
+@pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize("vocabulary", [1, 5, 257])
 def test_gumbel_law(vocabulary):
   probs = np.random.default_rng(vocabulary).dirichlet(np.full(vocabulary, 0.3)).astype(np.float32)
@@ -181,6 +182,7 @@ def test_gumbel_law(vocabulary):
     assert _p_value(tokens, probs) > FOLLOWS
 
 
+@pytest.mark.usefixtures("optimised")
 def test_gumbel_reaches_the_tail():
   """The noise is the fine one, and a tail of 0.1 % of the mass comes up as often as it should."""
   probs, in_tail = _heavy_tail(vocabulary=512, tail=480)

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The wheel: what is in it, and that it samples where nothing of the source tree is."""
 
-import os
 import pathlib
 import shutil
 import subprocess
@@ -9,6 +8,7 @@ import sys
 import zipfile
 
 import pytest
+import tiny_runs
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -57,8 +57,7 @@ def test_installed_elsewhere_it_samples(wheel, tmp_path):
   target, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
   elsewhere.mkdir()
   _pip("install", "--no-deps", "--target", target, wheel, cwd=elsewhere)
-  environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "PYTHONPATH")}
-  environment |= {"PYTHONPATH": str(target), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+  environment = tiny_runs.environment(devices=1) | {"PYTHONPATH": str(target)}
   command = [sys.executable, "-m", "dlm_jax", "sample", "--model=novels-student"]
   answer = subprocess.run(
     [*command, "--steps=2", "--length=32"],

@@ -8,6 +8,7 @@ import inspect
 import json
 import os
 import pathlib
+import re
 import tempfile
 import textwrap
 
@@ -87,9 +88,10 @@ def documents() -> list[str]:
   return ["".join(lines[i : i + 30]) for i in range(0, len(lines), 30)]
 
 
-def environment() -> dict[str, str]:
-  """Return the environment of a subprocess that compiles as we do."""
-  return {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "true"}
+def environment(devices: int = 8) -> dict[str, str]:
+  """Return the environment of a subprocess that compiles as we do, for so many devices."""
+  flags = re.sub(r"(device_count)=\d+", rf"\1={devices}", os.environ["XLA_FLAGS"])
+  return {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "true", "XLA_FLAGS": flags}
 
 
 @functools.cache

@@ -16,8 +16,6 @@ from dlm_jax.evaluate.judge import load_judge
 from dlm_jax.experiment.config import load_config
 from dlm_jax.experiment.run import train
 
-pytestmark = pytest.mark.slow  # minutes of compilation; `pytest -m slow`
-
 SHAPE = {"model.kv_heads": "1", "model.head_dim": "4", "model.mlp_dim": "12"}
 
 

@@ -4,7 +4,6 @@
 import json
 import os
 import pathlib
-import re
 import socket
 import subprocess
 import sys
@@ -37,11 +36,10 @@ def hosts(tmp_path_factory):
   program = pathlib.Path(__file__).with_name("one_host.py")
   command.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{program}" "$@"\n')
   command.chmod(0o755)
-  environment = tiny_runs.environment() | {
+  environment = tiny_runs.environment(devices=2) | {
     "PATH": f"{command.parent}:{os.environ['PATH']}",
     "PORT": _free_port(),
     "SEEN": str(folder),
-    "XLA_FLAGS": re.sub(r"(device_count)=\d+", r"\1=2", os.environ["XLA_FLAGS"]),
   }
   workdir = folder / "run"
   flags = tiny_runs.make().flags("teacher", **RUN)

@@ -47,7 +47,7 @@ def test_losses_and_gradients_are_finite(kind):
       proc.nll_soft(log_x0, X, p0, 0.4) + proc.nll(log_x0, X, jnp.array([0, 1, 2, 6]), 0.4)
     ).sum()
 
-  value, gradient = jax.value_and_grad(loss)(_logits())
+  value, gradient = jax.jit(jax.value_and_grad(loss))(_logits())
   assert np.isfinite(value) and np.isfinite(gradient).all()
   assert (np.asarray(gradient)[:, [0, 3, 5]] == 0).all() and np.abs(gradient).max() > 0.1
 
@@ -109,11 +109,11 @@ class _Denoiser:
 def test_no_sampler_draws_one_and_given_ones_stay(kind, options):
   proc = kind(**OPTIONS, blocked=BLOCKED)
   prompt = jnp.array([0, 5, 5, 5, 5, 3, 0, 0])
-  tokens = np.asarray(
-    sample.generate(
-      _Denoiser(), proc, jax.random.key(0), batch=64, length=8, steps=3, prompt=prompt, **options
-    )
+  shape = {"batch": 64, "length": 8, "steps": 3}
+  generate = lambda rng: sample.generate(  # noqa: E731
+    _Denoiser(), proc, rng, prompt=prompt, **shape, **options
   )
+  tokens = np.asarray(jax.jit(generate)(jax.random.key(0)))
   np.testing.assert_array_equal(tokens[:, [0, 5, 6, 7]], [[0, 3, 0, 0]] * 64)
   assert set(np.unique(tokens[:, 1:5])) <= {1, 2, 4, 6}
   if options.get("noise_removal") != "greedy":

@@ -17,7 +17,7 @@ def test_entries_of_a_softmax():
   ids, weights = ids.reshape(2, 3, 4), jax.random.normal(jax.random.key(2), (2, 3, 4))
   plain = lambda x, ids: jnp.take_along_axis(jax.nn.softmax(x), ids, axis=-1)  # noqa: E731
   found = [
-    jax.value_and_grad(lambda x, f=f: jnp.sum(weights * f(x, ids)))(logits)
+    jax.jit(jax.value_and_grad(lambda x, f=f: jnp.sum(weights * f(x, ids))))(logits)
     for f in (softmax_rows.softmax_at, plain)
   ]
   np.testing.assert_allclose(softmax_rows.softmax_at(logits, ids), plain(logits, ids), rtol=2e-6)
