@@ -16,8 +16,7 @@ from dlm_jax.configs.recipes import dcd, openwebtext
 
 def get_config():
   c = base()
-  openwebtext.corpus(c)
-  openwebtext.network(c)
+  openwebtext.openwebtext(c)
   openwebtext.measured(c, every=2500, nfes=(8, 32))
   dcd.dcd(c, teacher="data/duo", judge="data/gpt2-large")
   dcd.published(c)

@@ -18,8 +18,7 @@ from dlm_jax.configs.recipes import didi, openwebtext
 
 def get_config():
   c = base()
-  openwebtext.corpus(c)
-  openwebtext.network(c)
+  openwebtext.openwebtext(c)
   openwebtext.measured(c, every=200, nfes=(8, 16))
   didi.didi(c, teacher="data/mdlm-owt", judge="data/gpt2-large", chunk=128)
   didi.published(c)

@@ -15,8 +15,7 @@ from dlm_jax.configs.recipes import duo, openwebtext
 
 def get_config():
   c = base()
-  openwebtext.corpus(c)
-  openwebtext.network(c)
+  openwebtext.openwebtext(c)
   openwebtext.training(c)
   duo.duo(c)
   return c

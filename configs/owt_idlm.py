@@ -16,8 +16,7 @@ from dlm_jax.configs.recipes import idlm, openwebtext
 
 def get_config():
   c = base()
-  openwebtext.corpus(c)
-  openwebtext.network(c)
+  openwebtext.openwebtext(c)
   openwebtext.measured(c, every=250, nfes=(16, 32))
   idlm.masked(c, teacher="data/mdlm-owt", judge="data/gpt2-large", chunk=128)
   idlm.published(c)

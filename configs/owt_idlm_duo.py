@@ -15,8 +15,7 @@ from dlm_jax.configs.recipes import idlm, openwebtext
 
 def get_config():
   c = base()
-  openwebtext.corpus(c)
-  openwebtext.network(c)
+  openwebtext.openwebtext(c)
   openwebtext.measured(c, every=250, nfes=(16, 32))
   idlm.uniform(c, teacher="data/duo", judge="data/gpt2-large", chunk=128)
   idlm.published(c)

@@ -15,8 +15,7 @@ from dlm_jax.configs.recipes import openwebtext, sdtt
 
 def get_config():
   c = base()
-  openwebtext.corpus(c)
-  openwebtext.network(c)
+  openwebtext.openwebtext(c)
   openwebtext.measured(c, every=2500, nfes=(16, 32))
   sdtt.sdtt(c, teacher="data/mdlm-owt", judge="data/gpt2-large", chunk=128)
   sdtt.published(c)

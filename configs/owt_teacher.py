@@ -16,7 +16,6 @@ from dlm_jax.configs.recipes import openwebtext
 
 def get_config():
   c = base()
-  openwebtext.corpus(c)
-  openwebtext.network(c)
+  openwebtext.openwebtext(c)
   openwebtext.training(c)
   return c

@@ -15,8 +15,7 @@ from dlm_jax.configs.recipes import brief, didi, proteins
 
 def get_config():
   c = base()
-  proteins.corpus(c)
-  proteins.network(c)
+  proteins.proteins(c)
   didi.didi(
     c,
     teacher="runs/proteins_teacher",

@@ -16,8 +16,7 @@ from dlm_jax.configs.recipes import brief, idlm, proteins
 
 def get_config():
   c = base()
-  proteins.corpus(c)
-  proteins.network(c)
+  proteins.proteins(c)
   idlm.masked(c, teacher="runs/proteins_teacher", judge="runs/proteins_judge")
   brief.distillation(c, steps=120, every=20, max_entropy_drop=0.15, checkpoint_every=60)
   return c

@@ -13,8 +13,7 @@ from dlm_jax.configs.recipes import next_token, proteins
 
 def get_config():
   c = base()
-  proteins.corpus(c)
-  proteins.network(c)
+  proteins.proteins(c)
   proteins.training(c, steps=1000)
   next_token.judge(c)
   return c

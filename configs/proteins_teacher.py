@@ -20,7 +20,6 @@ from dlm_jax.configs.recipes import proteins
 
 def get_config():
   c = base()
-  proteins.corpus(c)
-  proteins.network(c)
+  proteins.proteins(c)
   proteins.training(c, steps=2000)
   return c

@@ -17,8 +17,7 @@ VARIANTS = ("cpu",)
 
 def get_config(variant=""):
   c = base()
-  quickstart.corpus(c, tests=variant != "cpu")
-  quickstart.network(c)
+  quickstart.quickstart(c, tests=variant != "cpu")
   next_token.judge(c)
   if variant == "cpu":
     quickstart.training_on_cpu(c, ema_decay=0.999, steps=1200, warmup=120)

@@ -19,8 +19,7 @@ VARIANTS = ("cpu",)
 
 def get_config(variant=""):
   c = base()
-  quickstart.corpus(c, tests=variant != "cpu")
-  quickstart.network(c)
+  quickstart.quickstart(c, tests=variant != "cpu")
   c.model.cond_dim = 16
   if variant == "cpu":
     quickstart.training_on_cpu(c, ema_decay=0.9995, steps=3000, warmup=200)

@@ -2,17 +2,16 @@
 """OpenWebText at the papers' size: 170 M parameters, GPT-2's tokens, sequences of 1,024."""
 
 
-def corpus(c):
-  """Read data/openwebtext/ with the tokenizer of data/gpt2/."""
+def openwebtext(c):
+  """Read data/openwebtext/ with the tokenizer of data/gpt2/; take the public networks' shape.
+
+  The vocabulary has 50,257 tokens and the mask.
+  """
   c.data.directory = "data/owt_packed"
   c.data.source = "files:data/openwebtext/*.jsonl*"
   c.data.options.validation_fraction = 0.0125
   c.data.tokenizer = "data/gpt2"
   c.data.length = 1024
-
-
-def network(c):
-  """Take the shape of the public networks; their vocabulary has 50,257 tokens and the mask."""
   c.model.vocab_size = 50258
   c.model.unroll = 12  # all layers
 

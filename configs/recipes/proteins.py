@@ -2,8 +2,8 @@
 """Proteins: FASTA files of your own, and a network of 17 M parameters."""
 
 
-def corpus(c):
-  """Read data/proteins/, one sequence per record."""
+def proteins(c):
+  """Read data/proteins/, one sequence per record; take the network of teacher, judge, students."""
   c.data.directory = "data/proteins_packed"
   c.data.source = "fasta:data/proteins/*.fa*"
   c.data.options.min_length = 30  # residues
@@ -12,10 +12,6 @@ def corpus(c):
   c.data.packing = "documents"
   c.data.length = 512
   c.data.buckets = (128, 256, 512)
-
-
-def network(c):
-  """Take the network of teacher, judge and students."""
   c.model.dim = 384
   c.model.layers = 8
   c.model.heads = 6

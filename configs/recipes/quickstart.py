@@ -2,20 +2,16 @@
 """The quick start: Python source text, three million parameters; its networks were shipped."""
 
 
-def corpus(c, tests, directory="data/quickstart", tokenizer="bpe:2048"):
+def quickstart(c, tests, directory="data/quickstart", tokenizer="bpe:2048"):
   """Read the source of the standard library; `tests`: of its own tests too, three times the text.
 
-  The shipped networks saw both.
+  The shipped networks saw both. Teacher, judge and students have one network.
   """
   c.data.directory = directory
   c.data.source = "stdlib"
   c.data.options.tests = tests
   c.data.tokenizer = tokenizer
   c.data.length = 128
-
-
-def network(c):
-  """Take the network of teacher, judge and students."""
   c.model.dim = 192
   c.model.layers = 5
   c.model.heads = 6
@@ -59,8 +55,7 @@ def _falling_rate(c):
 
 def student(c):
   """Distil the shipped teacher, in float32 and minutes of two cores."""
-  corpus(c, tests=False, directory="data/quickstart_student", tokenizer="shipped:teacher")
-  network(c)
+  quickstart(c, tests=False, directory="data/quickstart_student", tokenizer="shipped:teacher")
   c.model.cond_dim = 16
   c.model.dtype = "float32"
   c.model.dropout = 0.0

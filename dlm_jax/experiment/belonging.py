@@ -10,7 +10,7 @@ from dlm_jax.errors import InputError
 
 
 def of_network(options: type) -> tuple[str, ...]:
-  """Return the fields of `config.model` that a network reads, in their order there.
+  """Return the fields of `config.model` that a network reads, by the alphabet.
 
   Args:
     options: of the network, e.g. `models.DiTConfig`.

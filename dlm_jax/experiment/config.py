@@ -5,6 +5,7 @@ import ast
 import importlib
 import importlib.util
 import inspect
+import os
 import pathlib
 import pkgutil
 import traceback
@@ -72,7 +73,7 @@ def _open(name: str) -> tuple[ModuleType, str | None]:
 
 def _run(path: str) -> ModuleType:
   """Run a user's file."""
-  spec = importlib.util.spec_from_file_location("user_config", path)
+  spec = importlib.util.spec_from_file_location("user_config", os.path.abspath(path))
   if not pathlib.Path(path).is_file() or spec is None:
     raise InputError(f"--config={path}: no such file.")
   module = importlib.util.module_from_spec(spec)
@@ -97,18 +98,19 @@ def _call(name: str, module: ModuleType, variant: str | None) -> ConfigDict:
   """Return the config of a module."""
   takes, variants = _takes(module), list(getattr(module, "VARIANTS", ()))
   stem = name.removesuffix(f":{variant}").removesuffix(":")
-  listed = ", ".join(f"{stem}:{one}" for one in variants) or f"{stem}:VARIANT"
+  listed = ", ".join(full := [f"{stem}:{one}" for one in variants]) or f"{stem}:VARIANT"
   if variant is None and takes == "required":
     raise InputError(f"--config={name} needs a variant; choose one of {listed}.")
   if variant is not None and takes == "none":
     raise InputError(f"--config={name}: {stem} has no variants; use --config={stem}.")
   if variant is not None and variants and variant not in variants:
-    near = hint(variant, variants)
-    raise InputError(f"--config={name} is no variant of {stem}{near}; choose one of {listed}.")
+    raise InputError(
+      f"--config={name} is no variant of {stem}{hint(name, full)}; choose one of {listed}."
+    )
   try:
     config = module.get_config() if variant is None else module.get_config(variant)
   except Exception as error:
-    raise _located(module.__file__, error) from error
+    raise _located(stem if stem.endswith(".py") else module.__file__, error) from error
   if not isinstance(config, ConfigDict):
     got = type(config).__name__
     raise InputError(f"--config={name}: get_config() returned {got}; return what base() gave.")
@@ -117,11 +119,13 @@ def _call(name: str, module: ModuleType, variant: str | None) -> ConfigDict:
 
 def _located(path: str, error: Exception) -> InputError:
   """Return an error of a config file as one line that names file and line."""
-  frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
+  file = os.path.abspath(path)  # as the interpreter calls it
+  frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == file]
   line = frames[-1].lineno if frames else 1
   message = str(error)
   if isinstance(error, SyntaxError):
-    path, line, message = error.filename or path, error.lineno or line, error.msg
+    line, message = error.lineno or line, error.msg
+    path = path if error.filename in (None, file) else error.filename
   kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
   return InputError(f"{path}:{line}: {kind}{' '.join(message.split())}")
 
