@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from dlm_jax import sample
-from dlm_jax.data import chat as chats
 from dlm_jax.data import tokenizers
+from dlm_jax.data.tokenizers import chat as chats
 from dlm_jax.errors import InputError, hint
 
 VERIFY = ("stacked", "simsd", "none")

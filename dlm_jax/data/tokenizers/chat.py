@@ -15,7 +15,8 @@ import os
 import pathlib
 from collections.abc import Mapping, Sequence
 
-from dlm_jax.data.tokenizers import BPE
+from dlm_jax.data.tokenizers.base import canonical
+from dlm_jax.data.tokenizers.bpe import BPE
 from dlm_jax.errors import InputError
 
 MASK, START, END = "<|MASK|>", "<|im_start|>", "<|im_end|>"
@@ -174,7 +175,7 @@ def from_json(content: Mapping, eos: str) -> ChatBPE:
     {**token, "special": token.get("special", False) or token.get("content") == MASK}
     for token in content.get("added_tokens") or []
   ]
-  return ChatBPE(_canonical({**content, "added_tokens": added}), eos)
+  return ChatBPE(canonical({**content, "added_tokens": added}), eos)
 
 
 def from_merges(vocab: Mapping[str, int], merges: Sequence, config: Mapping, eos: str) -> ChatBPE:
@@ -202,7 +203,3 @@ def from_merges(vocab: Mapping[str, int], merges: Sequence, config: Mapping, eos
 
 def _by_id(entry) -> int:
   return int(entry[0])
-
-
-def _canonical(value) -> str:
-  return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
