@@ -20,14 +20,14 @@ from tqdm.auto import tqdm
 
 from dlm_jax.errors import InputError
 from dlm_jax.evaluate import generative, tables
-from dlm_jax.evaluate._samplers import ProteinSampler, Sampler
+from dlm_jax.evaluate._samplers import Sampler, TemplateSampler
 from dlm_jax.evaluate.likelihood import check_counts
 
 __all__ = [
-  "ProteinSampler",
   "Reference",
   "Sampler",
   "SamplerFactory",
+  "TemplateSampler",
   "checked_nfes",
   "draw_samples",
   "sweep",
@@ -96,7 +96,7 @@ def sweep(
   judge_batch_size: int = 8,
   eos_id: int | None = None,
   retokenise: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]] | None = None,
-  given_ids: Sequence[int] = (),
+  valid_NL: np.ndarray | None = None,
   seed: int = 0,
   context: Mapping[str, Any] | None = None,
   path: str | os.PathLike | None = None,
@@ -116,7 +116,7 @@ def sweep(
     judge_batch_size: samples judged at a time.
     eos_id: end-of-text id of the judge.
     retokenise: tokens [B, L] to the judge's tokens and mask; None if they share a tokenizer.
-    given_ids: ids that are not judged: the ends and padding of proteins.
+    valid_NL: bool [samples, L], False where samples were given: not judged. None: nowhere.
     seed: every sampler sees the same keys.
     context: recorded in every row, e.g. {"student_step": 400, "judge": "gpt2-large"}.
     path: JSON-lines file of finished rows, created with its folder.
@@ -134,7 +134,7 @@ def sweep(
   def measure(factory, key):
     tokens_BL, seconds = draw_samples(factory, key["nfe"], samples, min(batch_size, samples), seed)
     judged = {"retokenised": retokenise(tokens_BL)} if retokenise else {}
-    judged |= {"eos_id": eos_id, "batch_size": judge_batch_size, "given_ids": tuple(given_ids)}
+    judged |= {"eos_id": eos_id, "batch_size": judge_batch_size, "valid_NL": valid_NL}
     result = generative.quality(judge, tokens_BL, **judged)
     count = factory.evaluations(key["nfe"]) if hasattr(factory, "evaluations") else key["nfe"]
     measured = dataclasses.asdict(result) | {"seconds": seconds, "evaluations": count}
@@ -299,8 +299,6 @@ class _Finished:
 
 
 def _row(values: Mapping[str, Any]) -> Row:
-  # Rows of earlier versions do not have it; they had no guided samplers either.
-  values = {"evaluations": values["nfe"], **values}
   return {column: values[column] for column in COLUMNS}
 
 

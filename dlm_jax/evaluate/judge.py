@@ -46,14 +46,15 @@ class JudgeWithTokens:
   judge: likelihood.Judge
   eos_id: int
   retokenise: Any = None
-  given_ids: tuple[int, ...] = ()
 
   def settings(self) -> dict[str, Any]:
     """Return the arguments of `frontier.sweep` that a judge decides."""
     return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
-  def quality(self, tokens_BL: np.ndarray, batch_size: int) -> generative.Quality:
-    """Return GenPPL and entropy of samples in the generator's ids."""
+  def quality(
+    self, tokens_BL: np.ndarray, batch_size: int, valid_NL: np.ndarray | None = None
+  ) -> generative.Quality:
+    """Return GenPPL and entropy of samples in the generator's ids, where they are valid."""
     translated = self.retokenise(tokens_BL) if self.retokenise else None
     return generative.quality(
       self.judge,
@@ -61,7 +62,7 @@ class JudgeWithTokens:
       eos_id=self.eos_id,
       batch_size=batch_size,
       retokenised=translated,
-      given_ids=self.given_ids,
+      valid_NL=valid_NL,
     )
 
 
@@ -100,6 +101,4 @@ def load_judge(path: str, tokenizer: tokenizers.Tokenizer) -> JudgeWithTokens:
   if proc is not None:
     raise InputError(f"judge {path} is a {kind} network with a mask; a judge is autoregressive.")
   check_tokenizer(directory, tokenizer, model.config.vocab_size)
-  return JudgeWithTokens(
-    judge=likelihood.Judge(model, params), eos_id=tokenizer.eos_id, given_ids=tokenizer.given_ids
-  )
+  return JudgeWithTokens(judge=likelihood.Judge(model, params), eos_id=tokenizer.eos_id)

@@ -95,6 +95,29 @@ class ChatBPE(BPE):
       ids += [begin, *self.encode(turn), end, *self.encode("\n")]
     return [*ids, begin, *self.encode(_opening(thinking))] if start else ids
 
+  @property
+  def has_turns(self) -> bool:
+    """Whether the vocabulary has the tokens that frame turns."""
+    return None not in map(self._backend.token_to_id, (START, END))
+
+  def encode_turns(self, messages: Sequence[Mapping[str, str]]) -> list[tuple[list[int], bool]]:
+    """Return the ids of a whole conversation in pieces, and whether each is learnt.
+
+    Learnt is what the assistant writes, its thoughts and the end of its turn; the frame before it
+    and the line end behind are given, as when it is asked. A turn's frame is encoded by itself.
+
+    Raises:
+      InputError: a role is unknown.
+    """
+    begin, end = (self._backend.token_to_id(token) for token in (START, END))
+    pieces = []
+    for turn, message in zip(_turns(messages), messages, strict=True):
+      frame, _, content = turn.partition("\n")
+      pieces.append(([begin, *self.encode(f"{frame}\n")], False))
+      pieces.append(([*self.encode(content), end], message["role"] == "assistant"))
+      pieces.append((self.encode("\n"), False))
+    return pieces
+
   def save(self, directory: str | os.PathLike) -> None:
     """Write `tokenizer.json` and `tokenizer_config.json` for `tokenizers.load`."""
     super().save(directory)
