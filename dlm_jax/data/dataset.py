@@ -49,7 +49,7 @@ class SplitInfo:
 
   Attributes:
     records: sequences.
-    tokens: records · length, separators and framing included; padding is not.
+    tokens: in all records, separators and framing included; padding that is not scored is not.
     documents: documents, or conversations, read.
     text_bytes: UTF-8 bytes of those documents, the dropped tail included; of conversations, of
       their answers.
@@ -184,6 +184,8 @@ def open_dataset(directory: Path) -> Dataset:
     raise InputError(
       f"{directory} is not a prepared dataset: dataset.json: {error.strerror}; {advice}"
     ) from error
+  except InputError:
+    raise
   except (ValueError, KeyError, TypeError, AttributeError) as error:
     raise InputError(
       f"{directory} is not a prepared dataset: dataset.json is not ours ({error}); {advice}"

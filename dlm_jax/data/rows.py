@@ -34,6 +34,7 @@ class Count:
 
   documents: int = 0
   text_bytes: int = 0
+  tokens: int = 0  # in records, without padding
   stream: int = 0  # tokens with separators, before cutting; of conversations the learnt ones
   lengths: list[int] = dataclasses.field(default_factory=list)  # of the records
   dropped: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
@@ -50,7 +51,7 @@ class Count:
       density = density * (wanted.length - 2) / wanted.length
     return SplitInfo(
       records=len(self.lengths),
-      tokens=sum(self.lengths),
+      tokens=self.tokens,
       documents=self.documents,
       text_bytes=self.text_bytes,
       bytes_per_token=density,
@@ -96,6 +97,7 @@ def _framed(token_lists, split: str, wanted: Info, tokenizer: Tokenizer, count: 
       count.dropped[f"longer than {wanted.length - 2}"] += 1
       continue
     count.lengths.append(len(tokens) + 2)
+    count.tokens += len(tokens) + 2
     tokens_L = np.array([tokenizer.cls_id, *tokens, tokenizer.eos_id], np.int32)
     yield {"tokens": tokens_L, "valid": learnt(tokens_L, tokenizer)}
   if not count.lengths:
@@ -113,13 +115,14 @@ def _conversations(source, split: str, tokenizer: Tokenizer, wanted: Info, count
     size = conversations.answer_bytes(messages)
     count.documents += 1
     bar.update(size)
-    room = wanted.length // wanted.block_length * wanted.block_length if wanted.block_length else 0
-    if len(ids) > (room or wanted.length):
+    if len(ids) > wanted.length:
       count.dropped[f"longer than {wanted.length}"] += 1
       continue
     fitting += 1
     count.text_bytes += size
-    count.stream += sum(valid)
+    pads = -len(ids) % (wanted.block_length or 1)  # scored too, see `pack_blocks`
+    count.stream += sum(valid) + pads
+    count.tokens += len(ids) + pads
     yield ids, valid
   if not fitting:
     raise InputError(
@@ -161,6 +164,7 @@ def rows_of(source: Source, split: str, tokenizer: Tokenizer, wanted: Info, coun
     return
   for row in pack(token_lists, wanted.length, tokenizer.eos_id, wanted.wrap):
     count.lengths.append(wanted.length)
+    count.tokens += wanted.length
     yield {"tokens": row}
   if not count.lengths:
     frame = 2 if wanted.wrap else 0

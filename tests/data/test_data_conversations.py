@@ -61,6 +61,7 @@ def test_one_conversation_a_row(folder):
   split = info.splits["train"]
   learnt = group["valid"].sum()
   assert split.bytes_per_token == sum(len(a) for _, a in PAIRS[:9]) / learnt
+  assert split.tokens == sum(len(q) + len(a) + 3 for q, a in PAIRS[:9])
   assert builder.open_dataset(folder / "out").info == info
 
 
@@ -175,6 +176,7 @@ def test_a_dataset_without_masks_is_refused_with_the_command(folder):
     builder.open_dataset(folder / "out")
   line = str(caught.value)
   assert "\n" not in line and "dlm-jax prepare --config=NAME " in line
+  assert "is not a prepared dataset" not in line
   for field in ("data.length=16", f"tokenizer={folder}/out", f"directory={folder}/out_2"):
     assert f"--config.data.{field.removeprefix('data.')}" in line
 
