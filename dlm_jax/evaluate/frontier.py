@@ -126,10 +126,12 @@ def sweep(
     Rows with the keys of `COLUMNS`, by sampler. `seconds` is the time to draw, not to compile.
 
   Raises:
-    InputError: no sampler, no NFE, an NFE or a count below 1, or an unreadable `path`.
+    InputError: no sampler, no NFE, an NFE or a count below 1, an unreadable `path`, or samples that
+      are given in part and a judge with another tokenizer.
   """
   nfes = checked_nfes(nfes)
   check_counts(samplers=len(samplers), samples=samples, batch_size=batch_size)
+  generative.check_translated(retokenise, valid_NL)
 
   def measure(factory, key):
     tokens_BL, seconds = draw_samples(factory, key["nfe"], samples, min(batch_size, samples), seed)

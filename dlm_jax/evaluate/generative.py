@@ -75,11 +75,7 @@ def quality(
   Raises:
     InputError: some is given, and the judge has another tokenizer.
   """
-  if retokenised is not None and valid_NL is not None:
-    raise InputError(
-      "the judge has a tokenizer of its own, in which prompts and answers cannot be told apart; "
-      "use an autoregressive run on the same data."
-    )
+  check_translated(retokenised, valid_NL)
   judged_BL, mask_BL = retokenised or (tokens_BL, None)
   judged = genppl(
     judge,
@@ -92,6 +88,15 @@ def quality(
   judged = {key: judged[key] for key in ("genppl", "genppl_se", "samples", "tokens")}
   spread = entropy(tokens_BL, valid_NL)
   return Quality(entropy=spread["entropy"], entropy_se=spread["entropy_se"], **judged)
+
+
+def check_translated(retokenised, valid_NL) -> None:
+  """Raise InputError if samples are given in part, and a judge is to read them in other tokens."""
+  if retokenised is not None and valid_NL is not None:
+    raise InputError(
+      "the judge has a tokenizer of its own, in which prompts and answers cannot be told apart; "
+      "use an autoregressive run on the same data."
+    )
 
 
 def genppl(

@@ -63,6 +63,7 @@ class Samples:
       self._templates = templates.like_validation(
         built.config.data.directory, options.samples, batch
       )
+      generative.check_translated(judge.retokenise, self._templates.valid_NL)
 
     def draw(denoiser, rng, nfe, prompt=None, frozen=None):
       length = built.config.data.length if prompt is None else prompt.shape[1]
