@@ -36,12 +36,13 @@ def optional(kind: type, value: Any = None) -> FieldReference:
 def _data(c: ConfigDict) -> None:
   c.data = ConfigDict()
   c.data.directory = ""  # packed dataset: written by `dlm-jax prepare`, read by `dlm-jax train`
-  c.data.source = "stdlib"  # stdlib, files:GLOB, fasta:GLOB or tfds:NAME/SPLIT:FEATURE
+  c.data.source = "stdlib"  # stdlib, files:, fasta:, chat:GLOB or tfds:NAME/SPLIT:FEATURE
   c.data.options = ConfigDict()  # of the source: field, document_separator, validation, …
   c.data.tokenizer = "bpe:2048"  # bpe:SIZE (trained on the corpus), bytes, esm, or a path
   c.data.length = 128  # tokens per sequence, or of the longest one
-  c.data.packing = "concatenate"  # concatenate, or documents: one sequence each, padded
+  c.data.packing = "concatenate"  # concatenate; documents: a padded row each; conversations
   c.data.buckets = ()  # of documents: lengths to pad to, rising to data.length; (): that one
+  c.data.block_length = 0  # of conversations: rows shared in blocks of so many tokens; 0: not
 
   c.loader = ConfigDict()
   c.loader.batch_size = 64  # sequences per update, over all devices and micro-batches

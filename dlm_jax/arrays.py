@@ -17,6 +17,13 @@ from jaxtyping import Float, Key
 
 Params = Any  # a plain pytree of float32 arrays
 Metrics = dict[str, Array]  # flat, float32 scalars, "tree/name"
+# What data is made of, and a loader yields: a feature by name, all of one shape [B, L].
+#   tokens    int32; ids.
+#   valid     bool; False on what is given: prompts, frames, padding. Such a token is an input, but
+#             never noised, drawn or scored. Absent: every token is valid.
+#   position  int32; from 0 in each of several sequences that share a row. Absent: 0 … L − 1.
+#   segment   int32; number of the sequence in its row, from 1; 0: padding. Absent: all are one.
+Record = dict[str, Any]
 Scalar = Float[Array, ""] | float
 RngKey = Key[Array, ""]
 

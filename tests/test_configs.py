@@ -164,7 +164,7 @@ def test_two_tiny_steps(name):
   for seed in range(2):
     tokens = np.random.default_rng(seed).integers(0, 40, size=(objective.batches, 8, 8))
     tokens = jax.device_put(jnp.asarray(tokens, jnp.int32), mesh.batch_sharding(built.mesh, 1))
-    state, metrics = run(state, tokens)
+    state, metrics = run(state, {"tokens": tokens})
     assert all(np.isfinite(float(value)) for value in metrics.values())
   assert int(state.step) == 2
   for tree, old in before.items():

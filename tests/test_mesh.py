@@ -60,7 +60,7 @@ def _train(built, state, steps):
     rng = np.random.default_rng(int(state.step))
     tokens = jnp.asarray(rng.integers(0, 300, size=(1, 8, 16)), jnp.int32)
     tokens = jax.device_put(tokens, mesh.batch_sharding(built.mesh, leading=1))
-    state, metrics = run(state, tokens)
+    state, metrics = run(state, {"tokens": tokens})
     losses.append(float(metrics["model/loss"]))
   return state, losses
 
@@ -132,7 +132,7 @@ def test_weights_are_gathered_not_activations():
     (1, 8, 16), jnp.int32, sharding=mesh.batch_sharding(built.mesh, leading=1)
   )
   step = loop.jit_step(built.objective, built.mesh, built.shardings, 0)
-  shapes = _exchanged(step.lower(_like(built), tokens).compile().as_text())
+  shapes = _exchanged(step.lower(_like(built), {"tokens": tokens}).compile().as_text())
   assert "f32[16,48]" in shapes, "the weights of queries, keys and values"
   assert not [s for s in shapes if re.fullmatch(r"f32\[\d+,16,\d+\]", s)]
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Wheel and sdist: what is in them, their version, and that they sample far from the sources."""
 
+import os
 import pathlib
 import shutil
 import subprocess

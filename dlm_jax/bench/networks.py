@@ -68,7 +68,7 @@ def from_checkpoint(
   pipe = load.open_decoder(path, draft=draft, dtype=dtype, storage=storage)
   prompts = _lines(file)[:count] if file else []
   if not file and data:
-    rows_NL = loader.evaluation_groups(data, "validation", count)[0]
+    rows_NL = loader.evaluation_groups(data, "validation", count)[0]["tokens"]
     prompts = [row_L[:length].tolist() for row_L in rows_NL]
   if not prompts:
     raise InputError(

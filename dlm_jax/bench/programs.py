@@ -242,14 +242,14 @@ def _step(built, batch, repeats):
   del teacher
   # The mask, if there is one, is the last id: data has none.
   tokens_UBL = _tokens(model.config, batch, objective.batches)
-  tokens_UBL = jax.device_put(tokens_UBL, mesh.batch_sharding(built.mesh, leading=1))
+  records = {"tokens": jax.device_put(tokens_UBL, mesh.batch_sharding(built.mesh, leading=1))}
   step = loop.jit_step(objective, built.mesh, built.shardings, 0)
-  program, seconds = measure.compiled(step, state, tokens_UBL)
+  program, seconds = measure.compiled(step, state, records)
   held = [state]
   del state
 
   def call():
-    held[0], metrics = program(held[0], tokens_UBL)
+    held[0], metrics = program(held[0], records)
     return metrics
 
   return measure.repeat(call, repeats, measure.memory(program), seconds)

@@ -10,7 +10,7 @@ import jax
 from dlm_jax import convert, models
 from dlm_jax.cli import flags
 from dlm_jax.convert import places
-from dlm_jax.data import builder, loader
+from dlm_jax.data import builder, loader, templates
 from dlm_jax.errors import InputError, check_counts
 from dlm_jax.evaluate import blocks, frontier, generative, likelihood, proteins
 from dlm_jax.evaluate.judge import check_tokenizer, load_judge
@@ -62,7 +62,8 @@ dlm-jax evaluate --checkpoint=runs/novels_idlm --judge=runs/novels_judge --steps
     if flags_.samples and network.writes == "grid":
       scores |= _proteins(flags_)
   elif flags_.judge:
-    scores |= _samples(flags_)
+    packed = dataset is not None and dataset.info.packing == "conversations"
+    scores |= _samples(flags_, flags_.data if packed else "")
   if flags_.json:
     print(json.dumps(scores))
 
@@ -76,16 +77,16 @@ def _likelihood(flags_, dataset) -> dict[str, float]:
   if size < 1:
     raise InputError("--sequences and --batch_size must be positive.")
   groups = loader.evaluation_groups(flags_.data, "validation", flags_.sequences)
-  tokens = groups if dataset.info.packing == "documents" else groups[0]
+  tokens, valid = loader.features(groups, "tokens", "valid")
   shared = {
     "batch_size": size,
     "bytes_per_token": dataset.info.splits["validation"].bytes_per_token,
-    "given_ids": dataset.info.given_ids,
+    "valid_NL": valid,
   }
   scores = _scores(flags_, network, tokens, shared)
   what = "perplexity" if network.writes == "next" else "perplexity bound"
   if not flags_.json:
-    size = scores["tokens"] if dataset.info.given_ids else groups[0].size
+    size = scores["tokens"] if valid is not None else tokens.size
     print(
       f"{what} {generative.plus_minus(scores['perplexity'], scores['perplexity_se'], 2)}, "
       f"{scores['bits_per_byte']:.3f} bits per byte, {scores['sequences']} sequences "
@@ -113,22 +114,22 @@ def _scores(flags_, network, tokens, shared):
 def _proteins(flags_) -> dict[str, Any]:
   """Draw proteins as long as the first validation records; compare them with the dataset."""
   check_counts(samples=flags_.samples, training=flags_.training)
-  pipe, judge, tokens_NL = _draw(flags_, flags_.data)
+  pipe, judge, tokens_NL, valid_NL = _draw(flags_, flags_.data)
 
   def texts(split):
     groups = loader.evaluation_groups(flags_.data, split, flags_.training)
-    return [pipe.tokenizer.decode(row_L) for group_NL in groups for row_L in group_NL]
+    return [pipe.tokenizer.decode(row_L) for group in groups for row_L in group["tokens"]]
 
   compared = proteins.measure(
     [pipe.tokenizer.decode(row_L) for row_L in tokens_NL],
     reference=texts("validation"),
     training=texts("train"),
   )
-  spread = generative.entropy(tokens_NL, pipe.tokenizer.given_ids)
+  spread = generative.entropy(tokens_NL, valid_NL)
   scores = {"steps": flags_.steps, **dataclasses.asdict(compared), **spread}
   lines = [f"entropy {generative.plus_minus(spread['entropy'], spread['entropy_se'], 2)} nats"]
   if judge is not None:
-    quality = judge.quality(tokens_NL, batch_size=flags_.batch_size)
+    quality = judge.quality(tokens_NL, flags_.batch_size, valid_NL)
     scores |= dataclasses.asdict(quality)
     lines = [str(quality)]
   if not flags_.json:
@@ -137,18 +138,21 @@ def _proteins(flags_) -> dict[str, Any]:
 
 
 def _draw(flags_, data: str = ""):
-  """Return the model, its judge if one is named, and samples; of proteins as long as in `data`."""
+  """Return the model, its judge if one is named, samples like `data`, and where they are drawn."""
   pipe = denoiser.load_denoiser(flags_.checkpoint)
   judge = load_judge(flags_.judge, pipe.tokenizer) if flags_.judge else None
   sampler, batch = pipe.sampler(data, **dict(flags_.option)), min(flags_.batch_size, flags_.samples)
   tokens_NL, _ = frontier.draw_samples(sampler, flags_.steps, flags_.samples, batch, flags_.seed)
-  return pipe, judge, tokens_NL
+  valid_NL = None
+  if data:
+    valid_NL = templates.like_validation(data, flags_.samples, batch).valid_NL
+  return pipe, judge, tokens_NL, valid_NL
 
 
-def _samples(flags_) -> dict[str, float | int]:
+def _samples(flags_, data: str) -> dict[str, float | int]:
   check_counts(samples=flags_.samples, batch_size=flags_.batch_size)
-  _, judge, tokens_BL = _draw(flags_)
-  quality = judge.quality(tokens_BL, batch_size=flags_.batch_size)
+  _, judge, tokens_BL, valid_NL = _draw(flags_, data)
+  quality = judge.quality(tokens_BL, flags_.batch_size, valid_NL)
   if not flags_.json:
     print(f"{flags_.steps} steps: {quality}")
   return {"steps": flags_.steps, **dataclasses.asdict(quality)}

@@ -8,6 +8,7 @@ import pathlib
 from dlm_jax import convert
 from dlm_jax.cli import flags
 from dlm_jax.convert import places
+from dlm_jax.data import templates
 from dlm_jax.errors import InputError, check_counts
 from dlm_jax.evaluate import frontier, matched
 from dlm_jax.evaluate.frontier import sweep_progress
@@ -36,6 +37,7 @@ def main(argv: list[str]) -> None:
     "seed": options.seed,
     "context": context,
     "path": f"{options.workdir}/frontier.jsonl",
+    "valid_NL": _valid(options),
   }
   rounds = len(samplers) * (1 + len(set(options.temperatures)))
   with sweep_progress(rounds * sum(set(options.nfes))) as on_row:
@@ -59,6 +61,13 @@ def _match(rows, options) -> list[pathlib.Path]:
   if not any(math.isfinite(row["genppl"]) for row in rows):
     return []
   return list(frontier.write(rows, options.workdir, axes=options.x, stem="matched").values())
+
+
+def _valid(options):
+  """Return where samples are drawn, not given; None: everywhere."""
+  if not options.data:
+    return None
+  return templates.like_validation(options.data, options.samples, options.batch_size).valid_NL
 
 
 def _samplers(options):
@@ -98,7 +107,9 @@ dlm-jax frontier --model a=runs/s --model b=runs/s,nucleus=0.9 --judge=gpt2 --wo
   parser.add_argument("--judge", required=True, help="autoregressive judge, or a GPT-2 directory")
   parser.add_argument("--tokenizer", default="", help="default: the one beside each network")
   parser.add_argument(
-    "--data", default="", help="of proteins: prepared dataset whose validation lengths samples get"
+    "--data",
+    default="",
+    help="of proteins or conversations: prepared dataset whose lengths or prompts samples get",
   )
   parser.add_argument("--workdir", required=True, help="frontier.csv, .json and .png go there")
   parser.add_argument("--nfes", type=flags.integers, default=[1, 2, 4, 8, 16, 32, 64, 128])

@@ -10,11 +10,12 @@ def main(argv: list[str]) -> None:
   """Parse flags and pack the corpus."""
   parser = flags.Parser(
     "prepare",
-    "Tokenise a corpus and pack it into sequences of equal length, or proteins one by one.",
+    "Tokenise a corpus and pack it: text end to end, proteins one by one, prompts with answers.",
     """
 dlm-jax prepare --config=quickstart_teacher
 dlm-jax prepare --config=novels_teacher --config.data.source='files:books/*.txt'
-dlm-jax prepare --config=owt_teacher --config.data.tokenizer=data/gpt2 --config.data.length=512
+dlm-jax prepare --config=owt_teacher --config.data.packing=conversations \\
+  --config.data.source='chat:talks/*.jsonl' --config.data.directory=data/talks
 """,
   )
   flags.add_config(parser)
@@ -25,7 +26,7 @@ dlm-jax prepare --config=owt_teacher --config.data.tokenizer=data/gpt2 --config.
   print(prepared.message)
   rows = tokenizers.load(prepared.directory)
   for name, split in prepared.info.splits.items():
-    sizes = zip(prepared.info.buckets, split.bucket_records, strict=True)
+    sizes = zip(prepared.info.buckets, split.bucket_records, strict=True)  # of documents
     padded = ", ".join(f"{records:,} padded to {length}" for length, records in sizes)
     print(
       f"  {name}: {split.records:,} records, {split.tokens:,} tokens, "

@@ -20,6 +20,46 @@ COMPRESSED = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
 _CORRUPT = (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error)
 
 
+def decode(data: bytes, path: str | os.PathLike, offset: int = 0) -> str:
+  """Return UTF-8 text without a byte-order mark; say in one line where it is not UTF-8."""
+  try:
+    return data.decode("utf-8").removeprefix("\ufeff")
+  except UnicodeDecodeError as error:
+    raise InputError(
+      f"{path} is not UTF-8: byte 0x{data[error.start]:02x} at offset {offset + error.start}; "
+      "convert the file (iconv -t UTF-8) or leave it out of the glob."
+    ) from error
+
+
+def json_lines(file: BinaryIO, path: str) -> Iterator[tuple[int, Any]]:
+  """Yield number, from 1, and value of every line that is not empty.
+
+  Raises:
+    InputError: a line is not JSON or not UTF-8.
+  """
+  offset = 0
+  for number, line in enumerate(file, start=1):
+    text = decode(line, path, offset)
+    offset += len(line)
+    if not text.strip():
+      continue
+    try:
+      yield number, json.loads(text)
+    except ValueError as error:
+      raise InputError(f"{path}:{number} is not JSON: {error}.") from error
+
+
+def check_text(text: str, where: str) -> None:
+  """Raise InputError for half a surrogate pair, which JSON can hold and UTF-8 cannot."""
+  try:
+    text.encode()
+  except UnicodeEncodeError as error:
+    raise InputError(
+      f"{where} holds half a surrogate pair (\\u{ord(text[error.start]):04x}), "
+      "which is not text; repair that line."
+    ) from error
+
+
 def fraction_of(name: str) -> float:
   """Return a number in [0, 1) that depends on nothing but the name."""
   # The prefix only chooses one of the equally lawful assignments; changing it changes every split.

@@ -2,7 +2,8 @@
 """Pack a corpus and keep it as a TFDS dataset (ArrayRecord), see `dataset`.
 
 Text is concatenated and cut into sequences of one length. Proteins are packed as documents: one
-record each, padded by the loader to the smallest bucket that holds it.
+record each, padded by the loader to the smallest bucket that holds it. Conversations are rows of
+one length in which prompts and padding are given and answers are learnt.
 """
 
 import dataclasses
@@ -13,19 +14,30 @@ import os
 import pathlib
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import tensorflow_datasets as tfds
 import tqdm
 
-from dlm_jax.data.dataset import FORMAT, PACKINGS, Info, Path, SplitInfo, lengths_file, open_dataset
+from dlm_jax.arrays import Record
+from dlm_jax.data import conversations
+from dlm_jax.data.dataset import (
+  FEATURES,
+  FORMAT,
+  PACKINGS,
+  Info,
+  Path,
+  features_of,
+  lengths_file,
+  open_dataset,
+)
 from dlm_jax.data.dataset import Dataset as Dataset
+from dlm_jax.data.packing import pack, pack_blocks
+from dlm_jax.data.rows import Count, rows_of
 from dlm_jax.data.sources import SPLITS, Source
 from dlm_jax.data.tokenizers import Tokenizer
 from dlm_jax.errors import InputError
-
-_DOCUMENTS = 64  # tokenised together: enough for all cores, small enough for a smooth progress bar
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,66 +65,36 @@ class Prepared:
     return f"{self.directory}: {done} ({counts}, length {self.info.length}{left_out})."
 
 
-def pack(
-  token_lists: Iterable[list[int]], length: int, eos_id: int, wrap: bool = True
-) -> Iterator[np.ndarray]:
-  """Cut a stream of documents into int32 [length] sequences, GPT-2 style.
-
-  Every document gets the separator appended, all are concatenated, the stream is cut into pieces of
-  length − 2 and each piece is framed by separators: [eos] + piece + [eos]. The tail that fills no
-  piece is dropped, once per split; the public MDLM and Duo code drops one per 1000 documents.
-
-  Args:
-    token_lists: token ids per document, without separators.
-    length: L.
-    eos_id: the separator.
-    wrap: False cuts pieces of `length` and adds no frame.
-
-  Raises:
-    InputError: no token of a document fits into `length`.
-
-  Example:
-    >>> [row.tolist() for row in pack([[1, 2], [3, 4, 5]], 5, 0)]
-    [[0, 1, 2, 0, 0], [0, 3, 4, 5, 0]]
-  """
-  size = length - 2 if wrap else length
-  if size < 1:
-    raise InputError(
-      f"length={length} leaves no room for text; use {3 if wrap else 1} or more (wrap={wrap})."
-    )
-  return _pack(token_lists, size, eos_id, wrap)
-
-
-def _pack(token_lists, size, eos_id, wrap):
-  pending = np.empty(0, np.int32)
-  for tokens in token_lists:
-    pending = np.concatenate([pending, np.asarray(tokens, np.int32), np.int32([eos_id])])
-    whole = len(pending) // size * size
-    rows = pending[:whole].reshape(-1, size)
-    yield from np.pad(rows, ((0, 0), (1, 1)), constant_values=eos_id) if wrap else rows
-    pending = pending[whole:]
-
-
 class PackedTokens(tfds.core.GeneratorBasedBuilder):
   """The TFDS builder; `prepare` drives it. Records keep the order in which they were packed.
 
-  The length is None where every record has its own.
+  The length is None where every record has its own; features are named as in `arrays.Record`.
   """
 
   VERSION = tfds.core.Version("1.0.0")
 
-  def __init__(self, *, length: int | None, splits: dict[str, Iterator[np.ndarray]], **options):
-    self._length, self._splits = length, splits
+  def __init__(
+    self,
+    *,
+    length: int | None,
+    features: tuple[str, ...],
+    splits: dict[str, Iterator[Record]],
+    **options,
+  ):
+    self._length, self._features, self._splits = length, features, splits
     super().__init__(**options)
 
   def _info(self):
-    tokens = tfds.features.Tensor(shape=(self._length,), dtype=np.int32)
+    tensors = {
+      name: tfds.features.Tensor(shape=(self._length,), dtype=FEATURES[name])
+      for name in self._features
+    }
     return tfds.core.DatasetInfo(
       builder=self,
       description="Documents of token ids, packed into sequences of equal length."
       if self._length
       else "Documents of token ids, one a record.",
-      features=tfds.features.FeaturesDict({"tokens": tokens}),
+      features=tfds.features.FeaturesDict(tensors),
       disable_shuffling=True,  # the loader shuffles; evaluation wants the order of the text
     )
 
@@ -121,8 +103,8 @@ class PackedTokens(tfds.core.GeneratorBasedBuilder):
     return {name: self._generate_examples(name) for name in self._splits}
 
   def _generate_examples(self, name):
-    for index, tokens in enumerate(self._splits[name]):
-      yield index, {"tokens": tokens}
+    for index, record in enumerate(self._splits[name]):
+      yield index, {feature: record[feature] for feature in self._features}
 
   def _log_download_bytes(self):
     """Stay silent where TFDS prints the path: it is temporary."""
@@ -130,99 +112,18 @@ class PackedTokens(tfds.core.GeneratorBasedBuilder):
   _log_download_done = _log_download_bytes
 
 
-@dataclasses.dataclass
-class _Count:
-  documents: int = 0
-  text_bytes: int = 0
-  stream: int = 0  # tokens with separators, before cutting
-  lengths: list[int] = dataclasses.field(default_factory=list)  # of the records
-  too_long: int = 0
-
-  def info(self, wanted: Info, dropped: dict[str, int]) -> SplitInfo:
-    density, buckets = self.text_bytes / self.stream, ()
-    if wanted.packing == "documents":
-      density = self.text_bytes / (self.stream - self.documents)
-      which_N = np.searchsorted(wanted.buckets, self.lengths)
-      buckets = tuple(np.bincount(which_N, minlength=len(wanted.buckets)).tolist())
-      if self.too_long:
-        dropped = dropped | {f"longer than {wanted.length - 2}": self.too_long}
-    elif wanted.wrap:
-      # A record is charged with L − 2 tokens of the stream: the dropped tail takes its bytes along.
-      density = density * (wanted.length - 2) / wanted.length
-    return SplitInfo(
-      records=len(self.lengths),
-      tokens=sum(self.lengths),
-      documents=self.documents,
-      text_bytes=self.text_bytes,
-      bytes_per_token=density,
-      bucket_records=buckets,
-      dropped=dropped,
-    )
-
-
-def _token_lists(source: Source, split: str, tokenizer: Tokenizer, count: _Count, bar):
-  """Yield the token ids of every document of a split, keeping count; none at all is an error."""
-  stream = iter(source.documents(split))
-  while documents := list(itertools.islice(stream, _DOCUMENTS)):
-    for document, tokens in zip(documents, tokenizer.encode_batch(documents), strict=True):
-      size = len(document.encode())
-      count.documents += 1
-      count.text_bytes += size
-      count.stream += len(tokens) + 1
-      bar.update(size)
-      yield tokens
-  if not count.documents:
-    raise InputError(
-      f"the {split} split is empty: {source.describe()['spec']} holds no text for it; give more "
-      "documents, cut them with document_separator, or name validation text with validation."
-    )
-
-
-def _documents(token_lists, split: str, wanted: Info, tokenizer: Tokenizer, count: _Count):
-  """Yield a record for every document that fits into the last bucket; none at all is an error."""
-  for tokens in token_lists:
-    if len(tokens) > wanted.length - 2:
-      count.too_long += 1
-      continue
-    count.lengths.append(len(tokens) + 2)
-    yield np.array([tokenizer.cls_id, *tokens, tokenizer.eos_id], np.int32)
-  if not count.lengths:
-    raise InputError(
-      f"none of the {count.documents} documents of the {split} split fits into data.length="
-      f"{wanted.length} with its start and end; use a longer last bucket."
-    )
-
-
-def _rows(source: Source, split: str, tokenizer: Tokenizer, wanted: Info, count: _Count, bar):
-  """Yield the packed rows of a split, keeping count; an empty split or no full row is an error."""
-  bar.set_description(f"packing {split}")
-  token_lists = _token_lists(source, split, tokenizer, count, bar)
-  if wanted.packing == "documents":
-    yield from _documents(token_lists, split, wanted, tokenizer, count)
-    return
-  for row in pack(token_lists, wanted.length, tokenizer.eos_id, wanted.wrap):
-    count.lengths.append(wanted.length)
-    yield row
-  if not count.lengths:
-    frame = 2 if wanted.wrap else 0
-    raise InputError(
-      f"length={wanted.length} is longer than the {split} split, which has only "
-      f"{count.stream} tokens; use length <= {count.stream + frame} or give more text."
-    )
-
-
 def _build(source, tokenizer, wanted: Info, directory: pathlib.Path, progress: bool) -> Info:
   """Write everything into an empty directory; return `wanted` with its splits filled in."""
-  counts = {split: _Count() for split in SPLITS}
-  length = wanted.length if wanted.packing == "concatenate" else None
+  counts = {split: Count() for split in SPLITS}
+  length = None if wanted.packing == "documents" else wanted.length
   with tqdm.tqdm(
     unit="B", unit_scale=True, total=wanted.source.get("bytes"), disable=None if progress else True
   ) as bar:
-    rows = {s: _rows(source, s, tokenizer, wanted, counts[s], bar) for s in SPLITS}
+    rows = {s: rows_of(source, s, tokenizer, wanted, counts[s], bar) for s in SPLITS}
     tfds.display_progress_bar(False)
     where = {"data_dir": directory, "file_format": "array_record"}
     try:
-      builder = PackedTokens(length=length, splits=rows, **where)
+      builder = PackedTokens(length=length, features=wanted.features, splits=rows, **where)
       builder.download_and_prepare(download_dir=directory / "downloads")
     except RuntimeError as error:
       if "write() failed" in str(error):  # how the ArrayRecord writer reports a full disk
@@ -232,8 +133,7 @@ def _build(source, tokenizer, wanted: Info, directory: pathlib.Path, progress: b
       tfds.display_progress_bar(True)
   shutil.rmtree(directory / "downloads", ignore_errors=True)
   tokenizer.save(directory)
-  left_out = getattr(source, "dropped", {})
-  splits = {split: counts[split].info(wanted, left_out.get(split, {})) for split in SPLITS}
+  splits = {split: counts[split].info(wanted) for split in SPLITS}
   info = dataclasses.replace(wanted, splits=splits)
   for split in SPLITS if wanted.packing == "documents" else ():
     lengths_file(directory, split).parent.mkdir(exist_ok=True)
@@ -268,6 +168,21 @@ def _existing(directory: pathlib.Path, wanted: Info) -> Info | None:
   return info
 
 
+def _check_conversations(source, packing, block_length, length):
+  """Complain unless a corpus can be packed as is asked."""
+  if packing != "conversations" and block_length:
+    raise InputError(
+      f"data.block_length={block_length} is of data.packing='conversations' only; leave it 0."
+    )
+  if packing == "conversations" and not isinstance(source, conversations.Conversations):
+    raise InputError(
+      f"data.packing='conversations' needs prompts and answers, and data.source="
+      f"{source.describe()['spec']} holds text; use chat:GLOB."
+    )
+  if block_length:
+    pack_blocks((), length, block_length, 0)  # complains about lengths that do not fit
+
+
 def _checked_buckets(packing, buckets, length, tokenizer) -> tuple[int, ...]:
   """Return the buckets of a packing; complain about what does not fit together."""
   if packing not in PACKINGS:
@@ -279,7 +194,7 @@ def _checked_buckets(packing, buckets, length, tokenizer) -> tuple[int, ...]:
       f"data.packing={packing!r} does not fit this tokenizer, which has "
       f"{'a' if framed else 'no'} start and padding; use data.packing={wanted!r}."
     )
-  if packing == "concatenate":
+  if packing != "documents":
     if buckets:
       raise InputError(f"data.buckets={buckets} are of data.packing='documents' only; leave it ().")
     return ()
@@ -299,6 +214,7 @@ def prepare(
   wrap: bool = True,
   packing: str = "concatenate",
   buckets: tuple[int, ...] = (),
+  block_length: int = 0,
   progress: bool = True,
 ) -> Prepared:
   """Tokenise, pack and write both splits of a corpus.
@@ -312,9 +228,12 @@ def prepare(
     length: L, tokens per sequence.
     directory: where to write; must not exist, be empty, or hold the same dataset.
     wrap: frame every sequence by separators, see `pack`.
-    packing: "concatenate", or "documents": one record each. Longer ones than `length` with start
-      and end are dropped and counted.
+    packing: "concatenate"; "documents": one record each; or "conversations", of `chat:GLOB`, see
+      `conversations.encode`. Longer ones than `length` with what frames them are dropped and
+      counted.
     buckets: of documents: the lengths that they are padded to, rising to `length`; none: `length`.
+    block_length: of conversations: several share a training row, each padded to whole blocks of so
+      many tokens, for decoders, which keep them apart; 0: one a row.
     progress: show a progress bar on a terminal.
 
   Raises:
@@ -323,10 +242,19 @@ def prepare(
       holds something else (the message tells what differs) or cannot be written.
 
   Example:
-    >>> prepared = prepare(open_source("stdlib"), tokenizers.Bytes(), 256, "runs/data")
+    >>> import pathlib, tempfile
+    >>> from dlm_jax.data import sources, tokenizers
+    >>> folder = pathlib.Path(tempfile.mkdtemp())
+    >>> for name in ("one", "two"):
+    ...   size = (folder / f"{name}.txt").write_text("to be or not to be, " * 20)
+    >>> source = sources.open_source(f"files:{folder}/*.txt", validation=f"{folder}/two.txt")
+    >>> made = prepare(source, tokenizers.Bytes(), 64, folder / "data", progress=False)
+    >>> made.info.splits["train"].records
+    6
   """
   directory = pathlib.Path(os.path.abspath(directory))
   buckets = _checked_buckets(packing, buckets, length, tokenizer)
+  _check_conversations(source, packing, block_length, length)
   pack((), length, tokenizer.eos_id, wrap)  # complain about the length before touching the disk
   wanted = Info(
     source=source.describe(),
@@ -339,7 +267,8 @@ def prepare(
     package_version=_version(),
     packing=packing,
     buckets=buckets,
-    given_ids=tokenizer.given_ids,
+    block_length=block_length,
+    features=features_of(packing, block_length),
     pad_id=tokenizer.pad_id if packing == "documents" else None,
   )
   temporary = None

@@ -3,8 +3,8 @@
 
 A prepared directory holds
 
-  packed_tokens/1.0.0/  the TFDS dataset, feature `tokens` int32 [L], splits train and validation;
-                        `tfds.builder_from_directory` opens it without us
+  packed_tokens/1.0.0/  the TFDS dataset, splits train and validation: the features of `Record`
+                        that say anything; `tfds.builder_from_directory` opens it without us
   tokenizer.json        the tokenizer that made the ids, see `tokenizers.load`
   dataset.json          what it was made from and how much there is, see `Info`
   lengths/*.npy         of a dataset of documents: every record's number of tokens, by split
@@ -16,6 +16,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import shlex
 from typing import Any
 
 import numpy as np
@@ -26,9 +27,20 @@ from dlm_jax.data import tokenizers
 from dlm_jax.data.tokenizers import Tokenizer
 from dlm_jax.errors import InputError
 
-FORMAT = "dlm_jax.packed_tokens/1"
-PACKINGS = ("concatenate", "documents")
+FORMAT, _BARE = "dlm_jax.packed_tokens/2", "dlm_jax.packed_tokens/1"  # the first held ids alone
+PACKINGS = ("concatenate", "documents", "conversations")
+FEATURES = {"tokens": np.int32, "valid": np.bool_, "position": np.int32, "segment": np.int32}
+# TFDS imports the module of any class that features.json names: these are all that we write.
+_TFDS = "tensorflow_datasets.core.features"
+_CLASSES = (f"{_TFDS}.features_dict.FeaturesDict", f"{_TFDS}.tensor_feature.Tensor")
 Path = str | os.PathLike
+
+
+def features_of(packing: str, block_length: int = 0) -> tuple[str, ...]:
+  """Return the names of the features that records of a packing hold."""
+  if packing == "concatenate":
+    return ("tokens",)
+  return tuple(FEATURES) if block_length else ("tokens", "valid")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,12 +49,13 @@ class SplitInfo:
 
   Attributes:
     records: sequences.
-    tokens: records · length, separators and framing included; padding is not.
-    documents: documents read.
-    text_bytes: UTF-8 bytes of those documents, the dropped tail included.
+    tokens: in all records, separators and framing included; padding that is not scored is not.
+    documents: documents, or conversations, read.
+    text_bytes: UTF-8 bytes of those documents, the dropped tail included; of conversations, of
+      their answers.
     bytes_per_token: text bytes per position of a record. With an average loss in nats over all L
-      positions, bits per byte = loss / ln 2 / bytes_per_token. Packed as documents: text bytes per
-      token between start and end, and the loss is over these.
+      positions, bits per byte = loss / ln 2 / bytes_per_token. Packed as documents or as
+      conversations: text bytes per valid token, and the loss is over these.
     bucket_records: packed as documents: records by bucket.
     dropped: reason → documents left out. Empty is not written.
   """
@@ -69,10 +82,12 @@ class Info:
     tokenizer_fingerprint: `Tokenizer.fingerprint`.
     splits: name → SplitInfo.
     package_version: version of dlm_jax that wrote it.
-    packing: "concatenate", or "documents": one record each, of the tokenizer's start, the tokens
-      and the end; stored without padding.
+    packing: "concatenate"; "documents": one record each, of the tokenizer's start, the tokens and
+      the end, stored without padding; or "conversations".
     buckets: packed as documents: the lengths that records are padded to; the last one is `length`.
-    given_ids: ids that are never noised, scored or predicted.
+    block_length: of conversations that share rows of the training split: each is padded to whole
+      blocks of so many tokens; 0: one a row. Validation rows hold one each.
+    features: what records hold, see `arrays.Record`.
     pad_id: what fills a record up to its bucket.
   """
 
@@ -86,7 +101,8 @@ class Info:
   package_version: str
   packing: str = "concatenate"
   buckets: tuple[int, ...] = ()
-  given_ids: tuple[int, ...] = ()
+  block_length: int = 0
+  features: tuple[str, ...] = ("tokens",)
   pad_id: int | None = None
 
   def settings(self) -> dict[str, Any]:
@@ -94,7 +110,7 @@ class Info:
     names = ("length", "wrap", "vocab_size", "eos_id", "tokenizer_fingerprint", "packing")
     source = {f"source.{key}": value for key, value in self.source.items()}
     settings = {name: getattr(self, name) for name in names} | source
-    return settings | {"buckets": list(self.buckets)}
+    return settings | {"buckets": list(self.buckets), "block_length": self.block_length}
 
   def content(self) -> dict[str, Any]:
     """Return what is written: every field but those of documents where they say nothing."""
@@ -103,8 +119,8 @@ class Info:
 
 
 def _without_defaults(record) -> dict[str, Any]:
-  empty = {"packing": "concatenate", "buckets": (), "given_ids": (), "pad_id": None}
-  empty |= {"bucket_records": (), "dropped": {}}
+  empty = {"packing": "concatenate", "buckets": (), "block_length": 0, "features": ("tokens",)}
+  empty |= {"pad_id": None, "bucket_records": (), "dropped": {}}
   content = dataclasses.asdict(record)
   return {k: v for k, v in content.items() if k not in empty or v != empty[k]}
 
@@ -153,7 +169,13 @@ def open_dataset(directory: Path) -> Dataset:
   advice = "prepare it again into a new directory."
   try:
     content = json.loads((directory / "dataset.json").read_text(encoding="utf-8"))
-    if content.pop("format") != FORMAT:
+    form = content.pop("format")
+    if form == _BARE:
+      raise InputError(
+        f"{directory} was prepared by an earlier version, without masks; make a new one: "
+        f"{_command(directory, content)} (NAME: the config of your run)."
+      )
+    if form != FORMAT:
       raise ValueError("its format is not " + FORMAT)
     files = content.pop("files")
     splits = {name: SplitInfo(**_tuples(s)) for name, s in content.pop("splits").items()}
@@ -162,6 +184,8 @@ def open_dataset(directory: Path) -> Dataset:
     raise InputError(
       f"{directory} is not a prepared dataset: dataset.json: {error.strerror}; {advice}"
     ) from error
+  except InputError:
+    raise
   except (ValueError, KeyError, TypeError, AttributeError) as error:
     raise InputError(
       f"{directory} is not a prepared dataset: dataset.json is not ours ({error}); {advice}"
@@ -172,9 +196,45 @@ def open_dataset(directory: Path) -> Dataset:
     if found != size:
       state = "is missing" if found is None else f"has {found} bytes instead of {size}"
       raise InputError(f"{directory} is truncated or changed: {name} {state}; {advice}")
+  _check_classes(directory)
   try:
     tfds_builder = tfds.builder_from_directory(directory / "packed_tokens" / "1.0.0")
     sources = {name: tfds_builder.as_data_source(split=name) for name in info.splits}
   except Exception as error:  # sizes agree: only a foreign or edited dataset comes here
     raise InputError(f"{directory} cannot be opened by TFDS: {error}; {advice}") from error
   return Dataset(directory=str(directory), info=info, splits=sources)
+
+
+def _command(directory: pathlib.Path, content: dict[str, Any]) -> str:
+  """Return the command that prepares the same corpus again, beside an old dataset."""
+  source = dict(content["source"])
+  fields = {"source": source.pop("spec"), "tokenizer": directory, "length": content["length"]}
+  fields["packing"] = content.get("packing", "concatenate")
+  if buckets := content.get("buckets"):
+    fields["buckets"] = ",".join(map(str, buckets))
+  known = ("field", "document_separator", "validation", "validation_fraction", "tests")
+  known += ("min_length", "max_length")
+  fields |= {f"options.{k}": source[k] for k in known if source.get(k) is not None}
+  fields["directory"] = directory.with_name(f"{directory.name}_2")
+  given = " ".join(shlex.quote(f"--config.data.{key}={value}") for key, value in fields.items())
+  return f"dlm-jax prepare --config=NAME {given}"
+
+
+def _check_classes(directory: pathlib.Path) -> None:
+  """Raise InputError if the features are of classes that we do not write; none is imported."""
+  found: list[str] = []
+
+  def note(node):
+    found.extend(value for key, value in node.items() if key == "pythonClassName")
+    return node
+
+  path = directory / "packed_tokens" / "1.0.0" / "features.json"
+  try:
+    json.loads(path.read_text(encoding="utf-8"), object_hook=note)
+  except (OSError, ValueError) as error:
+    raise InputError(f"{directory} cannot be opened by TFDS: {path.name}: {error}.") from error
+  if foreign := sorted(set(found) - set(_CLASSES)):
+    raise InputError(
+      f"{directory} holds features of {', '.join(foreign)}, which is not ours and is not imported; "
+      "prepare it again into a new directory."
+    )

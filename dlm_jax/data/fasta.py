@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Protein sequences from FASTA files, plain or compressed: one record is one document."""
 
-import collections
 import dataclasses
 import hashlib
 from collections.abc import Iterator
@@ -27,8 +26,7 @@ class Fasta:
   A record is a line `>name anything` and lines of residues below it. Lower case becomes upper case
   and one `*` at the end, the stop, is dropped. The letters are the twenty amino acids and BOUXZ;
   any other character, such as an alignment gap, is an error. A sequence is never shortened: what
-  is too short or too long is left out whole, as is a sequence that was there before. `dropped`
-  counts both.
+  is too short or too long is left out whole, as is a sequence that was there before.
 
   The split follows from a hash of the name, so it does not move when records are added. Of equal
   sequences the first decides; one that is in the validation files is no training sequence.
@@ -39,7 +37,6 @@ class Fasta:
     validation_fraction: without `validation`, the expected share of names in that split.
     min_length: residues that a sequence has at least.
     max_length: residues that it has at most; None: any number. Packing has a limit of its own.
-    dropped: split → reason → records left out, of the last time that the split was read to its end.
   """
 
   pattern: str
@@ -47,9 +44,6 @@ class Fasta:
   validation_fraction: float = 0.08
   min_length: int = 1
   max_length: int | None = None
-  dropped: dict[str, dict[str, int]] = dataclasses.field(
-    default_factory=dict, init=False, repr=False, compare=False
-  )
 
   def __post_init__(self):
     if self.min_length < 1 or (self.max_length or self.min_length) < self.min_length:
@@ -67,13 +61,17 @@ class Fasta:
     return select_files("fasta", self.pattern, self.validation, split)
 
   def documents(self, split: str) -> Iterator[str]:
-    """Yield the sequences of a split.
+    """Yield the sequences of a split; see `sifted` for what raises."""
+    return (sequence for sequence, reason in self.sifted(split) if not reason)
+
+  def sifted(self, split: str) -> Iterator[tuple[str, str]]:
+    """Yield every sequence of a split with the reason to leave it out, empty if there is none.
 
     Raises:
       InputError: a file cannot be read or is no FASTA, or a record holds another character.
     """
     check_split(split)
-    seen, dropped = set(), collections.Counter()
+    seen = set()
     if self.validation is not None and split == "train":
       for path in self.files("validation"):
         seen |= {_digest(sequence) for _, sequence in read(path)}
@@ -81,11 +79,9 @@ class Fasta:
       for name, sequence in read(path):
         held_out = fraction_of(name) < self.validation_fraction
         mine = self.validation is not None or held_out == (split == "validation")
-        if reason := self._reason(sequence, seen):
-          dropped[reason] += mine
-        elif mine:
-          yield sequence
-    self.dropped[split] = {reason: count for reason, count in dropped.items() if count}
+        reason = self._reason(sequence, seen)
+        if mine:
+          yield sequence, reason
 
   def _reason(self, sequence: str, seen: set[bytes]) -> str:
     """Return why a sequence is left out; if it is not, remember it and return nothing."""
@@ -99,7 +95,6 @@ class Fasta:
 
   def describe(self) -> dict[str, Any]:
     options = dataclasses.asdict(self)
-    options.pop("dropped")
     return describe_files(f"fasta:{options.pop('pattern')}", self.files, options)
 
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Batches for training (endless, shuffled, resumable) and for evaluation (finite, in order).
 
+A batch is a `Record`: the dataset's features by name, each [B, L].
+
 Training reads one endless global stream of records: epoch after epoch, each in a pseudo-random
 order of its own that is computed, not stored. The global batch of step n is records [n·B, (n+1)·B)
 of that stream, and host h of H reads rows [h·B/H, (h+1)·B/H) of it. Hence batch n depends on the
@@ -17,10 +19,10 @@ from typing import Any
 
 import grain
 import numpy as np
-from jaxtyping import Int
 
+from dlm_jax.arrays import Record
 from dlm_jax.data import buckets
-from dlm_jax.data.dataset import Dataset, Path, open_dataset
+from dlm_jax.data.dataset import FEATURES, Dataset, Info, Path, open_dataset
 from dlm_jax.errors import InputError
 
 # Decoding is Python under the interpreter lock: a second thread only hides the wait for the disk.
@@ -31,25 +33,25 @@ _CACHE_BYTES = 2**31  # splits up to this size are kept in memory once they were
 _ENDLESS = 2**60  # batches
 
 
-class _Tokens:
-  """Records of a TFDS data source as bare int32 [L], for grain.
+class _Records:
+  """Records of a TFDS data source as features of [L], for grain.
 
   Decoding a record costs 65 µs of Python, so a small split is remembered: from the second epoch on
   the loader is ten times faster.
 
   Args:
     source: of the records.
+    info: of the dataset.
     length: L.
     chosen_N: indices of the records; None: all.
-    pad_id: what shorter ones are filled with.
   """
 
-  def __init__(self, source, length: int, chosen_N=None, pad_id: int | None = None):
-    self._source, self._length, self._pad_id = source, length, pad_id
+  def __init__(self, source, info: Info, length: int, chosen_N=None):
+    self._source, self._info, self._length = source, info, length
     self._chosen_N = range(len(source)) if chosen_N is None else chosen_N
-    size = len(self._chosen_N)
-    small = 4 * length * size <= _CACHE_BYTES
-    self._cache_NL = np.empty((size, length), np.int32) if small else None
+    size, dtypes = len(self._chosen_N), {name: FEATURES[name] for name in info.features}
+    small = sum(np.dtype(d).itemsize for d in dtypes.values()) * length * size <= _CACHE_BYTES
+    self._cache = {n: np.empty((size, length), d) for n, d in dtypes.items()} if small else None
     self._known_N = np.zeros(size, bool)
 
   def __len__(self) -> int:
@@ -59,17 +61,24 @@ class _Tokens:
     """Return the place of a record in the whole split."""
     return int(self._chosen_N[index])
 
-  def __getitem__(self, index: int) -> np.ndarray:
+  def __getitem__(self, index: int) -> Record:
     if self._known_N[index]:
-      return self._cache_NL[index]
-    tokens_L = self._source[self.stored(index)]["tokens"]
-    if self._pad_id is not None:
-      missing = self._length - len(tokens_L)
-      tokens_L = np.pad(tokens_L, (0, missing), constant_values=self._pad_id)
-    if self._cache_NL is not None:  # the flag last: another thread may be reading
-      self._cache_NL[index] = tokens_L
+      return {name: cache_NL[index] for name, cache_NL in self._cache.items()}
+    stored = self._source[self.stored(index)]
+    record = {name: self._padded(name, stored[name]) for name in self._info.features}
+    if self._cache is not None:  # the flag last: another thread may be reading
+      for name, feature_L in record.items():
+        self._cache[name][index] = feature_L
       self._known_N[index] = True
-    return tokens_L
+    return record
+
+  def _padded(self, name: str, feature_L: np.ndarray) -> np.ndarray:
+    """Fill a shorter record up; padding is never valid."""
+    missing = self._length - len(feature_L)
+    if not missing:
+      return feature_L
+    fill = self._info.pad_id if name == "tokens" else 0
+    return np.pad(feature_L, (0, missing), constant_values=fill)
 
 
 class _Mixed:
@@ -89,14 +98,14 @@ class _Mixed:
   def __len__(self) -> int:
     return self._groups * self._together
 
-  def __getitem__(self, number: int) -> np.ndarray:
+  def __getitem__(self, number: int) -> Record:
     group, within = divmod(int(number), self._together)
     bucket, place = self._schedule(group)
     return self._parts[bucket][place * self._together + within]
 
 
 class Loader:
-  """An iterator over int32 [B / hosts, L] with an exact, constant-time resume.
+  """An iterator over records of [B / hosts, L] with an exact, constant-time resume.
 
   The state counts the batches that the consumer has taken, whatever was prefetched beyond, and is
   the same on every host. It also names the stream, so that a state cannot silently be continued on
@@ -112,13 +121,13 @@ class Loader:
     self._step = step
     self._iterator = iter(self._batches[step:].to_iter_dataset(_READ))
 
-  def __iter__(self) -> Iterator[Int[np.ndarray, "B L"]]:
+  def __iter__(self) -> Iterator[Record]:
     return self
 
-  def __next__(self) -> Int[np.ndarray, "B L"]:
-    batch_BL = next(self._iterator)
+  def __next__(self) -> Record:
+    record = next(self._iterator)
     self._step += 1
-    return batch_BL
+    return record
 
   def position(self) -> dict[str, Any]:
     """Return a JSON-able state from which `seek` continues with the next batch."""
@@ -151,18 +160,18 @@ class Loader:
     self._iterator.close()
 
 
-def _split(dataset: Dataset, split: str) -> list[_Tokens]:
+def _split(dataset: Dataset, split: str) -> list[_Records]:
   """Return the records of a split by bucket; one bucket unless it is packed as documents."""
   if split not in dataset.splits:
     raise InputError(
       f"split={split!r} is not in {dataset.directory}; it has {', '.join(dataset.splits)}."
     )
   info, source = dataset.info, dataset.splits[split]
-  if info.packing == "concatenate":
-    return [_Tokens(source, info.length)]
+  if info.packing != "documents":
+    return [_Records(source, info, info.length)]
   which_N = np.searchsorted(info.buckets, dataset.lengths(split))
   return [
-    _Tokens(source, length, np.flatnonzero(which_N == bucket), info.pad_id)
+    _Records(source, info, length, np.flatnonzero(which_N == bucket))
     for bucket, length in enumerate(info.buckets)
   ]
 
@@ -206,8 +215,16 @@ def make(
       out of range, a seed outside 0..2³²−1, or, without repeat, fewer than B records.
 
   Example:
-    >>> loader = make("runs/data", "train", batch_size=64, seed=0)
-    >>> batch_BL = next(loader)
+    >>> import pathlib, tempfile
+    >>> from dlm_jax.data import builder, sources, tokenizers
+    >>> folder = pathlib.Path(tempfile.mkdtemp())
+    >>> for name in ("one", "two"):
+    ...   size = (folder / f"{name}.txt").write_text("to be or not to be, " * 20)
+    >>> source = sources.open_source(f"files:{folder}/*.txt", validation=f"{folder}/two.txt")
+    >>> made = builder.prepare(source, tokenizers.Bytes(), 64, folder / "data", progress=False)
+    >>> record = next(make(made.directory, "train", batch_size=4, seed=0))
+    >>> record["tokens"].shape
+    (4, 64)
   """
   _check_batch_size(batch_size)
   if hosts < 1 or not 0 <= host < hosts:
@@ -246,7 +263,7 @@ def make(
     "length": info.length,
     "tokenizer_fingerprint": info.tokenizer_fingerprint,
   }
-  if info.packing == "concatenate":
+  if info.packing != "documents":
     return Loader(batches(parts[0], repeat), identity)
   records = [len(part) for part in parts]
   schedule = buckets.Schedule(tuple(records), batch_size * together, seed, shuffle)
@@ -257,10 +274,8 @@ def make(
   return Loader(mixed, identity)
 
 
-def evaluation_groups(
-  directory: Path, split: str, limit: int | None = None
-) -> list[Int[np.ndarray, "N L"]]:
-  """Return the first records of a split by length: of text one array, of documents one per bucket.
+def evaluation_groups(directory: Path, split: str, limit: int | None = None) -> list[Record]:
+  """Return the first records of a split, [N, L]: of documents one group per bucket, else one.
 
   Buckets without a record among the first `limit` are left out; within a bucket the order is the
   stored one. No record is dropped and none is padded beyond its bucket.
@@ -282,14 +297,26 @@ def evaluation_groups(
       lambda i, records=records: limit is None or records.stored(i) < limit, range(len(records))
     )
     if chosen := [records[i] for i in asked]:
-      groups.append(np.stack(chosen))
+      groups.append({name: np.stack([r[name] for r in chosen]) for name in dataset.info.features})
   return groups
+
+
+def features(groups: list[Record], *names: str) -> list[Any]:
+  """Return features as the measures of `evaluate` take them: an array, or of several groups a list.
+
+  Absent ones are None.
+  """
+  found = []
+  for name in names:
+    arrays = [group[name] for group in groups] if name in groups[0] else None
+    found.append(arrays[0] if arrays is not None and len(arrays) == 1 else arrays)
+  return found
 
 
 def evaluation_batches(
   directory: Path, split: str, batch_size: int, limit: int | None = None
-) -> Iterator[Int[np.ndarray, "B L"]]:
-  """Return the whole batches of a split in stored order, int32 [batch_size, L].
+) -> Iterator[Record]:
+  """Return the whole batches of a split in stored order, [batch_size, L].
 
   The records that fill no batch are dropped: every batch has the one shape that was compiled, and
   no padding enters an average. Hosts all get the same batches.
@@ -308,7 +335,7 @@ def evaluation_batches(
   if limit is not None and limit < 1:
     raise InputError(f"limit={limit} batches is not positive; use 1 or more, or None for all.")
   dataset = open_dataset(directory)
-  if dataset.info.packing != "concatenate":
+  if dataset.info.packing == "documents":
     raise InputError(f"{directory} holds documents of several lengths, not batches of one length.")
   (records,) = _split(dataset, split)
   batches = len(records) // batch_size

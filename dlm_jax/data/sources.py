@@ -4,6 +4,7 @@
   stdlib                      the Python standard library's own source text on this machine
   files:GLOB                  text files, or .jsonl, each possibly .gz, .xz or .bz2
   fasta:GLOB                  protein sequences, one a document, see `fasta`
+  chat:GLOB                   prompts and answers in .jsonl files, see `conversations`
   tfds:NAME/SPLIT:FEATURE     a prepared TFDS dataset, e.g. tfds:lm1b/train:text
 
 What decides a split is a SHA-256 of a name or an index, so it is the same on every machine and in
@@ -11,7 +12,6 @@ every run, and adding text at the end moves no earlier document to the other sid
 """
 
 import dataclasses
-import json
 import os
 import pathlib
 import platform
@@ -22,17 +22,21 @@ from typing import Protocol, runtime_checkable
 from dlm_jax.data._files import (
   COMPRESSED,
   check_split,
+  check_text,
+  decode,
   describe_files,
   digest,
   fraction_of,
+  json_lines,
   reading,
   select_files,
 )
 from dlm_jax.data._files import SPLITS as SPLITS
+from dlm_jax.data.conversations import Chat
 from dlm_jax.data.fasta import Fasta
 from dlm_jax.errors import InputError
 
-_FORMS = "stdlib, files:GLOB, fasta:GLOB or tfds:NAME/SPLIT:FEATURE"
+_FORMS = "stdlib, files:GLOB, fasta:GLOB, chat:GLOB or tfds:NAME/SPLIT:FEATURE"
 
 
 @runtime_checkable
@@ -46,16 +50,6 @@ class Source(Protocol):
   def describe(self) -> dict:
     """Return what identifies the corpus, JSON-able: datasets built from it carry it along."""
     ...
-
-
-def _decode(data: bytes, path: str | os.PathLike, offset: int = 0) -> str:
-  try:
-    return data.decode("utf-8").removeprefix("\ufeff")
-  except UnicodeDecodeError as error:
-    raise InputError(
-      f"{path} is not UTF-8: byte 0x{data[error.start]:02x} at offset {offset + error.start}; "
-      "convert the file (iconv -t UTF-8) or leave it out of the glob."
-    ) from error
 
 
 # Not source text in the sense of a language model's corpus: packages of others, tests, demos,
@@ -191,20 +185,11 @@ class Files:
       if name.endswith((".jsonl", ".ndjson")):
         yield from self._json_lines(file, path)
         return
-      text = _decode(file.read(), path)
+      text = decode(file.read(), path)
     yield from text.split(self.document_separator) if self.document_separator else [text]
 
   def _json_lines(self, file, path: str) -> Iterator[str]:
-    offset = 0
-    for number, line in enumerate(file, start=1):
-      text = _decode(line, path, offset)
-      offset += len(line)
-      if not text.strip():
-        continue
-      try:
-        record = json.loads(text)
-      except ValueError as error:
-        raise InputError(f"{path}:{number} is not JSON: {error}.") from error
+    for number, record in json_lines(file, path):
       document = record.get(self.field) if isinstance(record, dict) else None
       if not isinstance(document, str):
         fields = ", ".join(record) if isinstance(record, dict) else type(record).__name__
@@ -212,13 +197,7 @@ class Files:
           f"{path}:{number} has no text in field {self.field!r}; the line holds: {fields}; "
           "set the field option."
         )
-      try:
-        document.encode()
-      except UnicodeEncodeError as error:
-        raise InputError(
-          f"{path}:{number} holds half a surrogate pair (\\u{ord(document[error.start]):04x}), "
-          "which is not text; repair that line."
-        ) from error
+      check_text(document, f"{path}:{number}")
       yield document
 
   def describe(self) -> dict:
@@ -271,7 +250,7 @@ class Tfds:
           f"it has {', '.join(sorted(record))}."
         )
       text = record[self.feature]
-      text = _decode(text, f"tfds:{self.name} record {index}") if isinstance(text, bytes) else text
+      text = decode(text, f"tfds:{self.name} record {index}") if isinstance(text, bytes) else text
       if not isinstance(text, str):
         raise InputError(f"tfds:{self.name}: feature {self.feature!r} is not text.")
       if text.strip():
@@ -285,13 +264,16 @@ class Tfds:
     return {"spec": spec, **options}
 
 
+_GLOBS = {"files": Files, "fasta": Fasta, "chat": Chat}
+
+
 def open_source(spec: str, **options) -> Source:
   """Open a corpus; reads nothing yet.
 
   Args:
-    spec: "stdlib", "files:GLOB", "fasta:GLOB" or "tfds:NAME/SPLIT:FEATURE".
-    **options: fields of `Stdlib`, `Files`, `Fasta` or `Tfds`; an option that is None keeps its
-      default.
+    spec: "stdlib", "files:GLOB", "fasta:GLOB", "chat:GLOB" or "tfds:NAME/SPLIT:FEATURE".
+    **options: fields of `Stdlib`, `Files`, `Fasta`, `Chat` or `Tfds`; an option that is None keeps
+      its default.
 
   Raises:
     InputError: the spec or an option is not understood or out of range. Reading raises it for text
@@ -304,8 +286,8 @@ def open_source(spec: str, **options) -> Source:
   kind, _, rest = spec.partition(":")
   if kind == "stdlib" and not rest:
     make, required = Stdlib, {}
-  elif kind in ("files", "fasta") and rest:
-    make, required = {"files": Files, "fasta": Fasta}[kind], {"pattern": rest}
+  elif kind in _GLOBS and rest:
+    make, required = _GLOBS[kind], {"pattern": rest}
   elif kind == "tfds":
     path, _, feature = rest.rpartition(":")
     name, _, split = path.rpartition("/")

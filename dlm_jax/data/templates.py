@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sequences of given lengths to be generated: start, masks, end and padding, batch by batch."""
+"""What a sampler fills in, batch by batch: proteins of given lengths, answers to given prompts."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 from dlm_jax.data import dataset
-from dlm_jax.data.tokenizers import Esm
+from dlm_jax.data.tokenizers import Esm, Tokenizer
 from dlm_jax.errors import InputError
 
 
@@ -48,6 +48,12 @@ class Templates:
     """The buckets that are needed, rising."""
     return tuple(sorted({bucket_of(n, self.buckets) for n in self.residues}))
 
+  @property
+  def valid_NL(self) -> Bool[np.ndarray, "N L"]:
+    """Where the residues of every sample are, in rows of the longest bucket."""
+    position_L = np.arange(self.buckets[-1])[None]
+    return (position_L > 0) & (position_L <= np.array(self.residues)[:, None])
+
   def draw(
     self, run: Callable[[int, Int[np.ndarray, "B L"]], Int[np.ndarray, "B L"]]
   ) -> Int[np.ndarray, "N L"]:
@@ -72,15 +78,62 @@ class Templates:
     return tokens_NL
 
 
-def like_validation(directory: dataset.Path, samples: int, batch_size: int) -> Templates:
-  """Return templates with the lengths of a dataset's first validation records, again if too few.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Answers:
+  """Conversations whose answers are to be drawn, each as long as the one that it had.
+
+  Attributes:
+    tokenizer: of the data.
+    tokens_NL: prompts, answers and padding.
+    valid_NL: where the answers are.
+    batch_size: samples drawn at a time.
+  """
+
+  tokenizer: Tokenizer
+  tokens_NL: Int[np.ndarray, "N L"]
+  valid_NL: Bool[np.ndarray, "N L"]
+  batch_size: int
+
+  @property
+  def lengths(self) -> tuple[int, ...]:
+    """The one length of all rows."""
+    return (self.tokens_NL.shape[1],)
+
+  def draw(
+    self, run: Callable[[int, Int[np.ndarray, "B L"]], Int[np.ndarray, "B L"]]
+  ) -> Int[np.ndarray, "N L"]:
+    """Return the samples in their order; `run` as for `Templates.draw`."""
+    open_NL = np.where(self.valid_NL, self.tokenizer.mask_id, self.tokens_NL).astype(np.int32)
+    drawn_NL, count = np.empty_like(open_NL), len(open_NL)
+    for number, start in enumerate(range(0, count, self.batch_size)):
+      rows_B = np.arange(start, min(start + self.batch_size, count))
+      drawn_BL = np.asarray(run(number, open_NL[np.resize(rows_B, self.batch_size)]))
+      drawn_NL[rows_B] = drawn_BL[: len(rows_B)]
+    return drawn_NL
+
+
+def like_validation(directory: dataset.Path, samples: int, batch_size: int) -> Templates | Answers:
+  """Return templates like a dataset's first validation records, again if too few.
+
+  Proteins get their lengths, answers their prompts and lengths.
 
   Raises:
-    InputError: not a prepared directory, or not one of proteins.
+    InputError: not a prepared directory, or one of running text.
   """
   opened = dataset.open_dataset(directory)
+  if opened.info.packing == "conversations":
+    source = opened.splits["validation"]
+    rows = [source[i] for i in np.resize(np.arange(len(source))[:samples], samples)]
+    return Answers(
+      tokenizer=opened.tokenizer(),
+      tokens_NL=np.stack([row["tokens"] for row in rows]),
+      valid_NL=np.stack([row["valid"] for row in rows]),
+      batch_size=batch_size,
+    )
   if opened.info.packing != "documents":
-    raise InputError(f"{directory} holds text, not sequences with lengths of their own.")
+    raise InputError(
+      f"{directory} holds running text, not records with lengths or prompts of their own."
+    )
   residues_N = np.resize(opened.lengths("validation")[:samples] - 2, samples)
   return Templates(
     tokenizer=opened.tokenizer(),

@@ -60,7 +60,7 @@ class Sampler:
     run = jax.jit(functools.partial(self._generate, **sizes))
     return run.lower(*networks, jax.random.key(0), *given).compile()
 
-  def _generate(self, denoiser, critic, rng, prompt=None, *, batch, nfe):
+  def _generate(self, denoiser, critic, rng, prompt=None, frozen=None, *, batch, nfe):
     from dlm_jax import sample
 
     if prompt is None and getattr(self.process, "blocked", ()):
@@ -83,17 +83,18 @@ class Sampler:
       length=length,
       steps=nfe,
       prompt=prompt,
+      frozen=frozen,
       **guide,
       **self.options,
     )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ProteinSampler(Sampler):
-  """Draw proteins of given lengths, their start and end given too.
+class TemplateSampler(Sampler):
+  """Draw what templates leave open: residues between start and end, answers to prompts.
 
   Attributes:
-    templates: (samples, batch) -> `data.templates.Templates`, what is given.
+    templates: (samples, batch) -> `data.templates.Templates` or `Answers`: what is given.
   """
 
   templates: Callable[[int, int], Any]
@@ -102,8 +103,8 @@ class ProteinSampler(Sampler):
     """Trace one step; raises InputError for options that the sampler does not take."""
     given = self.templates(1, 1)
     generate = functools.partial(self._generate, batch=1, nfe=1)
-    shape = jax.ShapeDtypeStruct((1, given.lengths[0]), np.int32)
-    jax.eval_shape(generate, *self._networks(), jax.random.key(0), shape)
+    shapes = _shapes(1, given.lengths[0])
+    jax.eval_shape(generate, *self._networks(), jax.random.key(0), *shapes)
 
   def draw(self, nfe: int, samples: int, batch: int, seed: int) -> tuple[np.ndarray, float]:
     """Return int32 [samples, longest bucket], and the seconds that they took without compilation.
@@ -112,9 +113,7 @@ class ProteinSampler(Sampler):
     """
     given, networks = self.templates(samples, batch), self._networks()
     compiled = {
-      length: self._compile(
-        networks, jax.ShapeDtypeStruct((batch, length), np.int32), batch=batch, nfe=nfe
-      )
+      length: self._compile(networks, *_shapes(batch, length), batch=batch, nfe=nfe)
       for length in given.lengths
     }
     rng = jax.random.fold_in(jax.random.key(seed), nfe)
@@ -122,7 +121,13 @@ class ProteinSampler(Sampler):
 
     def run(number, prompt_BL):
       key = jax.random.fold_in(rng, number)
-      return compiled[prompt_BL.shape[1]](*networks, key, prompt_BL)
+      open_BL = prompt_BL == given.tokenizer.mask_id
+      return compiled[prompt_BL.shape[1]](*networks, key, prompt_BL, ~open_BL)
 
     tokens_NL = given.draw(run)
     return tokens_NL, time.perf_counter() - start
+
+
+def _shapes(batch, length):
+  """Return the shapes of a batch of templates and of what in them is given."""
+  return tuple(jax.ShapeDtypeStruct((batch, length), dtype) for dtype in (np.int32, bool))

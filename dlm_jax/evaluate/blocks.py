@@ -27,7 +27,7 @@ def block_elbo(
   samples_per_sequence: int = 1,
   bytes_per_token: float | None = None,
   eps: float = 1e-3,
-  given_ids: tuple[int, ...] = (),
+  valid_NL: likelihood.Valid = None,
   first_given: bool = False,
 ) -> dict[str, float]:
   """Estimate the negative evidence lower bound of held-out sequences, block after block.
@@ -45,9 +45,10 @@ def block_elbo(
     block_length: tokens per block.
     batch_size: sequences per network evaluation, of 2 L tokens each.
     samples_per_sequence: noisy copies per sequence.
-    bytes_per_token: mean bytes of text per token; adds `bits_per_byte`.
+    bytes_per_token: mean bytes of text per valid token; adds `bits_per_byte`.
     eps: smallest time.
-    given_ids: ids that are never masked and do not count.
+    valid_NL: False on what is given: never masked, not counted; shaped as the tokens are. None: all
+      tokens are valid.
     first_given: the first token does not count, as in `ar_perplexity`.
 
   Returns:
@@ -70,21 +71,24 @@ def block_elbo(
     eps=eps,
     first_given=first_given,
   )
-  nats, counts = [], []
-  for i, (ids_NL, valid_NL) in enumerate(likelihood.by_length(tokens_NL, given_ids)):
+  nats, counts, unscored = [], [], 0
+  for i, (ids_NL, scored_NL) in enumerate(likelihood.by_length(tokens_NL, valid_NL)):
     likelihood.check_clean(ids_NL, process)
     group = noised_rows(jax.random.fold_in(rng, i), len(ids_NL), samples_per_sequence)
     nats_NK = np.empty(group[1].size, np.float64)
     for rows in likelihood.batches(nats_NK.size, batch_size):
       which = rows // samples_per_sequence
       nats_NK[rows] = noised(
-        params, ids_NL[which], valid_NL[which], group[0][rows], group[1][rows], rows=nats_NK.size
+        params, ids_NL[which], scored_NL[which], group[0][rows], group[1][rows], rows=nats_NK.size
       )
     nats.append(nats_NK.reshape(len(ids_NL), -1).mean(axis=1))
-    counts.append(valid_NL[:, 1 if first_given else 0 :].sum(axis=1))
+    counts.append(scored_NL[:, 1 if first_given else 0 :].sum(axis=1))
+    unscored += int(scored_NL[:, 0].sum()) if first_given else 0
   nats_N, count_N = np.concatenate(nats), np.concatenate(counts)
   if not count_N.sum():
     raise InputError(f"{len(nats_N)} sequences hold nothing to score; give longer ones.")
+  if bytes_per_token is not None:  # it counts all valid tokens, the first one too
+    bytes_per_token *= 1 + unscored / count_N.sum()
   return likelihood.summary(
     "nelbo",
     nats_N,

@@ -20,13 +20,13 @@ from tqdm.auto import tqdm
 
 from dlm_jax.errors import InputError, check_counts
 from dlm_jax.evaluate import generative, tables
-from dlm_jax.evaluate._samplers import ProteinSampler, Sampler
+from dlm_jax.evaluate._samplers import Sampler, TemplateSampler
 
 __all__ = [
-  "ProteinSampler",
   "Reference",
   "Sampler",
   "SamplerFactory",
+  "TemplateSampler",
   "checked_nfes",
   "draw_samples",
   "sweep",
@@ -95,7 +95,7 @@ def sweep(
   judge_batch_size: int = 8,
   eos_id: int | None = None,
   retokenise: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]] | None = None,
-  given_ids: Sequence[int] = (),
+  valid_NL: np.ndarray | None = None,
   seed: int = 0,
   context: Mapping[str, Any] | None = None,
   path: str | os.PathLike | None = None,
@@ -115,7 +115,7 @@ def sweep(
     judge_batch_size: samples judged at a time.
     eos_id: end-of-text id of the judge.
     retokenise: tokens [B, L] to the judge's tokens and mask; None if they share a tokenizer.
-    given_ids: ids that are not judged: the ends and padding of proteins.
+    valid_NL: bool [samples, L], False where samples were given: not judged. None: nowhere.
     seed: every sampler sees the same keys.
     context: recorded in every row, e.g. {"student_step": 400, "judge": "gpt2-large"}.
     path: JSON-lines file of finished rows, created with its folder.
@@ -125,15 +125,17 @@ def sweep(
     Rows with the keys of `COLUMNS`, by sampler. `seconds` is the time to draw, not to compile.
 
   Raises:
-    InputError: no sampler, no NFE, an NFE or a count below 1, or an unreadable `path`.
+    InputError: no sampler, no NFE, an NFE or a count below 1, an unreadable `path`, or samples that
+      are given in part and a judge with another tokenizer.
   """
   nfes = checked_nfes(nfes)
   check_counts(samplers=len(samplers), samples=samples, batch_size=batch_size)
+  generative.check_translated(retokenise, valid_NL)
 
   def measure(factory, key):
     tokens_BL, seconds = draw_samples(factory, key["nfe"], samples, min(batch_size, samples), seed)
     judged = {"retokenised": retokenise(tokens_BL)} if retokenise else {}
-    judged |= {"eos_id": eos_id, "batch_size": judge_batch_size, "given_ids": tuple(given_ids)}
+    judged |= {"eos_id": eos_id, "batch_size": judge_batch_size, "valid_NL": valid_NL}
     result = generative.quality(judge, tokens_BL, **judged)
     count = factory.evaluations(key["nfe"]) if hasattr(factory, "evaluations") else key["nfe"]
     measured = dataclasses.asdict(result) | {"seconds": seconds, "evaluations": count}

@@ -59,7 +59,7 @@ def quality(
   eos_id: int | None = None,
   batch_size: int = 8,
   retokenised: tuple[np.ndarray, np.ndarray] | None = None,
-  given_ids: tuple[int, ...] = (),
+  valid_NL: Mask | None = None,
 ) -> Quality:
   """Measure GenPPL and entropy of samples.
 
@@ -69,8 +69,13 @@ def quality(
     eos_id: end-of-text id of the judge's tokenizer.
     batch_size: samples per evaluation of the judge.
     retokenised: what `retokenise` returned, if the judge has another tokenizer.
-    given_ids: ids of the generator that frame a sample; neither judged nor in the entropy.
+    valid_NL: False on what was given to the sampler: neither judged nor in the entropy. None:
+      nothing was.
+
+  Raises:
+    InputError: some is given, and the judge has another tokenizer.
   """
+  check_translated(retokenised, valid_NL)
   judged_BL, mask_BL = retokenised or (tokens_BL, None)
   judged = genppl(
     judge,
@@ -78,11 +83,20 @@ def quality(
     eos_id=eos_id,
     batch_size=batch_size,
     mask_BL=mask_BL,
-    given_ids=() if retokenised else given_ids,
+    valid_NL=valid_NL,
   )
   judged = {key: judged[key] for key in ("genppl", "genppl_se", "samples", "tokens")}
-  spread = entropy(tokens_BL, given_ids)
+  spread = entropy(tokens_BL, valid_NL)
   return Quality(entropy=spread["entropy"], entropy_se=spread["entropy_se"], **judged)
+
+
+def check_translated(retokenised, valid_NL) -> None:
+  """Raise InputError if samples are given in part, and a judge is to read them in other tokens."""
+  if retokenised is not None and valid_NL is not None:
+    raise InputError(
+      "the judge has a tokenizer of its own, in which prompts and answers cannot be told apart; "
+      "use an autoregressive run on the same data."
+    )
 
 
 def genppl(
@@ -92,7 +106,7 @@ def genppl(
   eos_id: int | None = None,
   batch_size: int = 8,
   mask_BL: Mask | None = None,
-  given_ids: tuple[int, ...] = (),
+  valid_NL: Mask | None = None,
 ) -> dict[str, float]:
   """Measure the perplexity of samples under an autoregressive judge.
 
@@ -106,7 +120,7 @@ def genppl(
     eos_id: end-of-text id; None counts every target.
     batch_size: samples per evaluation of the judge.
     mask_BL: nonzero where the judge may attend; passed on if given.
-    given_ids: ids that never count: start, end and padding of proteins.
+    valid_NL: False where a token is read and does not count: prompts, frames, padding.
 
   Returns:
     `genppl`, `genppl_se` (over samples, by the delta method), `nll` in nats per judged token,
@@ -119,7 +133,7 @@ def genppl(
   """
   tokens_BL = np.asarray(tokens_BL)
   nats_BM = token_nll(judge, tokens_BL, batch_size=batch_size, mask_NL=mask_BL)
-  counts_BM = counted(tokens_BL, eos_id) & ~np.isin(tokens_BL, given_ids)[:, 1:]
+  counts_BM = counted(tokens_BL, eos_id) & _valid(tokens_BL, valid_NL)[:, 1:]
   return perplexity(nats_BM, counts_BM)
 
 
@@ -148,22 +162,35 @@ def counted(tokens_BL: Tokens, eos_id: int | None) -> Bool[np.ndarray, "B M"]:
   return (~eos_BL | (np.cumsum(eos_BL, axis=1) == 1))[:, 1:]
 
 
-def entropies(tokens_BL: Tokens, given_ids: tuple[int, ...] = ()) -> Float[np.ndarray, "B"]:
+def _valid(tokens_BL, valid_NL) -> Bool[np.ndarray, "B L"]:
+  """Return the flags, all True for None; complain about another shape."""
+  if valid_NL is None:
+    return np.ones(np.shape(tokens_BL), bool)
+  if np.shape(valid_NL) != np.shape(tokens_BL):
+    raise InputError(
+      f"valid_NL has shape {np.shape(valid_NL)} and the samples {np.shape(tokens_BL)}; one flag "
+      "per token."
+    )
+  return np.asarray(valid_NL, bool)
+
+
+def entropies(tokens_BL: Tokens, valid_NL: Mask | None = None) -> Float[np.ndarray, "B"]:
   """Return each sample's entropy: that of its histogram of ids, in nats, at most log L.
 
-  Given ids are left out; a sample of nothing else has entropy 0.
+  Tokens that are not valid are left out; a sample of nothing else has entropy 0.
   """
   tokens_BL = np.asarray(tokens_BL)
 
-  def one(tokens_L):
-    _, counts = np.unique(tokens_L[~np.isin(tokens_L, given_ids)], return_counts=True)
+  def one(tokens_L, valid_L):
+    _, counts = np.unique(tokens_L[valid_L], return_counts=True)
     p = counts / counts.sum()
     return -np.sum(p * np.log(p)) + 0.0  # + 0.0: a constant sample has entropy 0, not −0
 
-  return np.array([one(tokens_L) for tokens_L in tokens_BL], np.float64)
+  rows = zip(tokens_BL, _valid(tokens_BL, valid_NL), strict=True)
+  return np.array([one(*row) for row in rows], np.float64)
 
 
-def entropy(tokens_BL: Tokens, given_ids: tuple[int, ...] = ()) -> dict[str, float]:
+def entropy(tokens_BL: Tokens, valid_NL: Mask | None = None) -> dict[str, float]:
   """Return the mean `entropy` of samples in nats, its `entropy_se`, and the number of `samples`.
 
   Raises:
@@ -171,7 +198,7 @@ def entropy(tokens_BL: Tokens, given_ids: tuple[int, ...] = ()) -> dict[str, flo
   """
   if not np.size(tokens_BL):
     raise InputError(f"tokens of shape {np.shape(tokens_BL)} have no entropy; give samples.")
-  values_B = entropies(tokens_BL, given_ids)
+  values_B = entropies(tokens_BL, valid_NL)
   n = len(values_B)
   error = float(values_B.std(ddof=1) / math.sqrt(n)) if n > 1 else float("nan")
   return {"entropy": float(values_B.mean()), "entropy_se": error, "samples": n}

@@ -50,14 +50,15 @@ class JudgeWithTokens:
   judge: likelihood.Judge
   eos_id: int
   retokenise: Any = None
-  given_ids: tuple[int, ...] = ()
 
   def settings(self) -> dict[str, Any]:
     """Return the arguments of `frontier.sweep` that a judge decides."""
     return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
-  def quality(self, tokens_BL: np.ndarray, batch_size: int) -> generative.Quality:
-    """Return GenPPL and entropy of samples in the generator's ids."""
+  def quality(
+    self, tokens_BL: np.ndarray, batch_size: int, valid_NL: np.ndarray | None = None
+  ) -> generative.Quality:
+    """Return GenPPL and entropy of samples in the generator's ids, where they are valid."""
     translated = self.retokenise(tokens_BL) if self.retokenise else None
     return generative.quality(
       self.judge,
@@ -65,7 +66,7 @@ class JudgeWithTokens:
       eos_id=self.eos_id,
       batch_size=batch_size,
       retokenised=translated,
-      given_ids=self.given_ids,
+      valid_NL=valid_NL,
     )
 
 
@@ -87,9 +88,7 @@ def load_judge(path: str, tokenizer: tokenizers.Tokenizer) -> JudgeWithTokens:
     return _translated(path, network, tokenizer)
   check_tokenizer(network, tokenizer)
   return JudgeWithTokens(
-    judge=likelihood.Judge(network.model, network.params),
-    eos_id=tokenizer.eos_id,
-    given_ids=tokenizer.given_ids,
+    judge=likelihood.Judge(network.model, network.params), eos_id=tokenizer.eos_id
   )
 
 

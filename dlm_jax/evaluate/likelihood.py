@@ -17,6 +17,7 @@ from dlm_jax.models import next_token_logits
 Tokens = Int[Array, "N L"] | Int[np.ndarray, "N L"]
 Groups = list[Int[Array, "_N _L"]] | list[Int[np.ndarray, "_N _L"]]  # one array per length
 Mask = Int[Array, "N L"] | Int[np.ndarray, "N L"] | Bool[Array, "N L"] | Bool[np.ndarray, "N L"]
+Valid = Mask | list[Bool[Array, "_N _L"]] | list[Bool[np.ndarray, "_N _L"]] | None
 
 
 @flax.struct.dataclass
@@ -47,7 +48,7 @@ def elbo(
   samples_per_sequence: int = 1,
   bytes_per_token: float | None = None,
   eps: float = 1e-3,
-  given_ids: tuple[int, ...] = (),
+  valid_NL: Valid = None,
 ) -> dict[str, float]:
   """Estimate the negative evidence lower bound of held-out sequences.
 
@@ -69,9 +70,10 @@ def elbo(
     rng: key.
     batch_size: sequences per network evaluation.
     samples_per_sequence: times per sequence.
-    bytes_per_token: mean bytes of text per token; adds `bits_per_byte`.
+    bytes_per_token: mean bytes of text per valid token; adds `bits_per_byte`.
     eps: smallest time.
-    given_ids: ids that are never corrupted and do not count: averages are over all other tokens.
+    valid_NL: False on what is given: never corrupted, not counted; shaped as the tokens are. None:
+      all tokens are valid.
 
   Returns:
     `nelbo` and `nelbo_se` in nats per token, `perplexity` = exp(nelbo), an upper bound, with
@@ -83,7 +85,7 @@ def elbo(
   """
   check_counts(batch_size=batch_size, samples_per_sequence=samples_per_sequence)
   nats, counts = [], []
-  for i, (ids_NL, valid_NL) in enumerate(by_length(tokens_NL, given_ids)):
+  for i, (ids_NL, scored_NL) in enumerate(by_length(tokens_NL, valid_NL)):
     check_clean(ids_NL, process)
     rng_group = jax.random.fold_in(rng, i) if isinstance(tokens_NL, list) else rng
     nats.append(
@@ -91,14 +93,14 @@ def elbo(
         denoiser,
         process,
         ids_NL,
-        valid_NL,
+        scored_NL,
         rng_group,
         batch_size=batch_size,
         samples=samples_per_sequence,
         eps=eps,
       )
     )
-    counts.append(valid_NL.sum(axis=1))
+    counts.append(scored_NL.sum(axis=1))
   nats_N, count_N = np.concatenate(nats), np.concatenate(counts)
   return summary(
     "nelbo",
@@ -111,11 +113,19 @@ def elbo(
   )
 
 
-def by_length(tokens, given_ids):
+def by_length(tokens, valid):
   """Yield (ids, whether they count) of every length; complain if nothing counts."""
-  for ids in tokens if isinstance(tokens, list) else [tokens]:
+  groups = tokens if isinstance(tokens, list) else [tokens]
+  masks = valid if isinstance(valid, list) else [valid] * (1 if valid is not None else len(groups))
+  shapes = [np.shape(group) for group in groups]
+  if valid is not None and shapes != [np.shape(mask) for mask in masks]:
+    raise InputError(
+      f"valid_NL has shape {[np.shape(mask) for mask in masks]} and the tokens {shapes}; one flag "
+      "per token."
+    )
+  for ids, mask in zip(groups, masks, strict=True):
     ids_NL = np.asarray(ids, np.int32)
-    valid_NL = ~np.isin(ids_NL, given_ids)
+    valid_NL = np.ones(ids_NL.shape, bool) if mask is None else np.asarray(mask, bool)
     if ids_NL.size and not valid_NL.any():
       raise InputError(f"tokens of shape {ids_NL.shape} are all given: nothing is to be scored.")
     yield ids_NL, valid_NL
@@ -141,7 +151,7 @@ def ar_perplexity(
   *,
   batch_size: int = 32,
   bytes_per_token: float | None = None,
-  given_ids: tuple[int, ...] = (),
+  valid_NL: Valid = None,
 ) -> dict[str, float]:
   """Measure the perplexity of held-out sequences under a next-token model.
 
@@ -151,8 +161,9 @@ def ar_perplexity(
     judge: a `Judge`, or any `judge(tokens_BL) -> logits_BLV`.
     tokens_NL: held-out ids; a list holds one array per length.
     batch_size: sequences per network evaluation.
-    bytes_per_token: mean bytes of text per token; adds `bits_per_byte`.
-    given_ids: ids that are not scored, wherever they stand.
+    bytes_per_token: mean bytes of text per valid token; adds `bits_per_byte`.
+    valid_NL: False on what is given, such as prompts and padding: read, not scored; shaped as the
+      tokens are. None: all tokens are valid.
 
   Returns:
     `nll` and `nll_se` in nats per token, `perplexity`, `perplexity_se`, `tokens` scored,
@@ -161,15 +172,17 @@ def ar_perplexity(
   Raises:
     InputError: no token to score, or ids outside the judge's vocabulary.
   """
-  nats, counts = [], []
-  for ids_NL, valid_NL in by_length(tokens_NL, given_ids):
+  nats, counts, unscored = [], [], 0
+  for ids_NL, scored_NL in by_length(tokens_NL, valid_NL):
     nats_NM = token_nll(judge, ids_NL, batch_size=batch_size)
-    nats.append((nats_NM * valid_NL[:, 1:]).sum(axis=1))
-    counts.append(valid_NL[:, 1:].sum(axis=1))
-    unscored = int(valid_NL[:, 0].sum())
+    nats.append((nats_NM * scored_NL[:, 1:]).sum(axis=1))
+    counts.append(scored_NL[:, 1:].sum(axis=1))
+    unscored += int(scored_NL[:, 0].sum())
   nats_N, count_N = np.concatenate(nats), np.concatenate(counts)
   scored = int(count_N.sum())
-  if bytes_per_token is not None and not given_ids:  # it counts all L tokens, the first one too
+  if not scored:
+    raise InputError(f"{len(nats_N)} sequences hold nothing to score: only first tokens are valid.")
+  if bytes_per_token is not None:  # it counts all valid tokens, the first one too
     bytes_per_token *= (scored + unscored) / scored
   return summary("nll", nats_N, count_N, bytes_per_token, tokens=scored, sequences=len(nats_N))
 

@@ -58,6 +58,7 @@ def prepare(config: ConfigDict, progress: bool = True) -> builder.Prepared:
     config.data.directory,
     packing=config.data.packing,
     buckets=config.data.buckets,
+    block_length=config.data.block_length,
     progress=progress,
   )
 
@@ -119,11 +120,11 @@ def _decoder_sizes(c: ConfigDict) -> dict[str, int]:
 
 
 def make_process(
-  config: ConfigDict, model: Any, given_ids: tuple[int, ...] = ()
+  config: ConfigDict, model: Any, blocked: tuple[int, ...] = ()
 ) -> process.Process | None:
   """Build the forward process; None for an autoregressive network, "none" for such a decoder.
 
-  An absorbing one never predicts the given ids.
+  An absorbing one never predicts the blocked ids.
   """
   name, family = config.process.name, families.of(model)
   belonging.check_process(config)
@@ -143,7 +144,7 @@ def make_process(
   if name == "uniform":
     if not model.config.time_conditioning:
       raise InputError("process.name='uniform' needs model.time_conditioning=True.")
-    if given_ids:
+    if blocked:
       raise InputError(
         "process.name='uniform' would draw the special ids of this data; use 'absorbing'."
       )
@@ -154,7 +155,7 @@ def make_process(
   mask_id = mask_id if mask_id >= 0 else size - 1
   try:
     return process.NAMES[name](
-      vocab_size=size, mask_id=mask_id, schedule=schedule, blocked=tuple(given_ids)
+      vocab_size=size, mask_id=mask_id, schedule=schedule, blocked=tuple(blocked)
     )
   except ValueError as error:
     raise InputError(f"process.{error}") from None
@@ -253,7 +254,7 @@ class Experiment:
 
 
 def experiment(
-  config: ConfigDict, vocab_size: int, devices=None, given_ids: tuple[int, ...] = ()
+  config: ConfigDict, vocab_size: int, devices=None, blocked: tuple[int, ...] = ()
 ) -> Experiment:
   """Build everything that needs neither parameters nor data.
 
@@ -261,7 +262,7 @@ def experiment(
     config: locked.
     vocab_size: tokens of the data, the mask not included.
     devices: all by default.
-    given_ids: ids of the data that are never noised, scored or predicted.
+    blocked: ids of the data that are never predicted: its frames.
   """
   for group, field in (
     ("objective", "accumulate"),
@@ -274,7 +275,12 @@ def experiment(
   device_mesh = mesh.make(**config.mesh.to_dict(), devices=devices)
   mesh.check_batch(device_mesh, config.loader.batch_size, config.objective.accumulate)
   model = make_model(config, vocab_size)
-  proc = make_process(config, model, given_ids)
+  if config.data.block_length and not isinstance(model, models.Decoder):
+    raise InputError(
+      f"data.block_length={config.data.block_length}: several conversations share a row, which "
+      f"model.name={config.model.name!r} cannot keep apart; use a decoder, or prepare with 0."
+    )
+  proc = make_process(config, model, blocked)
   objective = make_objective(config, model, proc)
   inputs = model_inputs(model)
   params = jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]

@@ -171,7 +171,7 @@ def _override(config: ConfigDict, field: str, text: str) -> None:
   free = field.startswith("data.options.")  # its fields belong to the source
   if not isinstance(node, ConfigDict) or (leaf not in node and not free):
     raise InputError(f"--config.{field}: there is no field {leaf!r}{hint(leaf, _fields(node))}.")
-  if free and leaf not in node:
+  if free and (leaf not in node or text.lower() == "none"):  # none: as if it had not been given
     with node.unlocked():
       node[leaf] = parse_literal(text)
     return

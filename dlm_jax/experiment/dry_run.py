@@ -4,9 +4,9 @@
 import math
 
 import jax
-import jax.numpy as jnp
 
 from dlm_jax import mesh
+from dlm_jax.data import dataset
 from dlm_jax.experiment import build
 from dlm_jax.train import loop
 
@@ -55,10 +55,12 @@ def _memory(built, config) -> list[str]:
   """Compile the step on shapes alone and ask the compiler what it needs."""
   step = loop.jit_step(built.objective, built.mesh, built.shardings, config.seed)
   size = (built.objective.batches, config.loader.batch_size, config.data.length)
-  tokens = jax.ShapeDtypeStruct(
-    size, jnp.int32, sharding=mesh.batch_sharding(built.mesh, leading=1)
-  )
-  analysis = step.lower(built.shapes, tokens).compile().memory_analysis()
+  placed, data = mesh.batch_sharding(built.mesh, leading=1), config.data
+  records = {
+    name: jax.ShapeDtypeStruct(size, dataset.FEATURES[name], sharding=placed)
+    for name in dataset.features_of(data.packing, data.block_length)
+  }
+  analysis = step.lower(built.shapes, records).compile().memory_analysis()
   state = analysis.argument_size_in_bytes / 2**30
   work = analysis.temp_size_in_bytes / 2**30
   return [

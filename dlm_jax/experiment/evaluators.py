@@ -48,7 +48,7 @@ def make(
       judge = load_judge(config.evaluate.judge, tokenizer)
       made[name] = Samples(built, judge, keep, workdir)
     else:
-      made[name] = Likelihood(built, keep, workdir, tokenizer.given_ids)
+      made[name] = Likelihood(built, keep, workdir)
   return several.Several(made) if len(made) > 1 else made[names[0]]
 
 
@@ -69,12 +69,13 @@ class Samples:
     batch = min(options.batch_size, options.samples)
     self._rounds = -(-options.samples // batch)
     self._templates = None
-    if judge.given_ids:
+    if built.config.data.packing != "concatenate":
       self._templates = templates.like_validation(
         built.config.data.directory, options.samples, batch
       )
+      generative.check_translated(judge.retokenise, self._templates.valid_NL)
 
-    def draw(denoiser, rng, nfe, prompt=None):
+    def draw(denoiser, rng, nfe, prompt=None, frozen=None):
       length = built.config.data.length if prompt is None else prompt.shape[1]
       return sample.generate(
         denoiser,
@@ -84,6 +85,7 @@ class Samples:
         length=length,
         steps=nfe,
         prompt=prompt,
+        frozen=frozen,
         noise_removal=options.noise_removal,
       )
 
@@ -131,15 +133,17 @@ class Samples:
     measured = {}
     for nfe in options.nfes:
       tokens_BL = self._samples(denoiser, nfe)
-      measured[str(nfe)] = self._judge.quality(tokens_BL, batch_size=options.batch_size)
+      given = {} if self._templates is None else {"valid_NL": self._templates.valid_NL}
+      measured[str(nfe)] = self._judge.quality(tokens_BL, batch_size=options.batch_size, **given)
     return measured
 
   def _samples(self, denoiser, nfe: int) -> np.ndarray:
-    """Draw all samples with so many evaluations; of proteins, as long as validation records."""
+    """Draw all samples with so many evaluations; what validation records give is kept."""
 
     def draw(i, prompt_BL=None):
       rng = jax.random.fold_in(jax.random.key(nfe), i)
-      return np.asarray(self._draw(denoiser, rng, nfe, prompt_BL))
+      frozen_BL = None if prompt_BL is None else prompt_BL != self._templates.tokenizer.mask_id
+      return np.asarray(self._draw(denoiser, rng, nfe, prompt_BL, frozen_BL))
 
     if self._templates is not None:
       return self._templates.draw(draw)
@@ -154,14 +158,11 @@ class Likelihood:
   cent with the noise drawn, always the same here.
   """
 
-  def __init__(
-    self, built: Experiment, export: Export, workdir: pathlib.Path, given_ids: tuple[int, ...] = ()
-  ):
+  def __init__(self, built: Experiment, export: Export, workdir: pathlib.Path):
     options = built.config.evaluate
     size = min(options.batch_size, options.samples)
     groups = loader.evaluation_groups(built.config.data.directory, "validation", options.samples)
-    self._tokens = groups if given_ids else groups[0]  # of text all have one length
-    self._given_ids = given_ids
+    self._tokens, self._valid = loader.features(groups, "tokens", "valid")
     self._built, self._export, self._size = built, export, size
     self._directory = pathlib.Path(workdir) / "best"
     self._best = math.inf
@@ -190,7 +191,7 @@ class Likelihood:
 
   def _score(self, model, params) -> dict[str, float]:
     proc, options = self._built.process, self._built.config.objective
-    shared = {"batch_size": self._size, "given_ids": self._given_ids}
+    shared = {"batch_size": self._size, "valid_NL": self._valid}
     if proc is None:
       return likelihood.ar_perplexity(likelihood.Judge(model, params), self._tokens, **shared)
     rng = jax.random.key(0)

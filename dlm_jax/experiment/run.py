@@ -41,8 +41,7 @@ def train(config, workdir: str | os.PathLike, *, label: str = "", wandb: str = "
   workdir = pathlib.Path(workdir)
   dataset = open_data(config)
   tokenizer = dataset.tokenizer()
-  given_ids = dataset.info.given_ids
-  built = build.experiment(config, tokenizer.vocab_size, given_ids=given_ids)
+  built = build.experiment(config, tokenizer.vocab_size, blocked=tokenizer.given_ids)
   given = load_start(config, built, tokenizer)
   if given is None:
     given = load_teacher(config, built, tokenizer)
@@ -74,7 +73,6 @@ def train(config, workdir: str | os.PathLike, *, label: str = "", wandb: str = "
         config=loop_config,
         mesh=built.mesh,
         batch_size=config.loader.batch_size,
-        given_ids=given_ids,
         shardings=built.shardings,
         checkpoints=checkpoints,
         writer=writer,
@@ -107,6 +105,11 @@ def open_data(config) -> builder.Dataset:
     raise InputError(
       f"data.packing={config.data.packing!r} with data.buckets={asked}, but {directory} was "
       f"prepared with {info.packing!r} and {info.buckets}; use that or prepare another directory."
+    )
+  if info.block_length != config.data.block_length:
+    raise InputError(
+      f"data.block_length={config.data.block_length}, but {directory} was prepared with "
+      f"{info.block_length}; use that or prepare another directory."
     )
   return dataset
 

@@ -84,6 +84,9 @@ def next_token_logits(
   params: Params,
   tokens_BL: Int[Array, "B L"],
   rng_B: Key[Array, "B"] | None = None,
+  *,
+  position: Int[Array, "B L"] | None = None,
+  segment: Int[Array, "B L"] | int = 0,
   **options,
 ) -> Float[Array, "B L V"]:
   """Return float32 logits of the token after each position.
@@ -93,10 +96,16 @@ def next_token_logits(
     params: its parameters.
     tokens_BL: ids.
     rng_B: switches the dropout of a `Causal` on; a decoder has none.
+    position, segment: of a decoder: of several sequences in a row, see `arrays.Record`; tokens see
+      their own only.
     **options: of the network's call.
   """
   if isinstance(model, Cached):
-    slots = masks.sequence_slots(jnp.arange(tokens_BL.shape[1])[None], 1)
-    return model.apply({"params": params}, tokens_BL, None, masks.causal(slots), **options)
+    slots = masks.sequence_slots(
+      jnp.arange(tokens_BL.shape[1])[None] if position is None else position, 1, segment
+    )
+    return model.apply({"params": params}, tokens_BL, position, masks.causal(slots), **options)
+  if position is not None:
+    raise ValueError("several sequences share a row: use a decoder, which keeps them apart.")
   keys = () if rng_B is None else (rng_B,)
   return model.apply({"params": params}, tokens_BL, *keys, **options)

@@ -23,12 +23,17 @@ PASSES = (1, 1)  # forward and backward passes of the network that a step needs 
 def loss(
   params: Params, batch: Batch, *, model: Causal | Decoder, train: bool = True
 ) -> tuple[Float[Array, ""], tuple[Metrics, None]]:
-  """Return the mean negative log-likelihood of tokens 1 … L − 1, in nats per token.
+  """Return the mean negative log-likelihood of valid tokens 1 … L − 1, in nats per token.
 
   Token 0 is the document separator that every record starts with; it is given, not predicted.
+  Sequences that share a row ("position", "segment") are kept apart by a decoder; other networks
+  take no such rows.
   """
   tokens_BL = batch["tokens"]
-  logits_BLV = next_token_logits(model, params, tokens_BL, batch["rng"] if train else None)
+  places = {name: batch[name] for name in ("position", "segment") if name in batch}
+  logits_BLV = next_token_logits(
+    model, params, tokens_BL, batch["rng"] if train else None, **places
+  )
   nll_BL = optax.softmax_cross_entropy_with_integer_labels(logits_BLV[:, :-1], tokens_BL[:, 1:])
   if "valid" in batch:
     weight_BL = batch["valid"][:, 1:].astype(nll_BL.dtype)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from dlm_jax.arrays import RngKey
+from dlm_jax.arrays import Record, RngKey
 
 Batch = dict[str, Any]
 
@@ -22,24 +22,21 @@ def stratified_times(rng_B: Key[Array, "B"], eps: float) -> Float[Array, "B"]:
   return (1 - eps) * ((u_B + jnp.arange(size)) / size) + eps
 
 
-def draw_batch(
-  tokens_BL: Int[Array, "B L"], rng: RngKey, *, eps: float = 1e-3, valid_BL=None
-) -> Batch:
-  """Add one key and one stratified time per sequence to tokens.
+def draw_batch(record: Record, rng: RngKey, *, eps: float = 1e-3) -> Batch:
+  """Add one key and one stratified time per sequence to records.
 
   Args:
-    tokens_BL: the global batch; cut into micro-batches only afterwards.
+    record: the global batch; cut into micro-batches only afterwards.
     rng: this batch's key.
     eps: smallest time.
-    valid_BL: bool, False on prompt positions, which are never corrupted nor scored.
 
   Returns:
-    {"tokens", "rng" (B keys), "t" (float32 [B])} and "valid" if given.
+    The record, "rng" (B keys) and "t" (float32 [B]).
   """
-  rng_B = jax.vmap(lambda i: jax.random.fold_in(rng, i))(jnp.arange(tokens_BL.shape[0]))
+  size = record["tokens"].shape[0]
+  rng_B = jax.vmap(lambda i: jax.random.fold_in(rng, i))(jnp.arange(size))
   rng_B, rng_time_B = split_each(rng_B, 2)
-  batch = {"tokens": tokens_BL, "rng": rng_B, "t": stratified_times(rng_time_B, eps)}
-  return batch if valid_BL is None else {**batch, "valid": valid_BL}
+  return {**record, "rng": rng_B, "t": stratified_times(rng_time_B, eps)}
 
 
 def split_each(rng_B: Key[Array, "B"], count: int) -> tuple[Key[Array, "B"], ...]:

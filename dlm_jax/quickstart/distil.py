@@ -194,4 +194,4 @@ def _held_out(config, samples: int) -> np.ndarray:
   info = builder.open_dataset(config.data.directory).info
   count = min(max(samples, 256), info.splits["validation"].records)
   batches = loader.evaluation_batches(config.data.directory, "validation", count, 1)
-  return np.concatenate(list(batches))
+  return np.concatenate([record["tokens"] for record in batches])

@@ -71,7 +71,8 @@ class Pipeline:
     """Return this model with options of `sample.generate`, for `frontier.sweep`.
 
     Args:
-      data: of proteins: the prepared dataset whose validation records give the lengths.
+      data: of proteins or conversations: the prepared dataset whose validation records give lengths
+        or prompts.
       **options: of the sampler.
     """
     given = {
@@ -81,9 +82,9 @@ class Pipeline:
       "options": options,
       "critic": self.critic if options.get("sampler") == "rgas" else None,
     }
-    if self.tokenizer.given_ids and data:
+    if data:
       like = functools.partial(templates.like_validation, data)
-      return frontier.ProteinSampler(templates=like, **given)
+      return frontier.TemplateSampler(templates=like, **given)
     return frontier.Sampler(**given)
 
   def __call__(

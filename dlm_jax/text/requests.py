@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from dlm_jax import sample
-from dlm_jax.data import chat as chats
 from dlm_jax.data import tokenizers
+from dlm_jax.data.tokenizers import chat as chats
 from dlm_jax.errors import InputError, hint
 
 VERIFY = ("stacked", "simsd", "none")

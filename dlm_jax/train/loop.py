@@ -16,6 +16,7 @@ from absl import logging
 from jax.sharding import Mesh
 
 from dlm_jax import mesh as meshes
+from dlm_jax.arrays import Record
 from dlm_jax.errors import InputError
 from dlm_jax.objectives import Objective, TrainState, draw_batch
 from dlm_jax.train.checkpoint import Checkpoints
@@ -27,7 +28,7 @@ from dlm_jax.train.writers import Writer
 class Loader(Protocol):
   """Host batches with a position that can be saved."""
 
-  def __next__(self) -> np.ndarray: ...
+  def __next__(self) -> Record: ...
   def position(self) -> dict: ...
   def seek(self, position: dict) -> None: ...
 
@@ -83,24 +84,19 @@ def step_key(seed: int) -> jax.Array:
   return jax.random.split(jax.random.key(seed))[1]
 
 
-def jit_step(
-  objective: Objective, mesh: Mesh, shardings: Any, seed: int, given_ids: tuple[int, ...] = ()
-) -> Callable:
-  """Compile (state, tokens [batches, B, L]) -> (state, metrics) over a mesh, the state donated.
+def jit_step(objective: Objective, mesh: Mesh, shardings: Any, seed: int) -> Callable:
+  """Compile (state, records [batches, B, L]) -> (state, metrics) over a mesh, the state donated.
 
   Keys are folded from the seed and the step, so any step can be replayed and none is stored. It is
-  compiled once per length L. Given ids are marked as not valid: never noised, never scored.
+  compiled once per length L and set of features; all of these are split over the mesh as tokens
+  are.
   """
 
-  def draw(tokens_BL, rng):
-    if not given_ids:
-      return draw_batch(tokens_BL, rng)
-    given_BL = jnp.isin(tokens_BL, jnp.asarray(given_ids))
-    return draw_batch(tokens_BL, rng, valid_BL=~given_BL)
-
-  def train_step(state, tokens_UBL):
-    rng = jax.random.fold_in(step_key(seed), state.step)
-    draws = [draw(tokens_BL, jax.random.fold_in(rng, i)) for i, tokens_BL in enumerate(tokens_UBL)]
+  def train_step(state, records):
+    rng, draws = jax.random.fold_in(step_key(seed), state.step), []
+    for i in range(records["tokens"].shape[0]):
+      record = {name: feature_UBL[i] for name, feature_UBL in records.items()}
+      draws.append(draw_batch(record, jax.random.fold_in(rng, i)))
     return objective.step(state, draws[0] if objective.batches == 1 else tuple(draws))
 
   return jax.jit(
@@ -125,7 +121,6 @@ def run(
   writer: Writer,
   evaluator: Evaluator | None = None,
   label: str = "train",
-  given_ids: tuple[int, ...] = (),
 ) -> Result:
   """Train from the state's step to `config.steps`.
 
@@ -136,7 +131,7 @@ def run(
   Args:
     objective: the method.
     state: as initialised or restored, placed by `shardings`. It is donated: do not use it again.
-    loader: yields int32 [local batch, L]; already positioned.
+    loader: yields records of [local batch, L] each; already positioned.
     config: how long, and how often what.
     batch_size: sequences per update, on all hosts together.
     mesh: devices.
@@ -145,12 +140,11 @@ def run(
     writer: where metrics go.
     evaluator: see `Evaluator`.
     label: shown in the progress line.
-    given_ids: see `jit_step`.
 
   Raises:
     InputError: training diverged; names the last good checkpoint.
   """
-  step_function = jit_step(objective, mesh, shardings, config.seed, given_ids)
+  step_function = jit_step(objective, mesh, shardings, config.seed)
   step, reason, pending = int(state.step), "finished", None
   if evaluator is not None and evaluator.stop:
     return Result(state=state, step=step, reason="collapsed")  # restored after it had stopped
@@ -165,12 +159,12 @@ def run(
         writer.write(done, {**values, "tokens_per_second": progress.rate})
 
     while step < config.steps and reason == "finished":
-      tokens_UBL = _next_tokens(loader, objective.batches, mesh, batch_size)
-      state, metrics = step_function(state, tokens_UBL)
+      records = _next_records(loader, objective.batches, mesh, batch_size)
+      state, metrics = step_function(state, records)
       step += 1
       if pending is not None:
         settle(pending, {})
-      pending = (step, metrics, tokens_UBL.size)
+      pending = (step, metrics, records["tokens"].size)
 
       last, stopping, late = _asked_to_stop(step, config, stop, deadline)
       due_evaluation = config.evaluate_every and step % config.evaluate_every == 0
@@ -234,9 +228,17 @@ def _save(checkpoints, step, state, loader, evaluator) -> None:
   checkpoints.save(step, state, extra)
 
 
-def _next_tokens(loader: Loader, count: int, mesh: Mesh, batch_size: int) -> jax.Array:
-  """Return [count, B, L] tokens, each host contributing its rows of the global batch."""
-  local_UBL = np.stack([next(loader) for _ in range(count)])
+def _next_records(loader: Loader, count: int, mesh: Mesh, batch_size: int) -> Record:
+  """Return records of [count, B, L], each host contributing its rows of the global batch."""
+  records = [next(loader) for _ in range(count)]
+  return {
+    name: _place(np.stack([record[name] for record in records]), mesh, batch_size)
+    for name in records[0]
+  }
+
+
+def _place(local_UBL: np.ndarray, mesh: Mesh, batch_size: int) -> jax.Array:
+  """Split a feature over the mesh, whatever hosts its rows are on."""
   sharding = meshes.batch_sharding(mesh, leading=1)
   if jax.process_count() == 1:
     return jax.device_put(jnp.asarray(local_UBL), sharding)

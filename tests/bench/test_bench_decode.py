@@ -419,7 +419,7 @@ def test_prompts_of_a_validation_split(monkeypatch, tmp_path):
 
   def groups(directory, split, limit):
     asked.append((directory, split, limit))
-    return [np.arange(12).reshape(2, 6)]
+    return [{"tokens": np.arange(12).reshape(2, 6)}]
 
   monkeypatch.setattr(networks.loader, "evaluation_groups", groups)
   task = networks.from_checkpoint(

@@ -7,7 +7,8 @@ import pathlib
 
 import pytest
 
-from dlm_jax.data import chat, tokenizers
+from dlm_jax.data import tokenizers
+from dlm_jax.data.tokenizers import chat
 from dlm_jax.errors import InputError
 
 RECORDED = pathlib.Path(__file__).parents[1] / "golden" / "tokenizer_sdar.json"

@@ -51,7 +51,18 @@ def make(directory, **options):
 
 
 def take(iterator, count):
-  return [next(iterator) for _ in range(count)]
+  return [checked(next(iterator)) for _ in range(count)]
+
+
+def take_one(parts):
+  return [checked(next(part)) for part in parts]
+
+
+def checked(record):
+  """Return the tokens of a batch; what frames and fills them is not valid, all else is."""
+  assert set(record) == {"tokens", "valid"} and record["valid"].dtype == bool
+  np.testing.assert_array_equal(record["valid"], ~np.isin(record["tokens"], ESM.given_ids))
+  return record["tokens"]
 
 
 def same(ones, others):
@@ -62,7 +73,7 @@ def test_what_is_stored(directory):
   dataset = builder.open_dataset(directory)
   info, train = dataset.info, dataset.info.splits["train"]
   assert (info.packing, info.buckets, info.length) == ("documents", BUCKETS, 20)
-  assert (info.given_ids, info.pad_id, info.vocab_size) == ((0, 1, 2, 3, 29, 30, 31), 1, 32)
+  assert (info.features, info.pad_id, info.vocab_size) == (("tokens", "valid"), 1, 32)
   assert train.bucket_records == COUNTS and train.records == sum(COUNTS)
   assert train.dropped == {"duplicates": 1, "shorter than 3": 1, "longer than 18": 2}
   assert train.tokens == sum(len(s) + 2 for s in sequences()) and train.bytes_per_token == 1
@@ -71,6 +82,8 @@ def test_what_is_stored(directory):
   np.testing.assert_array_equal(dataset.lengths("train"), [len(row) for row in rows])
   assert all(row[0] == ESM.cls_id and row[-1] == ESM.eos_id for row in rows)
   assert sorted(ESM.decode(row) for row in rows) == sorted(sequences())
+  for record in dataset.splits["train"]:
+    np.testing.assert_array_equal(record["valid"], ~np.isin(record["tokens"], ESM.given_ids))
   assert dataset.tokenizer() == ESM
 
 
@@ -116,7 +129,10 @@ def test_datasets_of_text_say_nothing_new(tmp_path):
 @pytest.mark.parametrize(
   "options, message",
   [
-    ({"packing": "rows"}, "data.packing='rows' is unknown; use concatenate or documents"),
+    (
+      {"packing": "rows"},
+      "data.packing='rows' is unknown; use concatenate or documents or",
+    ),
     ({"packing": "concatenate"}, "does not fit this tokenizer, .*use data.packing='documents'"),
     ({"buckets": (8, 8, 20)}, r"buckets=\(8, 8, 20\) must rise, from 3 or more, to data.length=20"),
     ({"buckets": (2, 20)}, "must rise"),
@@ -179,7 +195,7 @@ def test_the_stream_depends_on_the_seed_alone(directory):
 def test_hosts_together_see_the_global_batch(hosts, directory):
   whole, parts = make(directory), [make(directory, host=h, hosts=hosts) for h in range(hosts)]
   for batch in take(whole, 25):
-    np.testing.assert_array_equal(np.concatenate([next(part) for part in parts]), batch)
+    np.testing.assert_array_equal(np.concatenate(take_one(parts)), batch)
   assert whole.position() == parts[0].position() == parts[-1].position()
 
 
@@ -203,7 +219,7 @@ def test_resume_is_immediate_far_into_the_stream_and_on_other_hosts(directory):
   parts = [make(directory, host=h, hosts=2) for h in range(2)]
   for part in parts:
     part.seek(state)
-  np.testing.assert_array_equal(np.concatenate([next(part) for part in parts]), next(one))
+  np.testing.assert_array_equal(np.concatenate(take_one(parts)), checked(next(one)))
 
 
 def test_what_one_step_takes_is_of_one_bucket(directory):
@@ -215,7 +231,7 @@ def test_what_one_step_takes_is_of_one_bucket(directory):
 
 
 def test_one_epoch_without_repeat(directory):
-  batches = list(make(directory, repeat=False))
+  batches = [checked(record) for record in make(directory, repeat=False)]
   assert collections.Counter(b.shape[1] for b in batches) == {8: 5, 12: 7, 20: 2}
   texts = [ESM.decode(row) for batch in batches for row in batch]
   assert len(set(texts)) == len(texts) == 56
@@ -223,15 +239,16 @@ def test_one_epoch_without_repeat(directory):
     InputError, match="batch_size=31 is larger than split 'train' with 30 records"
   ):
     make(directory, batch_size=31, repeat=False)
-  unshuffled = [b.shape[1] for b in make(directory, repeat=False, shuffle=False)]
+  plain = make(directory, repeat=False, shuffle=False)
+  unshuffled = [record["tokens"].shape[1] for record in plain]
   assert unshuffled == [8] * 5 + [12] * 7 + [20] * 2
 
 
 def test_evaluation_is_grouped_by_length_and_drops_nothing(directory):
-  groups = loader.evaluation_groups(directory, "validation")
+  groups = [checked(g) for g in loader.evaluation_groups(directory, "validation")]
   assert [g.shape for g in groups] == [(2, 8), (1, 12), (1, 20)]
   assert [ESM.decode(row) for g in groups for row in g] == ["MKT", "MKV", "M" * 9, "K" * 18]
-  first = loader.evaluation_groups(directory, "validation", 2)
+  first = [checked(g) for g in loader.evaluation_groups(directory, "validation", 2)]
   assert [ESM.decode(row) for g in first for row in g] == ["MKT", "M" * 9]
   with pytest.raises(InputError, match="limit=0 records"):
     loader.evaluation_groups(directory, "validation", 0)
@@ -242,3 +259,5 @@ def test_evaluation_is_grouped_by_length_and_drops_nothing(directory):
 def test_templates_have_the_lengths_of_validation_records(directory):
   drawn = templates.like_validation(directory, 6, batch_size=2)
   assert drawn.residues == (3, 9, 3, 18, 3, 9) and drawn.buckets == BUCKETS
+  rows = [np.pad(ESM.template(n, n + 2), (0, 18 - n)) for n in drawn.residues]
+  np.testing.assert_array_equal(drawn.valid_NL, np.stack(rows) == ESM.mask_id)

@@ -28,7 +28,11 @@ def make(directory, **options):
 
 
 def take(iterator, count):
-  return np.stack([next(iterator) for _ in range(count)])
+  return np.stack([next(iterator)["tokens"] for _ in range(count)])
+
+
+def whole(records):
+  return [record["tokens"] for record in records]
 
 
 def numbers(batches):
@@ -37,7 +41,7 @@ def numbers(batches):
 
 
 def test_batches_have_shape_and_dtype(directory):
-  batch = next(make(directory))
+  batch = next(make(directory))["tokens"]
   assert isinstance(batch, np.ndarray) and batch.dtype == np.int32 and batch.shape == (8, 8)
 
 
@@ -68,14 +72,14 @@ def test_hosts_together_see_the_global_batch(hosts, repeat, directory):
   whole = make(directory, repeat=repeat)
   parts = [make(directory, host=h, hosts=hosts, repeat=repeat) for h in range(hosts)]
   for _ in range(12 if repeat else 4):
-    together = np.concatenate([next(part) for part in parts])
-    np.testing.assert_array_equal(together, next(whole))
+    together = np.concatenate([next(part)["tokens"] for part in parts])
+    np.testing.assert_array_equal(together, next(whole)["tokens"])
   if not repeat:
     assert [next(p, None) for p in [whole, *parts]] == [None] * (hosts + 1)
 
 
 def test_a_batch_may_exceed_the_split(directory):
-  batch = next(make(directory, batch_size=100))
+  batch = next(make(directory, batch_size=100))["tokens"]
   counts = np.bincount(numbers(batch))
   assert batch.shape == (100, 8) and set(counts) == {2, 3}
 
@@ -103,16 +107,18 @@ def test_resume_on_another_number_of_hosts(directory):
   parts = [make(directory, host=h, hosts=2) for h in range(2)]
   for part in parts:
     part.seek(state)
-  np.testing.assert_array_equal(np.concatenate([next(part) for part in parts]), next(one))
+  np.testing.assert_array_equal(
+    np.concatenate([next(part)["tokens"] for part in parts]), next(one)["tokens"]
+  )
   assert parts[0].position() == one.position()
 
 
 def test_resume_is_immediate_far_into_the_stream(directory):
   one = make(directory)
   one.seek({**one.position(), "step": 10**9})
-  batch = next(one)
+  batch = next(one)["tokens"]
   one.seek({**one.position(), "step": 10**9})
-  np.testing.assert_array_equal(next(one), batch)
+  np.testing.assert_array_equal(next(one)["tokens"], batch)
 
 
 def test_resume_at_the_end_of_a_finite_stream(directory):
@@ -164,13 +170,13 @@ def test_wrong_places(directory, tmp_path):
 
 
 def test_evaluation_is_in_order_and_whole(directory):
-  batches = list(loader.evaluation_batches(directory, "train", 10))
+  batches = whole(loader.evaluation_batches(directory, "train", 10))
   assert [b.shape for b in batches] == [(10, 8)] * 3 and batches[0].dtype == np.int32
   assert numbers(batches) == list(range(30))
-  assert numbers(list(loader.evaluation_batches(directory, "train", 10, limit=2))) == list(
+  assert numbers(whole(loader.evaluation_batches(directory, "train", 10, limit=2))) == list(
     range(20)
   )
-  assert numbers(list(loader.evaluation_batches(directory, "validation", 5))) == list(range(5))
+  assert numbers(whole(loader.evaluation_batches(directory, "validation", 5))) == list(range(5))
   with pytest.raises(InputError, match="batch_size=6 is larger than split 'validation' with 5"):
     loader.evaluation_batches(directory, "validation", 6)
   with pytest.raises(InputError, match="limit=0"):

@@ -63,15 +63,15 @@ def test_the_bound_matches_enumeration():
   assert abs(row["nelbo"] / exact - 1) < 0.02
 
 
-def test_batches_and_given_ids():
+def test_batches_and_valid_tokens():
   whole = _bound(block_length=2)
   for size in (2, 3):
     np.testing.assert_allclose(
       _bound(block_length=2, batch_size=size)["nelbo"], whole["nelbo"], rtol=1e-5
     )
   assert whole["evaluations"] == 5 and whole["sequences"] == 5 and whole["tokens"] == 5 * L
-  ids = (int(TOKENS[0, 1]),)
-  assert _bound(block_length=2, given_ids=ids)["tokens"] == (~np.isin(TOKENS, ids)).sum()
+  valid = ~np.isin(TOKENS, int(TOKENS[0, 1]))
+  assert _bound(block_length=2, valid_NL=valid)["tokens"] == valid.sum()
   groups = _bound([TOKENS, TOKENS[:3, :2]], block_length=2)
   assert groups["tokens"] == 5 * L + 6
 

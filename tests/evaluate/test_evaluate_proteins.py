@@ -107,6 +107,10 @@ LONG = np.array([[0, 3, 3, 4, 5, 2]])
 LOG_P = np.log(np.array([0.001, 0.001, 0.001, 0.5, 0.3, 0.197]))
 
 
+def _valid(*groups):
+  return [~np.isin(group, GIVEN) for group in groups]
+
+
 def _judge(tokens_BL):
   return jnp.broadcast_to(jnp.asarray(LOG_P), (*tokens_BL.shape, 6))
 
@@ -114,7 +118,8 @@ def _judge(tokens_BL):
 def test_judges_count_residues_only():
   counted = np.concatenate([SHORT.ravel(), LONG.ravel()])
   nll = -LOG_P[counted[counted > 2]].mean()
-  scores = evaluate.ar_perplexity(_judge, [SHORT, LONG], given_ids=GIVEN, bytes_per_token=1.0)
+  valid = _valid(SHORT, LONG)
+  scores = evaluate.ar_perplexity(_judge, [SHORT, LONG], valid_NL=valid, bytes_per_token=1.0)
   assert scores["nll"] == pytest.approx(nll, rel=1e-5)
   assert (scores["tokens"], scores["sequences"]) == (7, 3)
   assert scores["bits_per_byte"] == pytest.approx(nll / math.log(2), rel=1e-5)
@@ -136,7 +141,7 @@ def test_bounds_count_residues_only_and_never_mask_what_is_given():
   proc = process.Absorbing(vocab_size=7, mask_id=6, blocked=GIVEN)
   short, long = np.tile(SHORT, (400, 1)), np.tile(LONG, (400, 1))
   scores = evaluate.elbo(
-    denoiser, proc, [short, long], jax.random.key(0), given_ids=GIVEN, batch_size=400
+    denoiser, proc, [short, long], jax.random.key(0), valid_NL=_valid(short, long), batch_size=400
   )
   jax.effects_barrier()
   counted = np.concatenate([SHORT.ravel(), LONG.ravel()])
@@ -148,12 +153,13 @@ def test_bounds_count_residues_only_and_never_mask_what_is_given():
     given = source <= 2
     np.testing.assert_array_equal(xt[given], source[given])
     assert (xt == 6).any()
+  tokens = np.zeros((2, 4), np.int32)
   with pytest.raises(InputError, match="are all given"):
-    evaluate.elbo(denoiser, proc, np.zeros((2, 4), np.int32), jax.random.key(0), given_ids=GIVEN)
+    evaluate.elbo(denoiser, proc, tokens, jax.random.key(0), valid_NL=_valid(tokens)[0])
 
 
 def test_quality_and_entropy_count_residues_only():
-  quality = evaluate.quality(_judge, SHORT, eos_id=2, given_ids=GIVEN)
+  quality = evaluate.quality(_judge, SHORT, eos_id=2, valid_NL=_valid(SHORT)[0])
   assert quality.genppl == pytest.approx(math.exp(-LOG_P[[3, 4, 3]].mean()), rel=1e-5)
   assert quality.tokens == 3
   assert quality.entropy == pytest.approx((math.log(2) + 0) / 2)

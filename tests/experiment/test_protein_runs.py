@@ -81,11 +81,13 @@ def test_what_is_special_is_never_valid(folder):
   devices = mesh.make(devices=jax.devices()[:1])
   shardings = jax.tree.map(lambda _: mesh.replicated(devices), state)
   state = jax.device_put(state, shardings)
-  run = loop.jit_step(objectives.Objective(None, step), devices, shardings, 0, GIVEN)
+  run = loop.jit_step(objectives.Objective(None, step), devices, shardings, 0)
   stream = loader.make(folder / "data", "train", batch_size=8, seed=0)
   for _ in range(8):
-    tokens = next(stream)
-    placed = jax.device_put(jnp.asarray(tokens)[None], mesh.batch_sharding(devices, 1))
+    record = next(stream)
+    tokens = record["tokens"]
+    split = lambda x: jax.device_put(jnp.asarray(x)[None], mesh.batch_sharding(devices, 1))  # noqa: E731
+    placed = jax.tree.map(split, record)
     state, out = run(state, placed)
     np.testing.assert_array_equal(out["tokens"], tokens)
     np.testing.assert_array_equal(out["valid"], tokens > 3)
@@ -211,7 +213,7 @@ def test_what_does_not_fit_is_told(folder, teacher, tmp_path):
     open_data(config(folder, "teacher", data__buckets="()"))
   with pytest.raises(InputError, match=r"process.name='uniform' would draw the special ids"):
     uniform = {"process__name": "uniform", "model__time_conditioning": "True"}
-    build.experiment(config(folder, "teacher", **uniform), 32, given_ids=GIVEN)
+    build.experiment(config(folder, "teacher", **uniform), 32, blocked=GIVEN)
   pipe = dlm_jax.load(teacher)
   sampler = frontier.Sampler(denoiser=pipe.denoiser, process=pipe.process, length=16)
   with pytest.raises(InputError, match="proteins are drawn with a start, an end and given lengths"):
@@ -220,7 +222,8 @@ def test_what_does_not_fit_is_told(folder, teacher, tmp_path):
 
 def test_runs_from_before_there_were_documents_can_be_resumed():
   now = json.loads(tiny_runs.make().config("teacher").to_json())["data"]
-  before = {key: value for key, value in now.items() if key not in ("packing", "buckets")}
+  new = ("packing", "buckets", "block_length")
+  before = {key: value for key, value in now.items() if key not in new}
   assert run._fixed("data", before) == run._fixed("data", now)
   changed = {**now, "packing": "documents"}
   assert run._fixed("data", before) != run._fixed("data", changed)

@@ -144,7 +144,7 @@ def test_states_share_noise():
 
 def test_prompts_are_clean_and_not_scored():
   valid = jnp.asarray(np.random.default_rng(0).random((tiny.B, tiny.L)) < 0.5)
-  batch = tiny.batch(valid_BL=valid)
+  batch = tiny.batch(valid=valid)
   pair = _trajectory(batch, batch["rng"], 0.25, duality=DUALITY)
   for state in (pair.zt, pair.zs):
     assert np.all(np.asarray(state == batch["tokens"]) | np.asarray(valid))

@@ -86,7 +86,7 @@ def test_omega():
 
 
 def _times(**options):
-  batch = draw_batch(tiny.tokens(batch=64), jax.random.key(0))
+  batch = draw_batch({"tokens": tiny.tokens(batch=64)}, jax.random.key(0))
   return didi_instruct.draw_times(batch, Options(**options), tiny.PROCESS)
 
 
@@ -214,7 +214,7 @@ def test_prompts_stay():
   model, params = tiny.network()
   valid = np.ones((tiny.B, tiny.L), bool)
   valid[:, 1] = False
-  batch = tiny.batch(valid_BL=jnp.asarray(valid))
+  batch = tiny.batch(valid=jnp.asarray(valid))
   batch = didi_instruct.draw_times(batch, Options(), tiny.PROCESS)
   setting, options = Setting(model=model, process=tiny.PROCESS), Options(dropout=True)
   run = functools.partial(rollout, setting=setting, options=options, teacher=params)
@@ -228,7 +228,7 @@ def test_prompts_stay():
 
 def test_groups_share_prompts():
   valid = jnp.asarray(np.random.default_rng(0).random((tiny.B, tiny.L)) < 0.5)
-  batch = didi_instruct.share_prompts(tiny.batch(valid_BL=valid), Options())
+  batch = didi_instruct.share_prompts(tiny.batch(valid=valid), Options())
   for name in ("tokens", "valid"):
     groups = batch[name].reshape(-1, 4, tiny.L)
     np.testing.assert_array_equal(groups, jnp.broadcast_to(groups[:, :1], groups.shape))

@@ -43,7 +43,7 @@ def _batch(rng):
   rng_tokens, rng = jax.random.split(rng)
   log_law = jnp.log(jnp.asarray(LAW, jnp.float32))
   picked = jax.random.categorical(rng_tokens, log_law, shape=(BATCH,))
-  return draw_batch(jnp.asarray(STATES)[picked], rng)
+  return draw_batch({"tokens": jnp.asarray(STATES)[picked]}, rng)
 
 
 def _train(step, state, steps, rng):

@@ -170,7 +170,7 @@ def test_soft_loss_by_hand():
 
 def test_prompts_reach_the_network_clean():
   """Soft or hard, what a prompt holds is seen as its own tokens, and is not scored."""
-  nothing = tiny.batch(valid_BL=jnp.zeros((tiny.B, tiny.L), bool))
+  nothing = tiny.batch(valid=jnp.zeros((tiny.B, tiny.L), bool))
   for step in (0, 5):
     (value, (metrics, _)), _ = _run(nothing, step, curriculum=CURRICULUM)
     assert value == 0 and metrics["changed"] == 0

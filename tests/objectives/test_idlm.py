@@ -315,7 +315,7 @@ def test_rollout_draws_from_the_prediction():
 
 def test_prompts_are_never_masked_and_never_scored():
   valid = jnp.asarray(np.random.default_rng(1).random((16, tiny.L)) < 0.6).at[0].set(False)
-  batch = idlm.couple_times(tiny.batch(size=16, valid_BL=valid), coupling="same_order")
+  batch = idlm.couple_times(tiny.batch(size=16, valid=valid), coupling="same_order")
   sample = _rollout(batch)
   for state in (sample.x_gen, sample.z):
     np.testing.assert_array_equal(state[~valid], batch["tokens"][~valid])

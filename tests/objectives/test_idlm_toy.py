@@ -209,7 +209,8 @@ class Toy:
 
     def batch(rng):
       rng_tokens, rng = jax.random.split(rng)
-      return draw_batch(tokens[jax.random.categorical(rng_tokens, log_data, shape=(BATCH,))], rng)
+      drawn = tokens[jax.random.categorical(rng_tokens, log_data, shape=(BATCH,))]
+      return draw_batch({"tokens": drawn}, rng)
 
     @jax.jit
     def train(sign, rng):

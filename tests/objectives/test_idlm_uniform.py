@@ -220,7 +220,9 @@ def test_no_gradient_at_the_start():
   """Spec, acceptance check 4: with three equal networks the student does not move."""
   model, params = _tiny(dropout=0.0)
   tokens = jax.random.randint(jax.random.key(1), (4, 8), 0, 11)
-  batch = idlm.couple_times(draw_batch(tokens, jax.random.key(2)), coupling="same_order")
+  batch = idlm.couple_times(
+    draw_batch({"tokens": tokens}, jax.random.key(2)), coupling="same_order"
+  )
   gradient = _losses(model, params, batch)
   moved = jax.tree.map(lambda x: x * 1.1, params)
   other = _losses(model, params, batch, fake=moved)
@@ -232,7 +234,7 @@ def test_prompts_are_kept_clean():
   model, params = _tiny(dropout=0.0)
   tokens = jax.random.randint(jax.random.key(1), (4, 8), 0, 11)
   valid = jnp.broadcast_to(jnp.arange(8)[None] >= 3, (4, 8))
-  batch = draw_batch(tokens, jax.random.key(2), valid_BL=valid)
+  batch = draw_batch({"tokens": tokens, "valid": valid}, jax.random.key(2))
   batch = idlm.couple_times(batch, coupling="permuted")
   relaxation = Relaxation(duality=process.GaussianDuality(vocab_size=11))
   states = idlm.SoftStates(model=model, process=relaxation.process, relaxation=relaxation)
@@ -265,7 +267,10 @@ def test_memory_stays_below_two_dense_arrays():
     )
     state = jax.eval_shape(objective.init, jax.random.key(0), params)
     tokens = jax.ShapeDtypeStruct((batch, length), jnp.int32)
-    step = lambda state, tokens: objective.step(state, draw_batch(tokens, jax.random.key(0)))  # noqa: E731
+
+    def step(state, tokens):
+      return objective.step(state, draw_batch({"tokens": tokens}, jax.random.key(0)))
+
     compiled = jax.jit(step, donate_argnums=0).lower(state, tokens).compile()
     return compiled.memory_analysis().temp_size_in_bytes
 

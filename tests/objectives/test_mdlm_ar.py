@@ -69,9 +69,9 @@ def test_loss_by_hand():
 def test_prompts_are_neither_masked_nor_scored():
   valid = jnp.asarray(np.random.default_rng(0).random((tiny.B, tiny.L)) < 0.5)
   valid = valid.at[0].set(False)
-  batch = tiny.batch(valid_BL=valid)
+  batch = tiny.batch(valid=valid)
   np.testing.assert_allclose(_mdlm(batch)[0], _by_hand(batch)[0], rtol=1e-5)
-  nothing = tiny.batch(valid_BL=jnp.zeros((tiny.B, tiny.L), bool))
+  nothing = tiny.batch(valid=jnp.zeros((tiny.B, tiny.L), bool))
   value, (metrics, _) = _mdlm(nothing)
   assert value == 0 and metrics["masked"] == 0
 

@@ -57,7 +57,9 @@ def _tokens(name, step):
 def _batches(name, step=0):
   """Return what the training loop draws at a step."""
   rng = jax.random.fold_in(loop.step_key(SEED), step)
-  draws = [draw_batch(x, jax.random.fold_in(rng, i)) for i, x in enumerate(_tokens(name, step))]
+  draws = [
+    draw_batch({"tokens": x}, jax.random.fold_in(rng, i)) for i, x in enumerate(_tokens(name, step))
+  ]
   return tuple(draws) if len(draws) > 1 else draws[0]
 
 
@@ -89,7 +91,7 @@ def _run(name, sizes=(1, 1, 1), **options):
     old = state
     # The checker takes the slices that micro-batches are cut into for second uses.
     with jax.debug_key_reuse("accumulate" not in options):
-      state, metrics = step(state, tokens)
+      state, metrics = step(state, {"tokens": tokens})
     states.append(copy(state))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old))  # donated
   used = {str(leaf.sharding.spec) for leaf in jax.tree.leaves(state)}

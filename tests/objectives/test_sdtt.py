@@ -230,7 +230,7 @@ def test_corrupted_batch():
   np.testing.assert_array_equal(np.asarray(ours["xt"])[~masked], batch["tokens"][~masked])
   np.testing.assert_allclose(ours["weight"], tiny.B / masked.sum(), rtol=1e-6)
   assert not np.any(jax.random.key_data(ours["rng"]) == jax.random.key_data(batch["rng"]))
-  nothing = tiny.batch(valid_BL=jnp.zeros((tiny.B, tiny.L), bool))
+  nothing = tiny.batch(valid=jnp.zeros((tiny.B, tiny.L), bool))
   np.testing.assert_array_equal(
     sdtt.corrupt(nothing, process=tiny.PROCESS)["xt"], nothing["tokens"]
   )

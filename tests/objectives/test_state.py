@@ -18,8 +18,8 @@ TOKENS = jnp.arange(B * L, dtype=jnp.int32).reshape(B, L)
 START = {"w": jnp.asarray([1.0, -2.0, 0.5])}
 
 
-def _batch(seed=0, **options):
-  return draw_batch(TOKENS, jax.random.key(seed), **options)
+def _batch(seed=0, **features):
+  return draw_batch({"tokens": TOKENS, **features}, jax.random.key(seed))
 
 
 # --- times and keys -----------------------------------------------------------------------------
@@ -60,12 +60,12 @@ def test_batch_keys():
   assert set(batch) == {"tokens", "rng", "t"} and batch["t"].dtype == jnp.float32
   data = np.asarray(jax.random.key_data(batch["rng"]))
   assert len(np.unique(data, axis=0)) == B
-  half = draw_batch(TOKENS[:4], jax.random.key(0))
+  half = draw_batch({"tokens": TOKENS[:4]}, jax.random.key(0))
   np.testing.assert_array_equal(jax.random.key_data(half["rng"]), data[:4])
   reused = stratified_times(batch["rng"], 1e-3)
   assert np.all(np.asarray(reused) != np.asarray(batch["t"]))
   valid = TOKENS > 5
-  np.testing.assert_array_equal(_batch(valid_BL=valid)["valid"], valid)
+  np.testing.assert_array_equal(_batch(valid=valid)["valid"], valid)
   assert np.any(np.asarray(_batch(1)["t"]) != np.asarray(batch["t"]))
 
 

@@ -59,8 +59,10 @@ def tokens(seed=0, batch=B):
   return jnp.asarray(ids + (ids >= MASK), jnp.int32)
 
 
-def batch(seed=0, size=B, **options):
-  return draw_batch(tokens(seed, size), jax.random.key(100 + seed), **options)
+def batch(seed=0, size=B, **features):
+  """Return a batch as the loop draws it; `features` go beside the tokens."""
+  record = {"tokens": tokens(seed, size), **features}
+  return draw_batch(record, jax.random.key(100 + seed))
 
 
 def network_class(make):

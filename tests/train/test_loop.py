@@ -25,7 +25,7 @@ class Batches:
     if self.taken + 1 == self._at:
       self._action()
     self.taken += 1
-    return np.full((8, 2), self.taken, np.int32)
+    return {"tokens": np.full((8, 2), self.taken, np.int32)}
 
   def position(self):
     return {"step": self.taken}
@@ -222,7 +222,7 @@ def test_steps_have_different_keys_and_replay():
     run = loop.jit_step(objective, devices, shardings, seed)
     for start in (0, 1, 2, 0):
       state = objective.init(None, None).replace(step=jnp.asarray(start, jnp.int32))
-      state, metrics = run(jax.device_put(state, mesh.replicated(devices)), tokens)
+      state, metrics = run(jax.device_put(state, mesh.replicated(devices)), {"tokens": tokens})
       seen.setdefault((seed, start), []).append(float(metrics["key"]))
       assert 0 < float(metrics["t0"]) <= 0.126 and float(metrics["t7"]) >= 0.875
   assert all(len(set(values)) == 1 for values in seen.values())

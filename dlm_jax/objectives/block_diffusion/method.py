@@ -321,4 +321,6 @@ def make(
     state, metrics, _ = update(state, "model", total, noisy, tx, **chosen.updates)
     return state.replace(step=state.step + 1), metrics | extra
 
-  return Objective(init, step, output="model", export=lambda state: {"block_length": block_length})
+  return Objective(
+    init, step, output="model", export=lambda state: {"block_length": chosen.block_length}
+  )

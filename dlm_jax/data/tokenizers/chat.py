@@ -15,7 +15,8 @@ import os
 import pathlib
 from collections.abc import Mapping, Sequence
 
-from dlm_jax.data.tokenizers import BPE
+from dlm_jax.data.tokenizers.base import canonical
+from dlm_jax.data.tokenizers.bpe import BPE
 from dlm_jax.errors import InputError
 
 MASK, START, END = "<|MASK|>", "<|im_start|>", "<|im_end|>"
@@ -93,6 +94,29 @@ class ChatBPE(BPE):
     for turn in _turns(messages):
       ids += [begin, *self.encode(turn), end, *self.encode("\n")]
     return [*ids, begin, *self.encode(_opening(thinking))] if start else ids
+
+  @property
+  def has_turns(self) -> bool:
+    """Whether the vocabulary has the tokens that frame turns."""
+    return None not in map(self._backend.token_to_id, (START, END))
+
+  def encode_turns(self, messages: Sequence[Mapping[str, str]]) -> list[tuple[list[int], bool]]:
+    """Return the ids of a whole conversation in pieces, and whether each is learnt.
+
+    Learnt is what the assistant writes, its thoughts and the end of its turn; the frame before it
+    and the line end behind are given, as when it is asked. A turn's frame is encoded by itself.
+
+    Raises:
+      InputError: a role is unknown.
+    """
+    begin, end = (self._backend.token_to_id(token) for token in (START, END))
+    pieces = []
+    for turn, message in zip(_turns(messages), messages, strict=True):
+      frame, _, content = turn.partition("\n")
+      pieces.append(([begin, *self.encode(f"{frame}\n")], False))
+      pieces.append(([*self.encode(content), end], message["role"] == "assistant"))
+      pieces.append((self.encode("\n"), False))
+    return pieces
 
   def save(self, directory: str | os.PathLike) -> None:
     """Write `tokenizer.json` and `tokenizer_config.json` for `tokenizers.load`."""
@@ -174,7 +198,7 @@ def from_json(content: Mapping, eos: str) -> ChatBPE:
     {**token, "special": token.get("special", False) or token.get("content") == MASK}
     for token in content.get("added_tokens") or []
   ]
-  return ChatBPE(_canonical({**content, "added_tokens": added}), eos)
+  return ChatBPE(canonical({**content, "added_tokens": added}), eos)
 
 
 def from_merges(vocab: Mapping[str, int], merges: Sequence, config: Mapping, eos: str) -> ChatBPE:
@@ -202,7 +226,3 @@ def from_merges(vocab: Mapping[str, int], merges: Sequence, config: Mapping, eos
 
 def _by_id(entry) -> int:
   return int(entry[0])
-
-
-def _canonical(value) -> str:
-  return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
