@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_runs
-from tiny_runs import quick  # noqa: F401
 
 from dlm_jax import objectives
 from dlm_jax.cli.main import main

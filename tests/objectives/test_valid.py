@@ -11,7 +11,6 @@ import optax
 import pytest
 import test_objective_contract as contract
 import tiny
-from tiny_runs import quick  # noqa: F401
 
 from dlm_jax.data.packing import pack_blocks
 from dlm_jax.experiment import build
