@@ -300,6 +300,8 @@ class _Finished:
 
 
 def _row(values: Mapping[str, Any]) -> Row:
+  # Rows of earlier versions do not have it; they had no guided samplers either.
+  values = {"evaluations": values["nfe"], **values}
   return {column: values[column] for column in COLUMNS}
 
 

@@ -163,4 +163,4 @@ def test_quality_and_entropy_count_residues_only():
   assert quality.genppl == pytest.approx(math.exp(-LOG_P[[3, 4, 3]].mean()), rel=1e-5)
   assert quality.tokens == 3
   assert quality.entropy == pytest.approx((math.log(2) + 0) / 2)
-  assert evaluate.entropies(np.array([[0, 2, 1]]), GIVEN).tolist() == [0]
+  assert evaluate.entropies(np.array([[0, 2, 1]]), np.zeros((1, 3), bool)).tolist() == [0]
