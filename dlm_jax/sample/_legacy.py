@@ -51,7 +51,7 @@ class Legacy(GridOptions):
     request: Request,
     uniform: Callable[[Int[Array, ""] | int], Float[Array, "B L V"]],
     t_K: Float[Array, "K"],
-  ) -> Int[Array, "K B L"]:
+  ) -> Int[Array, "_ B L"]:
     """Return what `run` does, from given times and uniforms: `uniform(k)` are those of step k.
 
     The times have one entry more than there are steps; "ancestral" removal asks for one step more.
