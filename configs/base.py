@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every field of an experiment, with its default, and what a recipe or an experiment may add.
 
-An experiment calls `base`, then recipes, then sets what is its own. Fields of one method only, such
-as `objective.time_coupling`, stand in that method's recipe.
+A corpus among the recipes starts from `base`; other recipes, then the experiment, set more of it.
+Fields of one method only, such as `objective.time_coupling`, stand in that method's recipe.
 """
 
 from typing import Any

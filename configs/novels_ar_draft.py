@@ -11,13 +11,11 @@ Reference: Qwen3, arXiv 2505.09388.
   dlm-jax train --config=novels_ar_draft --workdir=runs/novels_ar_draft
 """
 
-from dlm_jax.configs.base import base
 from dlm_jax.configs.recipes import next_token, novels
 
 
 def get_config():
-  c = base()
-  novels.corpus(c)
+  c = novels.corpus()
   novels.training(c, steps=3500, evaluate_every=700, lr=2e-3)
   next_token.decoder(c, dim=256, layers=8, heads=4, kv_heads=2)
   next_token.training(c)

@@ -11,13 +11,11 @@ Reference: Qwen3, arXiv 2505.09388.
   dlm-jax train --config=novels_ar_target --workdir=runs/novels_ar_target
 """
 
-from dlm_jax.configs.base import base
 from dlm_jax.configs.recipes import next_token, novels
 
 
 def get_config():
-  c = base()
-  novels.corpus(c)
+  c = novels.corpus()
   novels.training(c, steps=1300, evaluate_every=400)
   next_token.decoder(c, dim=512, layers=11, heads=8, kv_heads=4)
   next_token.training(c)

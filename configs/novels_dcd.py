@@ -10,14 +10,11 @@ Reference: Duo, arXiv 2506.10892, section 5.
   dlm-jax train --config=novels_dcd --workdir=runs/novels_dcd
 """
 
-from dlm_jax.configs.base import base
 from dlm_jax.configs.recipes import brief, dcd, novels
 
 
 def get_config():
-  c = base()
-  novels.corpus(c)
-  novels.network(c)
+  c = novels.novels()
   dcd.dcd(c, teacher="runs/novels_duo", judge="runs/novels_judge", update_teacher_every=100)
   brief.distillation(c, steps=500, every=100, lr=2e-4, b2=0.98, nfes=(4, 8), max_entropy_drop=0.5)
   return c

@@ -10,14 +10,11 @@ Reference: DiDi-Instruct, arXiv 2509.25035.
   dlm-jax sample --checkpoint=runs/novels_didi --sampler=rgas --steps=16
 """
 
-from dlm_jax.configs.base import base
 from dlm_jax.configs.recipes import brief, didi, novels
 
 
 def get_config():
-  c = base()
-  novels.corpus(c)
-  novels.network(c)
+  c = novels.novels()
   didi.didi(
     c,
     teacher="runs/novels_teacher",

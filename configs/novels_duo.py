@@ -10,14 +10,11 @@ Reference: Duo, arXiv 2506.10892.
   dlm-jax train --config=novels_duo --workdir=runs/novels_duo
 """
 
-from dlm_jax.configs.base import base
 from dlm_jax.configs.recipes import duo, novels
 
 
 def get_config():
-  c = base()
-  novels.corpus(c)
-  novels.network(c, unrolled=True)
+  c = novels.novels(unrolled=True)
   novels.training(c, steps=2200, evaluate_every=400)
   duo.duo(c)
   c.objective.curriculum_end = 1600  # then 600 steps on hard tokens

@@ -11,14 +11,11 @@ Reference: IDLM, arXiv 2602.19066.
   dlm-jax train --config=novels_idlm --workdir=runs/novels_idlm
 """
 
-from dlm_jax.configs.base import base
 from dlm_jax.configs.recipes import brief, idlm, novels
 
 
 def get_config():
-  c = base()
-  novels.corpus(c)
-  novels.network(c)
+  c = novels.novels()
   idlm.masked(c, teacher="runs/novels_teacher", judge="runs/novels_judge")
   brief.distillation(c, steps=120, every=20, max_entropy_drop=0.15, checkpoint_every=60)
   return c

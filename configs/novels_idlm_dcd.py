@@ -11,14 +11,11 @@ Reference: IDLM, arXiv 2602.19066.
   dlm-jax train --config=novels_idlm_dcd --workdir=runs/novels_idlm_dcd
 """
 
-from dlm_jax.configs.base import base
 from dlm_jax.configs.recipes import brief, idlm, novels
 
 
 def get_config():
-  c = base()
-  novels.corpus(c)
-  novels.network(c)
+  c = novels.novels()
   idlm.uniform(c, teacher="runs/novels_dcd", judge="runs/novels_judge", tau=0.0316)  # Duo's
   brief.distillation(c, steps=200, every=25, max_entropy_drop=-0.1, checkpoint_every=50)
   c.objective.accumulate = 4  # gradients pass through three trunks: 38 GiB at 128 sequences at once

@@ -11,14 +11,11 @@ Reference: IDLM, arXiv 2602.19066.
   dlm-jax train --config=novels_idlm_duo --workdir=runs/novels_idlm_duo
 """
 
-from dlm_jax.configs.base import base
 from dlm_jax.configs.recipes import brief, idlm, novels
 
 
 def get_config():
-  c = base()
-  novels.corpus(c)
-  novels.network(c)
+  c = novels.novels()
   idlm.uniform(c, teacher="runs/novels_duo", judge="runs/novels_judge", tau=0.0316)  # the teacher's
   brief.distillation(c, steps=250, every=25, checkpoint_every=50)
   c.objective.accumulate = 4  # gradients pass through three trunks: 38 GiB at 128 sequences at once

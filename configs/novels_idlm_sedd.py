@@ -10,14 +10,11 @@ Reference: IDLM, arXiv 2602.19066, appendix A.
   dlm-jax train --config=novels_idlm_sedd --workdir=runs/novels_idlm_sedd
 """
 
-from dlm_jax.configs.base import base
 from dlm_jax.configs.recipes import brief, idlm, novels
 
 
 def get_config():
-  c = base()
-  novels.corpus(c)
-  novels.network(c)
+  c = novels.novels()
   idlm.masked(c, teacher="runs/novels_sedd", judge="runs/novels_judge")
   brief.distillation(c, steps=120, every=20, lr=1e-6, max_entropy_drop=0.15, checkpoint_every=60)
   c.process.name = "absorbing_score"

@@ -7,14 +7,11 @@ dlm-jax prepare --config=novels_judge
 dlm-jax train --config=novels_judge --workdir=runs/novels_judge
 """
 
-from dlm_jax.configs.base import base
 from dlm_jax.configs.recipes import next_token, novels
 
 
 def get_config():
-  c = base()
-  novels.corpus(c)
-  novels.network(c, unrolled=True)
+  c = novels.novels(unrolled=True)
   novels.training(c, steps=1600, evaluate_every=400)
   next_token.judge(c)
   return c

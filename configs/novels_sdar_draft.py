@@ -14,13 +14,11 @@ Reference: SDAR, arXiv 2510.06303.
     --config.objective.block_length=8
 """
 
-from dlm_jax.configs.base import base
 from dlm_jax.configs.recipes import block_diffusion, next_token, novels
 
 
 def get_config():
-  c = base()
-  novels.corpus(c)
+  c = novels.corpus()
   novels.training(c, steps=2200, evaluate_every=500)
   next_token.decoder(c, dim=256, layers=8, heads=4, kv_heads=2)
   block_diffusion.sdar(c, start="runs/novels_ar_draft")

@@ -14,13 +14,11 @@ Reference: SDAR, arXiv 2510.06303.
     --config.objective.block_length=8
 """
 
-from dlm_jax.configs.base import base
 from dlm_jax.configs.recipes import block_diffusion, next_token, novels
 
 
 def get_config():
-  c = base()
-  novels.corpus(c)
+  c = novels.corpus()
   novels.training(c, steps=900, evaluate_every=300, lr=6e-4)
   next_token.decoder(c, dim=512, layers=11, heads=8, kv_heads=4)
   block_diffusion.sdar(c, start="runs/novels_ar_target")

@@ -10,14 +10,11 @@ Reference: SDTT, arXiv 2410.21035.
   dlm-jax train --config=novels_sdtt --workdir=runs/novels_sdtt
 """
 
-from dlm_jax.configs.base import base
 from dlm_jax.configs.recipes import brief, novels, sdtt
 
 
 def get_config():
-  c = base()
-  novels.corpus(c)
-  novels.network(c)
+  c = novels.novels()
   sdtt.sdtt(
     c,
     teacher="runs/novels_teacher",

@@ -11,14 +11,11 @@ Reference: SEDD, arXiv 2310.16834.
   dlm-jax train --config=novels_sedd --workdir=runs/novels_sedd
 """
 
-from dlm_jax.configs.base import base
 from dlm_jax.configs.recipes import novels
 
 
 def get_config():
-  c = base()
-  novels.corpus(c)
-  novels.network(c, unrolled=True)
+  c = novels.novels(unrolled=True)
   novels.training(c, steps=2200, evaluate_every=400)
   c.process.name = "absorbing_score"
   c.objective.name = "sedd"

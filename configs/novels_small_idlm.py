@@ -12,14 +12,11 @@ Reference: IDLM, arXiv 2602.19066.
   dlm-jax train --config=novels_small_idlm --workdir=runs/novels_small_idlm
 """
 
-from dlm_jax.configs.base import base
 from dlm_jax.configs.recipes import brief, idlm, novels
 
 
 def get_config():
-  c = base()
-  novels.corpus(c)
-  novels.network(c, dim=256, layers=6, heads=4)
+  c = novels.novels(dim=256, layers=6, heads=4)
   idlm.masked(c, teacher="runs/novels_small_teacher", judge="runs/novels_small_judge")
   brief.distillation(c, steps=160, every=10, lr=3e-6, b2=0.99, max_entropy_drop=0.15)
   c.model.cond_dim = 64

@@ -9,14 +9,11 @@ token, came after 4,000.
   dlm-jax train --config=novels_small_judge --workdir=runs/novels_small_judge
 """
 
-from dlm_jax.configs.base import base
 from dlm_jax.configs.recipes import next_token, novels
 
 
 def get_config():
-  c = base()
-  novels.corpus(c)
-  novels.network(c, dim=192, layers=6, heads=3, unrolled=True)
+  c = novels.novels(dim=192, layers=6, heads=3, unrolled=True)
   novels.training(
     c, steps=6000, evaluate_every=1000, checkpoint_every=2000, lr=2e-3, weight_decay=0.01
   )

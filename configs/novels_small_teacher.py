@@ -10,14 +10,11 @@ Reference: MDLM, arXiv 2406.07524.
   dlm-jax train --config=novels_small_teacher --workdir=runs/novels_small_teacher
 """
 
-from dlm_jax.configs.base import base
 from dlm_jax.configs.recipes import novels
 
 
 def get_config():
-  c = base()
-  novels.corpus(c)
-  novels.network(c, dim=256, layers=6, heads=4, unrolled=True)
+  c = novels.novels(dim=256, layers=6, heads=4, unrolled=True)
   novels.training(
     c, steps=10_000, evaluate_every=2000, checkpoint_every=2000, lr=2e-3, weight_decay=0.01
   )

@@ -11,13 +11,10 @@ Reference: MDLM, arXiv 2406.07524.
   dlm-jax train --config=novels_teacher --workdir=runs/novels_teacher
 """
 
-from dlm_jax.configs.base import base
 from dlm_jax.configs.recipes import novels
 
 
 def get_config():
-  c = base()
-  novels.corpus(c)
-  novels.network(c, unrolled=True)
+  c = novels.novels(unrolled=True)
   novels.training(c, steps=2200, evaluate_every=400)
   return c

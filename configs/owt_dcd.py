@@ -10,13 +10,11 @@ Reference: Duo, arXiv 2506.10892, section 5: 5 rounds of 10,000 steps, batch 128
   dlm-jax train --config=owt_dcd --workdir=runs/owt_dcd
 """
 
-from dlm_jax.configs.base import base
 from dlm_jax.configs.recipes import dcd, openwebtext
 
 
 def get_config():
-  c = base()
-  openwebtext.openwebtext(c)
+  c = openwebtext.openwebtext()
   openwebtext.measured(c, every=2500, nfes=(8, 32))
   dcd.dcd(c, teacher="data/duo", judge="data/gpt2-large")
   dcd.published(c)

@@ -12,13 +12,11 @@ Reference: DiDi-Instruct, arXiv 2509.25035, tables 1 to 3.
   dlm-jax train --config=owt_didi --workdir=runs/owt_didi
 """
 
-from dlm_jax.configs.base import base
 from dlm_jax.configs.recipes import didi, openwebtext
 
 
 def get_config():
-  c = base()
-  openwebtext.openwebtext(c)
+  c = openwebtext.openwebtext()
   openwebtext.measured(c, every=200, nfes=(8, 16))
   didi.didi(c, teacher="data/mdlm-owt", judge="data/gpt2-large", chunk=128)
   didi.published(c)

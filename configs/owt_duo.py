@@ -9,13 +9,11 @@ Reference: Duo, arXiv 2506.10892: 1 M steps, batch 512, soft inputs in the first
   dlm-jax train --config=owt_duo --workdir=runs/owt_duo
 """
 
-from dlm_jax.configs.base import base
 from dlm_jax.configs.recipes import duo, openwebtext
 
 
 def get_config():
-  c = base()
-  openwebtext.openwebtext(c)
+  c = openwebtext.openwebtext()
   openwebtext.training(c)
   duo.duo(c)
   return c

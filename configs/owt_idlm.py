@@ -10,13 +10,11 @@ Reference: IDLM, arXiv 2602.19066, appendix: AdamW, 1e-6, warm-up 2500, batch 51
   dlm-jax train --config=owt_idlm --workdir=runs/owt_idlm
 """
 
-from dlm_jax.configs.base import base
 from dlm_jax.configs.recipes import idlm, openwebtext
 
 
 def get_config():
-  c = base()
-  openwebtext.openwebtext(c)
+  c = openwebtext.openwebtext()
   openwebtext.measured(c, every=250, nfes=(16, 32))
   idlm.masked(c, teacher="data/mdlm-owt", judge="data/gpt2-large", chunk=128)
   idlm.published(c)

@@ -10,13 +10,11 @@ Reference: IDLM, arXiv 2602.19066, appendix: as IDLM-Duo.
   dlm-jax train --config=owt_idlm_dcd --workdir=runs/owt_idlm_dcd
 """
 
-from dlm_jax.configs.base import base
 from dlm_jax.configs.recipes import idlm, openwebtext
 
 
 def get_config():
-  c = base()
-  openwebtext.openwebtext(c)
+  c = openwebtext.openwebtext()
   openwebtext.measured(c, every=250, nfes=(4, 8, 16))
   idlm.uniform(c, teacher="data/duo-distilled", judge="data/gpt2-large", chunk=128)
   idlm.published(c)

@@ -9,13 +9,11 @@ Reference: SDTT, arXiv 2410.21035: 7 rounds of 10,000 steps, batch 128.
   dlm-jax train --config=owt_sdtt --workdir=runs/owt_sdtt
 """
 
-from dlm_jax.configs.base import base
 from dlm_jax.configs.recipes import openwebtext, sdtt
 
 
 def get_config():
-  c = base()
-  openwebtext.openwebtext(c)
+  c = openwebtext.openwebtext()
   openwebtext.measured(c, every=2500, nfes=(16, 32))
   sdtt.sdtt(c, teacher="data/mdlm-owt", judge="data/gpt2-large", chunk=128)
   sdtt.published(c)

@@ -10,12 +10,10 @@ Reference: MDLM, arXiv 2406.07524, appendix: 1 M steps, batch 512, length 1024.
   dlm-jax train --config=owt_teacher --workdir=runs/owt_teacher
 """
 
-from dlm_jax.configs.base import base
 from dlm_jax.configs.recipes import openwebtext
 
 
 def get_config():
-  c = base()
-  openwebtext.openwebtext(c)
+  c = openwebtext.openwebtext()
   openwebtext.training(c)
   return c

@@ -9,13 +9,11 @@ Reference: DiDi-Instruct, arXiv 2509.25035, section 4.4.
   dlm-jax train --config=proteins_didi --workdir=runs/proteins_didi
 """
 
-from dlm_jax.configs.base import base
 from dlm_jax.configs.recipes import brief, didi, proteins
 
 
 def get_config():
-  c = base()
-  proteins.proteins(c)
+  c = proteins.proteins()
   didi.didi(
     c,
     teacher="runs/proteins_teacher",

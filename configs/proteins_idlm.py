@@ -10,13 +10,11 @@ Reference: IDLM, arXiv 2602.19066.
   dlm-jax train --config=proteins_idlm --workdir=runs/proteins_idlm
 """
 
-from dlm_jax.configs.base import base
 from dlm_jax.configs.recipes import brief, idlm, proteins
 
 
 def get_config():
-  c = base()
-  proteins.proteins(c)
+  c = proteins.proteins()
   idlm.masked(c, teacher="runs/proteins_teacher", judge="runs/proteins_judge")
   brief.distillation(c, steps=120, every=20, max_entropy_drop=0.15, checkpoint_every=60)
   return c

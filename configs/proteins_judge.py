@@ -7,13 +7,11 @@ dlm-jax prepare --config=proteins_judge
 dlm-jax train --config=proteins_judge --workdir=runs/proteins_judge
 """
 
-from dlm_jax.configs.base import base
 from dlm_jax.configs.recipes import next_token, proteins
 
 
 def get_config():
-  c = base()
-  proteins.proteins(c)
+  c = proteins.proteins()
   proteins.training(c, steps=1000)
   next_token.judge(c)
   return c

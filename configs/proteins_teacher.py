@@ -14,12 +14,10 @@ Reference: MDLM, arXiv 2406.07524; proteins by masked diffusion: DPLM, arXiv 240
   dlm-jax train --config=proteins_teacher --workdir=runs/proteins_teacher
 """
 
-from dlm_jax.configs.base import base
 from dlm_jax.configs.recipes import proteins
 
 
 def get_config():
-  c = base()
-  proteins.proteins(c)
+  c = proteins.proteins()
   proteins.training(c, steps=2000)
   return c

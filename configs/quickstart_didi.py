@@ -9,13 +9,11 @@
 Reference: DiDi-Instruct, arXiv 2509.25035.
 """
 
-from dlm_jax.configs.base import base
 from dlm_jax.configs.recipes import didi, quickstart
 
 
 def get_config():
-  c = base()
-  quickstart.student(c)
+  c = quickstart.student()
   didi.didi(
     c,
     teacher="shipped:teacher",

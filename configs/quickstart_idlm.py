@@ -8,13 +8,11 @@
 Reference: IDLM, arXiv 2602.19066.
 """
 
-from dlm_jax.configs.base import base
 from dlm_jax.configs.recipes import idlm, quickstart
 
 
 def get_config():
-  c = base()
-  quickstart.student(c)
+  c = quickstart.student()
   idlm.masked(c, teacher="shipped:teacher", judge="shipped:judge")
   c.loader.batch_size = 32
   c.optim.lr = 6e-6

@@ -9,15 +9,13 @@ dlm-jax train --config=quickstart_judge --workdir=runs/quickstart_judge
 The variant :cpu is what `dlm-jax quickstart --from_scratch` trains, in about an hour of two cores.
 """
 
-from dlm_jax.configs.base import base
 from dlm_jax.configs.recipes import next_token, quickstart
 
 VARIANTS = ("cpu",)
 
 
 def get_config(variant=""):
-  c = base()
-  quickstart.quickstart(c, tests=variant != "cpu")
+  c = quickstart.quickstart(tests=variant != "cpu")
   next_token.judge(c)
   if variant == "cpu":
     quickstart.training_on_cpu(c, ema_decay=0.999, steps=1200, warmup=120)

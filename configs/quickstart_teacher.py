@@ -11,15 +11,13 @@ Five minutes on one H100, beside the judge: validation bound 19.8 per token.
 The variant :cpu is what `dlm-jax quickstart --from_scratch` trains, in about an hour of two cores.
 """
 
-from dlm_jax.configs.base import base
 from dlm_jax.configs.recipes import quickstart
 
 VARIANTS = ("cpu",)
 
 
 def get_config(variant=""):
-  c = base()
-  quickstart.quickstart(c, tests=variant != "cpu")
+  c = quickstart.quickstart(tests=variant != "cpu")
   c.model.cond_dim = 16
   if variant == "cpu":
     quickstart.training_on_cpu(c, ema_decay=0.9995, steps=3000, warmup=200)

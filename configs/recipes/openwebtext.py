@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """OpenWebText at the papers' size: 170 M parameters, GPT-2's tokens, sequences of 1,024."""
 
+from dlm_jax.configs.base import base
 
-def openwebtext(c):
-  """Read data/openwebtext/ with the tokenizer of data/gpt2/; take the public networks' shape.
+
+def openwebtext():
+  """Return all fields: data/openwebtext/, the tokenizer of data/gpt2/, the public networks' shape.
 
   The vocabulary has 50,257 tokens and the mask.
   """
+  c = base()
   c.data.directory = "data/owt_packed"
   c.data.source = "files:data/openwebtext/*.jsonl*"
   c.data.options.validation_fraction = 0.0125
@@ -14,6 +17,7 @@ def openwebtext(c):
   c.data.length = 1024
   c.model.vocab_size = 50258
   c.model.unroll = 12  # all layers
+  return c
 
 
 def training(c):

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Proteins: FASTA files of your own, and a network of 17 M parameters."""
 
+from dlm_jax.configs.base import base
 
-def proteins(c):
-  """Read data/proteins/, one sequence per record; take the network of teacher, judge, students."""
+
+def proteins():
+  """Return all fields: data/proteins/, one sequence per record, and the network of all runs."""
+  c = base()
   c.data.directory = "data/proteins_packed"
   c.data.source = "fasta:data/proteins/*.fa*"
   c.data.options.min_length = 30  # residues
@@ -15,6 +18,7 @@ def proteins(c):
   c.model.dim = 384
   c.model.layers = 8
   c.model.heads = 6
+  return c
 
 
 def training(c, steps):

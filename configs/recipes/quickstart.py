@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The quick start: Python source text, three million parameters; its networks were shipped."""
 
+from dlm_jax.configs.base import base
 
-def quickstart(c, tests, directory="data/quickstart", tokenizer="bpe:2048"):
-  """Read the source of the standard library; `tests`: of its own tests too, three times the text.
 
-  The shipped networks saw both. Teacher, judge and students have one network.
+def quickstart(tests, directory="data/quickstart", tokenizer="bpe:2048"):
+  """Return all fields: the source of the standard library, and the network of all runs.
+
+  `tests`: the source of its tests too, three times the text. The shipped networks saw both.
   """
+  c = base()
   c.data.directory = directory
   c.data.source = "stdlib"
   c.data.options.tests = tests
@@ -15,6 +18,7 @@ def quickstart(c, tests, directory="data/quickstart", tokenizer="bpe:2048"):
   c.model.dim = 192
   c.model.layers = 5
   c.model.heads = 6
+  return c
 
 
 def training(c, ema_decay, steps, evaluate_every):
@@ -53,9 +57,9 @@ def _falling_rate(c):
   c.train.log_every = 100
 
 
-def student(c):
-  """Distil the shipped teacher, in float32 and minutes of two cores."""
-  quickstart(c, tests=False, directory="data/quickstart_student", tokenizer="shipped:teacher")
+def student():
+  """Return all fields, for a student of the shipped teacher in float32 and minutes of two cores."""
+  c = quickstart(tests=False, directory="data/quickstart_student", tokenizer="shipped:teacher")
   c.model.cond_dim = 16
   c.model.dtype = "float32"
   c.model.dropout = 0.0
@@ -67,3 +71,4 @@ def student(c):
   c.evaluate.samples = 64
   c.evaluate.batch_size = 64
   c.evaluate.max_entropy_drop = 0.2
+  return c
