@@ -30,7 +30,7 @@ def _processes():
   """Yield every exported class that corrupts tokens, built with a vocabulary of six."""
   for name in process.__all__:
     kind = getattr(process, name)
-    if not (isinstance(kind, type) and hasattr(kind, "corrupt")):
+    if not (isinstance(kind, type) and hasattr(kind, "corrupt")) or kind is process.Process:
       continue
     fields = {field.name for field in dataclasses.fields(kind)}
     options = {"vocab_size": V, "schedule": schedules.LogLinear()}
