@@ -20,6 +20,7 @@ FLOORS = {
   "arrays": 0,
   "errors": 0,
   "mesh": 0,
+  "remote": 0,
   "schedules": 0,
   "draw": 0,
   "process": 1,

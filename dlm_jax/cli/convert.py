@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """`dlm-jax convert`: a network of a run, or a public one → the Hugging Face layout."""
 
-import pathlib
+from etils import epath
 
-from dlm_jax import convert
+from dlm_jax import convert, remote
 from dlm_jax.cli import flags
 from dlm_jax.convert import places
 from dlm_jax.errors import InputError
@@ -28,7 +28,7 @@ dlm-jax convert --checkpoint=data/idlm/last.ckpt --tokenizer=data/gpt2 --out=mod
   parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
   parser.add_argument("--weights", default="", help="of a Lightning *.ckpt: ema (default) or raw")
   namespace = parser.parse(argv)
-  out = pathlib.Path(namespace.out)
+  out = epath.Path(namespace.out)
   if out.exists() and any(out.iterdir()):
     raise InputError(f"--out={out} is not empty; choose a new directory.")
   source = places.find_network(namespace.checkpoint)
@@ -44,17 +44,18 @@ dlm-jax convert --checkpoint=data/idlm/last.ckpt --tokenizer=data/gpt2 --out=mod
   extra["tokenizer_fingerprint"] = tokenizer.fingerprint
   params = network.params  # read before anything is written
   make_workdir(out)
-  convert.save(
-    out,
-    network.model,
-    params,
-    network.process,
-    dtype=namespace.dtype,
-    extra=extra,
-    block_length=network.block_length,
-  )
-  tokenizer.save(out)
-  size = sum(file.stat().st_size for file in out.glob("*.safetensors")) / 1e6
+  with remote.publish(out) as fresh:
+    convert.save(
+      fresh,
+      network.model,
+      params,
+      network.process,
+      dtype=namespace.dtype,
+      extra=extra,
+      block_length=network.block_length,
+    )
+    tokenizer.save(fresh)
+  size = sum(file.stat().length for file in out.glob("*.safetensors")) / 1e6
   print(f"{out}: {size:.1f} MB, {namespace.dtype}")
 
 

@@ -5,7 +5,9 @@ import argparse
 import math
 import pathlib
 
-from dlm_jax import convert
+from etils import epath
+
+from dlm_jax import convert, remote
 from dlm_jax.cli import flags
 from dlm_jax.convert import places
 from dlm_jax.data import templates
@@ -27,7 +29,9 @@ def main(argv: list[str]) -> None:
   samplers, tokenizer, fingerprints = _samplers(options)
   judge = load_judge(options.judge, tokenizer)
   judge_hash = convert.fingerprint(places.network_directory(options.judge))
-  make_workdir(pathlib.Path(options.workdir))
+  make_workdir(epath.Path(options.workdir))
+  mirror = remote.Mirror(options.workdir, ("frontier.jsonl",))
+  finished = mirror.folder / "frontier.jsonl"
   context = {"judge": judge_hash, "weights": fingerprints}
   context |= {"lengths": options.data} if options.data else {}
   settings = {
@@ -36,23 +40,29 @@ def main(argv: list[str]) -> None:
     "batch_size": options.batch_size,
     "seed": options.seed,
     "context": context,
-    "path": f"{options.workdir}/frontier.jsonl",
+    "path": finished,
     "valid_NL": _valid(options),
   }
   rounds = len(samplers) * (1 + len(set(options.temperatures)))
-  with sweep_progress(rounds * sum(set(options.nfes))) as on_row:
-    rows, warm = frontier.sweep(samplers, options.nfes, on_row=on_row, **settings), []
+  with sweep_progress(rounds * sum(set(options.nfes))) as told:
+
+    def on_row(*row):
+      told(*row)
+      mirror.sync()
+
+    settings["on_row"] = on_row
+    rows, warm = frontier.sweep(samplers, options.nfes, **settings), []
     if options.temperatures:
-      settings["on_row"] = on_row
       warm = matched.sweep(samplers, options.nfes, options.temperatures, **settings)
-  paths = list(frontier.write(rows, options.workdir, axes=options.x).values())
+  paths = list(frontier.write(rows, mirror.folder, axes=options.x).values())
   print(frontier.table(rows))
   if warm:
-    paths += _match(warm, options)
-  print("\n".join(map(str, paths)))
+    paths += _match(warm, options, mirror.folder)
+  mirror.sync()
+  print("\n".join(f"{options.workdir.rstrip('/')}/{path.name}" for path in paths))
 
 
-def _match(rows, options) -> list[pathlib.Path]:
+def _match(rows, options, folder) -> list[pathlib.Path]:
   """Print and write the comparison at matched entropy."""
   rows = matched.match(rows, options.entropy)
   if not all(math.isfinite(row["genppl"]) for row in rows):
@@ -60,7 +70,7 @@ def _match(rows, options) -> list[pathlib.Path]:
   print(f"\nat matched entropy:\n{frontier.table(rows)}")
   if not any(math.isfinite(row["genppl"]) for row in rows):
     return []
-  return list(frontier.write(rows, options.workdir, axes=options.x, stem="matched").values())
+  return list(frontier.write(rows, folder, axes=options.x, stem="matched").values())
 
 
 def _valid(options):

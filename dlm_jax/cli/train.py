@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`dlm-jax train`: teachers, judges and students alike; the config names the objective."""
 
-import pathlib
+from etils import epath
 
 from dlm_jax import mesh
 from dlm_jax.cli import flags
@@ -41,7 +41,7 @@ dlm-jax train --config=owt_teacher --dry_run
   if not namespace.workdir:
     parser.error("--workdir is required")
   result = train(config, namespace.workdir, wandb=namespace.wandb_project)
-  where = pathlib.Path(namespace.workdir)
+  where = epath.Path(namespace.workdir)
   if result.reason == "interrupted":
     print(f"interrupted at step {result.step}; run the same command to resume.")
   else:

@@ -3,6 +3,9 @@
 
 import pathlib
 
+from etils import epath
+
+from dlm_jax import remote
 from dlm_jax.errors import InputError
 
 
@@ -18,13 +21,15 @@ def shipped(path: str) -> str:
 def network_directory(path: str) -> pathlib.Path:
   """Return the model directory that a path means: itself, or the best or final one of a workdir.
 
+  Of a remote one it is a copy.
+
   Raises:
     InputError: there is none.
   """
-  folder = pathlib.Path(shipped(path))
+  folder = epath.Path(shipped(path))
   for candidate in (folder, folder / "best", folder / "final"):
-    if (candidate / "config.json").exists():
-      return candidate
+    if remote.exists(candidate / "config.json"):
+      return remote.fetch(candidate)
   raise InputError(
     f"{path} holds no network: expected config.json and model.safetensors in it, in best/ or in "
     "final/."
@@ -37,5 +42,6 @@ def find_network(path: str | pathlib.Path) -> pathlib.Path:
   Raises:
     InputError: there is none.
   """
-  file = pathlib.Path(path)
-  return file if file.is_file() else network_directory(str(path))
+  if remote.is_remote(path) or not pathlib.Path(path).is_file():
+    return network_directory(str(path))
+  return pathlib.Path(path)

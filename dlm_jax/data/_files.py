@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
+from dlm_jax import remote
 from dlm_jax.errors import InputError
 
 SPLITS = ("train", "validation")
@@ -135,8 +136,11 @@ def select_files(kind: str, pattern: str, validation: str | None, split: str) ->
 
 
 def _expand(kind: str, pattern: str) -> list[str]:
-  paths = glob.iglob(os.path.expanduser(pattern), recursive=True)
-  found = sorted(path for path in paths if os.path.isfile(path))
+  if remote.is_remote(pattern):
+    found = [str(path) for path in remote.glob(pattern)]
+  else:
+    paths = glob.iglob(os.path.expanduser(pattern), recursive=True)
+    found = sorted(path for path in paths if os.path.isfile(path))
   if not found:
     raise InputError(
       f"{kind}:{pattern} matches no file (looked from {os.getcwd()}); check the path, and quote "

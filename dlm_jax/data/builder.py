@@ -20,6 +20,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 import tqdm
 
+from dlm_jax import remote
 from dlm_jax.arrays import Record
 from dlm_jax.data import conversations
 from dlm_jax.data.dataset import (
@@ -205,6 +206,15 @@ def _checked_buckets(packing, buckets, length, tokenizer) -> tuple[int, ...]:
   return buckets
 
 
+def _local(directory: Path) -> pathlib.Path:
+  """Return where a dataset is or will be on this machine: of a remote one, its copy."""
+  if not remote.is_remote(directory):
+    return pathlib.Path(os.path.abspath(directory))
+  if remote.exists(directory):
+    return remote.fetch(directory)
+  return remote.copy_of(directory)
+
+
 def prepare(
   source: Source,
   tokenizer: Tokenizer,
@@ -226,7 +236,8 @@ def prepare(
     source: the corpus, see `sources.open_source`.
     tokenizer: see `tokenizers`.
     length: L, tokens per sequence.
-    directory: where to write; must not exist, be empty, or hold the same dataset.
+    directory: where to write, gs:// and the like too; must not exist, be empty, or hold the same
+      dataset.
     wrap: frame every sequence by separators, see `pack`.
     packing: "concatenate"; "documents": one record each; or "conversations", of `chat:GLOB`, see
       `conversations.encode`. Longer ones than `length` with what frames them are dropped and
@@ -252,7 +263,8 @@ def prepare(
     >>> made.info.splits["train"].records
     6
   """
-  directory = pathlib.Path(os.path.abspath(directory))
+  there = directory if remote.is_remote(directory) else None
+  directory = _local(directory)
   buckets = _checked_buckets(packing, buckets, length, tokenizer)
   _check_conversations(source, packing, block_length, length)
   pack((), length, tokenizer.eos_id, wrap)  # complain about the length before touching the disk
@@ -274,12 +286,15 @@ def prepare(
   temporary = None
   try:
     if info := _existing(directory, wanted):
-      return Prepared(directory=str(directory), info=info, created=False)
+      return Prepared(directory=str(there or directory), info=info, created=False)
     directory.parent.mkdir(parents=True, exist_ok=True)
     temporary = directory.parent / f".{directory.name}.{uuid.uuid4().hex[:8]}"
     temporary.mkdir()
     info = _build(source, tokenizer, wanted, temporary, progress)
-    os.replace(temporary, directory)  # over nothing or over an empty directory
+    if there is not None:
+      remote.upload(temporary, there)
+    else:
+      os.replace(temporary, directory)  # over nothing or over an empty directory
   except OSError as error:
     reason = error.strerror or error
     raise InputError(
@@ -288,4 +303,4 @@ def prepare(
   finally:
     if temporary is not None:
       shutil.rmtree(temporary, ignore_errors=True)
-  return Prepared(directory=str(directory), info=info, created=True)
+  return Prepared(directory=str(there or directory), info=info, created=True)

@@ -23,6 +23,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from jaxtyping import Int
 
+from dlm_jax import remote
 from dlm_jax.data import tokenizers
 from dlm_jax.data.tokenizers import Tokenizer
 from dlm_jax.errors import InputError
@@ -165,7 +166,7 @@ def open_dataset(directory: Path) -> Dataset:
   Raises:
     InputError: it is not one, or files are missing or have another size than when written.
   """
-  directory = pathlib.Path(directory)
+  directory = remote.fetch(directory)
   advice = "prepare it again into a new directory."
   try:
     content = json.loads((directory / "dataset.json").read_text(encoding="utf-8"))

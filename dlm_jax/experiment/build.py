@@ -7,7 +7,6 @@ Everything that can be wrong with a configuration is found here, before anything
 import dataclasses
 import importlib
 import inspect
-import pathlib
 import pkgutil
 import typing
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from dlm_jax import mesh, models, objectives, process, schedules
+from dlm_jax import mesh, models, objectives, process, remote, schedules
 from dlm_jax.convert import families, places
 from dlm_jax.data import builder, sources, tokenizers
 from dlm_jax.errors import InputError, hint
@@ -65,7 +64,7 @@ def prepare(config: ConfigDict, progress: bool = True) -> builder.Prepared:
 
 def vocabulary(config: ConfigDict) -> int:
   """Return the tokens of a config's data without the mask: as prepared, else as the config says."""
-  if config.data.directory and pathlib.Path(config.data.directory).exists():
+  if config.data.directory and remote.exists(config.data.directory):
     return builder.open_dataset(config.data.directory).info.vocab_size
   if config.model.vocab_size:
     masks = config.model.name in ("dit", "decoder")

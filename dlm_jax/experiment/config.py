@@ -6,7 +6,6 @@ import importlib
 import importlib.util
 import inspect
 import os
-import pathlib
 import pkgutil
 import traceback
 from types import ModuleType
@@ -14,6 +13,7 @@ from typing import Any
 
 from ml_collections import ConfigDict, FieldReference
 
+from dlm_jax import remote
 from dlm_jax.errors import InputError, hint
 
 _PACKAGE = "dlm_jax.configs"
@@ -73,8 +73,9 @@ def _open(name: str) -> tuple[ModuleType, str | None]:
 
 def _run(path: str) -> ModuleType:
   """Run a user's file."""
-  spec = importlib.util.spec_from_file_location("user_config", os.path.abspath(path))
-  if not pathlib.Path(path).is_file() or spec is None:
+  file = remote.fetch(path)
+  spec = importlib.util.spec_from_file_location("user_config", os.path.abspath(file))
+  if not file.is_file() or spec is None:
     raise InputError(f"--config={path}: no such file.")
   module = importlib.util.module_from_spec(spec)
   try:

@@ -2,11 +2,11 @@
 """What is measured during training: a student's samples, or a teacher's or judge's likelihood."""
 
 import math
-import pathlib
 from collections.abc import Callable
 
 import jax
 import numpy as np
+from etils import epath
 
 from dlm_jax import convert, mesh, models, sample
 from dlm_jax.data import loader, templates, tokenizers
@@ -18,11 +18,11 @@ from dlm_jax.experiment.build import Experiment
 from dlm_jax.objectives import TrainState, output_params
 from dlm_jax.train.selection import Selection
 
-Export = Callable[[pathlib.Path, Experiment, TrainState, int], None]
+Export = Callable[[epath.PathLike, Experiment, TrainState, int], None]
 
 
 def make(
-  built: Experiment, tokenizer: tokenizers.Tokenizer, export: Export, workdir: pathlib.Path
+  built: Experiment, tokenizer: tokenizers.Tokenizer, export: Export, workdir: epath.PathLike
 ) -> "Samples | Likelihood | several.Several | None":
   """Return the evaluator that `config.evaluate.measure` names, several in one if it names more.
 
@@ -56,12 +56,12 @@ class Samples:
   """Measure samples during training; keep the best network in workdir/best, see `Selection`."""
 
   def __init__(
-    self, built: Experiment, judge: JudgeWithTokens, export: Export, workdir: pathlib.Path
+    self, built: Experiment, judge: JudgeWithTokens, export: Export, workdir: epath.PathLike
   ):
     options = built.config.evaluate
     frontier.checked_nfes(options.nfes)
     self._built, self._judge, self._export = built, judge, export
-    self._best = pathlib.Path(workdir) / "best"
+    self._best = epath.Path(workdir) / "best"
     self._selection = Selection(
       max_entropy_drop=options.max_entropy_drop, patience=options.patience
     )
@@ -158,13 +158,13 @@ class Likelihood:
   cent with the noise drawn, always the same here.
   """
 
-  def __init__(self, built: Experiment, export: Export, workdir: pathlib.Path):
+  def __init__(self, built: Experiment, export: Export, workdir: epath.PathLike):
     options = built.config.evaluate
     size = min(options.batch_size, options.samples)
     groups = loader.evaluation_groups(built.config.data.directory, "validation", options.samples)
     self._tokens, self._valid = loader.features(groups, "tokens", "valid")
     self._built, self._export, self._size = built, export, size
-    self._directory = pathlib.Path(workdir) / "best"
+    self._directory = epath.Path(workdir) / "best"
     self._best = math.inf
 
   stop = False  # a likelihood never collapses

@@ -3,14 +3,13 @@
 
 import json
 import os
-import pathlib
-import shutil
 from typing import Any
 
 import jax
+from etils import epath
 from jax.experimental import multihost_utils
 
-from dlm_jax import convert, mesh
+from dlm_jax import convert, mesh, remote
 from dlm_jax.convert import places
 from dlm_jax.data import builder, loader, tokenizers
 from dlm_jax.errors import InputError
@@ -38,7 +37,7 @@ def train(config, workdir: str | os.PathLike, *, label: str = "", wandb: str = "
   Raises:
     InputError: anything the user can fix; nothing is left half-written.
   """
-  workdir = pathlib.Path(workdir)
+  workdir = epath.Path(workdir)
   dataset = open_data(config)
   tokenizer = dataset.tokenizer()
   built = build.experiment(config, tokenizer.vocab_size, blocked=tokenizer.given_ids)
@@ -86,10 +85,10 @@ def train(config, workdir: str | os.PathLike, *, label: str = "", wandb: str = "
 
 def open_data(config) -> builder.Dataset:
   """Open the packed dataset of a config; tells how to make it if it is not there."""
-  directory = pathlib.Path(config.data.directory)
-  if not config.data.directory or not directory.exists():
+  directory = config.data.directory
+  if not directory or not remote.exists(directory):
     raise InputError(
-      f"data.directory={config.data.directory!r} does not exist; write it first with "
+      f"data.directory={directory!r} does not exist; write it first with "
       "`dlm-jax prepare` and the same --config."
     )
   dataset = builder.open_dataset(directory)
@@ -114,7 +113,7 @@ def open_data(config) -> builder.Dataset:
   return dataset
 
 
-def make_workdir(workdir: pathlib.Path) -> None:
+def make_workdir(workdir: epath.Path) -> None:
   """Create a workdir and check that files can be written there."""
   try:
     workdir.mkdir(parents=True, exist_ok=True)
@@ -272,7 +271,7 @@ def _start(built, teacher, checkpoints, stream, evaluator) -> TrainState:
 
 
 def export(
-  directory: pathlib.Path,
+  directory: epath.PathLike,
   built: Experiment,
   state: TrainState,
   step: int,
@@ -291,14 +290,7 @@ def export(
       **({"buckets": list(built.config.data.buckets)} if built.config.data.buckets else {}),
     }
     given["extra"] = {**facts, **given.get("extra", {})}
-    # All files of a network appear together: a reader never sees new weights with an old config.
-    fresh, old = (directory.with_name(f".{directory.name}.{kind}") for kind in ("new", "old"))
-    for leftover in (fresh, old):
-      shutil.rmtree(leftover, ignore_errors=True)
     params, beside = jax.device_get((params, beside))
-    convert.save(fresh, built.model, params, built.process, beside=beside, **given)
-    tokenizer.save(fresh)
-    if directory.exists():
-      directory.rename(old)
-    fresh.rename(directory)
-    shutil.rmtree(old, ignore_errors=True)
+    with remote.publish(directory) as fresh:
+      convert.save(fresh, built.model, params, built.process, beside=beside, **given)
+      tokenizer.save(fresh)

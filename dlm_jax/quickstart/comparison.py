@@ -18,9 +18,9 @@ from dlm_jax.evaluate import frontier
 from dlm_jax.evaluate.frontier import sweep_progress
 from dlm_jax.evaluate.judge import JudgeWithTokens, load_judge
 from dlm_jax.quickstart import report
+from dlm_jax.remote import write_json
 from dlm_jax.text import denoiser
 from dlm_jax.text.denoiser import Pipeline
-from dlm_jax.train.checkpoint import write_json
 
 METHODS = {"idlm": "inverse distillation (IDLM)", "didi": "DiDi-Instruct"}
 _GUIDED_NFE = 8  # guided samples cost about four times as much: the last two NFEs up to this

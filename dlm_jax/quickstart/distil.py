@@ -17,7 +17,7 @@ from dlm_jax.experiment import belonging, build
 from dlm_jax.experiment.config import load_config
 from dlm_jax.experiment.run import make_workdir, train
 from dlm_jax.quickstart import comparison
-from dlm_jax.train.checkpoint import write_json
+from dlm_jax.remote import write_json
 
 # Overrides of these groups also reach teacher and judge.
 _SHARED = ("data", "mesh", "model", "process", "seed")

@@ -6,12 +6,14 @@ finds the one before it. Arrays are stored unsharded in meaning: any device coun
 """
 
 import json
-import pathlib
+import os
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 
+from dlm_jax import remote
 from dlm_jax.errors import InputError
 
 _ITEMS = ("state", "extra")
@@ -26,8 +28,10 @@ class Checkpoints:
     config: resolved configuration as JSON-able data, stored beside the checkpoints.
   """
 
-  def __init__(self, directory: pathlib.Path | str, *, keep: int = 2, config: dict | None = None):
-    self.directory = pathlib.Path(directory).absolute()
+  def __init__(self, directory: epath.PathLike, *, keep: int = 2, config: dict | None = None):
+    self.directory = epath.Path(directory)
+    if not remote.is_remote(directory):
+      self.directory = epath.Path(os.path.abspath(directory))
     self._config = config
     options = ocp.CheckpointManagerOptions(
       max_to_keep=keep, create=False, enable_async_checkpointing=True
@@ -35,10 +39,16 @@ class Checkpoints:
     try:
       self.directory.mkdir(parents=True, exist_ok=True)
       if config is not None and jax.process_index() == 0:
-        write_json(self.directory / "config.json", config)
+        remote.write_json(self.directory / "config.json", config)
     except OSError as error:
       raise InputError(f"cannot write checkpoints to {self.directory}: {error.strerror}.") from None
-    self._manager = ocp.CheckpointManager(self.directory, options=options, item_names=_ITEMS)
+    try:
+      self._manager = ocp.CheckpointManager(self.directory, options=options, item_names=_ITEMS)
+    except ImportError as error:
+      raise InputError(
+        f"cannot write checkpoints to {self.directory}: {_first_line(error)}; gs:// needs the "
+        "packages gcsfs and google-cloud-storage."
+      ) from None
 
   def __enter__(self) -> "Checkpoints":
     return self
@@ -92,13 +102,13 @@ class Checkpoints:
     return restored["state"], restored["extra"]
 
 
-def read_config(directory: pathlib.Path | str) -> dict:
+def read_config(directory: epath.PathLike) -> dict:
   """Return the resolved configuration stored in a checkpoint directory.
 
   Raises:
     InputError: the directory is not one of ours.
   """
-  path = pathlib.Path(directory) / "config.json"
+  path = epath.Path(directory) / "config.json"
   try:
     return json.loads(path.read_text())
   except (OSError, ValueError) as error:
@@ -106,13 +116,6 @@ def read_config(directory: pathlib.Path | str) -> dict:
       f"{directory} is not a checkpoint directory of dlm_jax: no readable config.json "
       f"({_first_line(error)})"
     ) from None
-
-
-def write_json(path: pathlib.Path, data: Any) -> None:
-  """Write JSON so that an interrupt leaves the old file or the new one."""
-  temporary = path.with_suffix(".tmp")
-  temporary.write_text(json.dumps(data, indent=2) + "\n")
-  temporary.replace(path)
 
 
 def _first_line(error: Exception) -> str:

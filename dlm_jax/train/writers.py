@@ -3,9 +3,13 @@
 
 import json
 import math
-import pathlib
 
 import jax
+from etils import epath
+
+from dlm_jax import remote
+
+SYNC_SECONDS = 30.0  # between copies to a remote workdir
 
 
 class Writer:
@@ -15,7 +19,7 @@ class Writer:
   file reads like one uninterrupted run.
 
   Args:
-    workdir: existing directory.
+    workdir: existing directory; of a remote one, files are copied there every half minute.
     resume_from: steps that are already complete.
     tensorboard: also write event files to workdir/tensorboard.
     wandb_project: also log there; needs `wandb` to be installed.
@@ -23,16 +27,18 @@ class Writer:
 
   def __init__(
     self,
-    workdir: pathlib.Path,
+    workdir: epath.PathLike,
     *,
     resume_from: int = 0,
     tensorboard: bool = True,
     wandb_project: str = "",
   ):
-    self._file = self._board = self._wandb = None
+    self._file = self._board = self._wandb = self._mirror = None
     if jax.process_index() != 0:
       return
-    self._path = pathlib.Path(workdir) / "metrics.jsonl"
+    self._mirror = remote.Mirror(workdir, ("metrics.jsonl", "tensorboard"))
+    workdir = self._mirror.folder
+    self._path = workdir / "metrics.jsonl"
     if self._path.exists():
       lines = self._path.read_bytes().splitlines() if resume_from else []
       kept = [line for line in lines if _step(line) <= resume_from]
@@ -43,7 +49,7 @@ class Writer:
     if tensorboard:
       from tensorboardX import SummaryWriter
 
-      board = pathlib.Path(workdir) / "tensorboard"
+      board = workdir / "tensorboard"
       self._board = SummaryWriter(str(board), purge_step=resume_from + 1 if resume_from else None)
     if wandb_project:
       import wandb
@@ -58,6 +64,8 @@ class Writer:
       self._file.close()
     if self._board:
       self._board.close()
+    if self._mirror:
+      self._mirror.sync()
     if self._wandb:
       self._wandb.finish()
 
@@ -69,6 +77,7 @@ class Writer:
     plain = {k: v if math.isfinite(v) else None for k, v in values.items()}
     self._file.write(json.dumps({"step": step, **plain}) + "\n")
     self._file.flush()
+    self._mirror.sync(SYNC_SECONDS)
     if self._board:
       for name, value in values.items():
         self._board.add_scalar(name, value, step)

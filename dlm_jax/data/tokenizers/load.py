@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 
+from dlm_jax import remote
 from dlm_jax.data.tokenizers import bytes, chat, esm
 from dlm_jax.data.tokenizers.base import EOS, canonical
 from dlm_jax.data.tokenizers.bpe import BPE, byte_level
@@ -103,7 +104,7 @@ def load(path: str | os.PathLike) -> Tokenizer:
   """
   if path in ("bytes", "esm"):
     return Bytes() if path == "bytes" else Esm()
-  path = pathlib.Path(path).expanduser()
+  path = remote.fetch(path).expanduser()
   if path.is_file():
     return _load_file(path)
   if (path / "tokenizer.json").is_file():

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Remote paths: copies, replacement as a whole, mirrors; and a whole run through a store."""
+
+import json
+import os
+
+import pytest
+import tiny_runs
+from fake_store import store  # noqa: F401
+
+import dlm_jax
+from dlm_jax import remote
+from dlm_jax.cli import main
+from dlm_jax.errors import InputError
+from dlm_jax.experiment import build
+
+
+def test_a_copy_is_made_once_and_follows_the_store(store):
+  folder = store / "bucket" / "network"
+  (folder / "deep").mkdir(parents=True)
+  (folder / "config.json").write_text("1")
+  (folder / "deep" / "a").write_text("a")
+  copy = remote.fetch("gs://bucket/network")
+  assert (copy / "config.json").read_text() == "1" and (copy / "deep" / "a").read_text() == "a"
+  (copy / "config.json").write_text("kept")  # were it copied again, this would be gone
+  assert (remote.fetch("gs://bucket/network") / "config.json").read_text() == "kept"
+  (folder / "config.json").write_text("22")
+  (folder / "deep" / "a").unlink()
+  copy = remote.fetch("gs://bucket/network")
+  assert (copy / "config.json").read_text() == "22" and not (copy / "deep" / "a").exists()
+  assert remote.fetch(str(folder)) == folder
+
+
+@pytest.mark.parametrize("where", ["gs://bucket/network", "here"])
+def test_a_folder_is_replaced_whole(store, tmp_path, where):
+  path = where if remote.is_remote(where) else str(tmp_path / where)
+  with remote.publish(path) as folder:
+    (folder / "config.json").write_text("old")
+    (folder / "extra").write_text("x")
+  with pytest.raises(KeyError), remote.publish(path) as folder:
+    (folder / "config.json").write_text("half")
+    raise KeyError
+  assert (remote.fetch(path) / "config.json").read_text() == "old"
+  with remote.publish(path) as folder:
+    (folder / "config.json").write_text("newer")
+  found = remote.fetch(path)
+  assert (found / "config.json").read_text() == "newer" and not (found / "extra").exists()
+
+
+def test_the_marker_comes_last(store, monkeypatch):
+  order = []
+  plain = remote._upload_file
+  monkeypatch.setattr(
+    remote, "_upload_file", lambda file, to: (order.append(file.name), plain(file, to))
+  )
+  with remote.publish("gs://bucket/network") as folder:
+    for name in ("tokenizer.json", "config.json", "model.safetensors"):
+      (folder / name).write_text(name)
+  assert order[-1] == "config.json"
+
+
+def test_a_mirror_sends_what_changed(store):
+  (store / "bucket" / "metrics.jsonl").write_text("first\n")
+  mirror = remote.Mirror("gs://bucket", ("metrics.jsonl", "tensorboard"))
+  with (mirror.folder / "metrics.jsonl").open("a") as file:
+    file.write("second\n")
+  mirror.sync(3600.0)
+  assert (store / "bucket" / "metrics.jsonl").read_text() == "first\n"
+  mirror.sync()
+  assert (store / "bucket" / "metrics.jsonl").read_text() == "first\nsecond\n"
+
+
+def test_what_cannot_be_reached_is_one_line(store):
+  with pytest.raises(InputError, match="gs://bucket/nothing does not exist"):
+    remote.fetch("gs://bucket/nothing")
+  with pytest.raises(InputError, match="gs://bucket/none holds no network"):
+    dlm_jax.load("gs://bucket/none")
+
+
+def test_a_run_through_a_store(store, capsys):
+  """Corpus, dataset, teacher, workdir, samples: all behind gs://; the same as through folders."""
+  tiny = tiny_runs.make()
+  (store / "bucket" / "corpus.jsonl").write_bytes(tiny.corpus.read_bytes())
+  data = {"data__source": "files:gs://bucket/*.jsonl", "data__directory": "gs://bucket/data"}
+  config = tiny.config("teacher", **data)
+  with config.unlocked():
+    config.data.options.tests = None  # an option of the standard library; our corpus is a file
+  assert build.prepare(config, progress=False).created
+  assert (store / "bucket" / "data" / "dataset.json").exists()
+  assert not build.prepare(config, progress=False).created
+  for steps in ("2", "6"):  # the second run resumes the first
+    flags = tiny.flags("teacher", **data, train__steps=steps, evaluate__every="2")
+    main.main(["train", *flags, "--workdir=gs://bucket/run"])
+  run = store / "bucket" / "run"
+  lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+  assert [line["step"] for line in lines] == list(range(1, 7))
+  assert any(name.startswith("events") for name in os.listdir(run / "tensorboard"))
+  assert (run / "best" / "config.json").exists() and (run / "final" / "model.safetensors").exists()
+  capsys.readouterr()
+  sample = ["--steps=2", "--num=2", "--seed=3"]
+  main.main(["sample", "--checkpoint=gs://bucket/run", *sample])
+  there = capsys.readouterr().out
+  main.main(["sample", f"--checkpoint={run}", *sample])
+  assert there == capsys.readouterr().out and there.strip()
+  main.main(["convert", "--checkpoint=gs://bucket/run", "--out=gs://bucket/converted"])
+  assert (store / "bucket" / "converted" / "tokenizer.json").exists()
