@@ -10,7 +10,7 @@ import json
 import lzma
 import os
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, BinaryIO
 
 from dlm_jax import remote
@@ -32,7 +32,7 @@ def decode(data: bytes, path: str | os.PathLike, offset: int = 0) -> str:
     ) from error
 
 
-def json_lines(file: BinaryIO, path: str) -> Iterator[tuple[int, Any]]:
+def json_lines(file: Iterable[bytes], path: str) -> Iterator[tuple[int, Any]]:
   """Yield number, from 1, and value of every line that is not empty.
 
   Raises:
