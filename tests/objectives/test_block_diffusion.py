@@ -438,12 +438,12 @@ def test_a_variance_by_hand():
 def test_the_quietest_candidate_is_that_of_means():
   """By hand: a document's estimate is the mean over its scored tokens, not their sum."""
   model, params = _tiny()
-  rng = np.random.default_rng(0)
+  rng = np.random.default_rng(2)
   starts = rng.random((24, L)) < 0.3
   position = jax.vmap(positions_between)(jnp.asarray(starts))
   valid = jnp.asarray(rng.random((24, L)) < 0.8)
   noise = BlockNoise(process=PROCESS, levels="document")
-  batch = _noised(_raw(24, position=position, valid=valid), noise=noise, block_length=2)
+  batch = _noised(_raw(24, seed=2, position=position, valid=valid), noise=noise, block_length=2)
   options = {"model": model, "process": PROCESS, "block_length": 2}
   intervals = candidates()
   search = functools.partial(block_diffusion.search, levels="document", **options)

@@ -123,9 +123,10 @@ def test_facts_and_options(name):
   assert forwards >= backwards >= 1
   options = module.Options()
   assert dataclasses.is_dataclass(options) and hash(options) == hash(module.Options.of({}))
-  named = {"chunk", "ema_decay"} & {field.name for field in dataclasses.fields(options)}
-  off = module.Options.of(dict.fromkeys(named, 0))
-  assert all(getattr(off, field) is None for field in named)
+  names = {field.name for field in dataclasses.fields(options)}
+  zeros = {name: zero for name, zero in (("chunk", 0), ("ema_decay", 0.0)) if name in names}
+  off = module.Options.of(zeros)
+  assert all(getattr(off, name) is None for name in zeros)
   with pytest.raises(ValueError, match=r"accumulat is no option.*did you mean 'accumulate'"):
     module.Options.of({"accumulat": 2})
   with pytest.raises(ValueError, match=r"objective.ema_decay=1.0 must be in \[0, 1\)"):
