@@ -105,9 +105,8 @@ def _call(name: str, module: ModuleType, variant: str | None) -> ConfigDict:
   if variant is not None and takes == "none":
     raise InputError(f"--config={name}: {stem} has no variants; use --config={stem}.")
   if variant is not None and variants and variant not in variants:
-    raise InputError(
-      f"--config={name} is no variant of {stem}{hint(name, full)}; choose one of {listed}."
-    )
+    near = hint(variant, variants) or hint(name, full)  # of sdar:9b all are near, of 9b none is
+    raise InputError(f"--config={name} is no variant of {stem}{near}; choose one of {listed}.")
   try:
     config = module.get_config() if variant is None else module.get_config(variant)
   except Exception as error:
