@@ -17,7 +17,7 @@ from dlm_jax.cli.main import main
 from dlm_jax.data import builder, loader, tokenizers
 from dlm_jax.errors import InputError
 from dlm_jax.evaluate import frontier
-from dlm_jax.experiment import build, run
+from dlm_jax.experiment import build
 from dlm_jax.experiment.config import load_config
 from dlm_jax.experiment.run import open_data, train
 from dlm_jax.train import loop
@@ -218,12 +218,3 @@ def test_what_does_not_fit_is_told(folder, teacher, tmp_path):
   sampler = frontier.Sampler(denoiser=pipe.denoiser, process=pipe.process, length=16)
   with pytest.raises(InputError, match="proteins are drawn with a start, an end and given lengths"):
     sampler.check()
-
-
-def test_runs_from_before_there_were_documents_can_be_resumed():
-  now = json.loads(tiny_runs.make().config("teacher").to_json())["data"]
-  new = ("packing", "buckets", "block_length")
-  before = {key: value for key, value in now.items() if key not in new}
-  assert run._fixed("data", before) == run._fixed("data", now)
-  changed = {**now, "packing": "documents"}
-  assert run._fixed("data", before) != run._fixed("data", changed)
