@@ -76,15 +76,15 @@ class RowOptions:
   def make(
     cls,
     rows: int,
-    rng: Key[Array, "*batch"] | None = None,
+    rng: Array | None = None,
     *,
-    temperature: ArrayLike | Sequence[float] = 1.0,
-    top_k: ArrayLike | Sequence[int] = 0,
-    top_p: ArrayLike | Sequence[float] = 1.0,
-    threshold: ArrayLike | Sequence[float] = 0.9,
+    temperature: ArrayLike | Sequence[Any] = 1.0,
+    top_k: ArrayLike | Sequence[Any] = 0,
+    top_p: ArrayLike | Sequence[Any] = 1.0,
+    threshold: ArrayLike | Sequence[Any] = 0.9,
     stop_ids: ArrayLike | Sequence[Any] = (),
-    minimum: ArrayLike | Sequence[int] = 0,
-    limit: ArrayLike | Sequence[int] | None = None,
+    minimum: ArrayLike | Sequence[Any] = 0,
+    limit: ArrayLike | Sequence[Any] | None = None,
   ) -> "RowOptions":
     """Return options; each argument is one value for all rows, or one per row.
 

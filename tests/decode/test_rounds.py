@@ -223,11 +223,11 @@ def test_minimum_and_stop_ids(scripted):
   assert info.lengths_B.tolist() == [3, 3, 9, 9, 4]
   assert tokens[2, 2:9].tolist() == [5] * 6 + [3] and tokens[3, 2:9].tolist() == [3] * 7
   assert info.reason_B.tolist() == [sample.STOP] * 3 + [sample.LENGTH] * 2
-  hot = options.replace(temperature_B=jnp.asarray([0.0, 3.0, 2.0, 0.0, 5.0]))
+  hot = options.replace(temperature_B=jnp.asarray([0.0, 3.0, 2.0, 0.0, 50.0]))
   again, drawn = scripted(_params(), hot.widen(2))
   np.testing.assert_array_equal(again[jnp.array([0, 3])], tokens[jnp.array([0, 3])])
   assert (again[4] != tokens[4]).any() and 3 not in again[2, 2:8].tolist()
-  cut = hot.replace(top_k_B=jnp.asarray([0, 1, 1, 9, 1]), top_p_B=jnp.full(5, 0.9))
+  cut = hot.replace(top_k_B=jnp.asarray([0, 1, 1, 9, 1]), top_p_B=jnp.full(5, 0.9, jnp.float32))
   np.testing.assert_array_equal(scripted(_params(), cut.widen(2))[0], tokens)  # top-1 is greedy
   assert drawn.lengths_B[2] >= 9
 
