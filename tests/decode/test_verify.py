@@ -28,9 +28,7 @@ def _simsd(model, params, cache, tokens, time, **options):
 
 
 _commit = jax.jit(commit)
-_recorded_pass = jax.jit(
-  verify.verify_simsd, static_argnums=0, static_argnames=("layout", "mask_id")
-)
+_recorded_pass = jax.jit(verify.verify_simsd, static_argnames=("layout", "mask_id"))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -137,8 +135,7 @@ def test_recorded_verification(golden, name):
     before = get("input_ids")[None, : case["prompt_len"] + sum(case["accepted_lengths"])]
     cache = _prefilled(model, params, before, _accepted_slots(case, config["block_length"]))
     found = _recorded_pass(
-      model,
-      params,
+      Bound(model, params),
       cache,
       get("draft_ids")[None],
       get("step_map")[None] + 1,
@@ -163,8 +160,7 @@ def test_recorded_cached_verification(golden, name):
   time = jnp.concatenate([jnp.zeros(len(prompt) - aligned, jnp.int32), step + 1])
   for layout, same in (("published", True), ("unified", False)):
     found = _recorded_pass(
-      model,
-      params,
+      Bound(model, params),
       cache,
       tokens[None, None],
       time[None, None],
