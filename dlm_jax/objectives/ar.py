@@ -26,6 +26,7 @@ def loss(
   """Return the mean negative log-likelihood of valid tokens 1 … L − 1, in nats per token.
 
   Token 0 is the document separator that every record starts with; it is given, not predicted.
+  Rows with more valid tokens weigh more: see `counted`.
   Sequences that share a row ("position", "segment") are kept apart by a decoder; other networks
   take no such rows.
   """
@@ -36,9 +37,21 @@ def loss(
   )
   nll_BL = optax.softmax_cross_entropy_with_integer_labels(logits_BLV[:, :-1], tokens_BL[:, 1:])
   if "valid" in batch:
-    weight_BL = batch["valid"][:, 1:].astype(nll_BL.dtype)
-    return jnp.sum(nll_BL * weight_BL) / jnp.maximum(weight_BL.sum(), 1), ({}, None)
+    batch = batch if "count" in batch else counted(batch)
+    return jnp.mean((nll_BL * batch["valid"][:, 1:]).sum(1) / batch["count"]), ({}, None)
   return nll_BL.mean(), ({}, None)
+
+
+def counted(batch: Batch) -> Batch:
+  """Add to a whole batch "count": its valid targets per row, on average, in every row.
+
+  So a mean over all of them is one whatever the micro-batches that it is taken in.
+  """
+  if "valid" not in batch:
+    return batch
+  rows = batch["valid"].shape[0]
+  count = jnp.maximum(batch["valid"][:, 1:].sum() / rows, 1 / rows)
+  return {**batch, "count": jnp.broadcast_to(count, (rows,))}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,6 +82,7 @@ def make(
   total = functools.partial(loss, model=model)
 
   def step(state, batch):
+    batch = counted(batch)
     state, metrics, _ = update(state, "model", total, batch, optimizers["model"], **chosen.updates)
     return state.replace(step=state.step + 1), metrics
 
