@@ -29,60 +29,77 @@ class Task(NamedTuple):
   judge: likelihood.Judge | None = None
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prompts:
+  """Where prompts are.
+
+  Attributes:
+    count: the most prompts.
+    file: text, a prompt per line.
+    data: without a file: a packed dataset; prompts are the starts of its validation sequences.
+    length: of those of a dataset, tokens.
+  """
+
+  count: int
+  file: str = ""
+  data: str = ""
+  length: int = 0
+
+  def read(self) -> list[str] | list[list[int]]:
+    """Return texts, or ids.
+
+    Raises:
+      InputError: there are none.
+    """
+    prompts = _lines(self.file)[: self.count] if self.file else []
+    if not self.file and self.data:
+      rows_NL = loader.evaluation_groups(self.data, "validation", self.count)[0]["tokens"]
+      prompts = [row_L[: self.length].tolist() for row_L in rows_NL]
+    if not prompts:
+      raise InputError(
+        "there are no prompts: give --prompts=FILE, one per line, or --data=DIR, a packed dataset."
+      )
+    return prompts
+
+
 def from_checkpoint(
   path: str,
   draft: str | None,
+  prompts: Prompts,
   *,
-  file: str = "",
-  data: str = "",
-  count: int,
-  length: int,
-  chat: bool = False,
   max_new_tokens: int,
-  block_length: int | None = None,
-  temperature: float = 0.0,
   dtype: str | None = None,
   storage: str | None = None,
   judge: str = "",
+  **request: Any,
 ) -> Task:
   """Return trained networks with prompts from a file or of a validation split.
 
   Args:
     path: workdir or model directory of the target.
     draft: the same of the draft, or None.
-    file: text, a prompt per line.
-    data: without a file: a packed dataset; prompts are the starts of its validation sequences.
-    count: the most prompts.
-    length: of those of a dataset, tokens.
-    chat: a line is what a user says.
+    prompts: where they are.
     max_new_tokens: that the network has to have room for.
-    block_length: None: what the checkpoint names.
-    temperature: of both networks.
     dtype: of products; None: what sampling takes.
     storage: of parameters, see `models.regroup`; None: what sampling takes.
     judge: workdir or model directory of a next-token network with the same tokenizer, or "".
+    **request: of `TextDecoder.plan`: chat, block_length, temperature; those that are None are left
+      out.
 
   Raises:
     InputError: there are no prompts, or see `text.load.open_decoder` and `TextDecoder.plan`.
   """
   pipe = load.open_decoder(path, draft=draft, dtype=dtype, storage=storage)
-  prompts = _lines(file)[:count] if file else []
-  if not file and data:
-    rows_NL = loader.evaluation_groups(data, "validation", count)[0]["tokens"]
-    prompts = [row_L[:length].tolist() for row_L in rows_NL]
-  if not prompts:
-    raise InputError(
-      "there are no prompts: give --prompts=FILE, one per line, or --data=DIR, a packed dataset."
-    )
-  block = {} if block_length is None else {"block_length": block_length}
-  asked = {"chat": chat, "max_new_tokens": max_new_tokens, "temperature": temperature, **block}
-  plan = pipe.plan(prompts, verify="none", **asked)
+  asked = {name: value for name, value in request.items() if value is not None}
+  plan = pipe.plan(prompts.read(), verify="none", max_new_tokens=max_new_tokens, **asked)
   lengths_B = np.asarray(plan.lengths_B)
   rows = [row[:n].tolist() for row, n in zip(np.asarray(plan.prompt_BP), lengths_B, strict=True)]
   reader = _judge(judge, pipe.tokenizer, int(lengths_B.max()) + max_new_tokens) if judge else None
   pipe.load_weights()
   drafting = None if pipe.draft is None else Network(*pipe.draft.loaded)
-  options = sample.RowOptions.make(1, temperature=temperature, stop_ids=plan.stop_ids[0])
+  options = sample.RowOptions.make(
+    1, temperature=asked.get("temperature", 0.0), stop_ids=plan.stop_ids[0]
+  )
   return Task(Network(*pipe.loaded), drafting, rows, plan.rule, options, reader)
 
 

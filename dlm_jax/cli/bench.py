@@ -117,19 +117,22 @@ def _passes(options, config, device) -> dict[str, Any]:
 def _decode(options, config, device) -> dict[str, Any]:
   """Compare ways of decoding."""
   shared = {
-    "count": options.num_prompts,
     "block_length": options.block_length,
     "temperature": options.temperature,
     "dtype": options.dtype,
     "storage": options.storage or None,
   }
   if options.checkpoint:
-    task = networks.from_checkpoint(
-      options.checkpoint,
-      options.draft or None,
+    prompts = networks.Prompts(
+      count=options.num_prompts,
       file=options.prompts,
       data=options.data,
       length=options.prompt_length,
+    )
+    task = networks.from_checkpoint(
+      options.checkpoint,
+      options.draft or None,
+      prompts,
       chat=options.chat,
       max_new_tokens=options.max_new_tokens,
       judge=options.judge,
@@ -137,7 +140,8 @@ def _decode(options, config, device) -> dict[str, Any]:
     )
   else:
     draft = load_config(options.draft) if options.draft else None
-    task = networks.from_config(config, draft, length=options.prompt_length, **shared)
+    shared |= {"count": options.num_prompts, "length": options.prompt_length}
+    task = networks.from_config(config, draft, **shared)
   arms = decode.bench_decode(
     task.target,
     task.draft,

@@ -214,7 +214,7 @@ def _annotated(make) -> tuple[type, ...]:
   return classes if all(isinstance(c, type) for c in classes) else ()
 
 
-def loop_config(config: ConfigDict) -> LoopConfig:
+def loop_config(config: ConfigDict, label: str = "train") -> LoopConfig:
   """Return how long to train and how often to do what."""
   for field in ("steps", "log_every", "checkpoint_every", "keep"):
     if config.train[field] < 1:
@@ -228,6 +228,7 @@ def loop_config(config: ConfigDict) -> LoopConfig:
     evaluate_every=config.evaluate.every,
     seed=config.seed,
     max_seconds=config.train.max_seconds,
+    label=label,
   )
 
 

@@ -44,7 +44,7 @@ def train(config, workdir: str | os.PathLike, *, label: str = "", wandb: str = "
   given = load_start(config, built, tokenizer)
   if given is None:
     given = load_teacher(config, built, tokenizer)
-  loop_config = build.loop_config(config)
+  loop_config = build.loop_config(config, label or config.objective.name)
   evaluator = evaluators.make(built, tokenizer, lambda *where: export(*where, tokenizer), workdir)
   host, hosts = mesh.host_rows(built.mesh, config.loader.batch_size)
   stream = loader.make(
@@ -76,7 +76,6 @@ def train(config, workdir: str | os.PathLike, *, label: str = "", wandb: str = "
         checkpoints=checkpoints,
         writer=writer,
         evaluator=evaluator,
-        label=label or config.objective.name,
       )
   if result.reason != "interrupted":
     export(workdir / "final", built, result.state, result.step, tokenizer)

@@ -44,6 +44,7 @@ class LoopConfig:
     evaluate_every: steps between calls of the evaluator; 0 calls it never.
     seed: of corruption noise, times and dropout.
     max_seconds: wall-clock after which the run ends early, as if `steps` were reached; 0 is never.
+    label: shown in the progress line.
   """
 
   steps: int
@@ -52,6 +53,7 @@ class LoopConfig:
   evaluate_every: int = 0
   seed: int = 0
   max_seconds: float = 0.0
+  label: str = "train"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,7 +122,6 @@ def run(
   checkpoints: Checkpoints,
   writer: Writer,
   evaluator: Evaluator | None = None,
-  label: str = "train",
 ) -> Result:
   """Train from the state's step to `config.steps`.
 
@@ -139,7 +140,6 @@ def run(
     checkpoints: where to save.
     writer: where metrics go.
     evaluator: see `Evaluator`.
-    label: shown in the progress line.
 
   Raises:
     InputError: training diverged; names the last good checkpoint.
@@ -149,7 +149,7 @@ def run(
   if evaluator is not None and evaluator.stop:
     return Result(state=state, step=step, reason="collapsed")  # restored after it had stopped
   deadline = time.monotonic() + (config.max_seconds or math.inf)
-  with stop_signals() as stop, Progress(label, step, config.steps) as progress:
+  with stop_signals() as stop, Progress(config.label, step, config.steps) as progress:
 
     def settle(pending, scores, force=False):
       done, metrics, size = pending
@@ -183,7 +183,7 @@ def run(
       if due_save or collapsed:
         _save(checkpoints, step, state, loader, evaluator)
     checkpoints.wait()
-  logging.info("%s: %s at step %d.", label, reason, step)
+  logging.info("%s: %s at step %d.", config.label, reason, step)
   return Result(state=state, step=step, reason=reason)
 
 

@@ -422,12 +422,11 @@ def test_prompts_of_a_validation_split(monkeypatch, tmp_path):
     return [{"tokens": np.arange(12).reshape(2, 6)}]
 
   monkeypatch.setattr(networks.loader, "evaluation_groups", groups)
-  task = networks.from_checkpoint(
-    str(target), None, data="packed", count=2, length=4, max_new_tokens=8
-  )
+  prompts = networks.Prompts(count=2, data="packed", length=4)
+  task = networks.from_checkpoint(str(target), None, prompts, max_new_tokens=8)
   assert asked == [("packed", "validation", 2)]
   assert task.prompts == [[0, 1, 2, 3], [6, 7, 8, 9]] and task.draft is None
   assert task.options.stop_BS.tolist() == [[258, 256]]
   assert task.rule.mask_id == tiny_sdar.MASK and task.options.temperature_B.tolist() == [0.0]
   with pytest.raises(InputError, match="there are no prompts"):
-    networks.from_checkpoint(str(target), None, count=2, length=4, max_new_tokens=8)
+    networks.from_checkpoint(str(target), None, networks.Prompts(count=2), max_new_tokens=8)
