@@ -26,11 +26,11 @@ class Watched:
     self._stream, self._stop = stream, stop
 
   def __next__(self):
-    rows = next(self._stream)
-    seen["rows"].append(rows.tolist())
+    record = next(self._stream)
+    seen["rows"].append(record["tokens"].tolist())
     if self._stop and len(seen["rows"]) == STOP and HOST == 1:
       signal.raise_signal(signal.SIGTERM)
-    return rows
+    return record
 
   def __getattr__(self, name):
     return getattr(self._stream, name)

@@ -125,7 +125,7 @@ class _FakeJudge(JudgeWithTokens):
 
 def test_the_entropy_drop_is_how_far_a_student_is_below_its_teacher():
   samples = object.__new__(evaluators.Samples)
-  objective = types.SimpleNamespace(output="student")
+  objective = objectives.Objective(None, None, output="student")
   config = types.SimpleNamespace(evaluate=types.SimpleNamespace(nfes=(2,), batch_size=1))
   network = types.SimpleNamespace(rolled=lambda: None)
   samples._built = types.SimpleNamespace(objective=objective, config=config, model=network)
