@@ -6,7 +6,8 @@ from dlm_jax.decode.interfaces import Rounds, RowOptions
 from dlm_jax.decode.loop import Info, decode, finish, pad_prompts, start
 from dlm_jax.decode.progress import LENGTH, RUNNING, STOP
 from dlm_jax.decode.rule import Block, BlockRule, Revealed, hitting_times, reveal
-from dlm_jax.decode.speculative import SpeculativeOptions, speculative_decoder
+from dlm_jax.decode.speculative import speculative_decoder
+from dlm_jax.decode.speculative_options import SpeculativeOptions
 
 __all__ = [
   "LENGTH",
