@@ -5,8 +5,6 @@ import argparse
 import math
 import pathlib
 
-from etils import epath
-
 from dlm_jax import convert, remote
 from dlm_jax.cli import flags
 from dlm_jax.convert import places
@@ -29,7 +27,7 @@ def main(argv: list[str]) -> None:
   samplers, tokenizer, fingerprints = _samplers(options)
   judge = load_judge(options.judge, tokenizer)
   judge_hash = convert.fingerprint(places.network_directory(options.judge))
-  make_workdir(epath.Path(options.workdir))
+  make_workdir(options.workdir)
   mirror = remote.Mirror(options.workdir, ("frontier.jsonl",))
   finished = mirror.folder / "frontier.jsonl"
   context = {"judge": judge_hash, "weights": fingerprints}

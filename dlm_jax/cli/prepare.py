@@ -14,8 +14,7 @@ def main(argv: list[str]) -> None:
     """
 dlm-jax prepare --config=quickstart_teacher
 dlm-jax prepare --config=novels_teacher --config.data.source='files:books/*.txt'
-dlm-jax prepare --config=owt_teacher --config.data.packing=conversations \\
-  --config.data.source='chat:talks/*.jsonl' --config.data.directory=data/talks
+dlm-jax prepare --config=owt_duo --config.data.source=chat:a.jsonl --config.data.packing=conversations
 """,
   )
   flags.add_config(parser)

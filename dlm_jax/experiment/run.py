@@ -112,8 +112,9 @@ def open_data(config) -> builder.Dataset:
   return dataset
 
 
-def make_workdir(workdir: epath.Path) -> None:
+def make_workdir(workdir: epath.PathLike) -> None:
   """Create a workdir and check that files can be written there."""
+  workdir = epath.Path(workdir)
   try:
     workdir.mkdir(parents=True, exist_ok=True)
     probe = workdir / f".write_test_{jax.process_index()}"

@@ -356,8 +356,8 @@ def test_stacked_logits_do_not_see_other_states():
   np.testing.assert_allclose(before, after, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("verify", ["simsd", "stacked"])
-def test_block_before_rides_along(verify):
+@pytest.mark.parametrize("kind", ["simsd", "stacked"])
+def test_block_before_rides_along(kind):
   """9.2-d: with the block before folded in, rows that lack it get what a stored block gives."""
   model, params = _network(2)
   stored, last = _context(model, params, 6), tiny.tokens(6, SIZE, seed=9)
@@ -366,16 +366,16 @@ def test_block_before_rides_along(verify):
   count = jnp.where(pending, 0, SIZE)
   lacking = _commit(stored, tiny.extend(model, params, last, None, None, stored)[1], count)
   tokens, time = _draft(6, 3, 1)
-  if verify == "simsd":
+  if kind == "simsd":
     run = functools.partial(verify.verify_simsd, mask_id=MASK_ID)
     arguments, valid = (tokens[:, None], time[:, None]), time[:, None] > 0
   else:
     states, used = verify.states(tokens, time, SIZE, MASK_ID)
     run, arguments = verify.verify_stacked, (states, used, tokens)
     valid = jnp.broadcast_to(used[..., None], states.shape)
-  run = jax.jit(run, static_argnums=0)
-  wanted = run(model, params, whole, *arguments)
-  found = run(model, params, lacking, *arguments, before=verify.Before(last, pending))
+  run, network = jax.jit(run), Bound(model, params)
+  wanted = run(network, whole, *arguments)
+  found = run(network, lacking, *arguments, before=verify.Before(last, pending))
   assert _difference(found.logits_BNKV, wanted.logits_BNKV, valid) < EXACT
   refilled = _commit(lacking, found.before, jnp.where(pending, SIZE, 0))
   np.testing.assert_array_equal(refilled.length_B, whole.length_B)
