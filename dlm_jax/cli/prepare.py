@@ -14,7 +14,7 @@ def main(argv: list[str]) -> None:
     """
 dlm-jax prepare --config=quickstart_teacher
 dlm-jax prepare --config=novels_teacher --config.data.source='files:books/*.txt'
-dlm-jax prepare --config=owt_duo --config.data.source=chat:a.jsonl --config.data.packing=conversations
+dlm-jax prepare --config=novels_idlm --config.data.directory=gs://bucket/novels
 """,
   )
   flags.add_config(parser)
