@@ -139,7 +139,7 @@ def sweep(
     result = generative.quality(judge, tokens_BL, **judged)
     count = factory.evaluations(key["nfe"]) if hasattr(factory, "evaluations") else key["nfe"]
     measured = dataclasses.asdict(result) | {"seconds": seconds, "evaluations": count}
-    return key | measured
+    return _row(key | measured)
 
   fixed = {"samples": samples, "seed": seed, "context": dict(context or {})}
   finished, rows = _Finished(path), []
@@ -300,8 +300,6 @@ class _Finished:
 
 
 def _row(values: Mapping[str, Any]) -> Row:
-  # Rows of earlier versions do not have it; they had no guided samplers either.
-  values = {"evaluations": values["nfe"], **values}
   return {column: values[column] for column in COLUMNS}
 
 

@@ -206,7 +206,7 @@ from dlm_jax.data import builder, loader, sources, tokenizers
 source = sources.open_source("stdlib", root=sys.argv[1])
 tokenizer = tokenizers.train_bpe(source.documents("train"), 400)
 print(builder.prepare(source, tokenizer, 64, sys.argv[2]).message)
-print(next(loader.make(sys.argv[2], "train", batch_size=4, seed=0)).shape)
+print(next(loader.make(sys.argv[2], "train", batch_size=4, seed=0))["tokens"].shape)
 print("tensorflow" in sys.modules)
 """
 

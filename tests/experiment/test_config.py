@@ -190,6 +190,6 @@ def test_an_unset_field_reaches_the_method():
   objective = build.make_objective(config, model, build.make_process(config, model))
   params = jax.eval_shape(model.init, jax.random.key(0), *build.model_inputs(model))["params"]
   state = jax.eval_shape(objective.init, jax.random.key(0), params)
-  critic = objective.critic(state)
-  assert critic.model.trained_layers == 3
+  beside = objective.export(state)["beside"]
+  assert beside["discriminator"].model.trained_layers == 3
   _fails("quickstart_didi", "expected int like 2 or none", objective__trained_layers="top")
