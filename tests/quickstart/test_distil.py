@@ -13,6 +13,7 @@ import pytest
 import tiny_runs
 
 from dlm_jax.cli.main import main
+from dlm_jax.convert import places
 from dlm_jax.experiment import run
 from dlm_jax.quickstart import distil
 
@@ -112,7 +113,7 @@ def test_everything_is_there(done):
   assert report.count("| teacher") == 2 and report.count("| student") == 2
   assert all(f"### {i}\n" in report for i in range(1, 9))
   for name in ("teacher", "judge", "student"):
-    assert run.experiment.network_directory(str(done / name)).is_dir()
+    assert places.network_directory(str(done / name)).is_dir()
 
 
 def test_the_overrides_reach_all_three(done):
@@ -126,7 +127,7 @@ def test_again_nothing_is_done_again(done, arguments, capsys, monkeypatch):
   def train(*args, **options):
     raise AssertionError("trained again")
 
-  monkeypatch.setattr(distil.training, "train", train)
+  monkeypatch.setattr(distil, "train", train)
   before = {
     p: p.stat().st_mtime_ns for p in done.rglob("model.safetensors") if "student" not in str(p)
   }

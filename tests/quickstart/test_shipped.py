@@ -32,7 +32,7 @@ def done(tmp_path_factory):
 
 def test_everything_is_written_without_training(done, capsys, monkeypatch):
   arguments, workdir = done
-  monkeypatch.setattr(distil.training, "train", None)
+  monkeypatch.setattr(distil, "train", None)
   assert main(arguments) == 0
   rows = json.loads((workdir / "frontier.json").read_text())
   assert [(row["name"], row["nfe"], row["samples"]) for row in rows["rows"]] == [
