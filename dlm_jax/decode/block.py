@@ -80,9 +80,9 @@ def done(state: Any) -> Bool[Array, "B"]:
   return ~state.progress.running_B
 
 
-def _init(model, rule, window, slots, stop_width=STOP_WIDTH):
+def _init(model, rule, window, slots, stop_width=STOP_WIDTH, law="any"):
   shape = {"window": window, "block_length": rule.block_length, "mask_id": rule.mask_id}
-  progress = free(slots, stop_width, **shape)
+  progress = free(slots, stop_width, law, **shape)
   capacity = max(progress.tokens_BW.shape[1] - rule.block_length, 1)  # the last is never stored
   cache = models.Cache.make(model.config, slots, capacity)
   return BlockState(progress, cache, jnp.zeros(slots, jnp.int32))
@@ -94,7 +94,7 @@ def _admit(model, rule, params, state, row_R, prompt_RP, lengths_R, options):
   highest = np.asarray(options.stop_BS).max(initial=0) if known(options.stop_BS) else 0
   if highest >= model.config.vocab_size:
     raise InputError(f"stop id {highest} is not below vocab_size={model.config.vocab_size}.")
-  options = options.widen(progress.options.stop_BS.shape[1])
+  options = options.widen(progress.options.stop_BS.shape[1], progress.options.law)
   shape = {"window": progress.window, "block_length": size, "mask_id": rule.mask_id}
   new = begin(prompt_RP, lengths_R, options, **shape)
   start_R = new.prompt_B // size * size

@@ -23,6 +23,7 @@ from dlm_jax.errors import InputError
 STOP_WIDTH = 16  # stop ids that a row of an empty batch has room for
 NO_LIMIT = 2**31 - 1
 NO_ID = -1  # fills up rows of stop ids; no token has it
+LAWS = ("greedy", "drawn", "any")  # each has what those before it have
 
 
 class Rounds(NamedTuple):
@@ -32,7 +33,8 @@ class Rounds(NamedTuple):
   W being the width of `state.progress.tokens_BW`: the bound of every loop over rounds.
 
   Attributes:
-    init: (slots, stop_width=STOP_WIDTH) -> state of so many free rows.
+    init: (slots, stop_width=STOP_WIDTH, law="any") -> state of so many free rows, which will not
+      ask for more than this law, see `RowOptions`.
     admit: (params, state, row_R, prompt_RP, lengths_R, options) -> state in which R rows are those
       of new prompts, all of them reset, and the others are as they were, bit for bit. Rows are
       different numbers; one beyond the last admits nothing, which fills up a fixed R. lengths None:
@@ -51,6 +53,9 @@ class Rounds(NamedTuple):
 class RowOptions:
   """What one request asks for: arrays per row, so other values are no other program.
 
+  The law is the exception. What rows may ask for costs something in every pass, also where they do
+  not: asking the device is a round trip to the host, which small networks notice.
+
   Attributes:
     temperature_B: divides the logits; 0 takes the most probable token, and confidence is then that
       of temperature 1.
@@ -61,6 +66,9 @@ class RowOptions:
     minimum_B: so many new tokens are no stop ids: these have no probability there.
     limit_B: the length at which a row ends, prompt included; above the window it is the window.
     rng_B: a key per row; None: `decode` makes them.
+    law: the most that rows ask for; it shapes the program. "greedy": temperature 0, and neither
+      top-k, top-p nor a minimum. "drawn": any temperature, and none of the others. "any": all of
+      it. `make` finds it; whoever replaces values by others that ask for more replaces it too.
   """
 
   temperature_B: Any
@@ -71,6 +79,7 @@ class RowOptions:
   minimum_B: Any
   limit_B: Any
   rng_B: Any = None
+  law: str = flax.struct.field(pytree_node=False, default="any")
 
   @classmethod
   def make(
@@ -116,6 +125,7 @@ class RowOptions:
       minimum_B=per_row("minimum", minimum, rows),
       limit_B=per_row("limit", limit, rows),
       rng_B=None if rng is None else row_keys(rng, rows),
+      law=_least_law(temperature, top_k, top_p, minimum),
     )
 
   @property
@@ -130,6 +140,8 @@ class RowOptions:
 
   def only(self, running_B: Bool[Array, "B"]) -> "RowOptions":
     """Return options in which other rows ask for nothing that costs a pass."""
+    if self.law != "any":
+      return self
     put = lambda x_B, plain: jnp.where(running_B, x_B, plain)  # noqa: E731
     return self.replace(
       temperature_B=put(self.temperature_B, 0.0),
@@ -138,17 +150,28 @@ class RowOptions:
       minimum_B=put(self.minimum_B, 0),
     )
 
-  def widen(self, width: int) -> "RowOptions":
-    """Return options with room for so many stop ids.
+  def widen(self, width: int, law: str = "any") -> "RowOptions":
+    """Return options with room for so many stop ids, as rows of a batch of this law.
 
     Raises:
-      InputError: there are more.
+      InputError: there are more, or they ask for more.
     """
+    asked = (self.temperature_B, self.top_k_B, self.top_p_B, self.minimum_B)
+    if known(*asked) and LAWS.index(_least_law(*asked)) > LAWS.index(self.law):
+      raise InputError(
+        f"rows have values beyond their law={self.law!r}; whoever replaces values that "
+        f"RowOptions.make checked replaces the law too, here by {_least_law(*asked)!r}."
+      )
+    if LAWS.index(self.law) > LAWS.index(law):
+      raise InputError(
+        f"rows ask for the law {self.law!r} and the batch was made for {law!r}; make it for "
+        f"{self.law!r}, see Rounds.init."
+      )
     size = self.stop_BS.shape[1]
     if size > width:
       raise InputError(f"rows have up to {size} stop ids and the batch has room for {width}.")
     stop_BS = jnp.pad(self.stop_BS, ((0, 0), (0, width - size)), constant_values=NO_ID)
-    return self.replace(stop_BS=stop_BS)
+    return self.replace(stop_BS=stop_BS, law=law)
 
 
 def known(*given: Any) -> bool:
@@ -187,6 +210,14 @@ def row_keys(rng: Array, rows: int) -> Key[Array, "B"]:
 
 def _holds(test, given):
   return not known(given) or bool(np.all(test(np.asarray(given))))
+
+
+def _least_law(temperature, top_k, top_p, minimum):
+  """Return the first of LAWS that values are known to be content with."""
+  says = lambda given, value: known(given) and bool(np.all(np.asarray(given) == value))  # noqa: E731
+  if not (says(top_k, 0) and says(top_p, 1) and says(minimum, 0)):
+    return "any"
+  return "greedy" if says(temperature, 0) else "drawn"
 
 
 def _check_law(temperature, top_k, top_p):

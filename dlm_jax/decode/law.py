@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The law that a token is drawn from: temperature, top-k and top-p of its row; never the mask.
 
-What no row asks for is not computed: the choices here are the batch's (`lax.cond`), so they must
-not be under a `vmap` over the options, which would turn them into both of their branches.
+What no row asks for is not computed. What none may ask for, by the law of the options, is not in
+the program; the other choices are the batch's (`lax.cond`), so they must not be under a `vmap` over
+the options, which would turn them into both of their branches.
 """
 
 import functools
@@ -32,6 +33,8 @@ def law(
     truncated: apply top-k and top-p.
   """
   drawable_BKV = without_mask(mask_id, tempered(options, logits_BKV))
+  if options.law != "any":
+    return drawable_BKV
   asked = jnp.any(early_BK) | (truncated & jnp.any(options.truncates_B))
   narrow = functools.partial(_narrow, options, early_BK, truncated)
   return jax.lax.cond(asked, narrow, lambda x: x, drawable_BKV)

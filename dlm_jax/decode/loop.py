@@ -132,7 +132,7 @@ def start(
     raise InputError(
       f"options are of {options.temperature_B.shape[0]} rows and there are {rows} prompts."
     )
-  state = rounds.init(rows, options.stop_BS.shape[1])
+  state = rounds.init(rows, options.stop_BS.shape[1], options.law)
   options = options.replace(rng_B=row_keys(rng, rows))
   if max_length is not None:
     limit_B = up_to("max_length", max_length, rows, state.progress.window)

@@ -16,8 +16,8 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
-from dlm_jax.decode.interfaces import NO_ID, NO_LIMIT, RowOptions, known, per_row
-from dlm_jax.errors import InputError
+from dlm_jax.decode.interfaces import LAWS, NO_ID, NO_LIMIT, RowOptions, known, per_row
+from dlm_jax.errors import InputError, check_choice
 
 RUNNING, STOP, LENGTH = range(3)
 UNDECIDED = -1  # the reveal step of what no step has revealed, and of the prompt
@@ -113,18 +113,20 @@ def begin(
   return advance(progress)
 
 
-def free(slots: int, stop_width: int, **shape: int) -> Progress:
+def free(slots: int, stop_width: int, law: str, **shape: int) -> Progress:
   """Return free rows, which are done.
 
   Args:
     slots: how many.
     stop_width: stop ids that each has room for.
+    law: the most that rows will ask for, see `RowOptions`.
     **shape: window, block_length and mask_id, as of `begin`.
   """
+  check_choice("law", law, LAWS)
   options = RowOptions.make(
     slots, jax.random.key(0), limit=0, stop_ids=np.full((slots, stop_width), NO_ID)
   )
-  return begin(np.zeros((slots, 0), np.int32), None, options, **shape)
+  return begin(np.zeros((slots, 0), np.int32), None, options.replace(law=law), **shape)
 
 
 def place(tree: Any, row_R: Int[Array, "R"], new: Any) -> Any:

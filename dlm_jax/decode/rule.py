@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from dlm_jax import draw
 from dlm_jax.arrays import RngKey
 from dlm_jax.decode import law, select
-from dlm_jax.decode.interfaces import RowOptions
+from dlm_jax.decode.interfaces import LAWS, RowOptions
 from dlm_jax.errors import InputError, check_choice
 
 CONFIDENCES = ("unfiltered", "filtered")
@@ -156,22 +156,30 @@ def reveal(
     step_B: reveal steps that the block has behind it, from 0. An undecided block after T steps
       reveals everything at once.
   """
-  truncates_B = options.truncates_B
-  if rule.confidence == "unfiltered":
-    truncates_B &= options.draws_B
-  narrows = jnp.any(truncates_B) | jnp.any(block.early_BK)
-  kind = jnp.where(narrows, 2, jnp.any(options.draws_B).astype(jnp.int32))
   views = [
     functools.partial(_view, rule, draws=draws, narrows=narrows)
-    for draws, narrows in ((False, False), (True, False), (True, True))
+    for draws, narrows in ((False, False), (True, False), (True, True))  # of LAWS
   ]
-  view = jax.lax.switch(kind, views, options, block, logits_BKV, step_B)
+  if options.law == "any":
+    kind = _asked(rule, options, block)
+    view = jax.lax.switch(kind, views, options, block, logits_BKV, step_B)
+  else:
+    view = views[LAWS.index(options.law)](options, block, logits_BKV, step_B)
   chosen_BK = _choose(rule, options, block, view, step_B)
   return Revealed(
     jnp.where(chosen_BK, view.drawn_BK.astype(block.tokens_BK.dtype), block.tokens_BK),
     chosen_BK,
     jnp.where(chosen_BK, view.log_prob_BK, 0.0),
   )
+
+
+def _asked(rule, options, block):
+  """Return the number of the least law that the batch needs in this pass."""
+  truncates_B = options.truncates_B
+  if rule.confidence == "unfiltered":
+    truncates_B &= options.draws_B
+  narrows = jnp.any(truncates_B) | jnp.any(block.early_BK)
+  return jnp.where(narrows, 2, jnp.any(options.draws_B).astype(jnp.int32))
 
 
 def _view(rule, options, block, logits_BKV, step_B, *, draws, narrows):

@@ -142,9 +142,9 @@ def speculative_decoder(
   )
 
 
-def _init(target, draft, slots, stop_width=STOP_WIDTH):
-  state = target.init(slots, stop_width)
-  other = draft.init(slots, stop_width)
+def _init(target, draft, slots, stop_width=STOP_WIDTH, law="any"):
+  state = target.init(slots, stop_width, law)
+  other = draft.init(slots, stop_width, law)
   counts = {name: jnp.zeros(slots, jnp.int32) for name in _COUNTS}
   step_B = jnp.zeros(slots, jnp.int32)
   return SpeculativeState(state.progress, state.cache, other.cache, state.start_B, step_B, counts)
@@ -179,7 +179,10 @@ def _draft_rows(options, rows, rng_B):
   rows = rows.replace(rng_B=rng_B)
   if options.draft_temperature is None:
     return rows
-  return rows.replace(temperature_B=jnp.full_like(rows.temperature_B, options.draft_temperature))
+  temperature_B = jnp.full_like(rows.temperature_B, options.draft_temperature)
+  plain = "drawn" if options.draft_temperature else "greedy"
+  law = "any" if rows.law == "any" else plain
+  return rows.replace(temperature_B=temperature_B, law=law)
 
 
 def _round(target_model, draft_model, options, params, state):
@@ -287,7 +290,10 @@ def _judge(target, state, before, options, both_rows, draft, block):
     choose = lambda x, y: jnp.where(rows.draws_B.reshape(-1, *(1,) * (x.ndim - 1)), x, y)  # noqa: E731
     return jax.tree.map(choose, drawn, most_probable())
 
-  verdict = jax.lax.cond(jnp.any(rows.draws_B), by_row, most_probable)
+  if rows.law == "greedy":
+    verdict = most_probable()
+  else:
+    verdict = jax.lax.cond(jnp.any(rows.draws_B), by_row, most_probable)
   log_probs_BKV = jax.nn.log_softmax(plain_BKV, axis=-1)
   at_tokens = jnp.take_along_axis(log_probs_BKV, verdict.tokens_BK[..., None], axis=-1)
   return Outcome(

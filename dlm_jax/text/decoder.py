@@ -199,7 +199,8 @@ class TextDecoder:
       **options: of `sample.BlockRule`: strategy, steps and others; block_length is the checkpoint's
         by default. Of rows, one value or one for each prompt: temperature, by default 0, the most
         probable tokens; top_k, top_p and threshold. Other values of these, of stop and of numbers
-        of tokens compile nothing new.
+        of tokens compile nothing new, except that there is a program for temperature 0 only, one
+        for any temperature, and one for top_k, top_p and min_new_tokens.
 
     Raises:
       InputError: the request cannot be met.
@@ -209,12 +210,12 @@ class TextDecoder:
     asked = options.pop("block_length", None)
     length = requests.block_length(self.source, self.block_length, asked)
     stop_ids = requests.stop_ids(*here, mask_id, stop, len(prompts))
-    rule, rows = requests.rule(length, mask_id, stop_ids, options)
+    most, fewest = requests.counts(max_new_tokens, min_new_tokens, len(prompts))
+    rule, rows = requests.rule(length, mask_id, stop_ids, fewest, options)
     speculative = requests.speculative(self.draft is not None, rule, verify, layout)
     ids = requests.encode(*here, prompts, chat, mask_id, self.model.config.vocab_size)
-    most, fewest = requests.counts(max_new_tokens, min_new_tokens, len(prompts))
     laid = requests.lay_out(self.source, ids, most, self.model.config)
-    rows = rows.replace(limit_B=laid.pop("limit_B"), minimum_B=jnp.asarray(fewest, jnp.int32))
+    rows = rows.replace(limit_B=laid.pop("limit_B"))
     return Plan(rule=rule, speculative=speculative, options=rows, stop_ids=stop_ids, **laid)
 
   def run(

@@ -122,7 +122,11 @@ def _stop_id(source, words, mask_id, stop):
 
 
 def rule(
-  length: int, mask_id: int, stops: tuple[tuple[int, ...], ...], options: dict[str, Any]
+  length: int,
+  mask_id: int,
+  stops: tuple[tuple[int, ...], ...],
+  fewest: list[int],
+  options: dict[str, Any],
 ) -> tuple[sample.BlockRule, sample.RowOptions]:
   """Return what shapes the program, and what each text asks of it.
 
@@ -130,6 +134,7 @@ def rule(
     length: of a block.
     mask_id: the mask.
     stops: stop ids of every text.
+    fewest: new tokens of every text that are no stop ids.
     options: of `BlockRule`, or, one value or one per text, of `RowOptions.make`; the temperature is
       0 unless given.
 
@@ -146,7 +151,10 @@ def rule(
   width = max(_FEWEST_STOPS, 1 << (max(map(len, stops), default=0) - 1).bit_length())
   padded = [[*ids, *[-1] * (width - len(ids))] for ids in stops]  # few widths, few programs
   rows = sample.RowOptions.make(
-    len(stops), **{"temperature": 0.0, **asked}, stop_ids=np.asarray(padded).reshape(-1, width)
+    len(stops),
+    **{"temperature": 0.0, **asked},
+    stop_ids=np.asarray(padded).reshape(-1, width),
+    minimum=fewest,
   )
   return sample.BlockRule(block_length=length, mask_id=mask_id, **shaping), rows
 

@@ -12,6 +12,7 @@ import pytest
 
 from dlm_jax import draw, sample
 from dlm_jax.decode import law
+from dlm_jax.decode.interfaces import LAWS
 from dlm_jax.decode.passes import Bound, block_logits
 from dlm_jax.decode.progress import advance, begin
 from dlm_jax.models import Cache
@@ -293,6 +294,59 @@ def test_admission_is_checked_and_rows_beyond_the_last_are_dropped():
   with pytest.raises(ValueError, match="options are of 3 rows and there are 2 prompts"):
     rows = sample.RowOptions.make(3)
     sample.start(rounds, params, prompt, jax.random.key(0), options=rows)
+
+
+@pytest.mark.parametrize(
+  "law, asked",
+  [
+    ("greedy", {"temperature": 0.0}),
+    ("greedy", {"temperature": [0, 0]}),
+    ("drawn", {}),
+    ("drawn", {"temperature": [0.0, 0.7], "threshold": 0.3, "limit": 3, "stop_ids": [1]}),
+    ("any", {"temperature": 0.0, "top_k": [0, 3]}),
+    ("any", {"temperature": 0.7, "top_p": 0.5}),
+    ("any", {"temperature": 0.0, "minimum": [0, 1]}),
+  ],
+)
+def test_options_know_their_law(law, asked):
+  """It is the least that their values need; inside `jit`, where they are not known, no less."""
+  assert sample.RowOptions.make(2, **asked).law == law
+  numbers = {name: jnp.asarray(one) for name, one in asked.items() if name != "stop_ids"}
+  traced = jax.eval_shape(lambda given: sample.RowOptions.make(2, **given), numbers)
+  assert LAWS.index(traced.law) >= LAWS.index(law)
+
+
+@pytest.mark.parametrize(
+  "kind", ["blocks", *(pytest.param(k, marks=pytest.mark.slow) for k in KINDS[1:])]
+)
+def test_a_law_changes_no_token(kind):
+  """Rows give the same texts in batches that were made for more than they ask."""
+  rounds, params = _rounds(kind)
+  prompt = jnp.asarray(np.random.default_rng(0).integers(0, toy.MASK, (2, 5)), jnp.int32)
+  run = jax.jit(
+    lambda options: sample.decode(rounds, params, prompt, jax.random.key(0), options=options)
+  )
+  for least, temperature in (("greedy", 0.0), ("drawn", [0.0, 0.9])):
+    options = sample.RowOptions.make(2, temperature=temperature)
+    assert options.law == least
+    chex.assert_trees_all_close(run(options.replace(law="any")), run(options), atol=1e-5)
+
+
+def test_a_batch_refuses_rows_beyond_its_law():
+  rounds, params = _rounds("blocks")
+  prompt = jnp.ones((1, 4), jnp.int32)
+  admit = functools.partial(rounds.admit, params)
+  greedy = sample.RowOptions.make(1, jax.random.key(0), temperature=0.0)
+  state = admit(rounds.init(2, 1, "greedy"), jnp.arange(1), prompt, None, greedy)
+  assert rounds.done(state).tolist() == [False, True]
+  hot = sample.RowOptions.make(1, jax.random.key(0))
+  with pytest.raises(ValueError, match="the law 'drawn' and the batch was made for 'greedy'"):
+    jax.eval_shape(admit, state, jnp.arange(1), prompt, None, hot)
+  for more in ({"temperature_B": jnp.ones(1)}, {"minimum_B": jnp.ones(1, jnp.int32)}):
+    with pytest.raises(ValueError, match="values beyond their law='greedy'"):
+      admit(state, jnp.arange(1), prompt, None, greedy.replace(**more))
+  with pytest.raises(ValueError, match="law='gredy'"):
+    rounds.init(2, 1, "gredy")
 
 
 def test_rounds_have_a_bound():
