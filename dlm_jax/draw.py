@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from dlm_jax.arrays import RngKey, Scalar
 
@@ -122,7 +122,9 @@ def _two_levels(sums, inside, block, uniform):
   return which * block + jnp.minimum(token, _last_positive(weights))
 
 
-def gumbel_max(logits_V: Float[Array, "V"], rng: RngKey) -> Int[Array, ""]:
+def gumbel_max(
+  logits_V: Float[Array, "V"], rng: RngKey, noisy: Bool[Array, ""] | bool = True
+) -> Int[Array, ""]:
   """Draw one token from softmax(logits) as argmax(logits + Gumbel noise): exact, one key a token.
 
   For draws that two programs must share. The noise depends on the key alone, so paths that reach
@@ -136,9 +138,10 @@ def gumbel_max(logits_V: Float[Array, "V"], rng: RngKey) -> Int[Array, ""]:
   Args:
     logits_V: float32, need not be normalised; −inf is never drawn if one other is finite.
     rng: a key used for nothing else; `vmap` over rows of logits and keys.
+    noisy: False takes the most probable token instead, at the same cost.
   """
   noise_V = jax.random.gumbel(rng, logits_V.shape, jnp.float32, mode="high")
-  return jnp.argmax(logits_V + noise_V, axis=-1).astype(jnp.int32)
+  return jnp.argmax(logits_V + jnp.where(noisy, noise_V, 0.0), axis=-1).astype(jnp.int32)
 
 
 def race(

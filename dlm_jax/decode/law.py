@@ -47,6 +47,8 @@ def _narrow(options, early_BK, truncated, logits_BKV):
 
 def tempered(options: RowOptions, logits_BKV: Float[Array, "B K V"]) -> Float[Array, "B K V"]:
   """Return float32 logits over the temperature of each row, 0 being 1."""
+  if options.law == "greedy":
+    return logits_BKV.astype(jnp.float32)
   temperature_B = jnp.where(options.draws_B, options.temperature_B, 1.0)
   return logits_BKV.astype(jnp.float32) / temperature_B[:, None, None]
 

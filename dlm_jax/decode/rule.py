@@ -189,11 +189,12 @@ def _view(rule, options, block, logits_BKV, step_B, *, draws, narrows):
   if narrows:
     drawable_BKV = law.without_stops(options, drawable_BKV, block.early_BK)
   truncated_BKV = law.truncate(options, drawable_BKV) if narrows else drawable_BKV
-  drawn_BK = jnp.argmax(drawable_BKV, axis=-1).astype(jnp.int32)
   if draws:
     keys_BK = jax.vmap(_keys)(options.rng_B, block.position_BK, step_B)
-    noisy_BK = jax.vmap(jax.vmap(draw.gumbel_max))(truncated_BKV, keys_BK)
-    drawn_BK = jnp.where(options.draws_B[:, None], noisy_BK, drawn_BK)
+    of_block = jax.vmap(draw.gumbel_max, in_axes=(0, 0, None))
+    drawn_BK = jax.vmap(of_block)(truncated_BKV, keys_BK, options.draws_B)
+  else:
+    drawn_BK = jnp.argmax(drawable_BKV, axis=-1).astype(jnp.int32)
   plain_BKV = tempered_BKV if rule.count_mask else drawable_BKV
   log_prob_BK = _log_prob(plain_BKV, drawn_BK)
   filtered = rule.confidence == "filtered"

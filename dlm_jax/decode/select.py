@@ -42,9 +42,16 @@ def budget(
 def ranks(
   masked: Bool[Array, "*batch K"], score: Float[Array, "*batch K"]
 ) -> Int[Array, "*batch K"]:
-  """Return each masked position's rank by score, the highest 0; those not masked come last."""
-  order = jnp.argsort(jnp.where(masked, -score, jnp.inf), axis=-1, stable=True)
-  return jnp.argsort(order, axis=-1)
+  """Return each masked position's rank by score, the highest 0; those not masked come last.
+
+  Of equal ones the leftmost is first. All pairs are compared: for a block that is one small kernel,
+  where sorting twice is several.
+  """
+  score = jnp.where(masked, score, -jnp.inf)
+  mine, other = score[..., :, None], score[..., None, :]
+  number = jnp.arange(score.shape[-1])
+  left = (number[None, :] < number[:, None]).reshape((1,) * (score.ndim - 1) + (number.size,) * 2)
+  return jnp.sum((other > mine) | ((other == mine) & left), axis=-1)
 
 
 def best(masked, score, count):
