@@ -30,6 +30,12 @@ def _relaxation(few=True):
   return states.Relaxation(duality=duality, tau=1e-3, few=duality.enough(1e-3) if few else None)
 
 
+def _curriculum():
+  duality = process.GaussianDuality(vocab_size=V)
+  temperatures = {"tau_log10_start": -3.0, "tau_log10_end": -4.0}
+  return duo.SoftCurriculum(duality=duality, start=0, end=9, **temperatures)
+
+
 def _predictions(network, relaxation, sharpness, valid, chunk=2):
   """Return (hard states, embeddings), and a gradient, of predictions as sharp as told."""
   model, params = network
@@ -111,13 +117,7 @@ def test_a_constant_prediction_is_made_once(network):
 def test_duo_trains_on_few_entries(network):
   """The soft phase inside its branch, with gradients, in chunks and whole."""
   model, params = network
-  curriculum = duo.SoftCurriculum(
-    duality=process.GaussianDuality(vocab_size=V),
-    start=0,
-    end=9,
-    tau_log10_start=-3.0,
-    tau_log10_end=-4.0,
-  )
+  curriculum = _curriculum()
   found = []
   for chunk in (None, 2):
     loss = functools.partial(
@@ -167,11 +167,5 @@ def test_objectives_use_few_entries_where_they_are_few(monkeypatch):
       tau=tau,
     )
   assert seen == [7, None, None]
-  curriculum = duo.SoftCurriculum(
-    duality=process.GaussianDuality(vocab_size=V),
-    start=0,
-    end=9,
-    tau_log10_start=-3.0,
-    tau_log10_end=-4.0,
-  )
+  curriculum = _curriculum()
   assert curriculum.few == curriculum.duality.enough(1e-3) == 7
