@@ -5,9 +5,8 @@ import dataclasses
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
 
-from dlm_jax.arrays import Params
+from dlm_jax.arrays import FloatBLV, IntBL, KeyB, Params
 from dlm_jax.mesh import split_batch
 from dlm_jax.models import masks
 from dlm_jax.models.attention import Attention
@@ -70,9 +69,7 @@ class Causal(Network):
     self.blocks = scan_layers(CausalBlock, cfg, broadcast=2)
     self.norm = LayerNorm()
 
-  def __call__(
-    self, tokens_BL: Int[Array, "B L"], rng_B: Key[Array, "B"] | None = None
-  ) -> Float[Array, "B L V"]:
+  def __call__(self, tokens_BL: IntBL, rng_B: KeyB | None = None) -> FloatBLV:
     cfg = self.config
     rope = rotary_tables(tokens_BL.shape[1], cfg.dim // cfg.heads)
     x_BLD, _ = self.blocks(self.embed(tokens_BL), jnp.arange(cfg.layers), rope, rng_B)
@@ -82,13 +79,13 @@ class Causal(Network):
 def next_token_logits(
   model: NextToken | Cached,
   params: Params,
-  tokens_BL: Int[Array, "B L"],
-  rng_B: Key[Array, "B"] | None = None,
+  tokens_BL: IntBL,
+  rng_B: KeyB | None = None,
   *,
-  position: Int[Array, "B L"] | None = None,
-  segment: Int[Array, "B L"] | int = 0,
+  position: IntBL | None = None,
+  segment: IntBL | int = 0,
   **options,
-) -> Float[Array, "B L V"]:
+) -> FloatBLV:
   """Return float32 logits of the token after each position.
 
   Args:

@@ -6,9 +6,9 @@ import dataclasses
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float
 
-from dlm_jax.arrays import Params
+from dlm_jax.arrays import FloatB, FloatBKD, FloatBKV, FloatBLD, FloatBLV, KeyB, Params
 from dlm_jax.mesh import split_batch
 from dlm_jax.models.attention import IMPLEMENTATIONS, Attention
 from dlm_jax.models.layers import (
@@ -117,7 +117,7 @@ class TimeEmbedding(nn.Module):
   dim: int
 
   @nn.compact
-  def __call__(self, sigma_B: Float[Array, "B"]) -> Float[Array, "B C"]:
+  def __call__(self, sigma_B: FloatB) -> Float[Array, "B C"]:
     x = Linear(self.dim, (None, None), use_bias=True, name="expand")(timestep_features(sigma_B))
     return nn.silu(Linear(self.dim, (None, None), use_bias=True, name="contract")(nn.silu(x)))
 
@@ -227,27 +227,18 @@ class DiT(Network):
     """Return arguments to initialise the network with: one sequence of ids, and its σ."""
     return jnp.zeros((1, length), jnp.int32), jnp.zeros((1,))
 
-  def __call__(
-    self, tokens, sigma_B: Float[Array, "B"], rng_B: Key[Array, "B"] | None = None
-  ) -> Float[Array, "B L V"]:
+  def __call__(self, tokens, sigma_B: FloatB, rng_B: KeyB | None = None) -> FloatBLV:
     return self.head(self.trunk(tokens, sigma_B, rng_B), sigma_B)
 
-  def trunk(
-    self, tokens, sigma_B: Float[Array, "B"], rng_B: Key[Array, "B"] | None = None
-  ) -> Float[Array, "B L D"]:
+  def trunk(self, tokens, sigma_B: FloatB, rng_B: KeyB | None = None) -> FloatBLD:
     """Return the residual stream after the last block, float32."""
     return self.body(self.embedded(tokens), sigma_B, rng_B)
 
-  def embedded(self, tokens) -> Float[Array, "B K D"]:
+  def embedded(self, tokens) -> FloatBKD:
     """Return embeddings of ids or soft tokens, at any positions: lets callers chunk over L."""
     return self.embed(tokens)
 
-  def body(
-    self,
-    x_BLD: Float[Array, "B L D"],
-    sigma_B: Float[Array, "B"],
-    rng_B: Key[Array, "B"] | None = None,
-  ) -> Float[Array, "B L D"]:
+  def body(self, x_BLD: FloatBLD, sigma_B: FloatB, rng_B: KeyB | None = None) -> FloatBLD:
     """Return what `trunk` returns, from embeddings."""
     cfg = self.config
     rope = rotary_tables(x_BLD.shape[1], cfg.dim // cfg.heads)
@@ -255,9 +246,7 @@ class DiT(Network):
     x_BLD, _ = self.blocks(x_BLD, layers, self._condition(sigma_B), rope, rng_B)
     return x_BLD
 
-  def head(
-    self, hidden_BKD: Float[Array, "B K D"], sigma_B: Float[Array, "B"]
-  ) -> Float[Array, "B K V"]:
+  def head(self, hidden_BKD: FloatBKD, sigma_B: FloatB) -> FloatBKV:
     """Return float32 logits of hidden states at any positions."""
     return self.output(hidden_BKD, self._condition(sigma_B))
 

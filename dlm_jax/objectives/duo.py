@@ -13,9 +13,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int
 
-from dlm_jax.arrays import Metrics, Params
+from dlm_jax.arrays import FloatBL, FloatBLD, IntBL, KeyB, Metrics, Params
 from dlm_jax.errors import InputError
 from dlm_jax.models import DiT
 from dlm_jax.objectives.batch import Batch, split_each, token_mean, valid_tokens
@@ -95,8 +95,8 @@ class _Either(Schedule):
 
 
 def hard_inputs(
-  params: Params, batch: Batch, rng_B: Key[Array, "B"], *, setting: Setting
-) -> tuple[Int[Array, "B L"], Float[Array, "B L D"]]:
+  params: Params, batch: Batch, rng_B: KeyB, *, setting: Setting
+) -> tuple[IntBL, FloatBLD]:
   """Return corrupted tokens, prompts kept, and their embeddings."""
   x0_BL = batch["tokens"]
   z_BL = jax.vmap(setting.process.corrupt)(rng_B, x0_BL, batch["t"])
@@ -105,13 +105,8 @@ def hard_inputs(
 
 
 def soft_inputs(
-  params: Params,
-  batch: Batch,
-  rng_B: Key[Array, "B"],
-  *,
-  setting: Setting,
-  relaxation: Relaxation,
-) -> tuple[Int[Array, "B L"], Float[Array, "B L D"]]:
+  params: Params, batch: Batch, rng_B: KeyB, *, setting: Setting, relaxation: Relaxation
+) -> tuple[IntBL, FloatBLD]:
   """Return argmax w of diffused tokens, prompts kept, and the embeddings of softmax(w/τ)."""
   return embed_data(
     params,
@@ -127,12 +122,12 @@ def soft_inputs(
 
 def token_nll(
   params: Params,
-  inputs: tuple[Int[Array, "B L"], Float[Array, "B L D"]],
+  inputs: tuple[IntBL, FloatBLD],
   batch: Batch,
-  dropout_B: Key[Array, "B"] | None,
+  dropout_B: KeyB | None,
   *,
   setting: Setting,
-) -> Float[Array, "B L"]:
+) -> FloatBL:
   """Return the NELBO integrand in nats at hard tokens whose embeddings may be soft.
 
   Args:

@@ -17,9 +17,20 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Float, Int
 
-from dlm_jax.arrays import Params, Scalar
+from dlm_jax.arrays import (
+  BoolBK,
+  BoolBL,
+  FloatB,
+  FloatBKV,
+  FloatBLD,
+  IntBK,
+  IntBL,
+  KeyB,
+  Params,
+  Scalar,
+)
 from dlm_jax.models import DiT
 from dlm_jax.models.layers import FewTokens
 from dlm_jax.objectives.positions import map_positions
@@ -51,25 +62,15 @@ class Relaxation:
     return self.duality.process
 
   def diffuse(
-    self,
-    p0_BKV: Float[Array, "B K V"],
-    rng_B: Key[Array, "B"],
-    position_BK: Int[Array, "B K"],
-    t_B: Float[Array, "B"],
-    valid_BK: Bool[Array, "B K"],
-  ) -> Float[Array, "B K V"]:
+    self, p0_BKV: FloatBKV, rng_B: KeyB, position_BK: IntBK, t_B: FloatB, valid_BK: BoolBK
+  ) -> FloatBKV:
     """Return w at some positions; where not valid, p₀ itself without noise."""
     noise_BKV = jax.vmap(self.duality.noise)(rng_B, position_BK)
     w_BKV = jax.vmap(self.duality.diffuse)(p0_BKV, noise_BKV, t_B)
     return jnp.where(valid_BK[..., None], w_BKV, p0_BKV)
 
   def diffuse_data(
-    self,
-    rng_B: Key[Array, "B"],
-    x0_BK: Int[Array, "B K"],
-    position_BK: Int[Array, "B K"],
-    t_B: Float[Array, "B"],
-    valid_BK: Bool[Array, "B K"],
+    self, rng_B: KeyB, x0_BK: IntBK, position_BK: IntBK, t_B: FloatB, valid_BK: BoolBK
   ) -> tuple[Int[Array, "B K J"], Float[Array, "B K J"]]:
     """Return ids and values of the entries of w that matter, of data; `few` must be set."""
     ids_BKJ, w_BKJ = jax.vmap(self.duality.diffuse_data, in_axes=(0, 0, 0, 0, None))(
@@ -79,11 +80,7 @@ class Relaxation:
     return checkpoint_name(ids_BKJ, KEPT), checkpoint_name(w_BKJ, KEPT)
 
   def select(
-    self,
-    logits_BKV: Float[Array, "B K V"],
-    w_BKV: Float[Array, "B K V"],
-    t_B: Float[Array, "B"],
-    valid_BK: Bool[Array, "B K"],
+    self, logits_BKV: FloatBKV, w_BKV: FloatBKV, t_B: FloatB, valid_BK: BoolBK
   ) -> tuple[Int[Array, "B K J"], Float[Array, "B K J"]]:
     """Return ids and values of the largest entries of w, the largest first; `few` must be set.
 
@@ -108,15 +105,15 @@ def _positions(tokens_BL):
 
 def embed_data(
   params: Params,
-  x0_BL: Int[Array, "B L"],
-  rng_B: Key[Array, "B"],
-  t_B: Float[Array, "B"],
-  valid_BL: Bool[Array, "B L"],
+  x0_BL: IntBL,
+  rng_B: KeyB,
+  t_B: FloatB,
+  valid_BL: BoolBL,
   *,
   model: DiT,
   relaxation: Relaxation,
   chunk: int | None,
-) -> tuple[Int[Array, "B L"], Float[Array, "B L D"]]:
+) -> tuple[IntBL, FloatBLD]:
   """Return hard states argmax w of diffused data, and the soft ones' embeddings under `params`."""
 
   def embed_few(x0_BK, position_BK, valid_BK):
@@ -140,15 +137,15 @@ def embed_predictions(
   predict,
   arrays: tuple[Array, ...],
   trees: tuple[Params, ...],
-  x0_BL: Int[Array, "B L"],
-  rng_B: Key[Array, "B"],
-  t_B: Float[Array, "B"],
-  valid_BL: Bool[Array, "B L"],
+  x0_BL: IntBL,
+  rng_B: KeyB,
+  t_B: FloatB,
+  valid_BL: BoolBL,
   *,
   model: DiT,
   relaxation: Relaxation,
   chunk: int | None,
-) -> tuple[Int[Array, "B L"], tuple[Float[Array, "B L D"], ...]]:
+) -> tuple[IntBL, tuple[FloatBLD, ...]]:
   """Return hard states argmax w of diffused predictions, and embeddings of w/τ under each tree.
 
   Gradients flow through the embeddings to whatever `predict` closes over; none through argmax.

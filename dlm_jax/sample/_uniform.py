@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dlm_jax import draw
-from dlm_jax.arrays import RngKey, Scalar
+from dlm_jax.arrays import FloatL, IntL, RngKey, Scalar
 from dlm_jax.process import Uniform
 from dlm_jax.sample._request import GridSampler, Request, walk
 from dlm_jax.sample._reveal import fill_due
@@ -31,12 +31,8 @@ _TINY = 1e-30  # in place of 1 − α where float32 rounds it to 0
 
 
 def mixture(
-  vocab_size: int,
-  p_at_x_L: Float[Array, "L"],
-  alpha_s: Scalar,
-  alpha_t: Scalar,
-  kappa: Scalar = 1.0,
-) -> tuple[Float[Array, "L"], Float[Array, "L"]]:
+  vocab_size: int, p_at_x_L: FloatL, alpha_s: Scalar, alpha_t: Scalar, kappa: Scalar = 1.0
+) -> tuple[FloatL, FloatL]:
   """Return the probabilities of keeping x and of drawing from p; what is left is uniform.
 
   Args:
@@ -66,9 +62,9 @@ class Draws(NamedTuple):
     noise: uniform tokens.
   """
 
-  which: Float[Array, "L"]
+  which: FloatL
   token: Float[Array, "L 2"]
-  noise: Int[Array, "L"]
+  noise: IntL
 
 
 def draws(process: Uniform, rng: RngKey, length: int) -> Draws:

@@ -18,9 +18,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float
 
-from dlm_jax.arrays import Metrics, Params
+from dlm_jax.arrays import KeyB, Metrics, Params
 from dlm_jax.errors import check_choice
 from dlm_jax.models import DiT
 from dlm_jax.models.dit import head_params
@@ -94,7 +94,7 @@ def cross_entropy(
   *,
   states: HardStates | SoftStates,
   student: Params,
-  dropout_B: Key[Array, "B"] | None = None,
+  dropout_B: KeyB | None = None,
 ) -> Float[Array, ""]:
   """Return the teacher's own training loss on a sample; for MDLM −(1/t) Σ_masked ⟨p, log f⟩.
 
