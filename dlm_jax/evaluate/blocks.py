@@ -89,15 +89,8 @@ def block_elbo(
     raise InputError(f"{len(nats_N)} sequences hold nothing to score; give longer ones.")
   if bytes_per_token is not None:  # it counts all valid tokens, the first one too
     bytes_per_token *= 1 + unscored / count_N.sum()
-  return likelihood.summary(
-    "nelbo",
-    nats_N,
-    count_N,
-    bytes_per_token,
-    tokens=int(count_N.sum()),
-    sequences=len(nats_N),
-    evaluations=len(nats_N) * samples_per_sequence,
-  )
+  evaluations = len(nats_N) * samples_per_sequence
+  return likelihood.summary("nelbo", nats_N, count_N, bytes_per_token, evaluations=evaluations)
 
 
 def noised_rows(rng: RngKey, n: int, k: int):

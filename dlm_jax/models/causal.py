@@ -10,29 +10,14 @@ from dlm_jax.arrays import FloatBLV, IntBL, KeyB, Params
 from dlm_jax.mesh import split_batch
 from dlm_jax.models import masks
 from dlm_jax.models.attention import Attention
-from dlm_jax.models.dit import check_config, scan_layers
+from dlm_jax.models.dit import TransformerConfig, scan_layers
 from dlm_jax.models.layers import MLP, Embedding, LayerNorm, Network, dropout, rotary_tables
 from dlm_jax.models.protocols import Cached, NextToken
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CausalConfig:
-  """Shape and policies of a causal Transformer; fields as in `DiTConfig`."""
-
-  vocab_size: int
-  dim: int = 768
-  layers: int = 12
-  heads: int = 12
-  length: int = 1024
-  mlp_ratio: int = 4
-  dropout: float = 0.1
-  dtype: str = "bfloat16"
-  attention: str = "auto"
-  remat: str = "none"
-  unroll: int = 1
-
-  def __post_init__(self):
-    check_config(self)
+class CausalConfig(TransformerConfig):
+  """Shape and policies of a causal Transformer."""
 
 
 class CausalBlock(nn.Module):

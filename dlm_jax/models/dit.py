@@ -62,22 +62,19 @@ def check_fields(config, sizes: tuple[str, ...]) -> None:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DiTConfig:
-  """Shape and policies of a DiT.
+class TransformerConfig:
+  """Shape and policies that a DiT and a causal Transformer share.
 
   Attributes:
     vocab_size: V, the mask included.
     dim: width D; heads must divide it into an even number of channels.
-    cond_dim: width of the time embedding.
     layers: number of blocks.
     heads: attention heads.
     length: sequence length that the model is meant for (rotary: shorter runs too).
     mlp_ratio: feed-forward width over D.
     dropout: on the attention and MLP branches, when keys are given.
-    time_conditioning: False feeds σ = 0 always; the modulation is then one constant per layer.
     dtype: of matrix products and attention.
     attention: "auto", "xla", "cudnn" or "splash".
-    embedding_gradient: see `layers.lookup`; "auto" is "matmul" up to V = 8192, else "segment".
     remat: what the backward pass recomputes: "none", "dots" (all but products with weights) or
       "full" (each block).
     unroll: how many layers one turn of the layer loop holds. 1 compiles fastest, and is as fast
@@ -88,21 +85,33 @@ class DiTConfig:
 
   vocab_size: int
   dim: int = 768
-  cond_dim: int = 128
   layers: int = 12
   heads: int = 12
   length: int = 1024
   mlp_ratio: int = 4
   dropout: float = 0.1
-  time_conditioning: bool = False
   dtype: str = "bfloat16"
   attention: str = "auto"
-  embedding_gradient: str = "auto"
   remat: str = "none"
   unroll: int = 1
 
   def __post_init__(self):
     check_config(self)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DiTConfig(TransformerConfig):
+  """Shape and policies of a DiT; further fields as in `TransformerConfig`.
+
+  Attributes:
+    cond_dim: width of the time embedding.
+    time_conditioning: False feeds σ = 0 always; the modulation is then one constant per layer.
+    embedding_gradient: see `layers.lookup`; "auto" is "matmul" up to V = 8192, else "segment".
+  """
+
+  cond_dim: int = 128
+  time_conditioning: bool = False
+  embedding_gradient: str = "auto"
 
   @property
   def gradient_of_embedding(self) -> str:

@@ -20,15 +20,8 @@ from dlm_jax.objectives import rounds
 from dlm_jax.objectives.batch import Batch, split_each, token_mean
 from dlm_jax.objectives.options import ChunkedOptions
 from dlm_jax.objectives.positions import map_positions, positions_per_chunk
-from dlm_jax.objectives.setting import Setting
-from dlm_jax.objectives.state import (
-  Objective,
-  Optimizers,
-  check_class,
-  check_time_conditioning,
-  init_from_teacher,
-  update,
-)
+from dlm_jax.objectives.setting import Setting, check_time_conditioning
+from dlm_jax.objectives.state import Objective, Optimizers, check_class, init_from_teacher, update
 from dlm_jax.process import GaussianDuality, Uniform
 
 TRAINED = ("student",)  # trees with an optimiser

@@ -4,6 +4,7 @@
 import dataclasses
 
 from dlm_jax.arrays import FloatB, FloatBKD, FloatBKV, FloatBLD, IntBL, KeyB, Params
+from dlm_jax.errors import InputError
 from dlm_jax.models import DiT
 from dlm_jax.process import Absorbing, Uniform
 
@@ -40,6 +41,16 @@ class Setting:
     sigma_B = self.sigma(t_B)
     return self.model.apply({"params": params}, embedded_BLD, sigma_B, dropout_B, method="body")
 
+  def embedded(self, params: Params, tokens) -> FloatBKD:
+    """Return embeddings of ids or soft tokens, at any positions."""
+    return self.model.apply({"params": params}, tokens, method="embedded")
+
   def head(self, params: Params, hidden_BKD: FloatBKD, t_B: FloatB) -> FloatBKV:
     """Return logits of hidden states at any positions."""
     return self.model.apply({"params": params}, hidden_BKD, self.sigma(t_B), method="head")
+
+
+def check_time_conditioning(model: DiT) -> None:
+  """Raise InputError unless a network is told the time."""
+  if not model.config.time_conditioning:
+    raise InputError("a uniform process needs model.time_conditioning=True.")

@@ -53,6 +53,14 @@ def mixture(
   return keep_L, predict_L
 
 
+class Step(NamedTuple):
+  """Where a step goes: arguments of `mixture`."""
+
+  alpha_s: Scalar
+  alpha_t: Scalar
+  kappa: Scalar = 1.0
+
+
 class Draws(NamedTuple):
   """Random numbers of one step of one sequence.
 
@@ -76,17 +84,11 @@ def draws(process: Uniform, rng: RngKey, length: int) -> Draws:
 
 
 def redraw(
-  process: Uniform,
-  given: Draws,
-  logits_KV: Float[Array, "K V"],
-  x_K: Int[Array, "K"],
-  alpha_s: Scalar,
-  alpha_t: Scalar,
-  kappa: Scalar,
+  process: Uniform, given: Draws, logits_KV: Float[Array, "K V"], x_K: Int[Array, "K"], step: Step
 ) -> Int[Array, "K"]:
   """Draw xₛ at any positions; the logits are the clean token's and need not be normalised."""
   p_K = draw.softmax(logits_KV)
-  keep_K, predict_K = mixture(process.vocab_size, p_K.probability(x_K), alpha_s, alpha_t, kappa)
+  keep_K, predict_K = mixture(process.vocab_size, p_K.probability(x_K), *step)
   predicted_K = p_K.draw(given.token)
   moved_K = jnp.where(given.which < keep_K + predict_K, predicted_K, given.noise)
   return jnp.where(given.which < keep_K, x_K, moved_K).astype(x_K.dtype)
@@ -134,7 +136,7 @@ class UniformAncestral(GridSampler):
       (least,), _ = mixture(process.vocab_size, jnp.zeros(1), alpha_s, alpha_t, kappa)
 
       def tokens(logits_BKV, gather):
-        one = lambda *row: redraw(process, *row, alpha_s, alpha_t, kappa)  # noqa: E731
+        one = lambda *row: redraw(process, *row, Step(alpha_s, alpha_t, kappa))  # noqa: E731
         return jax.vmap(one)(jax.tree.map(gather, given), self.sharpen(logits_BKV), gather(x_BL))
 
       return settle(x_BL, ~request.frozen_BL & (given.which >= least), t, tokens)

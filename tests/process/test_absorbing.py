@@ -3,6 +3,7 @@
 
 import itertools
 
+import draws
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -97,10 +98,7 @@ def test_law_of_corrupt(schedule, mask):
   proc = _absorbing(vocab_size=4, mask_id=mask, schedule=schedule)
   x0_L = jnp.array([1, 2, 1])
   rows = np.eye(4)[np.asarray(x0_L)]
-  keys = jax.random.split(jax.random.key(1), 30_000)
-  corrupt = jax.jit(jax.vmap(proc.corrupt, (0, None, None)))
-  for t in (0.1, 0.5, 0.9):
-    tokens, alpha = np.asarray(corrupt(keys, x0_L, jnp.float32(t))), float(schedule.alpha(t))
+  for t, tokens, alpha in draws.corrupted(proc, x0_L, (0.1, 0.5, 0.9), 30_000):
     assert _chi_square(tokens, _law(rows, alpha, 4, mask), 4) > FOLLOWS
     assert _chi_square(tokens, _law(rows, 0.97 * alpha + 0.035, 4, mask), 4) < DIFFERS or t == 0.1
     assert _chi_square(tokens, _law(rows, 0.97 * alpha, 4, mask), 4) < DIFFERS or t == 0.9

@@ -4,6 +4,7 @@
 import dataclasses
 import itertools
 
+import draws
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -107,10 +108,7 @@ def test_law_of_corrupt(schedule):
   proc = _uniform(vocab_size=4, schedule=schedule)
   x0_L = jnp.array([1, 3, 1])
   rows = np.eye(4)[np.asarray(x0_L)]
-  keys = jax.random.split(jax.random.key(1), 40_000)
-  corrupt = jax.jit(jax.vmap(proc.corrupt, (0, None, None)))
-  for t in (0.25, 0.5, 0.8):
-    tokens, alpha = np.asarray(corrupt(keys, x0_L, jnp.float32(t))), float(schedule.alpha(t))
+  for _, tokens, alpha in draws.corrupted(proc, x0_L, (0.25, 0.5, 0.8), 40_000):
     assert _chi_square(tokens, _law(rows, alpha)) > FOLLOWS
     assert _chi_square(tokens, _law(rows, alpha - 0.03)) < DIFFERS
     # a replacement that cannot repeat the token would survive less often

@@ -30,14 +30,8 @@ from dlm_jax.objectives.idlm.absorbing import HardSample, HardStates
 from dlm_jax.objectives.idlm.uniform import SoftSample, SoftStates
 from dlm_jax.objectives.options import ChunkedOptions
 from dlm_jax.objectives.positions import positions_per_chunk, sum_positions
-from dlm_jax.objectives.state import (
-  Objective,
-  Optimizers,
-  check_class,
-  check_time_conditioning,
-  init_from_teacher,
-  update,
-)
+from dlm_jax.objectives.setting import check_time_conditioning
+from dlm_jax.objectives.state import Objective, Optimizers, check_class, init_from_teacher, update
 from dlm_jax.process import Absorbing, GaussianDuality, Uniform
 
 TIME_COUPLINGS = ("same_order", "permuted")

@@ -11,7 +11,7 @@ from typing import ClassVar, NamedTuple
 
 from dlm_jax.arrays import BoolBL, FloatBLD, IntBL, KeyB, Params
 from dlm_jax.objectives.batch import Batch, valid_tokens
-from dlm_jax.objectives.gaussian_states import Relaxation, embed_data, embed_predictions
+from dlm_jax.objectives.gaussian_states import Noising, Relaxation, embed_data, embed_predictions
 from dlm_jax.objectives.setting import Setting
 
 
@@ -45,16 +45,8 @@ class SoftStates(Setting):
   ) -> SoftSample:
     """Run the student once on diffused data; arguments as for `HardStates.rollout`."""
     rng_gen_B, _, rng_noise_B = rngs
-    x_gen_BL, embedded_BLD = embed_data(
-      params,
-      batch["tokens"],
-      rng_gen_B,
-      batch["t_gen"],
-      valid_tokens(batch),
-      model=self.model,
-      relaxation=self.relaxation,
-      chunk=self.chunk,
-    )
+    given = Noising(batch["tokens"], rng_gen_B, batch["t_gen"], valid_tokens(batch))
+    x_gen_BL, embedded_BLD = embed_data(params, given, setting=self, relaxation=self.relaxation)
     hidden_BLD = self.body(params, embedded_BLD, batch["t_gen"], dropout_B)
     return SoftSample(x_gen_BL, hidden_BLD, rng_noise_B)
 
@@ -71,13 +63,9 @@ class SoftStates(Setting):
       lambda hidden_BKD: self.head(student, hidden_BKD, batch["t_gen"]),
       (sample.hidden,),
       trees,
-      sample.x_gen,
-      sample.rng_noise,
-      batch["t"],
-      valid_tokens(batch),
-      model=self.model,
+      Noising(sample.x_gen, sample.rng_noise, batch["t"], valid_tokens(batch)),
+      setting=self,
       relaxation=self.relaxation,
-      chunk=self.chunk,
     )
     each = zip(trees, inputs, dropouts, strict=True)
     return z_BL, tuple(self.body(tree, x_BLD, batch["t"], rng_B) for tree, x_BLD, rng_B in each)
