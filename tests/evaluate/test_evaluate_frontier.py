@@ -124,13 +124,12 @@ def test_foreign_file_is_left_alone(tmp_path):
 
 
 def test_retokenised_judge():
-  retokenise = lambda x: evaluate.retokenise(x, list, eos_id=1, decode=lambda _: [0, 1])  # noqa: E731
-  rows = frontier.sweep(
-    {"a": Uniform()},
-    [4],
-    judge=JudgeWithTokens(judge=of_two, eos_id=1, retokenise=retokenise),
-    samples=3,
+  reader = JudgeWithTokens(
+    judge=of_two,
+    eos_id=1,
+    retokenise=lambda tokens: evaluate.retokenise(tokens, list, eos_id=1, decode=lambda _: [0, 1]),
   )
+  rows = frontier.sweep({"a": Uniform()}, [4], judge=reader, samples=3)
   assert rows[0]["tokens"] == 3 and rows[0]["genppl"] == pytest.approx(2)
 
 
