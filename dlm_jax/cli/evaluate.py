@@ -11,6 +11,7 @@ from dlm_jax import convert, models
 from dlm_jax.cli import flags
 from dlm_jax.convert import places
 from dlm_jax.data import builder, loader, templates
+from dlm_jax.decode.passes import Bound
 from dlm_jax.errors import InputError, check_counts
 from dlm_jax.evaluate import blocks, frontier, generative, likelihood, proteins
 from dlm_jax.evaluate.judge import check_tokenizer, load_judge
@@ -106,9 +107,8 @@ def _scores(flags_, network, tokens, shared):
   length = flags_.block_length or network.block_length
   if length is None:
     raise InputError(f"{network.source} does not say its block length; give --block_length.")
-  return blocks.block_elbo(
-    model, params, proc, tokens, rng, block_length=length, first_given=True, **shared
-  )
+  shared |= {"block_length": length, "first_given": True}
+  return blocks.block_elbo(Bound(model, params), proc, tokens, rng, **shared)
 
 
 def _proteins(flags_) -> dict[str, Any]:

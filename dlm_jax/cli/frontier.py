@@ -33,7 +33,7 @@ def main(argv: list[str]) -> None:
   context = {"judge": judge_hash, "weights": fingerprints}
   context |= {"lengths": options.data} if options.data else {}
   settings = {
-    **judge.settings(),
+    "judge": judge,
     "samples": options.samples,
     "batch_size": options.batch_size,
     "seed": options.seed,

@@ -2,7 +2,7 @@
 """The autoregressive judge of texts: loading one, its tokens, and what it says of samples."""
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -45,18 +45,25 @@ def check_tokenizer(network: convert.Network, tokenizer: tokenizers.Tokenizer) -
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class JudgeWithTokens:
-  """A judge and, if it has a tokenizer of its own, how to translate to its tokens."""
+  """A judge with what it needs to read samples.
 
-  judge: likelihood.Judge
-  eos_id: int
-  retokenise: Any = None
+  Attributes:
+    judge: see `generative.genppl`.
+    eos_id: end-of-text id of its tokenizer; None counts every target.
+    retokenise: samples [B, L] to its tokens and mask, if it has a tokenizer of its own.
+    batch_size: samples judged at a time, where not told otherwise.
+  """
 
-  def settings(self) -> dict[str, Any]:
-    """Return the arguments of `frontier.sweep` that a judge decides."""
-    return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+  judge: likelihood.Judge | Callable
+  eos_id: int | None = None
+  retokenise: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]] | None = None
+  batch_size: int = 8
 
   def quality(
-    self, tokens_BL: np.ndarray, batch_size: int, valid_NL: np.ndarray | None = None
+    self,
+    tokens_BL: np.ndarray,
+    batch_size: int | None = None,
+    valid_NL: np.ndarray | None = None,
   ) -> generative.Quality:
     """Return GenPPL and entropy of samples in the generator's ids, where they are valid."""
     translated = self.retokenise(tokens_BL) if self.retokenise else None
@@ -64,7 +71,7 @@ class JudgeWithTokens:
       self.judge,
       tokens_BL,
       eos_id=self.eos_id,
-      batch_size=batch_size,
+      batch_size=self.batch_size if batch_size is None else batch_size,
       retokenised=translated,
       valid_NL=valid_NL,
     )

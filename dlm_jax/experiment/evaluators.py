@@ -10,6 +10,7 @@ from etils import epath
 
 from dlm_jax import convert, mesh, models, sample
 from dlm_jax.data import loader, templates, tokenizers
+from dlm_jax.decode.passes import Bound
 from dlm_jax.errors import check_counts
 from dlm_jax.evaluate import blocks, frontier, generative, likelihood
 from dlm_jax.evaluate.judge import JudgeWithTokens, load_judge
@@ -197,8 +198,7 @@ class Likelihood:
     rng = jax.random.key(0)
     if convert.writes(model, proc) == "blocks":
       return blocks.block_elbo(
-        model,
-        params,
+        Bound(model, params),
         proc,
         self._tokens,
         rng,

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from dlm_jax.arrays import RngKey
+from dlm_jax.arrays import IntBL, RngKey
 from dlm_jax.errors import InputError, check_choice, hint
 from dlm_jax.mesh import split_batch
 from dlm_jax.process import Absorbing, Uniform
@@ -48,7 +48,7 @@ def generate(
   frozen: Bool[Array, "..."] | None = None,
   return_trace: bool = False,
   **sampler_options,
-) -> Int[Array, "B L"] | tuple[Int[Array, "B L"], Int[Array, "K B L"]]:
+) -> IntBL | tuple[IntBL, Int[Array, "K B L"]]:
   """Generate token sequences with a few network evaluations.
 
   Pure and unjitted: call it inside your own `jit` and `vmap` (static: proc, batch, length, steps

@@ -5,12 +5,12 @@ import functools
 import itertools
 
 import block_toy as toy
+import golden_networks
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
-import tiny_decoder
 
 from dlm_jax import sample
 from dlm_jax.decode import select
@@ -85,7 +85,7 @@ def _first_change(rows, final):
 def test_recorded_decoding(golden, name, run):
   """9.5-a: token for token, step for step and pass for pass the SDAR release's greedy decode."""
   vectors, config = golden(name)
-  model, params = tiny_decoder.recorded(vectors, config)
+  model, params = golden_networks.decoder(vectors, config)
   settings, mask_id = config["runs"][run], config["mask_token_id"]
   prompt, expected = vectors[f"run{run}/prompt"], vectors[f"run{run}/output"]
   greedy = {"temperature": 0.0}

@@ -1,38 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """The discriminator: recorded scores and spectral norms, where its gradient stops, its trunk."""
 
+import golden_networks
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dlm_jax.convert.families import discriminator as public
 from dlm_jax.models import Critic, Discriminator, DiT, DiTConfig, discriminator
 
 CONFIG = DiTConfig(
   vocab_size=11, dim=16, cond_dim=8, layers=3, heads=2, length=6, dtype="float32", dropout=0.2
 )
 TOKENS, SIGMA = jnp.arange(12).reshape(2, 6) % 11, jnp.array([0.2, 3.0])
-
-
-def recorded_critic(vectors, config, trained_layers=1):
-  """Return the discriminator of a file of recorded quantities."""
-  sizes = DiTConfig(
-    vocab_size=config["V"],
-    dim=config["H"],
-    cond_dim=config["cond"],
-    layers=config["nb"],
-    heads=config["nh"],
-    length=config["L"],
-    dtype="float32",
-  )
-  model = Discriminator(sizes, trained_layers=trained_layers)
-  tensors = {
-    name.removeprefix("discriminator/"): value
-    for name, value in vectors.items()
-    if name.startswith("discriminator/")
-  }
-  return public.from_tensors(model, tensors)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +28,7 @@ def network():
 @pytest.mark.parametrize("variant", "ab")
 def test_golden_scores(golden, variant):
   vectors, config = golden(f"didi_rgas__{variant}")
-  critic = recorded_critic(vectors, config)
+  critic = golden_networks.critic(vectors, config)
   x, sigma = jnp.asarray(vectors["x"], jnp.int32), jnp.asarray(vectors["sigma"])
   wanted = vectors["discriminator_scores_tokens"][..., 0]
   tolerance = 2e-5 * np.abs(wanted).max()

@@ -3,6 +3,7 @@
 
 import functools
 
+import golden_networks
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -68,8 +69,8 @@ def test_golden_states(golden, variant):
 @every_variant
 def test_golden_loss(golden, variant, kind):
   vectors, config = golden(f"dcd__{variant}")
-  model = recorded.network(config, time_conditioning=True)
-  student, teacher = (recorded.params(model, vectors, name) for name in ("student", "teacher"))
+  trees = ("student", "teacher")
+  model, student, teacher = golden_networks.dit(vectors, config, *trees, time_conditioning=True)
   t = jnp.asarray(vectors["t_clipped"])
   s = t - jnp.float32(vectors["dt"])
   alphas = np.concatenate([vectors["alpha_t"], vectors["alpha_s"]])

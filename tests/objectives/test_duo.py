@@ -3,6 +3,7 @@
 
 import functools
 
+import golden_networks
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -47,8 +48,7 @@ def test_golden_temperature(golden):
 def test_golden_hard_loss(golden, variant):
   """From parameters and the recorded corruption to nats per token."""
   vectors, config = golden(f"udlm_losses__{variant}")
-  model = recorded.network(config, time_conditioning=True)
-  params = recorded.params(model, vectors, "params")
+  model, params = golden_networks.dit(vectors, config, "params", time_conditioning=True)
   batch = {"tokens": jnp.asarray(vectors["x0"], jnp.int32), "t": jnp.asarray(vectors["t"])}
   xt = jnp.asarray(vectors["xt"], jnp.int32)
   inputs = (xt, model.apply({"params": params}, xt, method="embedded"))
@@ -67,8 +67,7 @@ def test_golden_hard_loss(golden, variant):
 def test_golden_soft_loss(golden, variant):
   """From parameters and the recorded noise, with the recorded α, α' and then with ours."""
   vectors, config = golden(f"duo_curriculum__{variant}")
-  model = recorded.network(config, time_conditioning=True)
-  params = recorded.params(model, vectors, "params")
+  model, params = golden_networks.dit(vectors, config, "params", time_conditioning=True)
   window = {k: config[k] for k in ("gamma_min", "gamma_max")}
   duality = recorded.Noise(vocab_size=config["V"], recorded=(vectors["gaussian_noise"],), **window)
   batch = {"tokens": jnp.asarray(vectors["x0"], jnp.int32), "t": jnp.asarray(vectors["t"])}
@@ -127,12 +126,7 @@ def _integrand(logits, z, x0, alpha, dalpha):
 
 @pytest.mark.parametrize("prompted", [False, True])
 def test_hard_loss_by_hand(prompted):
-  batch = tiny.batch()
-  valid = np.ones((tiny.B, tiny.L), bool)
-  if prompted:
-    valid = np.random.default_rng(0).random(valid.shape) < 0.5
-    valid[0] = False
-    batch["valid"] = jnp.asarray(valid)
+  batch, valid = tiny.prompted_batch(prompted)
   (value, (metrics, extra)), _ = _run(batch)
   rng_B = split_each(batch["rng"], 2)[0]
   z = jnp.where(

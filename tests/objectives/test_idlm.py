@@ -3,15 +3,17 @@
 
 import functools
 
+import golden_networks
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import recorded as quantities
 import tiny
 
 from dlm_jax import convert, process
-from dlm_jax.models import DiT, DiTConfig
+from dlm_jax.models import DiT
 from dlm_jax.objectives import idlm
 from dlm_jax.objectives.batch import split_each
 from dlm_jax.objectives.idlm.absorbing import HardSample
@@ -43,13 +45,6 @@ def _states(model, proc=tiny.PROCESS, chunk=None):
   return idlm.HardStates(model=model, process=proc, chunk=chunk)
 
 
-def _close(left, right, tolerance=1e-5):
-  """Compare relative to the largest recorded entry."""
-  right = np.asarray(right, np.float64)
-  atol = tolerance * max(np.abs(right).max(), 1e-12)
-  np.testing.assert_allclose(np.asarray(left, np.float64), right, rtol=0, atol=atol)
-
-
 # --- recorded values ----------------------------------------------------------------------------
 
 
@@ -59,27 +54,14 @@ class Recorded:
   def __init__(self, vectors, config):
     self.vectors, self.vocabulary = vectors, config["V"]
     self.process = process.Absorbing(vocab_size=config["V"], mask_id=config["mask_index"])
-    options = DiTConfig(
-      vocab_size=config["V"],
-      dim=config["H"],
-      cond_dim=config["cond"],
-      layers=config["nb"],
-      heads=config["nh"],
-      length=config["L"],
-      dtype="float32",
-    )
+    options = golden_networks.dit_config(config)
     self.model, self.table = DiT(options), Table(options, size=config["B"])
     self.params = {
-      name: convert.from_tensors(self.model, self.under(name))
+      name: golden_networks.params(self.model, vectors, name)
       for name in ("student", "teacher", "fake")
     }
     self.x_gen, self.z = (jnp.asarray(vectors[k], jnp.int32) for k in ("xt_gen", "xt"))
     self.batch = {k: jnp.asarray(vectors[k]) for k in ("t", "t_gen")}
-
-  def under(self, prefix):
-    """Return the tensors stored below a prefix."""
-    names = (name for name in self.vectors if name.startswith(prefix + "/"))
-    return {name.removeprefix(prefix + "/"): self.vectors[name] for name in names}
 
   def gap(self, student, *, chunk=None):
     """Return (loss, metrics) on the recorded states; differentiate in the parameters."""
@@ -115,7 +97,7 @@ def test_golden_log_probabilities(recorded):
   apply = jax.jit(r.model.apply)
   for name, state in (("student", r.x_gen), ("teacher", r.z), ("fake", r.z)):
     logits = apply({"params": r.params[name]}, state, r.batch["t"])
-    _close(logits, r.vectors[f"{name}_logits"], 2e-5)
+    quantities.close(logits, r.vectors[f"{name}_logits"], 2e-5)
     log_probs = jax.vmap(r.process.log_x0)(logits, state)
     wanted = r.vectors[f"{name}_log_probs"]
     possible = wanted > -1e5
@@ -128,10 +110,10 @@ def test_golden_generator_loss(recorded):
   (value, metrics), gradient = jax.jit(jax.value_and_grad(r.gap, has_aux=True))(r.params["student"])
   np.testing.assert_allclose(value, r.vectors["generator_loss_per_seq_f64"].mean(), rtol=1e-5)
   ours = convert.to_tensors(r.model, gradient)
-  wanted = r.under("grad_generator_loss_mean_wrt_student")
+  wanted = golden_networks.under(r.vectors, "grad_generator_loss_mean_wrt_student")
   assert len(wanted) == 7
   for name, tensor in wanted.items():
-    _close(ours[f"backbone.{name}"], tensor, 3e-5)
+    quantities.close(ours[f"backbone.{name}"], tensor, 3e-5)
 
   both = (np.asarray(r.x_gen) == r.process.mask_id) & (np.asarray(r.z) == r.process.mask_id)
   p = r.vectors["student_probs"][both].astype(np.float64)
@@ -171,9 +153,9 @@ def test_golden_gradient_on_student_logits(recorded):
   generator, _ = _on_logits(recorded)
   logits = jnp.asarray(recorded.vectors["student_logits"])
   wanted = recorded.vectors["grad_generator_loss_mean_wrt_student_logits"]
-  _close(jax.grad(generator)(logits), wanted, 2e-5)
+  quantities.close(jax.grad(generator)(logits), wanted, 2e-5)
   with pytest.raises(AssertionError):  # the other sign would be seen
-    _close(-jax.grad(generator)(logits), wanted, 2e-5)
+    quantities.close(-jax.grad(generator)(logits), wanted, 2e-5)
 
 
 def test_golden_fake_objective(recorded):
@@ -185,13 +167,13 @@ def test_golden_fake_objective(recorded):
   per_position = -(v["student_probs"] * log_fake).sum(-1) / v["t"][:, None]
   np.testing.assert_allclose(value, (per_position * masked).sum(1).mean(), rtol=1e-5)
   ours = convert.to_tensors(r.model, gradient)
-  wanted = r.under("grad_fakeobj_loss_mean_wrt_fake")
+  wanted = golden_networks.under(r.vectors, "grad_fakeobj_loss_mean_wrt_fake")
   assert len(wanted) == 7
   for name, tensor in wanted.items():
-    _close(ours[f"backbone.{name}"], tensor, 3e-5)
+    quantities.close(ours[f"backbone.{name}"], tensor, 3e-5)
   _, fake_objective = _on_logits(r)
   on_logits = jax.grad(fake_objective)(jnp.asarray(v["fake_logits"]))
-  _close(on_logits, v["grad_fakeobj_loss_mean_wrt_fake_logits"], 2e-5)
+  quantities.close(on_logits, v["grad_fakeobj_loss_mean_wrt_fake_logits"], 2e-5)
 
 
 def test_golden_prompted(recorded):
@@ -205,7 +187,9 @@ def test_golden_prompted(recorded):
   length = valid.shape[1]
   wanted = v["prompted/generator_loss_per_seq_f64"].mean()
   np.testing.assert_allclose(value / length, wanted, rtol=1e-5)
-  _close(gradient / length, v["prompted/grad_generator_loss_mean_wrt_student_logits"], 2e-5)
+  quantities.close(
+    gradient / length, v["prompted/grad_generator_loss_mean_wrt_student_logits"], 2e-5
+  )
   assert not np.any(gradient[~valid])
 
 
@@ -217,7 +201,7 @@ def test_chunks_change_nothing(golden, chunk):
     run = jax.jit(jax.value_and_grad(loss), static_argnums=1)
     whole, pieces = (run(r.params[tree], size) for size in (None, chunk))
     np.testing.assert_allclose(pieces[0], whole[0], rtol=1e-5)
-    jax.tree.map(_close, pieces[1], whole[1])
+    jax.tree.map(quantities.close, pieces[1], whole[1])
 
 
 def test_chunks_must_divide(golden):

@@ -4,15 +4,17 @@
 import dataclasses
 import functools
 
+import golden_networks
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 import recorded as quantities
+import tiny
 
 from dlm_jax import convert, process
-from dlm_jax.models import DiT, DiTConfig
+from dlm_jax.models import DiT
 from dlm_jax.objectives import draw_batch, idlm
 from dlm_jax.objectives.batch import split_each
 from dlm_jax.objectives.gaussian_states import Relaxation
@@ -24,11 +26,9 @@ class Recorded:
   def __init__(self, vectors, config):
     v = self.vectors = vectors
     self.size = config["B"]
-    self.model = quantities.network(config, time_conditioning=True)
-    self.params = {
-      name: convert.from_tensors(self.model, self.under(name))
-      for name in ("student", "teacher", "fake")
-    }
+    trees = ("student", "teacher", "fake")
+    self.model, *params = golden_networks.dit(vectors, config, *trees, time_conditioning=True)
+    self.params = dict(zip(trees, params, strict=True))
     schedule = quantities.Schedule(
       np.concatenate([v["t"], v["t_gen"]]),
       np.concatenate([v["alpha_t"], v["alpha_gen"]])[:, 0],
@@ -44,11 +44,6 @@ class Recorded:
     self.relaxation = Relaxation(duality=duality, tau=float(1 / v["tau_inverse"]))
     self.batch = {"tokens": jnp.asarray(v["x0"], jnp.int32)}
     self.batch |= {k: jnp.asarray(v[k]) for k in ("t", "t_gen")}
-
-  def under(self, prefix):
-    """Return the tensors stored below a prefix."""
-    names = (name for name in self.vectors if name.startswith(prefix + "/"))
-    return {name.removeprefix(prefix + "/"): self.vectors[name] for name in names}
 
   def states(self, chunk=None, **changes):
     relaxation = dataclasses.replace(self.relaxation, **changes)
@@ -86,7 +81,7 @@ def recorded(request, golden):
 
 def _compare_gradient(r, gradient, prefix, tolerance=2e-4):
   ours = convert.to_tensors(r.model, gradient)
-  wanted = r.under(prefix)
+  wanted = golden_networks.under(r.vectors, prefix)
   assert len(wanted) == 7
   for name, tensor in wanted.items():
     scale = max(np.abs(tensor).max(), 1e-12)
@@ -185,19 +180,8 @@ def test_prompted_values(recorded):
 
 
 def _tiny(length=8, size=11, **options):
-  model = DiT(
-    DiTConfig(
-      vocab_size=size,
-      dim=16,
-      cond_dim=8,
-      layers=1,
-      heads=2,
-      length=length,
-      dtype="float32",
-      time_conditioning=True,
-      **options,
-    )
-  )
+  shape = {"vocab_size": size, "dim": 16, "cond_dim": 8, "layers": 1, "length": length}
+  model = DiT(tiny.config(**shape, time_conditioning=True, **options))
   rng = jax.random.key(0)
   params = model.init(rng, jnp.zeros((1, length), jnp.int32), jnp.zeros(1))["params"]
   leaves, tree = jax.tree.flatten(params)

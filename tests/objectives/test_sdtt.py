@@ -5,6 +5,7 @@ import functools
 import json
 import pathlib
 
+import golden_networks
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,10 +34,8 @@ class Recorded:
   def __init__(self, vectors, config):
     self.vectors, self.steps = vectors, config["num_distill_steps"]
     self.process = process.Absorbing(vocab_size=config["V"], mask_id=config["mask_index"])
-    self.model = recorded.network(config, time_conditioning=False)
-    self.student, self.teacher = (
-      recorded.params(self.model, vectors, name) for name in ("student", "teacher")
-    )
+    trees = ("student", "teacher")
+    self.model, self.student, self.teacher = golden_networks.dit(vectors, config, *trees)
     self.xt = jnp.asarray(vectors["xt"], jnp.int32)
     self.times = jnp.asarray(vectors["teacher_time_grid"], jnp.float32)
     before = [self.xt]

@@ -51,12 +51,7 @@ def _loss(params, batch, **options):
 def test_loss_is_score_entropy(schedule, prompted):
   forward = process.AbsorbingScore(vocab_size=tiny.V, mask_id=M, schedule=schedule)
   model, params = tiny.network(dropout=0.0)
-  batch = tiny.batch()
-  valid = np.ones((tiny.B, tiny.L), bool)
-  if prompted:
-    valid = np.random.default_rng(0).random(valid.shape) < 0.5
-    valid[0] = False
-    batch["valid"] = jnp.asarray(valid)
+  batch, valid = tiny.prompted_batch(prompted)
   rng_B = split_each(batch["rng"], 2)[0]
   x0, t = batch["tokens"], batch["t"]
   xt = np.where(valid, jax.vmap(forward.corrupt)(rng_B, x0, t), x0)

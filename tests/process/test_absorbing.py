@@ -3,10 +3,12 @@
 
 import itertools
 
+import draws
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import recorded_losses
 import scipy.stats
 from compiled import Methods
 
@@ -96,10 +98,7 @@ def test_law_of_corrupt(schedule, mask):
   proc = _absorbing(vocab_size=4, mask_id=mask, schedule=schedule)
   x0_L = jnp.array([1, 2, 1])
   rows = np.eye(4)[np.asarray(x0_L)]
-  keys = jax.random.split(jax.random.key(1), 30_000)
-  corrupt = jax.jit(jax.vmap(proc.corrupt, (0, None, None)))
-  for t in (0.1, 0.5, 0.9):
-    tokens, alpha = np.asarray(corrupt(keys, x0_L, jnp.float32(t))), float(schedule.alpha(t))
+  for t, tokens, alpha in draws.corrupted(proc, x0_L, (0.1, 0.5, 0.9), 30_000):
     assert _chi_square(tokens, _law(rows, alpha, 4, mask), 4) > FOLLOWS
     assert _chi_square(tokens, _law(rows, 0.97 * alpha + 0.035, 4, mask), 4) < DIFFERS or t == 0.1
     assert _chi_square(tokens, _law(rows, 0.97 * alpha, 4, mask), 4) < DIFFERS or t == 0.9
@@ -336,20 +335,7 @@ def _process(config):
 def test_golden_mdlm_losses(golden, variant):
   vectors, config = golden(f"mdlm_losses__{variant}")
   proc = _process(config)
-  logits, xt, x0, t = _jnp(vectors, "logits", "xt", "x0", "t")
-  np.testing.assert_allclose(proc.schedule.alpha(t), vectors["alpha_t"][:, 0], atol=1e-7)
-
-  log_x0 = jax.vmap(proc.log_x0)(logits, xt)
-  np.testing.assert_allclose(log_x0, vectors["log_x_theta"], rtol=2e-5, atol=2e-5)
-
-  def mean_nll(logits):
-    nll = jax.vmap(proc.nll)(jax.vmap(proc.log_x0)(logits, xt), xt, x0, t)
-    return nll.mean(), nll
-
-  gradient, nll = jax.jit(jax.grad(mean_nll, has_aux=True))(logits)
-  np.testing.assert_allclose(nll, vectors["nll_per_token"], rtol=1e-5, atol=1e-5)
-  recorded = vectors["grad_mean_nll_wrt_logits"]
-  np.testing.assert_allclose(gradient, recorded, rtol=1e-4, atol=1e-6 * np.abs(recorded).max())
+  recorded_losses.check(proc, vectors, "nll_per_token", nll_atol=1e-5, gradient_atol=1e-6)
 
 
 @pytest.mark.parametrize("variant", "ab")

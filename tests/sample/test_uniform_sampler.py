@@ -93,9 +93,7 @@ def test_redraw_at_a_large_vocabulary():
       _uniform.draws(proc, key, 1),
       jnp.log(weights_V)[None],
       jnp.array([x]),
-      alpha_s,
-      alpha_t,
-      kappa,
+      _uniform.Step(alpha_s, alpha_t, kappa),
     )[0]
     return jax.vmap(one)(jax.random.split(key, chunk))
 
