@@ -12,9 +12,7 @@ dataclass with
 """
 
 import dataclasses
-from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -100,32 +98,6 @@ class Polynomial(Schedule):
 
   def inverse(self, a: Times) -> Float[Array, "*shape"]:
     return ((1 - jnp.asarray(a)) / (1 - self.eps)) ** (1 / self.power)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Given(Schedule):
-  """Wrap a user's own decreasing α: a differentiable function of a scalar t in [0, 1]."""
-
-  function: Callable[[Array], Array]
-
-  def alpha(self, t: Times) -> Float[Array, "*shape"]:
-    return jnp.vectorize(self.function)(jnp.asarray(t, jnp.result_type(float)))
-
-  def dalpha(self, t: Times) -> Float[Array, "*shape"]:
-    return jnp.vectorize(jax.grad(self.function))(jnp.asarray(t, jnp.result_type(float)))
-
-  def inverse(self, a: Times) -> Float[Array, "*shape"]:
-    """Bisect: 30 halvings reach float32 resolution on [0, 1]."""
-    a = jnp.asarray(a, jnp.result_type(float))
-
-    def halve(_, bounds):
-      low, high = bounds
-      middle = (low + high) / 2
-      above = self.alpha(middle) > a
-      return jnp.where(above, middle, low), jnp.where(above, high, middle)
-
-    low, high = jax.lax.fori_loop(0, 30, halve, (jnp.zeros_like(a), jnp.ones_like(a)))
-    return (low + high) / 2
 
 
 NAMES = {"log_linear": LogLinear, "cosine": Cosine, "polynomial": Polynomial}
