@@ -415,6 +415,14 @@ def test_quickstart(fails, workdir):
   assert "train.steps=0" in line
 
 
+@pytest.mark.parametrize("how", [[], ["--pretrained"]], ids=["distilled", "pretrained"])
+def test_quickstart_in_a_store(fails, tmp_path, monkeypatch, how):
+  monkeypatch.chdir(tmp_path)
+  line = fails("quickstart", "--workdir=gs://bucket/run", *how)
+  assert "--workdir=gs://bucket/run: the quick start writes to a folder of this machine" in line
+  assert not list(tmp_path.iterdir()), "no folder is called gs:"
+
+
 def test_in_a_process_of_its_own(tiny, tmp_path):
   """The same through the shell's eyes: exit code, one line, no traceback, no directory."""
   flags = tiny.flags("idlm", loader__batch_size="100")
