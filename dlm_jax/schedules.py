@@ -20,7 +20,10 @@ Times = Float[Array, "*shape"] | float
 
 
 class Schedule:
-  """The base of every schedule: what follows from α and α' alone."""
+  """The base of every schedule: what follows from α and α' alone.
+
+  One of your own is a frozen dataclass with `alpha`, `dalpha` and `inverse`; any process takes it.
+  """
 
   def weight(self, t: Times) -> Float[Array, "*shape"]:
     """Return −α'/(1 − α)."""

@@ -193,7 +193,9 @@ def test_a_run_through_a_store(store, capsys):
   assert (run / "best" / "config.json").exists() and (run / "final" / "model.safetensors").exists()
   capsys.readouterr()
   sample = ["--steps=2", "--num=2", "--seed=3"]
+  listed.clear()
   main.main(["sample", "--checkpoint=gs://bucket/run", *sample])
+  assert listed.count("gs://bucket/run/best") == 1
   there = capsys.readouterr().out
   main.main(["sample", f"--checkpoint={run}", *sample])
   assert there == capsys.readouterr().out and there.strip()

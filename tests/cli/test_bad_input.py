@@ -367,8 +367,8 @@ def test_sample(fails, tiny, option, message):
 
 
 def test_sample_from_a_judge(fails, tiny):
-  line = fails("sample", f"--checkpoint={tiny.judge}")
-  assert "is a dlm_jax_causal network; sampling needs a denoiser" in line
+  line = fails("sample", f"--checkpoint={tiny.judge}", "--steps=8")
+  assert "steps is no option of a network that writes one token after the other" in line
 
 
 def test_evaluate(fails, tiny):
