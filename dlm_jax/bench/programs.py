@@ -168,10 +168,9 @@ def bench_loader(
 ) -> list[Row]:
   """Time batches of a prepared dataset, read for the first time, on the host."""
   del vocab_size, ceiling
-  open_data(config)
-  rows = []
+  dataset, rows = open_data(config), []
   for batch in batches:
-    stream = loader.make(config.data.directory, "train", batch_size=batch, seed=config.seed)
+    stream = loader.make(dataset, "train", batch_size=batch, seed=config.seed)
     timing = measure.repeat(lambda stream=stream: next(stream), repeats, None, 0.0)
     rate = batch * config.data.length / timing.seconds
     rows.append(Row(name="loader", batch=batch, timing=timing, rate=rate, unit="token/s"))

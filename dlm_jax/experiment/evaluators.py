@@ -9,7 +9,8 @@ import numpy as np
 from etils import epath
 
 from dlm_jax import convert, mesh, models, sample
-from dlm_jax.data import loader, templates, tokenizers
+from dlm_jax.data import loader, templates
+from dlm_jax.data.dataset import Dataset
 from dlm_jax.decode.passes import Bound
 from dlm_jax.errors import check_counts
 from dlm_jax.evaluate import blocks, frontier, generative, likelihood
@@ -23,7 +24,7 @@ Export = Callable[[epath.PathLike, Experiment, TrainState, int], None]
 
 
 def make(
-  built: Experiment, tokenizer: tokenizers.Tokenizer, export: Export, workdir: epath.PathLike
+  built: Experiment, dataset: Dataset, export: Export, workdir: epath.PathLike
 ) -> "Samples | Likelihood | several.Several | None":
   """Return the evaluator that `config.evaluate.measure` names, several in one if it names more.
 
@@ -31,7 +32,7 @@ def make(
 
   Args:
     built: the run.
-    tokenizer: of its data.
+    dataset: its data, opened.
     export: writes a network: (directory, run, state, step).
     workdir: the best network, by the first evaluator, goes to workdir/best.
   """
@@ -46,10 +47,10 @@ def make(
   for name in names:
     keep = several.export_nothing if made else export
     if name == "samples":
-      judge = load_judge(config.evaluate.judge, tokenizer)
-      made[name] = Samples(built, judge, keep, workdir)
+      judge = load_judge(config.evaluate.judge, dataset.tokenizer())
+      made[name] = Samples(built, dataset, judge, keep, workdir)
     else:
-      made[name] = Likelihood(built, keep, workdir)
+      made[name] = Likelihood(built, dataset, keep, workdir)
   return several.Several(made) if len(made) > 1 else made[names[0]]
 
 
@@ -57,7 +58,12 @@ class Samples:
   """Measure samples during training; keep the best network in workdir/best, see `Selection`."""
 
   def __init__(
-    self, built: Experiment, judge: JudgeWithTokens, export: Export, workdir: epath.PathLike
+    self,
+    built: Experiment,
+    dataset: Dataset,
+    judge: JudgeWithTokens,
+    export: Export,
+    workdir: epath.PathLike,
   ):
     options = built.config.evaluate
     frontier.checked_nfes(options.nfes)
@@ -71,9 +77,7 @@ class Samples:
     self._rounds = -(-options.samples // batch)
     self._templates = None
     if built.config.data.packing != "concatenate":
-      self._templates = templates.like_validation(
-        built.config.data.directory, options.samples, batch
-      )
+      self._templates = templates.like_validation(dataset, options.samples, batch)
       generative.check_translated(judge.retokenise, self._templates.valid_NL)
 
     def draw(denoiser, rng, nfe, prompt=None, frozen=None):
@@ -159,10 +163,10 @@ class Likelihood:
   cent with the noise drawn, always the same here.
   """
 
-  def __init__(self, built: Experiment, export: Export, workdir: epath.PathLike):
+  def __init__(self, built: Experiment, dataset: Dataset, export: Export, workdir: epath.PathLike):
     options = built.config.evaluate
     size = min(options.batch_size, options.samples)
-    groups = loader.evaluation_groups(built.config.data.directory, "validation", options.samples)
+    groups = loader.evaluation_groups(dataset, "validation", options.samples)
     self._tokens, self._valid = loader.features(groups, "tokens", "valid")
     self._built, self._export, self._size = built, export, size
     self._directory = epath.Path(workdir) / "best"

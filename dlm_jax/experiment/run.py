@@ -45,10 +45,10 @@ def train(config, workdir: str | os.PathLike, *, label: str = "", wandb: str = "
   if given is None:
     given = load_teacher(config, built, tokenizer)
   loop_config = build.loop_config(config, label or config.objective.name)
-  evaluator = evaluators.make(built, tokenizer, lambda *where: export(*where, tokenizer), workdir)
+  evaluator = evaluators.make(built, dataset, lambda *where: export(*where, tokenizer), workdir)
   host, hosts = mesh.host_rows(built.mesh, config.loader.batch_size)
   stream = loader.make(
-    config.data.directory,
+    dataset,
     "train",
     batch_size=config.loader.batch_size,
     seed=config.seed,

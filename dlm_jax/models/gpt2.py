@@ -41,6 +41,11 @@ class GPT2Config:
   activation_function: str = "gelu_new"
   layer_norm_epsilon: float = 1e-5
 
+  @property
+  def length(self) -> int:
+    """The most tokens, as other networks call it."""
+    return self.n_positions
+
   def __post_init__(self):
     if self.n_embd % self.n_head:
       raise InputError(f"n_head={self.n_head} does not divide n_embd={self.n_embd}.")

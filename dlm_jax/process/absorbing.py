@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from dlm_jax import draw
 from dlm_jax.arrays import NEG_INF, FloatL, FloatLV, IntL, RngKey, Scalar
 from dlm_jax.schedules import LogLinear, Schedule
 
@@ -58,15 +57,6 @@ class Absorbing:
     """Draw xₜ given clean tokens."""
     masked = jax.random.uniform(rng, x0_L.shape) < 1 - self.schedule.alpha(t)
     return jnp.where(masked, self.mask_id, x0_L)
-
-  def corrupt_probs(self, rng: RngKey, p0_LV: FloatLV, t: Scalar) -> IntL:
-    """Draw xₜ when the clean tokens are known only as distributions: Cat(αₜ p₀ + (1 − αₜ) mask).
-
-    Two stages, mask or not and then which token, so that rare tokens keep their probability.
-    """
-    rng_mask, rng_token = jax.random.split(rng)
-    x0_L = draw.categorical(p0_LV, draw.uniforms(rng_token, p0_LV.shape[:1]))
-    return self.corrupt(rng_mask, x0_L, t)
 
   def clean_logits(self, logits: Float[Array, "*draws V"]) -> Float[Array, "*draws V"]:
     """Return logits in which mask and blocked ids are impossible; their softmax is p(x₀) at masks.

@@ -39,12 +39,6 @@ class AbsorbingScore(Absorbing):
     copied_LV = jnp.where(ids_1V == xt_L[:, None], 0.0, NEG_INF)
     return jnp.where(xt_L[:, None] == self.mask_id, log_f_LV, copied_LV)
 
-  def log_score(self, logits_LV: FloatLV, xt_L: IntL, t: Scalar) -> FloatLV:
-    """Return log s of moving from the mask to each token; −1e6 for impossible moves."""
-    alpha = self.schedule.alpha(t)
-    log_f_LV = self.log_estimate(logits_LV, xt_L)
-    return jnp.where(log_f_LV > NEG_INF / 2, log_f_LV + jnp.log(alpha / (1 - alpha)), NEG_INF)
-
   def nll(self, log_x0_LV: FloatLV, xt_L: IntL, x0_L: IntL, t: Scalar) -> FloatL:
     """Return score entropy in nats, 0 where revealed; takes `log_estimate` or `log_x0`."""
     return super().nll(log_x0_LV, xt_L, x0_L, t) + self._excess(log_x0_LV, xt_L, t)

@@ -6,7 +6,6 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from dlm_jax import draw
 from dlm_jax.arrays import FloatL, FloatLV, IntL, RngKey, Scalar
 from dlm_jax.process import _uniform_nelbo as nelbo
 from dlm_jax.schedules import LogLinear, Schedule
@@ -44,12 +43,6 @@ class Uniform:
     rng_which, rng_token = jax.random.split(rng)
     replaced = jax.random.uniform(rng_which, x0_L.shape) < 1 - self.schedule.alpha(t)
     return jnp.where(replaced, self.prior(rng_token, x0_L.shape[0]), x0_L)
-
-  def corrupt_probs(self, rng: RngKey, p0_LV: FloatLV, t: Scalar) -> IntL:
-    """Draw xₜ when the clean tokens are known only as distributions: Cat(αₜ p₀ + (1 − αₜ)/V)."""
-    rng_corrupt, rng_token = jax.random.split(rng)
-    x0_L = draw.categorical(p0_LV, draw.uniforms(rng_token, p0_LV.shape[:1]))
-    return self.corrupt(rng_corrupt, x0_L, t)
 
   def log_x0(self, logits_LV: FloatLV, xt_L: IntL) -> FloatLV:
     """Return log p(x₀): a plain log-softmax; the state excludes nothing.

@@ -191,7 +191,7 @@ def _compared(options: Options, config) -> comparison.Comparison:
 
 def _held_out(config, samples: int) -> np.ndarray:
   """Return the first validation sequences, [N, L]."""
-  info = builder.open_dataset(config.data.directory).info
-  count = min(max(samples, 256), info.splits["validation"].records)
-  batches = loader.evaluation_batches(config.data.directory, "validation", count, 1)
+  dataset = builder.open_dataset(config.data.directory)
+  count = min(max(samples, 256), dataset.info.splits["validation"].records)
+  batches = loader.evaluation_batches(dataset, "validation", count, 1)
   return np.concatenate([record["tokens"] for record in batches])

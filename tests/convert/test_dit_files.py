@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from given_schedule import Given
 from safetensors.numpy import load_file
 
 from dlm_jax import convert, process, schedules
@@ -114,9 +115,7 @@ def test_round_trip(tmp_path, kind, dtype):
 
 def test_a_user_supplied_schedule_cannot_be_saved(tmp_path):
   model = _NETWORKS["dit"]
-  given = process.Absorbing(
-    vocab_size=9, mask_id=8, schedule=schedules.Given(function=lambda t: 1 - t)
-  )
+  given = process.Absorbing(vocab_size=9, mask_id=8, schedule=Given(function=lambda t: 1 - t))
   with pytest.raises(InputError, match="schedule"):
     convert.save(tmp_path / "out", model, _random(model), given)
   assert not (tmp_path / "out").exists()

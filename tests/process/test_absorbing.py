@@ -104,37 +104,6 @@ def test_law_of_corrupt(schedule, mask):
     assert _chi_square(tokens, _law(rows, 0.97 * alpha, 4, mask), 4) < DIFFERS or t == 0.9
 
 
-@every_schedule
-@pytest.mark.parametrize("mask", [0, 3])
-def test_law_of_corrupt_probs(schedule, mask):
-  """Cat(α p₀ + (1 − α) mask), independent over positions; p₀ has a zero at the mask."""
-  proc = _absorbing(vocab_size=4, mask_id=mask, schedule=schedule)
-  rows = np.random.default_rng(1).dirichlet(np.ones(4), size=3)
-  rows[:, mask] = 0
-  rows /= rows.sum(axis=1, keepdims=True)
-  p0_LV = jnp.asarray(rows, jnp.float32)
-  keys = jax.random.split(jax.random.key(2), 30_000)
-  tokens = np.asarray(jax.jit(jax.vmap(lambda key: proc.corrupt_probs(key, p0_LV, 0.6)))(keys))
-  assert _chi_square(tokens, _law(rows, float(schedule.alpha(0.6)), 4, mask), 4) > FOLLOWS
-  assert _chi_square(tokens, _law(rows, float(schedule.alpha(0.55)), 4, mask), 4) < DIFFERS
-
-
-def test_corrupt_probs_keeps_rare_tokens_at_late_times():
-  """20,000 tokens share 20 % of p₀. At α = 0.0035 a token has 3.5e-8 of the mixture's weight."""
-  vocabulary, rare = 20_004, 20_000
-  proc = _absorbing(vocab_size=vocabulary, mask_id=vocabulary - 1)
-  row = np.full(vocabulary, 0.2 / rare)
-  row[:3], row[-1] = 0.8 / 3, 0.0
-  p0_LV = jnp.broadcast_to(jnp.asarray(row, jnp.float32), (128, vocabulary))
-  corrupt = jax.jit(lambda key: proc.corrupt_probs(key, p0_LV, 0.9975))
-  tokens = np.concatenate([corrupt(key) for key in jax.random.split(jax.random.key(3), 150)])
-  clean = tokens != vocabulary - 1
-  alpha = float(proc.schedule.alpha(0.9975))
-  assert scipy.stats.binomtest(int(clean.sum()), clean.size, alpha).pvalue > FOLLOWS
-  in_tail = int((tokens[clean] >= 3).sum())
-  assert scipy.stats.binomtest(in_tail, int(clean.sum()), 0.2).pvalue > FOLLOWS
-
-
 def test_prior_is_all_masks():
   proc = _absorbing(vocab_size=4, mask_id=2)
   prior = proc.prior(jax.random.key(0), 5)

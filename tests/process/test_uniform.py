@@ -115,17 +115,6 @@ def test_law_of_corrupt(schedule):
     assert _chi_square(tokens, _law(rows, alpha - (1 - alpha) / 3)) < DIFFERS
 
 
-@every_schedule
-def test_law_of_corrupt_probs(schedule):
-  proc = _uniform(vocab_size=4, schedule=schedule)
-  rows = np.random.default_rng(1).dirichlet(np.ones(4), size=3)
-  p0_LV = jnp.asarray(rows, jnp.float32)
-  keys = jax.random.split(jax.random.key(2), 40_000)
-  tokens = np.asarray(jax.jit(jax.vmap(lambda key: proc.corrupt_probs(key, p0_LV, 0.4)))(keys))
-  assert _chi_square(tokens, _law(rows, float(schedule.alpha(0.4)))) > FOLLOWS
-  assert _chi_square(tokens, _law(rows, float(schedule.alpha(0.4)) - 0.06)) < DIFFERS
-
-
 def test_law_of_the_prior():
   proc = _uniform(vocab_size=5)
   draw = jax.jit(jax.vmap(lambda key: proc.prior(key, 3)))
