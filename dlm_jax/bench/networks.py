@@ -9,6 +9,7 @@ import numpy as np
 from dlm_jax import models, sample
 from dlm_jax.bench.decode import Network
 from dlm_jax.bench.weights import random_params
+from dlm_jax.convert import families
 from dlm_jax.data import loader
 from dlm_jax.errors import InputError
 from dlm_jax.evaluate import likelihood
@@ -181,6 +182,7 @@ def make_decoder(config: Any) -> Cached:
     InputError: the config is of another network.
   """
   model = build.make_model(config, build.vocabulary(config))
-  if not isinstance(model, Cached):
-    raise InputError(f"model.name={config.model.name!r} is not 'decoder'; choose such a config.")
+  if "blocks" not in families.of(model).writes:
+    known = " or ".join(repr(f.name) for f in families.found().values() if "blocks" in f.writes)
+    raise InputError(f"model.name={config.model.name!r} is not {known}; choose such a config.")
   return model

@@ -95,7 +95,9 @@ def bench_sample(
   options = dict(options or {})
   denoiser, proc = _denoiser(config, vocab_size)
   if proc is None:
-    raise InputError("model.name='causal' is not sampled; choose the config of a denoiser.")
+    raise InputError(
+      f"model.name={config.model.name!r} is not sampled; choose the config of a denoiser."
+    )
   devices = mesh.make(**config.mesh.to_dict())
   name = f"{options.get('sampler', 'ancestral')} sampling, {steps} steps"
   rows = []

@@ -28,18 +28,15 @@ def check_tokenizer(network: convert.Network, tokenizer: tokenizers.Tokenizer) -
   Raises:
     InputError: it was not.
   """
-  directory, vocab_size = network.source, network.model.config.vocab_size
-  masked = has_mask(network.process)
-  padded = not masked and network.process is not None and vocab_size == tokenizer.vocab_size + 1
-  vocab_size -= masked or padded
-  if network.family.spare_rows:
-    vocab_size = min(vocab_size, tokenizer.vocab_size)
+  directory, rows = network.source, network.model.config.vocab_size
+  masked, wanted = has_mask(network.process), tokenizer.vocab_size
+  fits = network.family.fits(rows, wanted, masked)
   stored = network.facts.get("tokenizer_fingerprint")
-  if vocab_size != tokenizer.vocab_size or stored not in (None, tokenizer.fingerprint):
+  if not fits or stored not in (None, tokenizer.fingerprint):
     raise InputError(
-      f"{directory} has a vocabulary of {vocab_size} tokens and the data one of "
-      f"{tokenizer.vocab_size}{'' if vocab_size != tokenizer.vocab_size else ' others'}; prepare "
-      f"the data with --config.data.tokenizer={directory}."
+      f"{directory} has a vocabulary of {wanted if fits else rows - masked} tokens and the data "
+      f"one of {wanted}{' others' if fits else ''}; prepare the data with "
+      f"--config.data.tokenizer={directory}."
     )
 
 

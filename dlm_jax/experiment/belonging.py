@@ -6,7 +6,9 @@ import dataclasses
 from ml_collections import ConfigDict
 
 from dlm_jax.configs.base import base
+from dlm_jax.convert import families
 from dlm_jax.errors import InputError
+from dlm_jax.process import MASKED, NAMES
 
 
 def of_network(options: type) -> tuple[str, ...]:
@@ -24,11 +26,11 @@ def of_network(options: type) -> tuple[str, ...]:
 def of_process(config: ConfigDict) -> tuple[str, ...]:
   """Return the fields of `config.process` that the chosen network and process read."""
   c = config.process
-  if config.model.name == "causal":
+  if not families.named(config.model.name).processes:
     return ("name",) if c.name == "none" else ()
-  if c.name == "none":  # a decoder before its training on blocks, which reads them all
+  if c.name == "none":  # before a training with a mask, which reads them all
     return tuple(base().process)
-  mask_id = ("mask_id",) if c.name != "uniform" else ()
+  mask_id = ("mask_id",) if c.name in MASKED or c.name not in NAMES else ()
   power = ("power",) if c.schedule == "polynomial" else ()
   return ("name", *mask_id, "schedule", *power, "eps")
 
@@ -41,8 +43,8 @@ def check_model(config: ConfigDict, options: type) -> None:
 def check_process(config: ConfigDict) -> None:
   """Raise InputError if a field of `config.process` is set that the process does not read."""
   owner = f"process.name={config.process.name!r}, process.schedule={config.process.schedule!r}"
-  if config.model.name == "causal":
-    owner = "model.name='causal'"
+  if not families.named(config.model.name).processes:
+    owner = f"model.name={config.model.name!r}"
   _check(config, "process", of_process(config), owner)
 
 

@@ -14,19 +14,13 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from dlm_jax import mesh, models, objectives, process, remote, schedules
+from dlm_jax import mesh, objectives, process, remote, schedules
 from dlm_jax.convert import families, places
 from dlm_jax.data import builder, sources, tokenizers
 from dlm_jax.errors import InputError, hint
 from dlm_jax.experiment import belonging
 from dlm_jax.train import optim
 from dlm_jax.train.loop import LoopConfig
-
-_MODELS = {
-  "dit": (models.DiT, models.DiTConfig),
-  "causal": (models.Causal, models.CausalConfig),
-  "decoder": (models.Decoder, models.DecoderConfig),
-}
 
 
 def open_source(config: ConfigDict) -> sources.Source:
@@ -67,10 +61,9 @@ def vocabulary(config: ConfigDict) -> int:
   if config.data.directory and remote.exists(config.data.directory):
     return builder.open_dataset(config.data.directory).info.vocab_size
   if config.model.vocab_size:
-    masks = config.model.name in ("dit", "decoder")
-    return (
-      config.process.mask_id if config.process.mask_id >= 0 else config.model.vocab_size - masks
-    )
+    family = families.named(config.model.name)
+    more = family.pad_row or family.has_mask_row(config.process.name)
+    return config.process.mask_id if config.process.mask_id >= 0 else config.model.vocab_size - more
   if config.data.tokenizer.startswith("bpe:"):
     return int(config.data.tokenizer[4:])
   return tokenizers.load(places.shipped(config.data.tokenizer)).vocab_size
@@ -79,49 +72,28 @@ def vocabulary(config: ConfigDict) -> int:
 def make_model(config: ConfigDict, vocab_size: int) -> Any:
   """Build the network; `vocab_size` is what the data needs, the mask not included.
 
-  A decoder has a row for the mask from the start, also where it is trained without: what is trained
-  on blocks later is the same network. It may have rows to spare, as public ones do.
+  How many rows its vocabulary has beside these, and what sizes left at 0 are, its family says.
   """
-  options = config.model.to_dict()
-  name = options.pop("name")
-  if name not in _MODELS:
-    raise InputError(
-      f"model.name={name!r} is unknown{hint(name, _MODELS)}; found: {', '.join(_MODELS)}."
-    )
-  network, fields = _MODELS[name]
-  uniform = config.process.name == "uniform"
-  masks = name == "decoder" or (name == "dit" and not uniform)
-  needed = vocab_size + masks  # an absorbing process adds the mask
-  asked = options.pop("vocab_size") or needed
-  padded = uniform and name == "dit" and asked == needed + 1  # public networks have a [PAD] row
-  spare = name == "decoder" and asked > needed
-  if asked != needed and not padded and not spare:
+  options, family = config.model.to_dict(), families.named(config.model.name)
+  masked = family.has_mask_row(config.process.name)
+  needed = vocab_size + masked
+  asked = options["vocab_size"] or needed
+  if not family.fits(asked, vocab_size, masked):
     raise InputError(f"model.vocab_size={asked}, but the data needs {needed}; use {needed} or 0.")
-  belonging.check_model(config, fields)
-  known = belonging.of_network(fields)
-  options = {key: value for key, value in options.items() if key in known}
-  if name == "decoder":
-    options |= _decoder_sizes(config.model)
-    del options["mlp_ratio"]
+  belonging.check_model(config, family.options)
+  known = belonging.of_network(family.options)
+  fields = family.complete({key: value for key, value in options.items() if key in known})
+  fields |= {"vocab_size": asked, "length": config.data.length}
   try:
-    return network(fields(vocab_size=asked, length=config.data.length, **options))
+    return family.network(family.options(**fields))
   except ValueError as error:
     raise InputError(str(error)) from None
-
-
-def _decoder_sizes(c: ConfigDict) -> dict[str, int]:
-  """Return the sizes that 0 leaves to others."""
-  return {
-    "kv_heads": c.kv_heads or c.heads,
-    "head_dim": c.head_dim or c.dim // max(c.heads, 1),
-    "mlp_dim": c.mlp_dim or c.mlp_ratio * c.dim,
-  }
 
 
 def make_process(
   config: ConfigDict, model: Any, blocked: tuple[int, ...] = ()
 ) -> process.Process | None:
-  """Build the forward process; None for an autoregressive network, "none" for such a decoder.
+  """Build the forward process; None for a network without one, or if "none" is asked for.
 
   An absorbing one never predicts the blocked ids.
   """
@@ -140,14 +112,14 @@ def make_process(
     schedule = schedules.make(config.process.schedule, eps=config.process.eps, **power)
   except ValueError as error:
     raise InputError(f"process.{error}") from None
-  if name == "uniform":
-    if not model.config.time_conditioning:
-      raise InputError("process.name='uniform' needs model.time_conditioning=True.")
+  if name not in process.MASKED:
+    if not getattr(model.config, "time_conditioning", False):
+      raise InputError(f"process.name={name!r} needs model.time_conditioning=True.")
     if blocked:
       raise InputError(
-        "process.name='uniform' would draw the special ids of this data; use 'absorbing'."
+        f"process.name={name!r} would draw the special ids of this data; use 'absorbing'."
       )
-    return process.Uniform(vocab_size=size, schedule=schedule)
+    return process.NAMES[name](vocab_size=size, schedule=schedule)
   mask_id = config.process.mask_id
   if mask_id >= 0 and not family.spare_rows:
     raise InputError(f"process.mask_id={mask_id}: only of a decoder can it be any but the last id.")
@@ -275,7 +247,7 @@ def experiment(
   device_mesh = mesh.make(**config.mesh.to_dict(), devices=devices)
   mesh.check_batch(device_mesh, config.loader.batch_size, config.objective.accumulate)
   model = make_model(config, vocab_size)
-  if config.data.block_length and not isinstance(model, models.Decoder):
+  if config.data.block_length and not families.of(model).several:
     raise InputError(
       f"data.block_length={config.data.block_length}: several conversations share a row, which "
       f"model.name={config.model.name!r} cannot keep apart; use a decoder, or prepare with 0."

@@ -9,8 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from dlm_jax import models
-from dlm_jax.convert import places
+from dlm_jax.convert import families, places
 from dlm_jax.data import builder, loader
 from dlm_jax.errors import InputError
 from dlm_jax.experiment import belonging, build
@@ -145,7 +144,8 @@ def _reaches(field: str, name: str) -> bool:
   if name == "judge" and group == "process":
     return False  # a judge has none
   if name == "judge" and group == "model":
-    return rest in belonging.of_network(models.CausalConfig)
+    network = load_config("quickstart_judge:cpu").model.name
+    return rest in belonging.of_network(families.named(network).options)
   return group in _SHARED
 
 

@@ -60,4 +60,6 @@ FAMILY = Family(
   entries=mdlm_layout.causal_entries,
   match=_match,
   average=_average,
+  name="causal",
+  options=models.CausalConfig,
 )

@@ -180,4 +180,7 @@ FAMILY = Family(
   average=_average,
   writes=("grid",),
   processes=("absorbing", "absorbing_score", "uniform"),
+  pad_row=True,
+  name="dit",
+  options=models.DiTConfig,
 )
