@@ -10,7 +10,6 @@ from etils import epath
 
 from dlm_jax import convert, mesh, models, sample
 from dlm_jax.data import loader, templates, tokenizers
-from dlm_jax.errors import check_counts
 from dlm_jax.evaluate import blocks, frontier, generative, likelihood
 from dlm_jax.evaluate.judge import JudgeWithTokens, load_judge
 from dlm_jax.experiment import several
@@ -34,18 +33,14 @@ def make(
     export: writes a network: (directory, run, state, step).
     workdir: the best network, by the first evaluator, goes to workdir/best.
   """
-  config = built.config
-  names = several.names(config)
-  if not config.evaluate.every:
+  names = built.plan.evaluate.measure
+  if not built.plan.evaluate.every:
     return None
-  check_counts(
-    **{f"evaluate.{name}": config.evaluate[name] for name in ("samples", "batch_size", "patience")}
-  )
   made = {}
   for name in names:
     keep = several.export_nothing if made else export
     if name == "samples":
-      judge = load_judge(config.evaluate.judge, tokenizer)
+      judge = load_judge(built.plan.evaluate.judge, tokenizer)
       made[name] = Samples(built, judge, keep, workdir)
     else:
       made[name] = Likelihood(built, keep, workdir)
@@ -58,7 +53,7 @@ class Samples:
   def __init__(
     self, built: Experiment, judge: JudgeWithTokens, export: Export, workdir: epath.PathLike
   ):
-    options = built.config.evaluate
+    options = built.plan.evaluate
     frontier.checked_nfes(options.nfes)
     self._built, self._judge, self._export = built, judge, export
     self._best = epath.Path(workdir) / "best"
@@ -69,14 +64,12 @@ class Samples:
     batch = min(options.batch_size, options.samples)
     self._rounds = -(-options.samples // batch)
     self._templates = None
-    if built.config.data.packing != "concatenate":
-      self._templates = templates.like_validation(
-        built.config.data.directory, options.samples, batch
-      )
+    if built.plan.data.packing != "concatenate":
+      self._templates = templates.like_validation(built.plan.data.directory, options.samples, batch)
       generative.check_translated(judge.retokenise, self._templates.valid_NL)
 
     def draw(denoiser, rng, nfe, prompt=None, frozen=None):
-      length = built.config.data.length if prompt is None else prompt.shape[1]
+      length = built.plan.data.length if prompt is None else prompt.shape[1]
       return sample.generate(
         denoiser,
         built.process,
@@ -128,7 +121,7 @@ class Samples:
     return scores, self._selection.stop
 
   def _measure(self, params) -> dict[str, generative.Quality]:
-    options = self._built.config.evaluate
+    options = self._built.plan.evaluate
     denoiser = models.Denoiser(self._built.model.rolled(), params)
     measured = {}
     for nfe in options.nfes:
@@ -148,7 +141,7 @@ class Samples:
     if self._templates is not None:
       return self._templates.draw(draw)
     drawn = [draw(i) for i in range(self._rounds)]
-    return np.concatenate(drawn)[: self._built.config.evaluate.samples]
+    return np.concatenate(drawn)[: self._built.plan.evaluate.samples]
 
 
 class Likelihood:
@@ -159,9 +152,9 @@ class Likelihood:
   """
 
   def __init__(self, built: Experiment, export: Export, workdir: epath.PathLike):
-    options = built.config.evaluate
+    options = built.plan.evaluate
     size = min(options.batch_size, options.samples)
-    groups = loader.evaluation_groups(built.config.data.directory, "validation", options.samples)
+    groups = loader.evaluation_groups(built.plan.data.directory, "validation", options.samples)
     self._tokens, self._valid = loader.features(groups, "tokens", "valid")
     self._built, self._export, self._size = built, export, size
     self._directory = epath.Path(workdir) / "best"
@@ -190,7 +183,7 @@ class Likelihood:
     return {"validation/perplexity": perplexity}, False
 
   def _score(self, model, params) -> dict[str, float]:
-    proc, options = self._built.process, self._built.config.objective
+    proc, options = self._built.process, self._built.plan.objective.options
     shared = {"batch_size": self._size, "valid_NL": self._valid}
     if proc is None:
       return likelihood.ar_perplexity(likelihood.Judge(model, params), self._tokens, **shared)
@@ -202,7 +195,7 @@ class Likelihood:
         proc,
         self._tokens,
         rng,
-        block_length=options.block_length,
+        block_length=options["block_length"],
         first_given=options.get("first_given", False),
         **shared,
       )

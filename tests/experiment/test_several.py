@@ -6,7 +6,7 @@ import pytest
 import tiny_runs
 
 from dlm_jax.errors import InputError
-from dlm_jax.experiment import run, several
+from dlm_jax.experiment import plan, run, several
 from dlm_jax.experiment.config import load_config
 from dlm_jax.objectives import TrainState
 
@@ -46,7 +46,7 @@ def test_several_are_one():
   ],
 )
 def test_names(name, text, wanted):
-  assert several.names(load_config(name, {"evaluate.measure": text})) == wanted
+  assert plan.read(load_config(name, {"evaluate.measure": text})).evaluate.measure == wanted
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_names(name, text, wanted):
 )
 def test_names_that_cannot_be(name, text, message):
   with pytest.raises(InputError, match=message):
-    several.names(load_config(name, {"evaluate.measure": text}))
+    plan.read(load_config(name, {"evaluate.measure": text}))
 
 
 def test_both_in_one_run(tmp_path, monkeypatch):

@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A configuration, read once: what it says, in frozen parts that the rest of the library takes.
+
+The parts are the groups of `configs/base.py`, which explains every field: `plan.data.length` is
+--config.data.length. What is wrong with a configuration alone is found here; what depends on the
+data or the devices, in `build`.
+"""
+
+import dataclasses
+import json
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from dlm_jax.configs.base import base
+from dlm_jax.convert import families
+from dlm_jax.convert.family import Family
+from dlm_jax.errors import InputError, check_choice, check_counts
+from dlm_jax.process import MASKED, NAMES
+from dlm_jax.train.loop import LoopConfig
+
+MEASURES = ("samples", "likelihood")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Data:
+  """The corpus and how it is packed: `config.data`."""
+
+  directory: str
+  source: str
+  options: dict[str, Any]
+  tokenizer: str
+  length: int
+  packing: str
+  buckets: tuple[int, ...]
+  block_length: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Network:
+  """What the network is built from: `config.model`.
+
+  Attributes:
+    name: as the config has it.
+    family: that the name means.
+    vocab_size: 0: what the data needs.
+    fields: the others that this family reads.
+  """
+
+  name: str
+  family: Family
+  vocab_size: int
+  fields: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Noise:
+  """The forward process: `config.process`."""
+
+  name: str
+  mask_id: int
+  schedule: str
+  power: float
+  eps: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Method:
+  """The training method and the options of its own: `config.objective`."""
+
+  name: str
+  options: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluation:
+  """What is measured in training: `config.evaluate`; `measure` is never empty."""
+
+  every: int
+  measure: tuple[str, ...]
+  judge: str
+  nfes: tuple[int, ...]
+  noise_removal: str
+  samples: int
+  batch_size: int
+  max_entropy_drop: float
+  patience: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+  """What a run is, before there are data and devices.
+
+  Attributes:
+    seed: of parameters, data order, noise and times.
+    data, model, process, objective, evaluate: see their classes.
+    optim: of all trees, with a group for each that has options of its own.
+    batch_size: sequences per update.
+    loop: how long to train, and how often what.
+    keep: checkpoints.
+    teacher: workdir or model directory that a distillation starts from, or "".
+    start: the same of what a training continues from.
+    mesh: sizes by axis.
+    stored: what a checkpoint keeps of the config, JSON-able.
+  """
+
+  seed: int
+  data: Data
+  model: Network
+  process: Noise
+  objective: Method
+  evaluate: Evaluation
+  optim: dict[str, Any]
+  batch_size: int
+  loop: LoopConfig
+  keep: int
+  teacher: str
+  start: str
+  mesh: dict[str, int]
+  stored: dict[str, Any]
+
+
+def read(config: ConfigDict) -> Plan:
+  """Read a configuration.
+
+  Raises:
+    InputError: a name is unknown, a number impossible, or a field would do nothing.
+  """
+  c = config.copy_and_resolve_references().to_dict()
+  for field in ("steps", "log_every", "checkpoint_every", "keep"):
+    if c["train"][field] < 1:
+      raise InputError(f"train.{field}={c['train'][field]} must be at least 1.")
+  if c["evaluate"]["every"] < 0:
+    raise InputError(f"evaluate.every={c['evaluate']['every']} is negative; 0 evaluates never.")
+  check_counts(
+    **{"objective.accumulate": c["objective"]["accumulate"]},
+    **{f"evaluate.{name}": c["evaluate"][name] for name in ("samples", "batch_size", "patience")},
+  )
+  model, method, train = dict(c["model"]), dict(c["objective"]), dict(c["train"])
+  family, keep = families.named(model["name"]), train.pop("keep")
+  known = network_fields(family)
+  _check_belonging(c, family)
+  loop = LoopConfig(
+    **train, evaluate_every=c["evaluate"]["every"], seed=c["seed"], label=method["name"]
+  )
+  return Plan(
+    seed=c["seed"],
+    data=read_data(config),
+    model=Network(
+      name=model["name"],
+      family=family,
+      vocab_size=model["vocab_size"],
+      fields={name: model[name] for name in known if name != "vocab_size"},
+    ),
+    process=Noise(**c["process"]),
+    objective=Method(name=method.pop("name"), options=method),
+    evaluate=Evaluation(**{**c["evaluate"], "measure": _measures(c)}),
+    optim=c["optim"],
+    batch_size=c["loader"]["batch_size"],
+    loop=loop,
+    keep=keep,
+    teacher=c["teacher"]["path"],
+    start=c["start"]["path"],
+    mesh=c["mesh"],
+    stored=json.loads(config.to_json()),
+  )
+
+
+def read_data(config: ConfigDict) -> Data:
+  """Read `config.data` alone: to prepare a corpus takes nothing else."""
+  return Data(**config.data.to_dict())
+
+
+def _measures(c) -> tuple[str, ...]:
+  """Return what is measured: `evaluate.measure`, else what suits the method."""
+  asked, teacher = tuple(c["evaluate"]["measure"]), c["teacher"]["path"]
+  if not asked:
+    return ("samples",) if teacher else ("likelihood",)
+  for name in asked:
+    check_choice("evaluate.measure", name, MEASURES)
+  if len(set(asked)) < len(asked):
+    raise InputError(f"evaluate.measure={asked} names one twice; name each once.")
+  if "samples" in asked and not teacher:
+    raise InputError(
+      "evaluate.measure: samples are compared with a teacher's, and teacher.path is empty; use "
+      "likelihood."
+    )
+  return asked
+
+
+# --- fields that would do nothing -----------------------------------------------------------------
+
+
+def network_fields(family: Family) -> tuple[str, ...]:
+  """Return the fields of `config.model` that a network reads, its name not among them."""
+  own = {field.name for field in dataclasses.fields(family.options)}
+  if "mlp_dim" in own:
+    own.add("mlp_ratio")  # where mlp_dim is 0
+  return tuple(field for field in base().model if field in own)
+
+
+def _process_fields(c, family) -> tuple[str, ...]:
+  """Return the fields of `config.process` that the chosen network and process read."""
+  name = c["name"]
+  if not family.processes:
+    return ("name",) if name == "none" else ()
+  if name == "none":  # before a training with a mask, which reads them all
+    return tuple(base().process)
+  mask_id = ("mask_id",) if name in MASKED or name not in NAMES else ()
+  power = ("power",) if c["schedule"] == "polynomial" else ()
+  return ("name", *mask_id, "schedule", *power, "eps")
+
+
+def _check_belonging(c, family) -> None:
+  """Raise InputError if a field is set that the network or the process does not read."""
+  model, process = c["model"], c["process"]
+  network = f"model.name={model['name']!r}"
+  noise = f"process.name={process['name']!r}, process.schedule={process['schedule']!r}"
+  _check_group("model", model, ("name", *network_fields(family)), network)
+  owner = noise if family.processes else network
+  _check_group("process", process, _process_fields(process, family), owner)
+
+
+def _check_group(group, fields, belong, owner):
+  """Complain about a field that would do nothing; with the value of `base` it is not set."""
+  for field, default in base()[group].items():
+    if field not in belong and fields[field] != default:
+      others = f"; fields that belong to it: {', '.join(belong)}" if belong else ""
+      raise InputError(
+        f"{group}.{field}={fields[field]!r} does nothing with {owner}; leave it at {default!r}"
+        f"{others}."
+      )
