@@ -3,7 +3,6 @@
 
 import dataclasses
 import functools
-import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -146,8 +145,7 @@ def bench_train(
     row = functools.partial(
       Row, batch=batch, timing=timing, rate=tokens / timing.seconds, unit="token/s"
     )
-    method = importlib.import_module(name if "." in name else f"dlm_jax.objectives.{name}")
-    passes = getattr(method, "PASSES", None)
+    passes = getattr(read.objective.module, "PASSES", None)
     if passes is None or "grid" not in families.of(built.model).writes:
       rows.append(row(name=f"{name} step"))
       continue

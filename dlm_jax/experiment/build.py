@@ -5,18 +5,16 @@ What can be wrong with a configuration is found in `plan` and here, before anyth
 """
 
 import dataclasses
-import importlib
 import inspect
-import pkgutil
 import typing
 from typing import Any
 
 import jax
 
-from dlm_jax import mesh, objectives, process, remote, schedules
+from dlm_jax import mesh, objectives, process, remote
 from dlm_jax.convert import places
 from dlm_jax.data import builder, sources, tokenizers
-from dlm_jax.errors import InputError, hint
+from dlm_jax.errors import InputError
 from dlm_jax.experiment.plan import Data, Plan
 from dlm_jax.train import optim
 
@@ -85,20 +83,10 @@ def make_process(plan: Plan, model: Any, blocked: tuple[int, ...] = ()) -> proce
   An absorbing one never predicts the blocked ids.
   """
   noise, family = plan.process, plan.model.family
-  name, mask_id = noise.name, noise.mask_id
-  if not family.processes or (name == "none" and name in family.processes):
+  name, mask_id, schedule = noise.name, noise.mask_id, noise.schedule
+  if schedule is None:
     return None
-  if name not in process.NAMES:
-    known = ", ".join(process.NAMES)
-    raise InputError(
-      f"process.name={name!r} is unknown{hint(name, process.NAMES)}; found: {known}."
-    )
   size = model.config.vocab_size
-  try:
-    power = {"power": noise.power} if noise.schedule == "polynomial" else {}
-    schedule = schedules.make(noise.schedule, eps=noise.eps, **power)
-  except ValueError as error:
-    raise InputError(f"process.{error}") from None
   if name not in process.MASKED:
     if not getattr(model.config, "time_conditioning", False):
       raise InputError(f"process.name={name!r} needs model.time_conditioning=True.")
@@ -118,39 +106,16 @@ def make_process(plan: Plan, model: Any, blocked: tuple[int, ...] = ()) -> proce
     raise InputError(f"process.{error}") from None
 
 
-def list_objectives() -> list[str]:
-  """Return the names of the packaged training methods: what in the folder has a `make`."""
-  names = sorted(module.name for module in pkgutil.iter_modules(objectives.__path__))
-  modules = {name: importlib.import_module(f"dlm_jax.objectives.{name}") for name in names}
-  return [name for name, module in modules.items() if hasattr(module, "make")]
-
-
 def make_objective(plan: Plan, model, proc) -> objectives.Objective:
-  """Build the training method: a file of dlm_jax/objectives, or a user's own module."""
-  name, options = plan.objective.name, plan.objective.options
-  if "." in name:
-    try:
-      module = importlib.import_module(name)
-    except ImportError as error:
-      raise InputError(f"objective.name={name!r} cannot be imported: {error}.") from None
-  else:
-    known = list_objectives()
-    if name not in known:
-      raise InputError(
-        f"objective.name={name!r} is not a file in dlm_jax/objectives; found: {', '.join(known)}."
-        + hint(name, known)
-      )
-    module = importlib.import_module(f"dlm_jax.objectives.{name}")
+  """Build the training method for a network and a process."""
+  name, options, module = plan.objective.name, plan.objective.options, plan.objective.module
   classes = getattr(module, "NETWORK", None) or _annotated(module.make)
   if classes and not isinstance(model, classes):
     names = " or a ".join(c.__name__ for c in classes)
     raise InputError(
       f"objective.name={name!r} trains a {names}, but model.name={plan.model.name!r}."
     )
-  optimizers = {
-    tree: optim.make(rates, plan.loop.steps)
-    for tree, rates in optim.per_tree(plan.optim, module.TRAINED).items()
-  }
+  optimizers = optim.for_trees(plan.optim, module.TRAINED, plan.loop.steps)
   arguments = {"model": model, "process": proc, "optimizers": optimizers, **options}
   try:
     if hasattr(module, "Options"):
@@ -179,6 +144,7 @@ class Experiment:
     plan: what was read from the configuration.
     model, process, objective: built from it.
     mesh: devices.
+    rows: (host, hosts), the equal slice of every batch that this process reads.
     shapes: of the train state.
     shardings: of the train state.
   """
@@ -188,6 +154,7 @@ class Experiment:
   process: Any
   objective: objectives.Objective
   mesh: jax.sharding.Mesh
+  rows: tuple[int, int]
   shapes: objectives.TrainState
   shardings: Any
 
@@ -203,8 +170,6 @@ def experiment(
     devices: all by default.
     blocked: ids of the data that are never predicted: its frames.
   """
-  device_mesh = mesh.make(**plan.mesh, devices=devices)
-  mesh.check_batch(device_mesh, plan.batch_size, plan.objective.options["accumulate"])
   model = make_model(plan, vocab_size)
   if plan.data.block_length and not plan.model.family.several:
     raise InputError(
@@ -216,6 +181,8 @@ def experiment(
   inputs = model_inputs(model)
   params = jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
   shapes = jax.eval_shape(objective.init, jax.random.key(0), params)
+  device_mesh = mesh.make(**plan.mesh, devices=devices)
+  mesh.check_batch(device_mesh, plan.batch_size, plan.objective.options["accumulate"])
   placed = mesh.param_shardings(device_mesh, model.axes(*inputs), params)
   return Experiment(
     plan=plan,
@@ -223,6 +190,7 @@ def experiment(
     process=proc,
     objective=objective,
     mesh=device_mesh,
+    rows=mesh.host_rows(device_mesh, plan.batch_size),
     shapes=shapes,
     shardings=mesh.state_shardings(device_mesh, placed, shapes, objective.axes),
   )

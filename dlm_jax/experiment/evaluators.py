@@ -10,8 +10,9 @@ from etils import epath
 
 from dlm_jax import convert, mesh, models, sample
 from dlm_jax.data import loader, templates, tokenizers
-from dlm_jax.evaluate import blocks, frontier, generative, likelihood
-from dlm_jax.evaluate.judge import JudgeWithTokens, load_judge
+from dlm_jax.evaluate import blocks, frontier, likelihood
+from dlm_jax.evaluate.generative import Quality
+from dlm_jax.evaluate.judge import load_judge
 from dlm_jax.experiment import several
 from dlm_jax.experiment.build import Experiment
 from dlm_jax.objectives import TrainState, output_params
@@ -20,7 +21,7 @@ from dlm_jax.train.selection import Selection
 Export = Callable[[epath.PathLike, Experiment, TrainState, int], None]
 
 
-def make(
+def chosen(
   built: Experiment, tokenizer: tokenizers.Tokenizer, export: Export, workdir: epath.PathLike
 ) -> "Samples | Likelihood | several.Several | None":
   """Return the evaluator that `config.evaluate.measure` names, several in one if it names more.
@@ -40,8 +41,7 @@ def make(
   for name in names:
     keep = several.export_nothing if made else export
     if name == "samples":
-      judge = load_judge(built.plan.evaluate.judge, tokenizer)
-      made[name] = Samples(built, judge, keep, workdir)
+      made[name] = Samples(built, tokenizer, keep, workdir)
     else:
       made[name] = Likelihood(built, keep, workdir)
   return several.Several(made) if len(made) > 1 else made[names[0]]
@@ -51,11 +51,17 @@ class Samples:
   """Measure samples during training; keep the best network in workdir/best, see `Selection`."""
 
   def __init__(
-    self, built: Experiment, judge: JudgeWithTokens, export: Export, workdir: epath.PathLike
+    self,
+    built: Experiment,
+    tokenizer: tokenizers.Tokenizer,
+    export: Export,
+    workdir: epath.PathLike,
   ):
     options = built.plan.evaluate
     frontier.checked_nfes(options.nfes)
-    self._built, self._judge, self._export = built, judge, export
+    given = built.plan.data.packing != "concatenate"
+    self._judge = load_judge(options.judge, tokenizer, given=given)
+    self._built, self._export = built, export
     self._best = epath.Path(workdir) / "best"
     self._selection = Selection(
       max_entropy_drop=options.max_entropy_drop, patience=options.patience
@@ -64,9 +70,8 @@ class Samples:
     batch = min(options.batch_size, options.samples)
     self._rounds = -(-options.samples // batch)
     self._templates = None
-    if built.plan.data.packing != "concatenate":
+    if given:
       self._templates = templates.like_validation(built.plan.data.directory, options.samples, batch)
-      generative.check_translated(judge.retokenise, self._templates.valid_NL)
 
     def draw(denoiser, rng, nfe, prompt=None, frozen=None):
       length = built.plan.data.length if prompt is None else prompt.shape[1]
@@ -120,7 +125,7 @@ class Samples:
       scores |= {f"nfe{nfe}/genppl": quality.genppl, f"nfe{nfe}/entropy": quality.entropy}
     return scores, self._selection.stop
 
-  def _measure(self, params) -> dict[str, generative.Quality]:
+  def _measure(self, params) -> dict[str, Quality]:
     options = self._built.plan.evaluate
     denoiser = models.Denoiser(self._built.model.rolled(), params)
     measured = {}

@@ -7,16 +7,19 @@ data or the devices, in `build`.
 """
 
 import dataclasses
+import importlib
 import json
+import pkgutil
+from types import ModuleType
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from dlm_jax import objectives, process, schedules
 from dlm_jax.configs.base import base
 from dlm_jax.convert import families
 from dlm_jax.convert.family import Family
-from dlm_jax.errors import InputError, check_choice, check_counts
-from dlm_jax.process import MASKED, NAMES
+from dlm_jax.errors import InputError, check_choice, check_counts, hint
 from dlm_jax.train.loop import LoopConfig
 
 MEASURES = ("samples", "likelihood")
@@ -55,20 +58,31 @@ class Network:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Noise:
-  """The forward process: `config.process`."""
+  """The forward process: `config.process`.
+
+  Attributes:
+    name: as the config has it.
+    mask_id: -1: the last row.
+    schedule: None where the network has no process, or is trained without.
+  """
 
   name: str
   mask_id: int
-  schedule: str
-  power: float
-  eps: float
+  schedule: schedules.Schedule | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Method:
-  """The training method and the options of its own: `config.objective`."""
+  """The training method: `config.objective`.
+
+  Attributes:
+    name: as the config has it.
+    module: with its `make`, a file of dlm_jax/objectives or a user's own.
+    options: of `make`.
+  """
 
   name: str
+  module: ModuleType
   options: dict[str, Any]
 
 
@@ -120,8 +134,8 @@ class Plan:
   stored: dict[str, Any]
 
 
-def read(config: ConfigDict) -> Plan:
-  """Read a configuration.
+def read(config: ConfigDict, label: str = "") -> Plan:
+  """Read a configuration; the label is for the progress line, by default the method's name.
 
   Raises:
     InputError: a name is unknown, a number impossible, or a field would do nothing.
@@ -136,12 +150,16 @@ def read(config: ConfigDict) -> Plan:
     **{"objective.accumulate": c["objective"]["accumulate"]},
     **{f"evaluate.{name}": c["evaluate"][name] for name in ("samples", "batch_size", "patience")},
   )
-  model, method, train = dict(c["model"]), dict(c["objective"]), dict(c["train"])
+  model, train = c["model"], dict(c["train"])
   family, keep = families.named(model["name"]), train.pop("keep")
   known = network_fields(family)
   _check_belonging(c, family)
   loop = LoopConfig(
-    **train, evaluate_every=c["evaluate"]["every"], seed=c["seed"], label=method["name"]
+    **train,
+    evaluate_every=c["evaluate"]["every"],
+    evaluate_start=bool(c["teacher"]["path"] or c["start"]["path"]),
+    seed=c["seed"],
+    label=label or c["objective"]["name"],
   )
   return Plan(
     seed=c["seed"],
@@ -152,8 +170,8 @@ def read(config: ConfigDict) -> Plan:
       vocab_size=model["vocab_size"],
       fields={name: model[name] for name in known if name != "vocab_size"},
     ),
-    process=Noise(**c["process"]),
-    objective=Method(name=method.pop("name"), options=method),
+    process=_noise(c["process"], family),
+    objective=_method(c["objective"]),
     evaluate=Evaluation(**{**c["evaluate"], "measure": _measures(c)}),
     optim=c["optim"],
     batch_size=c["loader"]["batch_size"],
@@ -169,6 +187,49 @@ def read(config: ConfigDict) -> Plan:
 def read_data(config: ConfigDict) -> Data:
   """Read `config.data` alone: to prepare a corpus takes nothing else."""
   return Data(**config.data.to_dict())
+
+
+def _noise(c, family) -> Noise:
+  """Return the process with its schedule."""
+  name, schedule = c["name"], None
+  if family.processes and not (name == "none" and name in family.processes):
+    if name not in process.NAMES:
+      raise InputError(
+        f"process.name={name!r} is unknown{hint(name, process.NAMES)}; found: "
+        f"{', '.join(process.NAMES)}."
+      )
+    power = {"power": c["power"]} if c["schedule"] == "polynomial" else {}
+    try:
+      schedule = schedules.make(c["schedule"], eps=c["eps"], **power)
+    except ValueError as error:
+      raise InputError(f"process.{error}") from None
+  return Noise(name=name, mask_id=c["mask_id"], schedule=schedule)
+
+
+def list_objectives() -> list[str]:
+  """Return the names of the packaged training methods: what in the folder has a `make`."""
+  names = sorted(module.name for module in pkgutil.iter_modules(objectives.__path__))
+  modules = {name: importlib.import_module(f"dlm_jax.objectives.{name}") for name in names}
+  return [name for name, module in modules.items() if hasattr(module, "make")]
+
+
+def _method(c) -> Method:
+  """Return the training method that is named, with its options."""
+  name, options = c["name"], {key: value for key, value in c.items() if key != "name"}
+  if "." in name:
+    try:
+      module = importlib.import_module(name)
+    except ImportError as error:
+      raise InputError(f"objective.name={name!r} cannot be imported: {error}.") from None
+    return Method(name=name, module=module, options=options)
+  known = list_objectives()
+  if name not in known:
+    raise InputError(
+      f"objective.name={name!r} is not a file in dlm_jax/objectives; found: {', '.join(known)}."
+      + hint(name, known)
+    )
+  module = importlib.import_module(f"dlm_jax.objectives.{name}")
+  return Method(name=name, module=module, options=options)
 
 
 def _measures(c) -> tuple[str, ...]:
@@ -206,19 +267,19 @@ def _process_fields(c, family) -> tuple[str, ...]:
     return ("name",) if name == "none" else ()
   if name == "none":  # before a training with a mask, which reads them all
     return tuple(base().process)
-  mask_id = ("mask_id",) if name in MASKED or name not in NAMES else ()
+  mask_id = ("mask_id",) if name in process.MASKED or name not in process.NAMES else ()
   power = ("power",) if c["schedule"] == "polynomial" else ()
   return ("name", *mask_id, "schedule", *power, "eps")
 
 
 def _check_belonging(c, family) -> None:
   """Raise InputError if a field is set that the network or the process does not read."""
-  model, process = c["model"], c["process"]
+  model, noise = c["model"], c["process"]
   network = f"model.name={model['name']!r}"
-  noise = f"process.name={process['name']!r}, process.schedule={process['schedule']!r}"
+  owner = f"process.name={noise['name']!r}, process.schedule={noise['schedule']!r}"
   _check_group("model", model, ("name", *network_fields(family)), network)
-  owner = noise if family.processes else network
-  _check_group("process", process, _process_fields(process, family), owner)
+  owner = owner if family.processes else network
+  _check_group("process", noise, _process_fields(noise, family), owner)
 
 
 def _check_group(group, fields, belong, owner):

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run a configured experiment: data, state, loop, evaluation, export."""
 
-import dataclasses
 import os
 from typing import Any
 
@@ -10,7 +9,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from dlm_jax import convert, mesh, remote
+from dlm_jax import convert, remote
 from dlm_jax.convert import places
 from dlm_jax.data import builder, loader, tokenizers
 from dlm_jax.errors import InputError
@@ -42,14 +41,14 @@ def train(
     InputError: anything the user can fix; nothing is left half-written.
   """
   workdir = epath.Path(workdir)
-  plan = plans.read(config)
+  plan = plans.read(config, label)
   tokenizer = open_data(plan.data).tokenizer()
   built = build.experiment(plan, tokenizer.vocab_size, blocked=tokenizer.given_ids)
   given = load_start(built, tokenizer)
   if given is None:
     given = load_teacher(built, tokenizer)
-  evaluator = evaluators.make(built, tokenizer, lambda *where: export(*where, tokenizer), workdir)
-  host, hosts = mesh.host_rows(built.mesh, plan.batch_size)
+  evaluator = evaluators.chosen(built, tokenizer, lambda *where: export(*where, tokenizer), workdir)
+  host, hosts = built.rows
   stream = loader.make(
     plan.data.directory,
     "train",
@@ -60,18 +59,24 @@ def train(
     together=built.objective.batches,
   )
   make_workdir(workdir)
-  _check_same_run(workdir, plan.stored)
+  checkpoint.check_same(workdir, plan.stored)
   with Checkpoints(workdir / "checkpoints", keep=plan.keep, config=plan.stored) as checkpoints:
-    state = _start(built, given, checkpoints, stream, evaluator)
-    step = int(state.step)
-    with Writer(workdir, resume_from=step, wandb_project=wandb) as writer:
-      if step == 0 and given is not None and evaluator is not None:
-        writer.write(0, evaluator(0, state)[0])  # what it starts from: the reference
+    state = loop.start(
+      built.objective,
+      given,
+      seed=plan.seed,
+      shapes=built.shapes,
+      shardings=built.shardings,
+      checkpoints=checkpoints,
+      loader=stream,
+      evaluator=evaluator,
+    )
+    with Writer(workdir, resume_from=int(state.step), wandb_project=wandb) as writer:
       result = loop.run(
         built.objective,
         state,
         stream,
-        config=dataclasses.replace(plan.loop, label=label) if label else plan.loop,
+        config=plan.loop,
         mesh=built.mesh,
         batch_size=plan.batch_size,
         shardings=built.shardings,
@@ -210,66 +215,6 @@ def _check_same_network(ours, theirs, whose: str):
     mine, other = (getattr(m.config, field, None) for m in (ours, theirs))
     if mine != other and not (field == "mlp_dim" and ours.config.experts):
       raise InputError(f"model.{field}={mine}, but {whose} has {other}.")
-
-
-# What makes a run this run. Of two groups, fields that change speed or frequency alone are free.
-_IDENTITY = (
-  "data",
-  "evaluate",
-  "loader",
-  "model",
-  "objective",
-  "optim",
-  "process",
-  "seed",
-  "start",
-  "teacher",
-)
-_FREE = {
-  "model": {"attention", "remat", "unroll", "embedding_gradient"},
-  "evaluate": {"every", "patience", "batch_size"},
-}
-
-
-def _check_same_run(workdir, resolved):
-  """Refuse to resume a run under a config that would make it another run."""
-  folder = workdir / "checkpoints"
-  if not (folder / "config.json").exists() or not any(f.name.isdigit() for f in folder.iterdir()):
-    return  # nothing was saved yet
-  before = checkpoint.read_config(folder)
-  for group in _IDENTITY:
-    old, new = (_fixed(group, config.get(group)) for config in (before, resolved))
-    if old != new:
-      raise InputError(
-        f"{workdir} holds a run with another config ({group}); resume it with the same one or "
-        "choose another --workdir."
-      )
-
-
-def _fixed(group, fields):
-  if not isinstance(fields, dict):
-    return fields
-  return {key: value for key, value in fields.items() if key not in _FREE.get(group, ())}
-
-
-def _start(built, teacher, checkpoints, stream, evaluator) -> TrainState:
-  """Return the state to train from: the newest checkpoint, or a fresh one."""
-  if checkpoints.latest is not None:
-    like = jax.tree.map(
-      lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
-      built.shapes,
-      built.shardings,
-    )
-    state, extra = checkpoints.restore(like)
-    stream.seek(extra["loader"])
-    if evaluator is not None:
-      evaluator.from_json(extra.get("evaluator", {}))
-    return state
-  initialise = jax.jit(built.objective.init, out_shardings=built.shardings)
-  state = initialise(loop.init_key(built.plan.seed), teacher)
-  if built.objective.check is not None:
-    built.objective.check(state)
-  return state
 
 
 def export(

@@ -42,6 +42,7 @@ class LoopConfig:
     log_every: steps between lines of metrics.
     checkpoint_every: steps between checkpoints; one is also written at the end and on SIGTERM.
     evaluate_every: steps between calls of the evaluator; 0 calls it never.
+    evaluate_start: it is also called before the first step: what a run starts from is measured.
     seed: of corruption noise, times and dropout.
     max_seconds: wall-clock after which the run ends early, as if `steps` were reached; 0 is never.
     label: shown in the progress line.
@@ -51,6 +52,7 @@ class LoopConfig:
   log_every: int = 50
   checkpoint_every: int = 1000
   evaluate_every: int = 0
+  evaluate_start: bool = False
   seed: int = 0
   max_seconds: float = 0.0
   label: str = "train"
@@ -110,6 +112,48 @@ def jit_step(objective: Objective, mesh: Mesh, shardings: Any, seed: int) -> Cal
   )
 
 
+def start(
+  objective: Objective,
+  given: Any,
+  *,
+  seed: int,
+  shapes: TrainState,
+  shardings: Any,
+  checkpoints: Checkpoints,
+  loader: Loader,
+  evaluator: Evaluator | None = None,
+) -> TrainState:
+  """Return the state to train from: of the newest checkpoint, or a fresh one.
+
+  With a checkpoint the loader and the evaluator also go on from where they were.
+
+  Args:
+    objective: the method.
+    given: parameters that a fresh state starts from, or None.
+    seed: of those that it does not get.
+    shapes: of the state.
+    shardings: a sharding per leaf of it.
+    checkpoints: where states were saved.
+    loader: see `Loader`.
+    evaluator: see `Evaluator`.
+  """
+  if checkpoints.latest is None:
+    state = jax.jit(objective.init, out_shardings=shardings)(init_key(seed), given)
+    if objective.check is not None:
+      objective.check(state)
+    return state
+  like = jax.tree.map(
+    lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
+    shapes,
+    shardings,
+  )
+  state, extra = checkpoints.restore(like)
+  loader.seek(extra["loader"])
+  if evaluator is not None:
+    evaluator.from_json(extra.get("evaluator", {}))
+  return state
+
+
 def run(
   objective: Objective,
   state: TrainState,
@@ -148,6 +192,8 @@ def run(
   step, reason, pending = int(state.step), "finished", None
   if evaluator is not None and evaluator.stop:
     return Result(state=state, step=step, reason="collapsed")  # restored after it had stopped
+  if step == 0 and config.evaluate_start and evaluator is not None:
+    writer.write(0, evaluator(0, state)[0])  # the reference
   deadline = time.monotonic() + (config.max_seconds or math.inf)
   with stop_signals() as stop, Progress(config.label, step, config.steps) as progress:
 

@@ -115,8 +115,8 @@ def test_build_a_judge():
 
 
 def test_the_folder_is_the_registry():
-  assert {"ar", "mdlm", "idlm"} <= set(build.list_objectives())
-  assert "state" not in build.list_objectives()
+  assert {"ar", "mdlm", "idlm"} <= set(plan.list_objectives())
+  assert "state" not in plan.list_objectives()
 
 
 def test_network_directory_prefers_itself_then_best_then_final(tmp_path):
