@@ -140,7 +140,7 @@ def read(config: ConfigDict, label: str = "") -> Plan:
   Raises:
     InputError: a name is unknown, a number impossible, or a field would do nothing.
   """
-  c = config.copy_and_resolve_references().to_dict()
+  c = config.to_dict()
   for field in ("steps", "log_every", "checkpoint_every", "keep"):
     if c["train"][field] < 1:
       raise InputError(f"train.{field}={c['train'][field]} must be at least 1.")
