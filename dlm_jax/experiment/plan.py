@@ -23,6 +23,11 @@ from dlm_jax.errors import InputError, check_choice, check_counts, hint
 from dlm_jax.train.loop import LoopConfig
 
 MEASURES = ("samples", "likelihood")
+_COUNTS = {  # fields that are at least 1
+  "train": ("steps", "log_every", "checkpoint_every", "keep"),
+  "objective": ("accumulate",),
+  "evaluate": ("samples", "batch_size", "patience"),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -141,15 +146,10 @@ def read(config: ConfigDict, label: str = "") -> Plan:
     InputError: a name is unknown, a number impossible, or a field would do nothing.
   """
   c = config.to_dict()
-  for field in ("steps", "log_every", "checkpoint_every", "keep"):
-    if c["train"][field] < 1:
-      raise InputError(f"train.{field}={c['train'][field]} must be at least 1.")
+  for group, counts in _COUNTS.items():
+    check_counts(**{f"{group}.{name}": c[group][name] for name in counts})
   if c["evaluate"]["every"] < 0:
     raise InputError(f"evaluate.every={c['evaluate']['every']} is negative; 0 evaluates never.")
-  check_counts(
-    **{"objective.accumulate": c["objective"]["accumulate"]},
-    **{f"evaluate.{name}": c["evaluate"][name] for name in ("samples", "batch_size", "patience")},
-  )
   model, train = c["model"], dict(c["train"])
   family, keep = families.named(model["name"]), train.pop("keep")
   known = network_fields(family)

@@ -48,14 +48,13 @@ def train(
   if given is None:
     given = load_teacher(built, tokenizer)
   evaluator = evaluators.chosen(built, tokenizer, lambda *where: export(*where, tokenizer), workdir)
-  host, hosts = built.rows
   stream = loader.make(
     plan.data.directory,
     "train",
     batch_size=plan.batch_size,
     seed=plan.seed,
-    host=host,
-    hosts=hosts,
+    host=built.rows[0],
+    hosts=built.rows[1],
     together=built.objective.batches,
   )
   make_workdir(workdir)
@@ -78,7 +77,7 @@ def train(
         stream,
         config=plan.loop,
         mesh=built.mesh,
-        batch_size=plan.batch_size,
+        rows=built.rows,
         shardings=built.shardings,
         checkpoints=checkpoints,
         writer=writer,

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from dlm_jax import mesh as meshes
 from dlm_jax.arrays import Record
@@ -160,7 +160,7 @@ def run(
   loader: Loader,
   *,
   config: LoopConfig,
-  batch_size: int,
+  rows: tuple[int, int],
   mesh: Mesh,
   shardings: Any,
   checkpoints: Checkpoints,
@@ -178,7 +178,7 @@ def run(
     state: as initialised or restored, placed by `shardings`. It is donated: do not use it again.
     loader: yields records of [local batch, L] each; already positioned.
     config: how long, and how often what.
-    batch_size: sequences per update, on all hosts together.
+    rows: (host, hosts), the slice of every batch that the loader here reads: `mesh.host_rows`.
     mesh: devices.
     shardings: a sharding per leaf of the state.
     checkpoints: where to save.
@@ -189,6 +189,7 @@ def run(
     InputError: training diverged; names the last good checkpoint.
   """
   step_function = jit_step(objective, mesh, shardings, config.seed)
+  placed = meshes.batch_sharding(mesh, leading=1)
   step, reason, pending = int(state.step), "finished", None
   if evaluator is not None and evaluator.stop:
     return Result(state=state, step=step, reason="collapsed")  # restored after it had stopped
@@ -205,7 +206,7 @@ def run(
         writer.write(done, {**values, "tokens_per_second": progress.rate})
 
     while step < config.steps and reason == "finished":
-      records = _next_records(loader, objective.batches, mesh, batch_size)
+      records = _next_records(loader, objective.batches, placed, rows)
       state, metrics = step_function(state, records)
       step += 1
       if pending is not None:
@@ -274,29 +275,29 @@ def _save(checkpoints, step, state, loader, evaluator) -> None:
   checkpoints.save(step, state, extra)
 
 
-def _next_records(loader: Loader, count: int, mesh: Mesh, batch_size: int) -> Record:
+def _next_records(
+  loader: Loader, count: int, placed: NamedSharding, rows: tuple[int, int]
+) -> Record:
   """Return records of [count, B, L], each host contributing its rows of the global batch."""
   records = [next(loader) for _ in range(count)]
   return {
-    name: _place(np.stack([record[name] for record in records]), mesh, batch_size)
+    name: _place(np.stack([record[name] for record in records]), placed, rows)
     for name in records[0]
   }
 
 
-def _place(local_UBL: np.ndarray, mesh: Mesh, batch_size: int) -> jax.Array:
+def _place(local_UBL: np.ndarray, placed: NamedSharding, rows: tuple[int, int]) -> jax.Array:
   """Split a feature over the mesh, whatever hosts its rows are on."""
-  sharding = meshes.batch_sharding(mesh, leading=1)
   if jax.process_count() == 1:
-    return jax.device_put(jnp.asarray(local_UBL), sharding)
-  updates, rows, length = local_UBL.shape
-  host, hosts = meshes.host_rows(mesh, batch_size)
+    return jax.device_put(jnp.asarray(local_UBL), placed)
+  (updates, size, length), (host, hosts) = local_UBL.shape, rows
 
   def piece(index):
-    batch = range(*index[1].indices(batch_size))
-    return local_UBL[index[0], batch.start - host * rows : batch.stop - host * rows, index[2]]
+    batch = range(*index[1].indices(size * hosts))
+    return local_UBL[index[0], batch.start - host * size : batch.stop - host * size, index[2]]
 
-  shape = (updates, rows * hosts, length)
-  return jax.make_array_from_callback(shape, sharding, piece)
+  shape = (updates, size * hosts, length)
+  return jax.make_array_from_callback(shape, placed, piece)
 
 
 class _Stop:

@@ -92,7 +92,7 @@ def _run(workdir, objective, batches, *, evaluator=None, **config):
         batches,
         config=loop.LoopConfig(**options),
         mesh=devices,
-        batch_size=8,
+        rows=(0, 1),
         shardings=shardings,
         checkpoints=checkpoints,
         writer=writer,
