@@ -22,7 +22,7 @@ import dlm_jax
 from dlm_jax import remote
 from dlm_jax.cli import main
 from dlm_jax.errors import InputError
-from dlm_jax.experiment import build
+from dlm_jax.experiment import build, plan
 
 
 class Store(DirFileSystem):
@@ -175,11 +175,12 @@ def test_a_run_through_a_store(store, capsys):
   config = tiny.config("teacher", **data)
   with config.unlocked():
     config.data.options.tests = None  # an option of the standard library; our corpus is a file
-  assert build.prepare(config, progress=False).created
+  assert build.prepare(plan.read_data(config), progress=False).created
   assert (store / "bucket" / "data" / "dataset.json").exists()
-  assert not build.prepare(config, progress=False).created
+  assert not build.prepare(plan.read_data(config), progress=False).created
   shutil.rmtree(store / "bucket" / "data")
-  assert build.prepare(config, progress=False).created, "a copy that is left is not the dataset"
+  found = build.prepare(plan.read_data(config), progress=False)
+  assert found.created, "a copy that is left is not the dataset"
   listed = fsspec.filesystem("gs").listed
   for steps in ("2", "6"):  # the second run resumes the first
     flags = tiny.flags("teacher", **data, train__steps=steps, evaluate__every="2")

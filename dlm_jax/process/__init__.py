@@ -11,6 +11,7 @@ from dlm_jax.process.score import AbsorbingScore
 from dlm_jax.process.uniform import Uniform
 
 __all__ = [
+  "MASKED",
   "NAMES",
   "Absorbing",
   "AbsorbingScore",
@@ -23,6 +24,8 @@ __all__ = [
 
 # What configs and config.json call them.
 NAMES = {"absorbing": Absorbing, "absorbing_score": AbsorbingScore, "uniform": Uniform}
+# Those that replace tokens by a mask.
+MASKED = tuple(name for name, kind in NAMES.items() if "mask_id" in kind.__dataclass_fields__)
 
 
 @runtime_checkable

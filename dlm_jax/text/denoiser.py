@@ -153,7 +153,7 @@ class Pipeline:
   def _start(self, prompt: str, length: int | None):
     """Return what is given, where it is, and how many positions there are in all."""
     tokenizer = self.tokenizer
-    if not tokenizer.given_ids:
+    if not tokenizer.framed:
       if not prompt:
         return None, None, self.length if length is None else length
       given = np.array([tokenizer.eos_id, *tokenizer.encode(prompt)], np.int32)

@@ -126,7 +126,7 @@ _CONFIG_ERRORS = [
   ("idlm", {"objective__name": "no_such.module"}, "cannot be imported"),
   ("idlm", {"objective__name": "ar"}, "trains a Causal or a Decoder, but model.name='dit'"),
   ("judge", {"objective__name": "mdlm"}, "trains a DiT, but model.name='causal'"),
-  ("idlm", {"model__name": "unet"}, "model.name='unet' is unknown; found: dit, causal, decoder"),
+  ("idlm", {"model__name": "unet"}, "model.name='unet' is unknown; found: causal, decoder, dit"),
   (
     "idlm",
     {"process__name": "absorb"},

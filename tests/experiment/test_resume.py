@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 
 from dlm_jax import mesh
 from dlm_jax.errors import InputError
-from dlm_jax.experiment import build, run
+from dlm_jax.experiment import build, plan, run
 from dlm_jax.experiment.run import train
 from dlm_jax.train import checkpoint
 
@@ -73,7 +73,7 @@ def _assert_same(straight, resumed):
 
 def _restore(workdir, step=8):
   tiny = tiny_runs.make()
-  built = build.experiment(tiny.config("idlm", **RUN), 300)
+  built = build.experiment(plan.read(tiny.config("idlm", **RUN)), 300)
   like = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=mesh.replicated(built.mesh)),
     built.shapes,

@@ -7,7 +7,7 @@ import tiny_runs
 from compiled import at_most
 
 from dlm_jax.errors import InputError
-from dlm_jax.experiment import evaluators, run, several
+from dlm_jax.experiment import evaluators, plan, run, several
 from dlm_jax.experiment.config import load_config
 from dlm_jax.objectives import TrainState
 
@@ -47,7 +47,7 @@ def test_several_are_one():
   ],
 )
 def test_names(name, text, wanted):
-  assert several.names(load_config(name, {"evaluate.measure": text})) == wanted
+  assert plan.read(load_config(name, {"evaluate.measure": text})).evaluate.measure == wanted
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_names(name, text, wanted):
 )
 def test_names_that_cannot_be(name, text, message):
   with pytest.raises(InputError, match=message):
-    several.names(load_config(name, {"evaluate.measure": text}))
+    plan.read(load_config(name, {"evaluate.measure": text}))
 
 
 def test_both_in_one_run(tmp_path, monkeypatch):

@@ -15,11 +15,11 @@ import pytest
 import tiny
 
 from dlm_jax import mesh as meshes
-from dlm_jax.experiment import build
+from dlm_jax.experiment import plan
 from dlm_jax.objectives import draw_batch, output_params
 from dlm_jax.train import loop
 
-NAMES = build.list_objectives()
+NAMES = plan.list_objectives()
 SEED, SLOW = 5, pytest.mark.slow
 every_method = pytest.mark.parametrize("name", NAMES)
 

@@ -14,7 +14,7 @@ import test_objective_contract as contract
 import tiny
 
 from dlm_jax.data.packing import pack_blocks
-from dlm_jax.experiment import build
+from dlm_jax.experiment import plan
 from dlm_jax.models import Causal, Decoder, DiT
 from dlm_jax.models.layers import Embedding, FewTokens
 from dlm_jax.objectives import ar, block_diffusion, draw_batch, idlm
@@ -82,7 +82,7 @@ def _blind(call, tokens, valid, given):
   return jnp.where(valid[None, :, None], call(tokens), 0.0)
 
 
-every_method = pytest.mark.parametrize("name", [*build.list_objectives(), "idlm_uniform"])
+every_method = pytest.mark.parametrize("name", [*plan.list_objectives(), "idlm_uniform"])
 
 
 @every_method

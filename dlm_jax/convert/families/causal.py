@@ -49,4 +49,6 @@ FAMILY = Family(
   read=read,
   describe=describe,
   **mdlm_layout.reading(mdlm_layout.causal_entries),
+  name="causal",
+  options=models.CausalConfig,
 )

@@ -166,4 +166,7 @@ FAMILY = Family(
   **mdlm_layout.reading(mdlm_layout.denoiser_entries),
   writes=("grid",),
   processes=("absorbing", "absorbing_score", "uniform"),
+  pad_row=True,
+  name="dit",
+  options=models.DiTConfig,
 )
