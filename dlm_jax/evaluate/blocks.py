@@ -13,7 +13,6 @@ from dlm_jax.errors import InputError, check_counts
 from dlm_jax.evaluate import likelihood
 from dlm_jax.objectives import block_diffusion
 from dlm_jax.process import Absorbing, BlockNoise
-from dlm_jax.process.block import FULL
 
 
 def block_elbo(
@@ -113,7 +112,6 @@ def _nats(
     batch,
     noise=noise,
     block_length=block_length,
-    interval=FULL,
     first_given=first_given,
     row_B=row_B,
     rows=rows,

@@ -34,10 +34,10 @@ _COUNTS = {  # fields that are at least 1
 class Data:
   """The corpus and how it is packed: `config.data`."""
 
-  directory: str
   source: str
   options: dict[str, Any]
   tokenizer: str
+  directory: str
   length: int
   packing: str
   buckets: tuple[int, ...]

@@ -64,11 +64,11 @@ def train(
     state = loop.start(
       built.objective,
       given,
+      stream,
       seed=plan.seed,
       shapes=built.shapes,
       shardings=built.shardings,
       checkpoints=checkpoints,
-      loader=stream,
       evaluator=evaluator,
     )
     with Writer(workdir, resume_from=int(state.step), wandb_project=wandb) as writer:

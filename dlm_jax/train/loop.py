@@ -115,12 +115,12 @@ def jit_step(objective: Objective, mesh: Mesh, shardings: Any, seed: int) -> Cal
 def start(
   objective: Objective,
   given: Any,
+  loader: Loader,
   *,
   seed: int,
   shapes: TrainState,
   shardings: Any,
   checkpoints: Checkpoints,
-  loader: Loader,
   evaluator: Evaluator | None = None,
 ) -> TrainState:
   """Return the state to train from: of the newest checkpoint, or a fresh one.
@@ -130,11 +130,11 @@ def start(
   Args:
     objective: the method.
     given: parameters that a fresh state starts from, or None.
-    seed: of those that it does not get.
+    loader: see `Loader`.
+    seed: of the parameters that it is not given.
     shapes: of the state.
     shardings: a sharding per leaf of it.
     checkpoints: where states were saved.
-    loader: see `Loader`.
     evaluator: see `Evaluator`.
   """
   if checkpoints.latest is None:

@@ -78,11 +78,11 @@ def _run(workdir, objective, batches, *, evaluator=None, **config):
     state = loop.start(
       objective,
       None,
+      batches,
       seed=0,
       shapes=like,
       shardings=shardings,
       checkpoints=checkpoints,
-      loader=batches,
       evaluator=evaluator,
     )
     with writers.Writer(workdir, resume_from=int(state.step), tensorboard=False) as writer:
