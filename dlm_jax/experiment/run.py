@@ -77,7 +77,6 @@ def train(
         state,
         stream,
         config=plan.loop,
-        mesh=built.mesh,
         rows=built.rows,
         shardings=built.shardings,
         checkpoints=checkpoints,

@@ -161,7 +161,6 @@ def run(
   *,
   config: LoopConfig,
   rows: tuple[int, int],
-  mesh: Mesh,
   shardings: Any,
   checkpoints: Checkpoints,
   writer: Writer,
@@ -179,8 +178,7 @@ def run(
     loader: yields records of [local batch, L] each; already positioned.
     config: how long, and how often what.
     rows: (host, hosts), the slice of every batch that the loader here reads: `mesh.host_rows`.
-    mesh: devices.
-    shardings: a sharding per leaf of the state.
+    shardings: a `NamedSharding` per leaf of the state, all over one mesh.
     checkpoints: where to save.
     writer: where metrics go.
     evaluator: see `Evaluator`.
@@ -188,6 +186,7 @@ def run(
   Raises:
     InputError: training diverged; names the last good checkpoint.
   """
+  mesh = jax.tree.leaves(shardings)[0].mesh
   step_function = jit_step(objective, mesh, shardings, config.seed)
   placed = meshes.batch_sharding(mesh, leading=1)
   step, reason, pending = int(state.step), "finished", None

@@ -91,7 +91,6 @@ def _run(workdir, objective, batches, *, evaluator=None, **config):
         state,
         batches,
         config=loop.LoopConfig(**options),
-        mesh=devices,
         rows=(0, 1),
         shardings=shardings,
         checkpoints=checkpoints,
