@@ -45,7 +45,7 @@ def network():
   return model, tree.unflatten(moved), variables["spectral"]
 
 
-@pytest.mark.parametrize("variant", "ab")
+@pytest.mark.parametrize("variant", ["a", pytest.param("b", marks=pytest.mark.slow)])
 def test_golden_scores(golden, variant):
   vectors, config = golden(f"didi_rgas__{variant}")
   critic = recorded_critic(vectors, config)
@@ -55,7 +55,7 @@ def test_golden_scores(golden, variant):
   np.testing.assert_allclose(critic(x, sigma), wanted, rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("variant", "ab")
+@pytest.mark.parametrize("variant", ["a", pytest.param("b", marks=pytest.mark.slow)])
 def test_golden_power_step(golden, variant):
   """One training forward pass: u, v and the output are those of the published hook."""
   vectors, _ = golden(f"didi_rgas__{variant}")

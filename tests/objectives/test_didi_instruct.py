@@ -158,6 +158,7 @@ def test_what_moves():
   assert 0 <= metrics["discriminator/real_accuracy"] <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "options",
   [
@@ -236,6 +237,7 @@ def test_groups_share_prompts():
   assert didi_instruct.share_prompts(plain, Options()) is plain
 
 
+@pytest.mark.slow
 def test_chunks_change_nothing():
   """Of the rollout's draws, its terms and their gradient."""
   model, params = tiny.network(dropout=0.0)

@@ -10,7 +10,9 @@ import tiny
 
 from dlm_jax.objectives import dcd, sdtt
 
-every_method = pytest.mark.parametrize("method", [dcd, sdtt], ids=["dcd", "sdtt"])
+every_method = pytest.mark.parametrize(
+  "method", [pytest.param(dcd, marks=pytest.mark.slow), sdtt], ids=["dcd", "sdtt"]
+)
 
 
 @every_method

@@ -105,7 +105,7 @@ class Recorded:
     )
 
 
-@pytest.fixture(params="ab")
+@pytest.fixture(params=["a", pytest.param("b", marks=pytest.mark.slow)])
 def recorded(request, golden):
   return Recorded(*golden(f"idlm_mdlm__{request.param}"))
 
@@ -209,7 +209,8 @@ def test_golden_prompted(recorded):
   assert not np.any(gradient[~valid])
 
 
-@pytest.mark.parametrize("chunk", [4, *(pytest.param(c, marks=pytest.mark.slow) for c in (1, 100))])
+@pytest.mark.slow
+@pytest.mark.parametrize("chunk", [4, 1, 100])
 def test_chunks_change_nothing(golden, chunk):
   r = Recorded(*golden("idlm_mdlm__a"))
   for function, tree in ((r.gap, "student"), (r.cross_entropy, "fake")):
@@ -466,6 +467,7 @@ def test_averages_of_student_and_fake():
     )
 
 
+@pytest.mark.slow
 def test_dropout_roles():
   """Dropout acts on the tree that is trained, and on no other."""
   model, params = tiny.network(dropout=0.5)

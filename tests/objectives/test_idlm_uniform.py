@@ -122,6 +122,7 @@ def test_golden_fake_objective(recorded):
   _compare_gradient(r, gradient, "grad_fakeobj_loss_mean_wrt_fake")
 
 
+@pytest.mark.slow
 def test_chunks_change_nothing(recorded):
   r = recorded
   whole = _gradient(r.generator, r.params["student"])
@@ -131,6 +132,7 @@ def test_chunks_change_nothing(recorded):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * max(1.0, scale))
 
 
+@pytest.mark.slow
 def test_the_gaussian_path_carries_gradient(golden):
   """Spec, acceptance check 6: without the path through w the gradient is another one."""
   r = Recorded(*golden("idlm_duo__a"))
@@ -254,6 +256,7 @@ def test_uniform_states_need_a_time_conditioned_network():
     idlm.make(model=blind, process=process.Uniform(vocab_size=11), optimizers=txs)
 
 
+@pytest.mark.slow
 def test_memory_stays_below_two_dense_arrays():
   """With chunks the compiled pair never holds two [B, L, V] float32 arrays."""
   length, size, batch = 64, 4096, 4

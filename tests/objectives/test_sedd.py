@@ -84,6 +84,7 @@ def test_gradient_in_closed_form():
   np.testing.assert_allclose(jax.grad(total)(logits), wanted, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_minimiser_is_the_posterior():
   """Two tokens, four sequences: Newton on the exact expected loss ends at p(x₀ | xₜ)."""
   size, mask, t = 3, 2, jnp.float32(0.6)

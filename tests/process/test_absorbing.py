@@ -332,7 +332,7 @@ def _process(config):
   return _absorbing(vocab_size=config["V"], mask_id=config["mask_index"])
 
 
-@pytest.mark.parametrize("variant", "ab")
+@pytest.mark.parametrize("variant", ["a", pytest.param("b", marks=pytest.mark.slow)])
 def test_golden_mdlm_losses(golden, variant):
   vectors, config = golden(f"mdlm_losses__{variant}")
   proc = _process(config)
@@ -352,7 +352,7 @@ def test_golden_mdlm_losses(golden, variant):
   np.testing.assert_allclose(gradient, recorded, rtol=1e-4, atol=1e-6 * np.abs(recorded).max())
 
 
-@pytest.mark.parametrize("variant", "ab")
+@pytest.mark.parametrize("variant", ["a", pytest.param("b", marks=pytest.mark.slow)])
 def test_golden_posteriors(golden, variant):
   vectors, config = golden(f"mdlm_losses__{variant}")
   proc = _process(config)
@@ -371,7 +371,7 @@ def test_golden_posteriors(golden, variant):
   )
 
 
-@pytest.mark.parametrize("variant", "ab")
+@pytest.mark.parametrize("variant", ["a", pytest.param("b", marks=pytest.mark.slow)])
 def test_golden_dit_mdlm_subs_and_loss(golden, variant):
   vectors, config = golden(f"dit_mdlm__{variant}")
   proc = _process(config)
@@ -388,7 +388,7 @@ def test_golden_dit_mdlm_subs_and_loss(golden, variant):
   np.testing.assert_allclose(mean, vectors["mean_token_nll"], rtol=1e-5)
 
 
-@pytest.mark.parametrize("variant", "ab")
+@pytest.mark.parametrize("variant", ["a", pytest.param("b", marks=pytest.mark.slow)])
 def test_golden_idlm_nll_soft(golden, variant):
   """Σ nll_soft(teacher) − nll_soft(fake) is the generator loss; its p-gradient is the advantage.
 
