@@ -19,7 +19,7 @@ def test_operations_are_those_that_the_compiler_counts():
     vocab_size=512, dim=64, cond_dim=8, layers=2, heads=2, length=64, dtype="float32", unroll=2
   )
   model, tokens, sigma = DiT(cfg), jnp.zeros((4, 64), jnp.int32), jnp.zeros(4)
-  params = model.init(jax.random.key(0), tokens, sigma)["params"]
+  params = jax.eval_shape(model.init, jax.random.key(0), tokens, sigma)["params"]
   program = jax.jit(model.apply).lower({"params": params}, tokens, sigma).compile()
   counted = program.cost_analysis()["flops"]
   # The compiler's count has norms, softmax, GELU and rotary besides.

@@ -38,7 +38,7 @@ def recorded_critic(vectors, config, trained_layers=1):
 @pytest.fixture(scope="module")
 def network():
   model = Discriminator(CONFIG, trained_layers=2)
-  variables = model.init(jax.random.key(0), TOKENS, SIGMA)
+  variables = jax.jit(model.init)(jax.random.key(0), TOKENS, SIGMA)
   leaves, tree = jax.tree.flatten(variables["params"])
   keys = jax.random.split(jax.random.key(1), len(leaves))
   moved = [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
@@ -91,7 +91,7 @@ def test_golden_power_step(golden, variant):
 def test_a_fresh_head_is_normalised():
   """Without a single power step the largest singular values are about 1: the start iterates."""
   model = Discriminator(CONFIG, trained_layers=1)
-  variables = model.init(jax.random.key(3), TOKENS, SIGMA)
+  variables = jax.jit(model.init)(jax.random.key(3), TOKENS, SIGMA)
   for name in ("expand", "contract"):
     kernel = variables["params"]["head"][name]["kernel"]
     u, v = (variables["spectral"]["head"][name][key] for key in "uv")
@@ -119,7 +119,9 @@ def test_training_gradient_stops_below_the_trained_blocks(network):
       model.apply({"params": params, "spectral": spectral}, TOKENS, SIGMA, frozen=frozen) ** 2
     )
 
-  whole, part = (jax.grad(total)(params, frozen) for frozen in (False, True))
+  whole, part = (
+    jax.jit(jax.grad(total), static_argnums=1)(params, frozen) for frozen in (False, True)
+  )
   for name in discriminator.FROZEN:
     assert all(np.all(x == 0) for x in jax.tree.leaves(part[name])), name
     assert any(np.any(x != 0) for x in jax.tree.leaves(whole[name])), name

@@ -105,7 +105,7 @@ class Recorded:
     )
 
 
-@pytest.fixture(params=["a", pytest.param("b", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=["a", pytest.param("b", marks=pytest.mark.slow)])
 def recorded(request, golden):
   return Recorded(*golden(f"idlm_mdlm__{request.param}"))
 
@@ -401,6 +401,7 @@ def test_no_gradient_at_the_start():
     assert not np.any(leaf)
 
 
+@pytest.mark.slow
 def test_no_gradient_until_the_fake_has_moved():
   """Compiled, teacher and fake may be fused, and so rounded, differently: 0 up to that."""
   objective, params = _objective()
@@ -446,6 +447,7 @@ def test_fake_first_each_on_its_own_batch():
   np.testing.assert_allclose(metrics["student/grad_norm"], norm, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_one_batch_serves_both():
   objective, params = _objective()
   state, batch = objective.init(jax.random.key(0), params), tiny.batch(3)
@@ -458,7 +460,7 @@ def test_averages_of_student_and_fake():
   """At step n the rate is min(decay, (1 + n)/(10 + n)): 2/11 at the first."""
   objective, params = _objective()
   state = objective.init(jax.random.key(0), params)
-  after, _ = objective.step(state, tiny.batch(1))
+  after, _ = objective.step(state, (tiny.batch(1), tiny.batch(1)))
   assert set(after.ema) == {"student", "fake"}
   for tree in after.ema:
     wanted = jax.tree.map(lambda a, b: a * 2 / 11 + b * 9 / 11, params, after.trees[tree])

@@ -79,7 +79,7 @@ class Recorded:
     return idlm.cross_entropy(fake, sample, self.batch, student=student, states=states)
 
 
-@pytest.fixture(params=["a", pytest.param("b", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=["a", pytest.param("b", marks=pytest.mark.slow)])
 def recorded(request, golden):
   return Recorded(*golden(f"idlm_duo__{request.param}"))
 
@@ -201,7 +201,7 @@ def _tiny(length=8, size=11, **options):
     )
   )
   rng = jax.random.key(0)
-  params = model.init(rng, jnp.zeros((1, length), jnp.int32), jnp.zeros(1))["params"]
+  params = jax.jit(model.init)(rng, jnp.zeros((1, length), jnp.int32), jnp.zeros(1))["params"]
   leaves, tree = jax.tree.flatten(params)
   keys = jax.random.split(rng, len(leaves))
   noisy = [x + 0.1 * jax.random.normal(key, x.shape) for x, key in zip(leaves, keys, strict=True)]
@@ -241,9 +241,14 @@ def test_prompts_are_kept_clean():
   relaxation = Relaxation(duality=process.GaussianDuality(vocab_size=11))
   states = idlm.SoftStates(model=model, process=relaxation.process, relaxation=relaxation)
   rngs = split_each(batch["rng"], 3)
-  sample = states.rollout(params, batch, rngs=rngs, dropout_B=None)
-  z, _ = states.read(params, sample, batch, (params,), (None,))
-  np.testing.assert_array_equal(sample.x_gen[:, :3], tokens[:, :3])
+
+  @jax.jit
+  def run(params, batch, rngs):
+    sample = states.rollout(params, batch, rngs=rngs, dropout_B=None)
+    return sample.x_gen, states.read(params, sample, batch, (params,), (None,))[0]
+
+  x_gen, z = run(params, batch, rngs)
+  np.testing.assert_array_equal(x_gen[:, :3], tokens[:, :3])
   np.testing.assert_array_equal(z[:, :3], tokens[:, :3])
   assert (z[:, 3:] != tokens[:, 3:]).any()
 

@@ -24,9 +24,10 @@ SEED, SLOW = 5, pytest.mark.slow
 every_method = pytest.mark.parametrize("name", NAMES)
 
 
-def _slow_for(*names):
-  """Leave some methods to slow runs: what a test shows, the others show by default."""
-  return [pytest.param(n, marks=SLOW) if n in names else n for n in NAMES]
+def some(*names):
+  """Take these methods by default and leave the others, which show the same, to slow runs."""
+  params = [n if n in names else pytest.param(n, marks=SLOW) for n in NAMES]
+  return pytest.mark.parametrize("name", params)
 
 
 def _module(name):
@@ -149,7 +150,7 @@ def test_documentation_names_a_source(name):
   assert re.search(r"Reference: .*(arXiv \d{4}\.\d{5}|\(\d{4}\))", text)
 
 
-@every_method
+@some("block_diffusion", "dcd", "mdlm")
 def test_three_steps(name):
   """Finite numbers; trained trees and their averages move, the others do not."""
   objective, _, params = _method(name)
@@ -188,7 +189,7 @@ def _moved(left, right):
   return all(np.any(a != b) for a, b in pairs)
 
 
-@every_method
+@some("idlm", "mdlm")
 def test_without_an_average(name):
   objective, _, params = _method(name, ema_decay=None)
   state = jax.eval_shape(objective.init, jax.random.key(0), params)
@@ -222,9 +223,7 @@ def test_jit_changes_nothing(name):
   _close(jax.device_get(state), _run(name)[0][1])
 
 
-@pytest.mark.parametrize(
-  "name", [n if n in ("idlm",) else pytest.param(n, marks=SLOW) for n in NAMES]
-)
+@some("mdlm")
 def test_a_scan_is_the_loop(name):
   batches = [_batches(name, step) for step in range(3)]
   stacked = jax.tree.map(lambda *x: jnp.stack(x), *batches)
@@ -235,7 +234,7 @@ def test_a_scan_is_the_loop(name):
   _close(jax.tree.map(lambda x: x[-1], metrics), last, 1e-4)
 
 
-@pytest.mark.parametrize("name", _slow_for("ar", "dcd", "duo", "mdlm", "sdtt", "sedd"))
+@some("block_diffusion")
 @pytest.mark.parametrize(
   "accumulate", [2, pytest.param(4, marks=SLOW), pytest.param(8, marks=SLOW)]
 )
@@ -247,7 +246,7 @@ def test_micro_batches_change_nothing(name, accumulate):
   assert all(np.isfinite(x) for x in metrics.values())
 
 
-@pytest.mark.parametrize("name", _slow_for("ar", "block_diffusion", "duo", "sdtt", "sedd"))
+@some("mdlm")
 @pytest.mark.parametrize("sizes", [(2, 2, 2), pytest.param((8, 1, 1), marks=SLOW)], ids=str)
 def test_eight_devices_change_nothing(name, sizes):
   states, metrics, used = _run(name, sizes)
