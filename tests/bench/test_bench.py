@@ -95,7 +95,10 @@ def test_steps_are_compared_with_their_passes(tiny, capsys, tmp_path, name, rows
 
 
 def test_the_loader_is_timed(tiny, capsys):
-  assert main(["bench", "loader", *tiny_runs.make().flags("teacher"), "--batch_size=8"]) == 0
+  assert (
+    main(["bench", "loader", *tiny_runs.make().flags("teacher"), "--batch_size=8", "--repeats=2"])
+    == 0
+  )
   assert "| loader  |     8 |" in capsys.readouterr().out
 
 

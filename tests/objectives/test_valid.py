@@ -142,12 +142,14 @@ def _decoder():
   return tiny.network(Decoder, length=16)
 
 
+@jax.jit
 def _next_tokens(record):
   model, params = _decoder()
   value = ar.loss(params, draw_batch(record, jax.random.key(0)), model=model)[0]
   return value * record["valid"].sum()
 
 
+@jax.jit
 def _blocks(record):
   """Blocks of one token are all masked: no noise is drawn."""
   model, params = _decoder()
@@ -169,7 +171,7 @@ def test_what_shares_a_row_is_apart(total):
   assert total({**shared, "tokens": shared["tokens"].at[:, 0].set(8)}) != total(shared)
 
 
-@pytest.mark.parametrize("kind", [Causal, Decoder])
+@pytest.mark.parametrize("kind", [pytest.param(Causal, marks=pytest.mark.slow), Decoder])
 @pytest.mark.parametrize("method", [ar, block_diffusion])
 def test_poisoned_padding_trains_the_same_parameters(method, kind):
   if method is block_diffusion and kind is Causal:
@@ -195,6 +197,7 @@ def test_a_causal_network_takes_no_shared_rows():
     ar.loss(params, draw_batch(_row(DOCUMENTS, 16), jax.random.key(0)), model=model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ar", "block_diffusion"])
 def test_micro_batches_of_uneven_rows_change_nothing(name):
   """Rows with more valid tokens weigh more, whatever the micro-batch that they are in."""
