@@ -55,7 +55,7 @@ def forget():
     gc.collect()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def golden():
   """Return a loader: golden("dit_mdlm__a") -> (dict of numpy arrays, config dict)."""
   from safetensors import safe_open
@@ -68,7 +68,7 @@ def golden():
   return load
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def golden_dit(golden):
   """Return a loader: name -> (arrays, config, float32 DiT, its recorded parameters)."""
   import golden_networks

@@ -160,6 +160,7 @@ def test_cached_decode_equals_uncached(name):
   assert toy.MASK not in np.asarray(tokens)
 
 
+@pytest.mark.slow
 def test_folded_equals_separate():
   """9.2-d: folding changes passes, neither tokens nor log-probabilities nor what is cached."""
   model, params, options, folded = _case("static")
@@ -234,6 +235,7 @@ def test_rows_do_not_depend_on_their_batch():
   assert len(np.unique(info.lengths_B)) > 1  # rows end at different rounds
 
 
+@pytest.mark.slow
 def test_rows_that_are_done_stay_as_they_are():
   """9.5-e: after its end nothing of a row changes, and limits hold row by row."""
   params = toy.script(jnp.arange(WINDOW + 2) % 11 + 1)

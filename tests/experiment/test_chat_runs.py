@@ -75,6 +75,7 @@ def _dry(folder):
   return [f"--config.{key}={value}" for key, value in _fields(folder, "teacher").items()]
 
 
+@pytest.mark.slow
 def test_a_student_keeps_the_prompts(folder, tmp_path, monkeypatch):
   """Every sample that is judged in training is a validation prompt with an answer of its own."""
   seen, quality = [], JudgeWithTokens.quality

@@ -108,6 +108,7 @@ def test_a_teacher_keeps_what_it_needs_to_be_sampled(folder, teacher):
   assert pipe.process.blocked == GIVEN and pipe.buckets == (8, 16)
 
 
+@pytest.mark.slow
 def test_resume_is_bitwise(folder, teacher, tmp_path):
   short = config(folder, "teacher", evaluate__every="3", train__steps="4")
   train(short, tmp_path)

@@ -63,6 +63,7 @@ def test_names_that_cannot_be(name, text, message):
     plan.read(load_config(name, {"evaluate.measure": text}))
 
 
+@pytest.mark.slow
 def test_both_in_one_run(tmp_path, monkeypatch):
   """Both are written at every evaluation, and the likelihood alone says when best/ is kept."""
   kept = []

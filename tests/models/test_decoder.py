@@ -364,7 +364,9 @@ _MESHES = [(1, 1, 8), (2, 2, 2)]
 
 
 @pytest.mark.parametrize("sizes", _MESHES, ids=["tensor=8", "2x2x2"])
-@pytest.mark.parametrize("changes", [{}, tiny.EXPERTS], ids=["dense", "experts"])
+@pytest.mark.parametrize(
+  "changes", [{}, pytest.param(tiny.EXPERTS, marks=pytest.mark.slow)], ids=["dense", "experts"]
+)
 def test_eight_devices_are_one(sizes, changes):
   """Heads, feed-forward width and vocabulary sharded, with a cache: the same float32 numbers."""
   config = dataclasses.replace(tiny.DENSE, layers=2, heads=8, kv_heads=4, **changes)

@@ -11,7 +11,9 @@ from compiled import at_most
 
 from dlm_jax.objectives import dcd, sdtt
 
-every_method = pytest.mark.parametrize("method", [dcd, sdtt], ids=["dcd", "sdtt"])
+every_method = pytest.mark.parametrize(
+  "method", [pytest.param(dcd, marks=pytest.mark.slow), sdtt], ids=["dcd", "sdtt"]
+)
 
 
 @every_method

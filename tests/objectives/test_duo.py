@@ -125,7 +125,7 @@ def _integrand(logits, z, x0, alpha, dalpha):
   return (dalpha / (size * alpha) * inner)[..., 0]
 
 
-@pytest.mark.parametrize("prompted", [False, True])
+@pytest.mark.parametrize("prompted", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_hard_loss_by_hand(prompted):
   batch, valid = tiny.prompted_batch(prompted)
   (value, (metrics, extra)), _ = _run(batch)
@@ -145,6 +145,7 @@ def test_hard_loss_by_hand(prompted):
   assert extra is None
 
 
+@pytest.mark.slow
 def test_soft_loss_by_hand():
   batch = tiny.batch()
   (value, _), _ = _run(batch, 3, curriculum=CURRICULUM)
@@ -196,7 +197,8 @@ def test_the_switch(monkeypatch):
   )
 
 
-@pytest.mark.parametrize("step", [3, pytest.param(5, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [3, 5])
 def test_chunks_change_nothing(step):
   batch = tiny.batch()
   whole, wanted = _run(batch, step, curriculum=CURRICULUM)
@@ -218,6 +220,7 @@ def _make(tx=None, **options):
   return objective, objective.init(jax.random.key(0), params)
 
 
+@pytest.mark.slow
 def test_micro_batches_across_the_switch():
   """Two steps, one soft and one hard."""
   options = {"curriculum_start": 0, "curriculum_end": 1}
@@ -231,6 +234,7 @@ def test_micro_batches_across_the_switch():
   jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), *ends)
 
 
+@pytest.mark.slow
 def test_no_curriculum_is_plain_training():
   objective, state = _make(curriculum_start=0, curriculum_end=0)
   _, metrics = jax.jit(objective.step)(state, tiny.batch())

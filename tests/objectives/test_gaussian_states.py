@@ -63,7 +63,9 @@ def _predictions(network, relaxation, sharpness, valid, chunk=2):
   return run, (table, hidden, params)
 
 
-@pytest.mark.parametrize("sharpness", [0.0, 0.5, 3.0])
+@pytest.mark.parametrize(
+  "sharpness", [0.5, *(pytest.param(x, marks=pytest.mark.slow) for x in (0.0, 3.0))]
+)
 def test_few_entries_of_predictions_are_all(network, sharpness):
   valid = jnp.arange(L)[None] >= jnp.asarray([0, 1, 2])[:, None]
   found = []
@@ -110,6 +112,7 @@ def test_a_constant_prediction_is_made_once(network):
   assert str(jax.make_jaxpr(jax.grad(run))(params)).count("= acos") == 1
 
 
+@pytest.mark.slow
 def test_duo_trains_on_few_entries(network):
   """The soft phase inside its branch, with gradients, in chunks and whole."""
   model, params = network

@@ -87,7 +87,7 @@ class Recorded:
     )
 
 
-@pytest.fixture(params="ab")
+@pytest.fixture(scope="module", params=["a", pytest.param("b", marks=pytest.mark.slow)])
 def recorded(request, golden):
   return Recorded(*golden(f"idlm_mdlm__{request.param}"))
 
@@ -193,7 +193,8 @@ def test_golden_prompted(recorded):
   assert not np.any(gradient[~valid])
 
 
-@pytest.mark.parametrize("chunk", [4, *(pytest.param(c, marks=pytest.mark.slow) for c in (1, 100))])
+@pytest.mark.slow
+@pytest.mark.parametrize("chunk", [4, 1, 100])
 def test_chunks_change_nothing(golden, chunk):
   r = Recorded(*golden("idlm_mdlm__a"))
   for function, tree in ((r.gap, "student"), (r.cross_entropy, "fake")):
@@ -384,6 +385,7 @@ def test_no_gradient_at_the_start():
     assert not np.any(leaf)
 
 
+@pytest.mark.slow
 def test_no_gradient_until_the_fake_has_moved():
   """Compiled, teacher and fake may be fused, and so rounded, differently: 0 up to that."""
   objective, params = _objective()
@@ -429,6 +431,7 @@ def test_fake_first_each_on_its_own_batch():
   np.testing.assert_allclose(metrics["student/grad_norm"], norm, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_one_batch_serves_both():
   objective, params = _objective()
   state, batch = objective.init(jax.random.key(0), params), tiny.batch(3)
@@ -441,7 +444,7 @@ def test_averages_of_student_and_fake():
   """At step n the rate is min(decay, (1 + n)/(10 + n)): 2/11 at the first."""
   objective, params = _objective()
   state = objective.init(jax.random.key(0), params)
-  after, _ = objective.step(state, tiny.batch(1))
+  after, _ = objective.step(state, (tiny.batch(1), tiny.batch(1)))
   assert set(after.ema) == {"student", "fake"}
   for tree in after.ema:
     wanted = jax.tree.map(lambda a, b: a * 2 / 11 + b * 9 / 11, params, after.trees[tree])
@@ -450,6 +453,7 @@ def test_averages_of_student_and_fake():
     )
 
 
+@pytest.mark.slow
 def test_dropout_roles():
   """Dropout acts on the tree that is trained, and on no other."""
   model, params = tiny.network(dropout=0.5)

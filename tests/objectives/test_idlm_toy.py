@@ -230,7 +230,9 @@ class Toy:
 # --- what distillation does ----------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=["absorbing", "uniform"])
+@pytest.fixture(
+  scope="module", params=["absorbing", pytest.param("uniform", marks=pytest.mark.slow)]
+)
 def toy(request):
   return Toy(request.param)
 
@@ -271,6 +273,7 @@ def test_student_approaches_the_data(toy):
   assert after["2-step"] < 0.8 * before["2-step"]
 
 
+@pytest.mark.slow
 def test_wrong_sign_diverges(toy):
   before = toy.distances(toy.teacher)
   after = toy.distances(toy.train(-1.0, jax.random.key(0)))

@@ -56,7 +56,7 @@ class Recorded:
     return sdtt.Rollout(hidden, self.times, chosen)
 
 
-@pytest.fixture(scope="module", params="ab")
+@pytest.fixture(scope="module", params=["a", pytest.param("b", marks=pytest.mark.slow)])
 def reference(request):
   path = pathlib.Path(__file__).parents[1] / "golden" / f"sdtt__{request.param}.safetensors"
   with safe_open(path, framework="numpy") as file:
@@ -236,9 +236,10 @@ def test_corrupted_batch():
   assert _run(nothing)[0][0] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "options",
-  [{}, pytest.param({"divergence": "mse", "published_times": True}, marks=pytest.mark.slow)],
+  [{}, {"divergence": "mse", "published_times": True}],
   ids=str,
 )
 def test_chunks_change_nothing(options):

@@ -76,9 +76,10 @@ def test_gradient_in_closed_form():
   wanted = (np.exp(logits) / (tiny.V - 1) - np.eye(tiny.V)[x0]) / 0.3
   wanted[:, M] = 0
   wanted[1] = 0
-  np.testing.assert_allclose(jax.grad(total)(logits), wanted, rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(jax.jit(jax.grad(total))(logits), wanted, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_minimiser_is_the_posterior():
   """Two tokens, four sequences: Newton on the exact expected loss ends at p(x₀ | xₜ)."""
   size, mask, t = 3, 2, jnp.float32(0.6)

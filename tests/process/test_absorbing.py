@@ -300,14 +300,14 @@ def _process(config):
   return _absorbing(vocab_size=config["V"], mask_id=config["mask_index"])
 
 
-@pytest.mark.parametrize("variant", "ab")
+@pytest.mark.parametrize("variant", ["a", pytest.param("b", marks=pytest.mark.slow)])
 def test_golden_mdlm_losses(golden, variant):
   vectors, config = golden(f"mdlm_losses__{variant}")
   proc = _process(config)
   recorded_losses.check(proc, vectors, "nll_per_token", nll_atol=1e-5, gradient_atol=1e-6)
 
 
-@pytest.mark.parametrize("variant", "ab")
+@pytest.mark.parametrize("variant", ["a", pytest.param("b", marks=pytest.mark.slow)])
 def test_golden_posteriors(golden, variant):
   vectors, config = golden(f"mdlm_losses__{variant}")
   proc = _process(config)
@@ -326,7 +326,7 @@ def test_golden_posteriors(golden, variant):
   )
 
 
-@pytest.mark.parametrize("variant", "ab")
+@pytest.mark.parametrize("variant", ["a", pytest.param("b", marks=pytest.mark.slow)])
 def test_golden_dit_mdlm_subs_and_loss(golden, variant):
   vectors, config = golden(f"dit_mdlm__{variant}")
   proc = _process(config)
@@ -343,7 +343,7 @@ def test_golden_dit_mdlm_subs_and_loss(golden, variant):
   np.testing.assert_allclose(mean, vectors["mean_token_nll"], rtol=1e-5)
 
 
-@pytest.mark.parametrize("variant", "ab")
+@pytest.mark.parametrize("variant", ["a", pytest.param("b", marks=pytest.mark.slow)])
 def test_golden_idlm_nll_soft(golden, variant):
   """Σ nll_soft(teacher) − nll_soft(fake) is the generator loss; its p-gradient is the advantage.
 

@@ -374,7 +374,7 @@ def test_float32_error_for_a_distribution(scale, sharpness, t):
 # --- golden vectors ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("variant", "ab")
+@pytest.mark.parametrize("variant", ["a", pytest.param("b", marks=pytest.mark.slow)])
 def test_golden_losses(golden, variant):
   vectors, config = golden(f"udlm_losses__{variant}")
   proc = _uniform(vocab_size=config["V"])
@@ -385,7 +385,7 @@ def test_golden_losses(golden, variant):
   np.testing.assert_allclose(network, vectors["network_nll_per_token"], rtol=2e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("variant", "ab")
+@pytest.mark.parametrize("variant", ["a", pytest.param("b", marks=pytest.mark.slow)])
 def test_golden_posteriors(golden, variant):
   vectors, config = golden(f"udlm_losses__{variant}")
   with jax.enable_x64(True):

@@ -85,6 +85,7 @@ def test_no_mask_is_left_and_given_tokens_stay(noise_removal):
   assert np.all(tokens != toy.MASK)
 
 
+@pytest.mark.slow
 def test_a_sequence_depends_on_its_own_key_only_and_no_key_is_used_twice():
   given = {"length": L, "steps": 3, "sampler": "analytic"}
   with jax.debug_key_reuse(True):
@@ -96,7 +97,7 @@ def test_a_sequence_depends_on_its_own_key_only_and_no_key_is_used_twice():
 # --- recorded numbers ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("variant", "ab")
+@pytest.mark.parametrize("variant", ["a", pytest.param("b", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
   "entry,names",
   [

@@ -15,7 +15,7 @@ from dlm_jax.errors import InputError
 from dlm_jax.models import Critic, Denoiser, Discriminator, DiT, DiTConfig
 from dlm_jax.sample import _rgas
 
-every_variant = pytest.mark.parametrize("variant", "ab")
+every_variant = pytest.mark.parametrize("variant", ["a", pytest.param("b", marks=pytest.mark.slow)])
 
 
 # --- recorded steps -----------------------------------------------------------------------------
@@ -286,6 +286,7 @@ def test_cost():
   assert sample.evaluations(steps=7)["student"] == 7
 
 
+@pytest.mark.slow
 def test_prompts_keys_and_batches():
   given = {
     "length": 6,
@@ -303,6 +304,7 @@ def test_prompts_keys_and_batches():
   assert np.all(eight[:, 0] == 1) and np.all(eight[:, 2] == 0) and np.all(eight != toy.MASK)
 
 
+@pytest.mark.slow
 def test_tilting_makes_no_dense_array():
   """Peak memory of a tilted step stays below one float32 [B, L, V]."""
   batch, length, vocabulary = 4, 256, 4096

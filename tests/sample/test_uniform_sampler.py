@@ -125,7 +125,9 @@ def _plain_samples(steps):
   return _generate(steps=steps)
 
 
-@pytest.mark.parametrize("steps", [1, 2, 3, 8])
+@pytest.mark.parametrize(
+  "steps", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 3, 8))]
+)
 def test_law_of_the_reverse_chain(steps):
   law = toy.chain_law(_toy(L), PROC, L, steps)
   assert toy.p_value(_plain_samples(steps), law) > FOLLOWS
@@ -156,7 +158,9 @@ def test_the_network_is_given_sigma_of_the_step():
   assert toy.p_value(tokens, toy.chain_law(toy.make(L, seed=3), PROC, L, 3)) < DIFFERS
 
 
-@pytest.mark.parametrize("options", [{"temperature": 0.5}, {"nucleus": 0.7}])
+@pytest.mark.parametrize(
+  "options", [{"temperature": 0.5}, pytest.param({"nucleus": 0.7}, marks=pytest.mark.slow)]
+)
 def test_sharpening_acts_on_the_prediction_of_the_clean_token(options):
   denoiser = toy.make(L, seed=5, scale=1.0)
   tokens = _generate(denoiser, steps=3, **options)
