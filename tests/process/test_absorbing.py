@@ -120,7 +120,6 @@ def test_law_of_corrupt_probs(schedule, mask):
   assert _chi_square(tokens, _law(rows, float(schedule.alpha(0.55)), 4, mask), 4) < DIFFERS
 
 
-@pytest.mark.slow
 def test_corrupt_probs_keeps_rare_tokens_at_late_times():
   """20,000 tokens share 20 % of p₀. At α = 0.0035 a token has 3.5e-8 of the mixture's weight."""
   vocabulary, rare = 20_004, 20_000
