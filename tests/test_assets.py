@@ -128,6 +128,7 @@ def test_the_judge_knows_held_out_text(judge, held_out):
   assert 2 < scores["perplexity"] < 25
 
 
+@pytest.mark.slow
 def test_the_teacher_knows_held_out_text(pipe, held_out):
   assert isinstance(pipe.denoiser, models.Denoiser)
   scores = likelihood.elbo(pipe.denoiser, pipe.process, held_out, jax.random.key(0), batch_size=32)

@@ -97,7 +97,8 @@ def test_bytes_of_experts_are_of_those_visited():
   assert weights.weight_bytes(config, params, 1) == round(everything - experts * 3 / 5)
 
 
-@pytest.mark.parametrize("storage", ["stacked", pytest.param("fused", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("storage", ["stacked", "fused"])
 def test_random_weights_exist_in_one_type_only(storage, monkeypatch):
   """Nothing as large as a weight is made in float32, and the logits are not all alike."""
   config = dataclasses.replace(SMALL, storage=storage, dtype="bfloat16", dim=64)

@@ -436,6 +436,7 @@ def _compiled_script(fold, stop_ids):
   return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", _one(10, [8, 10]))
 def test_boundaries(window):
   """9.5-f: all prompt lengths from none to a full window, all limits; no cache is overrun."""

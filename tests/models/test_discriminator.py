@@ -68,6 +68,7 @@ def test_golden_power_step(golden, variant):
     np.testing.assert_allclose(effective.T, wanted, rtol=2e-5, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_a_fresh_head_is_normalised():
   """Without a single power step the largest singular values are about 1: the start iterates."""
   model = Discriminator(CONFIG, trained_layers=1)

@@ -156,6 +156,7 @@ def test_cast_leaves_float32_arithmetic_alone():
     assert leaf.dtype == (jnp.bfloat16 if matrix else jnp.float32), keys
 
 
+@pytest.mark.slow
 def test_cast_changes_no_bfloat16_output():
   """The network rounds its matrices anyway: casting them before the loop is free."""
   model, params = _tiny(dtype="bfloat16")
@@ -277,6 +278,7 @@ def test_bfloat16_is_close_to_float32():
 # --- dropout ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_no_keys_means_no_dropout():
   model, params = _tiny()
   quiet, _ = _tiny(dropout=0.0)

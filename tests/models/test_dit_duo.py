@@ -77,6 +77,7 @@ def test_golden_top_k_tokens(recorded):
   _close(logits, vectors["logits_topk"])
 
 
+@pytest.mark.slow
 def test_golden_residual_stream(recorded):
   vectors, config, model, params = recorded
   for depth in range(1, config["nb"] + 1):

@@ -96,7 +96,9 @@ def _sdar(load, name):
   return vectors, config, model, params, proc, batch
 
 
-@pytest.mark.parametrize("name", SDAR_FILES)
+@pytest.mark.parametrize(
+  "name", [n if n.endswith("a") else pytest.param(n, marks=pytest.mark.slow) for n in SDAR_FILES]
+)
 def test_recorded_sdar_sequence(golden, name):
   """1.5: tokens, positions and mask of the doubled sequence, halves side by side per document."""
   vectors, config, _, _, _, batch = _sdar(golden, name)
@@ -121,7 +123,7 @@ def test_recorded_sdar_sequence(golden, name):
 
 
 @pytest.mark.parametrize(
-  "name", [n if n.endswith("a") else pytest.param(n, marks=pytest.mark.slow) for n in SDAR_FILES]
+  "name", [SDAR_FILES[0], *(pytest.param(n, marks=pytest.mark.slow) for n in SDAR_FILES[1:])]
 )
 def test_recorded_sdar_loss(golden, name):
   """1.5: cross entropies at masks, the loss of the released kernel, its gradients."""
@@ -439,6 +441,7 @@ def test_a_variance_by_hand():
   np.testing.assert_array_equal(found, intervals[1])
 
 
+@pytest.mark.slow
 def test_the_quietest_candidate_is_that_of_means():
   """By hand: a document's estimate is the mean over its scored tokens, not their sum."""
   model, params = _tiny()

@@ -65,7 +65,7 @@ def test_golden_states(golden, variant):
     np.testing.assert_allclose(schedule.alpha(time), alpha, atol=3e-4)  # a table of 10,000 points
 
 
-@every_kind
+@pytest.mark.parametrize("kind", ["kl-bwd", pytest.param("kl-fwd", marks=pytest.mark.slow)])
 @every_variant
 def test_golden_loss(golden, variant, kind):
   vectors, config = golden(f"dcd__{variant}")

@@ -259,6 +259,7 @@ def test_chunks_change_nothing():
   jax.tree.map(close, gradient, wanted)
 
 
+@pytest.mark.slow
 def test_divergence_and_entropy_of_the_rollout():
   """Of the student from itself 0; of another network, by hand in the first step."""
   model, params = tiny.network(dropout=0.0)

@@ -113,7 +113,13 @@ def test_golden_targets(reference):
 _position_loss = jax.jit(sdtt.position_loss, static_argnames=("setting", "divergence"))
 
 
-@every_kind
+@pytest.mark.parametrize(
+  "kind",
+  [
+    "kl-bwd",
+    *(pytest.param(k, marks=pytest.mark.slow) for k in rounds.DIVERGENCES if k != "kl-bwd"),
+  ],
+)
 def test_golden_loss(reference, kind):
   masked = reference.vectors["loss_mask"]
   batch = {"xt": reference.xt, "t": jnp.asarray(reference.vectors["t"])}

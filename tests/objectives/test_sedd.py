@@ -114,6 +114,7 @@ def test_the_minimiser_is_the_posterior():
       np.testing.assert_allclose(f, posterior, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_loss_exceeds_that_of_masked_diffusion():
   """By −α'/(1 − α) (Σf − 1 − log Σf) per masked position; the two are one method for a simplex."""
   model, params = tiny.network(dropout=0.0)

@@ -102,7 +102,7 @@ def test_a_sequence_depends_on_its_own_key_only_and_no_key_is_used_twice():
   "entry,names",
   [
     ("mdlm_sampler", ("x", "t", "dt", "")),
-    ("mdlm_losses", ("xt", "update_t", "update_dt", "update_")),
+    pytest.param("mdlm_losses", ("xt", "update_t", "update_dt", "update_"), marks=pytest.mark.slow),
   ],
 )
 def test_golden_weights_and_draws(golden_dit, entry, names, variant):

@@ -255,6 +255,7 @@ def test_a_constant_reward_changes_nothing():
   assert toy.p_value(tokens, toy.chain_law(toy.make(L), PROC, L, 3)) > 1e-4
 
 
+@pytest.mark.slow
 def test_tails():
   """A schedule that leaves many masks: greedy fills them with the best tokens, none keeps them."""
   proc = process.Absorbing(vocab_size=V, mask_id=toy.MASK, schedule=schedules.Polynomial(power=0.1))

@@ -226,7 +226,9 @@ def test_a_sequence_depends_on_its_own_key_only(options):
     np.testing.assert_array_equal(_generate(batch=batch, **options), eight[:batch])
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize(
+  "options", [OPTIONS[0], pytest.param(OPTIONS[1], marks=pytest.mark.slow), OPTIONS[2]], ids=str
+)
 def test_eager_jit_and_vmap_agree(options):
   keys = jax.random.split(KEY, 2)
   generate = functools.partial(sample.generate, _toy(L), PROC, batch=2, length=L, **options)
