@@ -15,6 +15,7 @@ import pathlib
 import shutil
 import tempfile
 import time
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,6 +23,11 @@ from absl import logging
 from etils import epath
 
 from dlm_jax.errors import InputError
+
+try:
+  import fcntl
+except ImportError:  # Windows has no such locks
+  fcntl = None
 
 CACHE = "DLM_JAX_CACHE"  # names the folder of copies; default ~/.cache/dlm_jax
 MARKERS = ("config.json", "dataset.json")  # the last files of a network and of a dataset
@@ -35,15 +41,17 @@ def is_remote(path: epath.PathLike) -> bool:
 def fetch(path: epath.PathLike) -> pathlib.Path:
   """Return a local file or folder with the content of a path: itself, or a copy of a remote one.
 
-  Files that are here already in the same size and of the same time are not copied again.
+  Files that are here already in the same size and of the same time are not copied again; of several
+  processes one copies and the others wait.
 
   Raises:
     InputError: the store cannot be reached or read.
   """
   if not is_remote(path):
     return pathlib.Path(path)
-  with _readable(path):
-    return _fetch(epath.Path(path), copy_of(path))
+  copy = copy_of(path)
+  with _readable(path), _alone(copy.parent):
+    return _fetch(epath.Path(path), copy)
 
 
 def exists(path: epath.PathLike) -> bool:
@@ -120,7 +128,8 @@ def glob(pattern: str) -> list[pathlib.Path]:
 class Mirror:
   """Files that are written here and copied to a remote folder; of a local folder, that folder.
 
-  For what grows, such as metrics: a store cannot append. `folder` is where to write.
+  For what grows, such as metrics: a store cannot append. `folder` is where to write; of a remote
+  one it belongs to this mirror alone, is none of the copies of `fetch`, and goes with the mirror.
 
   Args:
     path: the folder.
@@ -132,12 +141,12 @@ class Mirror:
 
   def __init__(self, path: epath.PathLike, names: tuple[str, ...] = ()):
     self._target, self._sent, self._synced = None, {}, time.monotonic()
-    self.folder = pathlib.Path(path) if not is_remote(path) else copy_of(path)
     if not is_remote(path):
+      self.folder = pathlib.Path(path)
       return
     self._target = epath.Path(path)
-    shutil.rmtree(self.folder, ignore_errors=True)
-    self.folder.mkdir(parents=True)
+    self.folder = pathlib.Path(tempfile.mkdtemp(prefix="dlm_jax_"))
+    weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
     with _readable(path):
       for name in names:
         if (self._target / name).exists():
@@ -185,6 +194,17 @@ def copy_of(path) -> pathlib.Path:
   return root / digest / name.rsplit("/", 1)[-1]
 
 
+@contextlib.contextmanager
+def _alone(folder: pathlib.Path):
+  """Let one process of this machine after the other into a folder of copies."""
+  folder.mkdir(parents=True, exist_ok=True)
+  with (folder / ".lock").open("w") as lock:
+    if fcntl is not None:
+      with contextlib.suppress(OSError):  # a file system without locks: whole files all the same
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    yield
+
+
 def _fetch(source: epath.Path, target: pathlib.Path) -> pathlib.Path:
   if not source.is_dir():
     if not source.exists():
@@ -199,7 +219,7 @@ def _fetch(source: epath.Path, target: pathlib.Path) -> pathlib.Path:
     _fetch_file(source / name, target / name)
   for name in set(_files(epath.Path(target))) - set(wanted):
     if not pathlib.PurePath(name).name.startswith("."):
-      (target / name).unlink()
+      (target / name).unlink(missing_ok=True)
   return target
 
 

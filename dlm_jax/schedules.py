@@ -12,9 +12,7 @@ dataclass with
 """
 
 import dataclasses
-from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -22,7 +20,10 @@ Times = Float[Array, "*shape"] | float
 
 
 class Schedule:
-  """The base of every schedule: what follows from α and α' alone."""
+  """The base of every schedule: what follows from α and α' alone.
+
+  One of your own is a frozen dataclass with `alpha`, `dalpha` and `inverse`; any process takes it.
+  """
 
   def weight(self, t: Times) -> Float[Array, "*shape"]:
     """Return −α'/(1 − α)."""
@@ -100,32 +101,6 @@ class Polynomial(Schedule):
 
   def inverse(self, a: Times) -> Float[Array, "*shape"]:
     return ((1 - jnp.asarray(a)) / (1 - self.eps)) ** (1 / self.power)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Given(Schedule):
-  """Wrap a user's own decreasing α: a differentiable function of a scalar t in [0, 1]."""
-
-  function: Callable[[Array], Array]
-
-  def alpha(self, t: Times) -> Float[Array, "*shape"]:
-    return jnp.vectorize(self.function)(jnp.asarray(t, jnp.result_type(float)))
-
-  def dalpha(self, t: Times) -> Float[Array, "*shape"]:
-    return jnp.vectorize(jax.grad(self.function))(jnp.asarray(t, jnp.result_type(float)))
-
-  def inverse(self, a: Times) -> Float[Array, "*shape"]:
-    """Bisect: 30 halvings reach float32 resolution on [0, 1]."""
-    a = jnp.asarray(a, jnp.result_type(float))
-
-    def halve(_, bounds):
-      low, high = bounds
-      middle = (low + high) / 2
-      above = self.alpha(middle) > a
-      return jnp.where(above, middle, low), jnp.where(above, high, middle)
-
-    low, high = jax.lax.fori_loop(0, 30, halve, (jnp.zeros_like(a), jnp.ones_like(a)))
-    return (low + high) / 2
 
 
 NAMES = {"log_linear": LogLinear, "cosine": Cosine, "polynomial": Polynomial}

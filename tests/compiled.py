@@ -2,8 +2,12 @@
 """Methods under `jit`: one operation at a time, tests would compile hundreds of programs."""
 
 import functools
+import itertools
 
+import chex
 import jax
+
+_NUMBERS = itertools.count()
 
 
 class Methods:
@@ -21,3 +25,17 @@ class Methods:
 def _method(subject, name):
   lengths = 1 if name == "prior" else ()
   return jax.jit(getattr(subject, name), static_argnums=lengths)
+
+
+def at_most(function, traces: int = 1):
+  """Return the function, which fails when it is traced more often: `chex.assert_max_traces`.
+
+  Counted anew by every call: chex has one counter for the same definition in all tests.
+  """
+
+  @functools.wraps(function)
+  def counted(*arguments, **options):
+    return function(*arguments, **options)
+
+  counted.__name__ = f"{function.__name__}_{next(_NUMBERS)}"
+  return chex.assert_max_traces(counted, traces)

@@ -55,7 +55,7 @@ def forget():
     gc.collect()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def golden():
   """Return a loader: golden("dit_mdlm__a") -> (dict of numpy arrays, config dict)."""
   from safetensors import safe_open
@@ -68,26 +68,13 @@ def golden():
   return load
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def golden_dit(golden):
   """Return a loader: name -> (arrays, config, float32 DiT, its recorded parameters)."""
-  from dlm_jax import convert
-  from dlm_jax.models import DiT, DiTConfig
+  import golden_networks
 
   def load(name):
     vectors, config = golden(name)
-    model = DiT(
-      DiTConfig(
-        vocab_size=config["V"],
-        dim=config["H"],
-        cond_dim=config["cond"],
-        layers=config["nb"],
-        heads=config["nh"],
-        length=config["L"],
-        dtype="float32",
-      )
-    )
-    tensors = {k.removeprefix("params/"): v for k, v in vectors.items() if k.startswith("params/")}
-    return vectors, config, model, convert.from_tensors(model, tensors)
+    return vectors, config, *golden_networks.dit(vectors, config, "params")
 
   return load

@@ -128,12 +128,14 @@ def test_the_judge_knows_held_out_text(judge, held_out):
   assert 2 < scores["perplexity"] < 25
 
 
+@pytest.mark.slow
 def test_the_teacher_knows_held_out_text(pipe, held_out):
   assert isinstance(pipe.denoiser, models.Denoiser)
   scores = likelihood.elbo(pipe.denoiser, pipe.process, held_out, jax.random.key(0), batch_size=32)
   assert 2 < scores["perplexity"] < 40
 
 
+@pytest.mark.slow
 def test_eight_step_samples_are_sane(pipe, judge):
   quality = judge.quality(np.asarray(pipe.tokens(steps=8, num=32, seed=0)), batch_size=32)
   assert quality.genppl < 600 and 3 < quality.entropy < 5

@@ -47,7 +47,11 @@ RESERVED = {
   "flax.linen": ("models/",),
   "orbax": ("train/checkpoint.py",),
   "absl.flags": ("cli/",),
-  "ml_collections": ("configs/", "cli/", "experiment/"),
+  "ml_collections": (
+    "configs/",
+    "cli/",
+    *(f"experiment/{n}.py" for n in ("config", "plan", "run")),
+  ),
 }
 HEAVY = ("tensorflow", "tensorflow_datasets", "matplotlib", "orbax", "grain")
 MAX_FILE, MAX_FUNCTION, MIN_DOCUMENTED = 400, 60, 0.95

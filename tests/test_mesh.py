@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec
 
 from dlm_jax import mesh, models, sample
 from dlm_jax.errors import InputError
-from dlm_jax.experiment import build
+from dlm_jax.experiment import build, plan
 from dlm_jax.train import checkpoint, loop
 
 MESHES = {
@@ -29,7 +29,7 @@ def _built(devices=None, **sizes):
   # Adam divides by the gradient's own size: with a tiny eps it would show rounding as change.
   changes |= {"optim__warmup": "0", "optim__eps": "1e-2"}
   config = tiny_runs.make().config("teacher", **changes, **sizes)
-  return build.experiment(config, 300, devices=devices)
+  return build.experiment(plan.read(config), 300, devices=devices)
 
 
 def _one():

@@ -70,6 +70,7 @@ def test_links_exist():
 def test_ci_runs_the_readmes_test_command():
   script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
   assert "pytest -n 2" in README and "\npytest -n 2\n" in script
+  assert "pytest -n 2 -m slow" in README and "\npytest -n 2 -m slow\n" in script
   assert "set -euo pipefail" in script, "either failure is one of the script"
   assert "-e '.[test]'" in README and "-e '.[test]'" in script
   assert "ruff check\n" in script and "ruff format --check\n" in script

@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Remote paths: copies, replacement as a whole, mirrors; and a whole run through a store."""
 
+import concurrent.futures
+import gc
 import json
 import os
 import pathlib
+import shutil
+import time
 
 import fsspec
 import pytest
@@ -18,7 +22,7 @@ import dlm_jax
 from dlm_jax import remote
 from dlm_jax.cli import main
 from dlm_jax.errors import InputError
-from dlm_jax.experiment import build
+from dlm_jax.experiment import build, plan
 
 
 class Store(DirFileSystem):
@@ -29,6 +33,7 @@ class Store(DirFileSystem):
   def __init__(self, root, **kwargs):
     del kwargs
     super().__init__(path=str(root), fs=LocalFileSystem(auto_mkdir=True), skip_instance_cache=True)
+    self.listed, self.opened = [], []
 
   def _join(self, path):
     if isinstance(path, str):
@@ -38,7 +43,12 @@ class Store(DirFileSystem):
   def open(self, path, mode="rb", **kwargs):
     if "a" in mode or "+" in mode:
       raise ValueError(f"a store cannot append to {path}.")
+    self.opened.append(path)
     return super().open(path, mode, **kwargs)
+
+  def listdir(self, path, detail=True, **kwargs):
+    self.listed.append(path)
+    return super().listdir(path, detail=detail, **kwargs)
 
 
 @pytest.fixture
@@ -114,6 +124,42 @@ def test_a_mirror_sends_what_changed(store):
   assert (store / "bucket" / "metrics.jsonl").read_text() == "first\nsecond\n"
 
 
+def test_a_mirror_and_copies_of_one_folder_leave_each_other_alone(store):
+  (store / "bucket" / "config.json").write_text("{}")
+  (store / "bucket" / "metrics.jsonl").write_text("first\n")
+  mirror = remote.Mirror("gs://bucket", ("metrics.jsonl",))
+  (mirror.folder / "metrics.jsonl").write_text("ours, not sent yet\n")
+  copy = remote.fetch("gs://bucket")
+  assert (copy / "metrics.jsonl").read_text() == "first\n"
+  other = remote.Mirror("gs://bucket", ("metrics.jsonl",))
+  assert (other.folder / "metrics.jsonl").read_text() == "first\n"
+  assert (mirror.folder / "metrics.jsonl").read_text() == "ours, not sent yet\n"
+  assert (copy / "config.json").exists() and len({copy, mirror.folder, other.folder}) == 3
+  mirror.sync()
+  assert (store / "bucket" / "metrics.jsonl").read_text() == "ours, not sent yet\n"
+  folder = mirror.folder
+  del mirror
+  gc.collect()
+  assert not folder.exists() and other.folder.exists()
+
+
+def test_several_at_once_copy_once(store, monkeypatch):
+  """Threads stand for processes: the lock is one of files, and both open their own."""
+  for name in ("config.json", "model.safetensors"):
+    (store / "bucket" / name).write_text(name)
+  system, plain = fsspec.filesystem("gs"), remote._fetch_file
+
+  def slow(source, target):
+    time.sleep(0.1)
+    plain(source, target)
+
+  monkeypatch.setattr(remote, "_fetch_file", slow)
+  with concurrent.futures.ThreadPoolExecutor(3) as pool:
+    copies = list(pool.map(remote.fetch, ["gs://bucket"] * 3))
+  assert len(system.opened) == 2, "each file is read once"
+  assert {(copy / "config.json").read_text() for copy in copies} == {"config.json"}
+
+
 def test_what_cannot_be_reached_is_one_line(store):
   with pytest.raises(InputError, match="gs://bucket/nothing does not exist"):
     remote.fetch("gs://bucket/nothing")
@@ -129,12 +175,18 @@ def test_a_run_through_a_store(store, capsys):
   config = tiny.config("teacher", **data)
   with config.unlocked():
     config.data.options.tests = None  # an option of the standard library; our corpus is a file
-  assert build.prepare(config, progress=False).created
+  assert build.prepare(plan.read_data(config), progress=False).created
   assert (store / "bucket" / "data" / "dataset.json").exists()
-  assert not build.prepare(config, progress=False).created
+  assert not build.prepare(plan.read_data(config), progress=False).created
+  shutil.rmtree(store / "bucket" / "data")
+  found = build.prepare(plan.read_data(config), progress=False)
+  assert found.created, "a copy that is left is not the dataset"
+  listed = fsspec.filesystem("gs").listed
   for steps in ("2", "6"):  # the second run resumes the first
     flags = tiny.flags("teacher", **data, train__steps=steps, evaluate__every="2")
+    listed.clear()
     main.main(["train", *flags, "--workdir=gs://bucket/run"])
+    assert listed.count("gs://bucket/data") == 1, "opened once a run"
   run = store / "bucket" / "run"
   lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
   assert [line["step"] for line in lines] == list(range(1, 7))
@@ -142,9 +194,15 @@ def test_a_run_through_a_store(store, capsys):
   assert (run / "best" / "config.json").exists() and (run / "final" / "model.safetensors").exists()
   capsys.readouterr()
   sample = ["--steps=2", "--num=2", "--seed=3"]
+  listed.clear()
   main.main(["sample", "--checkpoint=gs://bucket/run", *sample])
+  assert listed.count("gs://bucket/run/best") == 1
   there = capsys.readouterr().out
   main.main(["sample", f"--checkpoint={run}", *sample])
   assert there == capsys.readouterr().out and there.strip()
+  listed.clear()
+  here = ["--sequences=8", "--batch_size=4"]
+  main.main(["evaluate", f"--checkpoint={run}", "--data=gs://bucket/data", *here])
+  assert listed.count("gs://bucket/data") == 1 and "perplexity" in capsys.readouterr().out
   main.main(["convert", "--checkpoint=gs://bucket/run", "--out=gs://bucket/converted"])
   assert (store / "bucket" / "converted" / "tokenizer.json").exists()

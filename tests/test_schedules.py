@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from compiled import Methods
+from given_schedule import Given
 
 from dlm_jax import schedules
 
@@ -28,7 +29,7 @@ ALL = {
   "polynomial_half": schedules.Polynomial(power=0.5),
   "polynomial_2": schedules.Polynomial(power=2.0),
   "polynomial_3": schedules.Polynomial(power=3.0, eps=0.01),
-  "given": schedules.Given(function=_given),
+  "given": Given(function=_given),
 }
 every_schedule = pytest.mark.parametrize("schedule", list(ALL.values()), ids=list(ALL))
 

@@ -154,6 +154,7 @@ def test_without_metadata_there_is_a_version(tmp_path):
   assert _run(sys.executable, "-c", code, cwd=tmp_path).strip() == "0+unknown"
 
 
+@pytest.mark.slow
 def test_installed_elsewhere_it_samples(wheel, tmp_path):
   target, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
   elsewhere.mkdir()

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dlm_jax import convert
 from dlm_jax.models import Decoder, DecoderConfig
 
 V = 40
@@ -63,25 +62,3 @@ def head(model, params, hidden):
 def tokens(batch, length, seed=0):
   rng = np.random.default_rng(seed)
   return jnp.asarray(rng.integers(0, V, size=(batch, length)), jnp.int32)
-
-
-def recorded(vectors, config, tree="params", **fields):
-  """Return the decoder of a golden file and the parameters stored under a name there."""
-  fields |= {"eps": config["rms_norm_eps"]} if "rms_norm_eps" in config else {}
-  model = Decoder(
-    DecoderConfig(
-      vocab_size=config["V"],
-      dim=config["H"],
-      layers=config["nl"],
-      heads=config["nh"],
-      kv_heads=config["nkv"],
-      head_dim=config["hd"],
-      mlp_dim=config["inter"],
-      rope_theta=config["theta"],
-      dtype="float32",
-      **fields,
-    )
-  )
-  start = f"{tree}/"
-  tensors = {k.removeprefix(start): v for k, v in vectors.items() if k.startswith(start)}
-  return model, convert.from_tensors(model, tensors)

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from dlm_jax.data import builder
-from dlm_jax.experiment import build, run
+from dlm_jax.experiment import build, plan, run
 from dlm_jax.experiment.config import load_config
 
 _FOLDER = tempfile.TemporaryDirectory(prefix="dlm_jax_tiny_")
@@ -109,7 +109,7 @@ def make() -> Tiny:
   config = tiny.config("teacher")
   with config.unlocked():
     config.data.options.tests = None  # an option of the standard library; our corpus is a file
-  build.prepare(config, progress=False)
+  build.prepare(plan.read_data(config), progress=False)
   for kind, directory in (("teacher", tiny.teacher), ("judge", tiny.judge)):
     export(tiny.config(kind), directory / "final")
   return tiny
@@ -118,7 +118,7 @@ def make() -> Tiny:
 def export(config, directory: pathlib.Path, seed: int = 0) -> None:
   """Write a network with random parameters, as training would."""
   tokenizer = builder.open_dataset(config.data.directory).tokenizer()
-  built = build.experiment(config, tokenizer.vocab_size, devices=jax.devices()[:1])
+  built = build.experiment(plan.read(config), tokenizer.vocab_size, devices=jax.devices()[:1])
   rng = np.random.default_rng(seed)
   state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), built.shapes)
   tree = built.objective.output

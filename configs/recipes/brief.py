@@ -1,11 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Distillation of a small teacher in minutes: few updates at a constant rate, watched closely."""
+"""Minutes of one accelerator: a small teacher, or few updates of its student, watched closely."""
+
+
+def training(
+  c, *, batch_size, steps, evaluate_every, samples, lr, weight_decay=0.03, checkpoint_every=1000
+):
+  """Train at a rate that falls; `samples` are measured after every `evaluate_every` updates."""
+  c.loader.batch_size = batch_size
+  c.objective.ema_decay = 0.999
+  c.optim.lr = lr
+  c.optim.warmup = 300
+  c.optim.schedule = "cosine"
+  c.optim.b2 = 0.98
+  c.optim.weight_decay = weight_decay
+  c.train.steps = steps
+  c.train.checkpoint_every = checkpoint_every
+  c.evaluate.every = evaluate_every
+  c.evaluate.samples = samples
 
 
 def distillation(
   c, *, steps, every, lr=3e-6, b2=0.99, nfes=(8, 16), max_entropy_drop=0.25, checkpoint_every=100
 ):
-  """Train in batches of 128, measure 128 samples after every `every` updates.
+  """Train at a constant rate in batches of 128, measure 128 samples after every `every` updates.
 
   The rate and b2 are those of IDLM; what trains the student on tokens takes other ones.
   """

@@ -5,9 +5,10 @@ Reference: Duo, arXiv 2506.10892, section 5.
 """
 
 from dlm_jax.configs.base import optional
+from dlm_jax.configs.recipes import rounds
 
 
-def dcd(c, teacher, judge, update_teacher_every=10_000):
+def dcd(c, teacher, judge, update_teacher_every=rounds.STEPS):
   """Distil with the released hyper-parameters of the method."""
   c.process.name = "uniform"
   c.model.time_conditioning = True
@@ -25,9 +26,4 @@ def dcd(c, teacher, judge, update_teacher_every=10_000):
 
 def published(c):
   """Train as the released scripts do: five rounds."""
-  c.loader.batch_size = 128
-  c.objective.ema_decay = 0.999
-  c.optim.lr = 6e-5
-  c.optim.warmup = 500
-  c.train.steps = 50_000
-  c.train.checkpoint_every = 5000
+  rounds.published(c, number=5, ema_decay=0.999)

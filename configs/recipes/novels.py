@@ -2,6 +2,7 @@
 """English novels: plain-text books of your own, with a network and a training in minutes."""
 
 from dlm_jax.configs.base import base
+from dlm_jax.configs.recipes import brief
 
 
 def corpus():
@@ -30,16 +31,7 @@ def novels(dim=512, layers=9, heads=8, unrolled=False):
   return c
 
 
-def training(c, steps, evaluate_every, checkpoint_every=1000, lr=1e-3, weight_decay=0.03):
-  """Train for minutes, at a rate that falls."""
-  c.loader.batch_size = 256
-  c.objective.ema_decay = 0.999
-  c.optim.lr = lr
-  c.optim.warmup = 300
-  c.optim.schedule = "cosine"
-  c.optim.b2 = 0.98
-  c.optim.weight_decay = weight_decay
-  c.train.steps = steps
-  c.train.checkpoint_every = checkpoint_every
-  c.evaluate.every = evaluate_every
-  c.evaluate.samples = 1024
+def training(c, steps, evaluate_every, lr=1e-3, **options):
+  """Train as `brief.training` does, in batches of 256."""
+  options |= {"steps": steps, "evaluate_every": evaluate_every, "lr": lr}
+  brief.training(c, batch_size=256, samples=1024, **options)

@@ -2,6 +2,7 @@
 """Proteins: FASTA files of your own, and a network of 17 M parameters."""
 
 from dlm_jax.configs.base import base
+from dlm_jax.configs.recipes import brief
 
 
 def proteins():
@@ -22,15 +23,5 @@ def proteins():
 
 
 def training(c, steps):
-  """Train for minutes, at a rate that falls."""
-  c.loader.batch_size = 128
-  c.objective.ema_decay = 0.999
-  c.optim.lr = 5e-4
-  c.optim.warmup = 300
-  c.optim.schedule = "cosine"
-  c.optim.b2 = 0.98
-  c.optim.weight_decay = 0.03
-  c.train.steps = steps
-  c.train.checkpoint_every = 1000
-  c.evaluate.every = 250
-  c.evaluate.samples = 512
+  """Train as `brief.training` does, in batches of 128."""
+  brief.training(c, batch_size=128, steps=steps, evaluate_every=250, samples=512, lr=5e-4)

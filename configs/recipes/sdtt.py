@@ -5,9 +5,10 @@ Reference: SDTT, arXiv 2410.21035.
 """
 
 from dlm_jax.configs.base import optional
+from dlm_jax.configs.recipes import rounds
 
 
-def sdtt(c, teacher, judge, *, num_steps=1024, update_teacher_every=10_000, chunk=0):
+def sdtt(c, teacher, judge, *, num_steps=1024, update_teacher_every=rounds.STEPS, chunk=0):
   """Distil with the released hyper-parameters of the method."""
   c.objective.name = "sdtt"
   c.objective.num_steps_original = num_steps  # the first round's time step is 1 over this
@@ -23,9 +24,4 @@ def sdtt(c, teacher, judge, *, num_steps=1024, update_teacher_every=10_000, chun
 
 def published(c):
   """Train as the released scripts do: seven rounds."""
-  c.loader.batch_size = 128
-  c.objective.ema_decay = 0.9999
-  c.optim.lr = 6e-5
-  c.optim.warmup = 500
-  c.train.steps = 70_000
-  c.train.checkpoint_every = 5000
+  rounds.published(c, number=7, ema_decay=0.9999)

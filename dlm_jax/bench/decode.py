@@ -317,40 +317,24 @@ def _error(arm):
 
 def table(arms: Sequence[Arm]) -> str:
   """Return the arms as a table."""
-  header = (
-    "arm",
-    "exact",
-    "tok/s",
-    "±",
-    "× static",
-    "with prompt",
-    "target passes",
-    "draft passes",
-    "acceptance",
-    "conditional",
-    "same text",
-    "mean length",
-    "GenPPL",
-    "entropy",
-  )
   known = lambda x, digits=3: "" if x is None else f"{x:.{digits}f}"  # noqa: E731
-  cells = [
-    (
-      arm.name,
-      "yes" if arm.exact else "no",
-      f"{arm.rate:.1f}",
-      f"{100 * arm.spread:.0f} %",
-      f"{arm.rate / arms[0].rate:.2f}",
-      f"{arm.end_to_end:.1f}",
-      f"{arm.target_passes:.3f}",
-      f"{arm.draft_passes:.3f}",
-      known(arm.acceptance),
-      known(arm.conditional),
-      f"{100 * arm.same:.0f} %",
-      f"{arm.length:.1f}",
-      _error(arm),
-      known(arm.entropy, 2),
-    )
+  rows = [
+    {
+      "arm": arm.name,
+      "exact": "yes" if arm.exact else "no",
+      "tok/s": f"{arm.rate:.1f}",
+      "±": f"{100 * arm.spread:.0f} %",
+      "× static": f"{arm.rate / arms[0].rate:.2f}",
+      "with prompt": f"{arm.end_to_end:.1f}",
+      "target passes": f"{arm.target_passes:.3f}",
+      "draft passes": f"{arm.draft_passes:.3f}",
+      "acceptance": known(arm.acceptance),
+      "conditional": known(arm.conditional),
+      "same text": f"{100 * arm.same:.0f} %",
+      "mean length": f"{arm.length:.1f}",
+      "GenPPL": _error(arm),
+      "entropy": known(arm.entropy, 2),
+    }
     for arm in arms
   ]
-  return tables.markdown(header, cells, left=(0, 1))
+  return tables.titled(rows, left=(0, 1))

@@ -9,11 +9,12 @@ import numpy as np
 from dlm_jax import models, sample
 from dlm_jax.bench.decode import Network
 from dlm_jax.bench.weights import random_params
+from dlm_jax.convert import families
 from dlm_jax.data import loader
 from dlm_jax.errors import InputError
 from dlm_jax.evaluate import likelihood
 from dlm_jax.evaluate.judge import load_judge
-from dlm_jax.experiment import build
+from dlm_jax.experiment import build, plan
 from dlm_jax.models.protocols import Cached
 from dlm_jax.text import load, requests
 
@@ -123,8 +124,8 @@ def _lines(file):
 
 
 def from_config(
-  config: Any,
-  draft: Any,
+  config: plan.Plan,
+  draft: plan.Plan | None,
   *,
   count: int,
   length: int,
@@ -136,7 +137,7 @@ def from_config(
   """Return random networks and prompts: speeds mean something, texts and acceptance do not.
 
   Args:
-    config: of the target.
+    config: of the target, read.
     draft: of the draft, or None.
     count: prompts.
     length: of each, tokens.
@@ -149,7 +150,7 @@ def from_config(
     InputError: the model is no decoder, or no block length is known.
   """
   networks = [make_decoder(one) for one in (config, draft) if one is not None]
-  size = block_length or config.objective.get("block_length")
+  size = block_length or config.objective.options.get("block_length")
   if not size:
     raise InputError("the config names no block length; give --block_length.")
   proc = build.make_process(config, networks[0])
@@ -174,13 +175,14 @@ def _random(model, dtype, storage):
   return Network(model, random_params(model, fields.dtype))
 
 
-def make_decoder(config: Any) -> Cached:
-  """Build the decoder of a config.
+def make_decoder(read: plan.Plan) -> Cached:
+  """Build the decoder of a plan.
 
   Raises:
-    InputError: the config is of another network.
+    InputError: the plan is of another network.
   """
-  model = build.make_model(config, build.vocabulary(config))
-  if not isinstance(model, Cached):
-    raise InputError(f"model.name={config.model.name!r} is not 'decoder'; choose such a config.")
+  model = build.make_model(read, build.vocabulary(read))
+  if "blocks" not in read.model.family.writes:
+    known = " or ".join(repr(f.name) for f in families.found().values() if "blocks" in f.writes)
+    raise InputError(f"model.name={read.model.name!r} is not {known}; choose such a config.")
   return model

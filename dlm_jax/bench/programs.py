@@ -3,7 +3,6 @@
 
 import dataclasses
 import functools
-import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ from dlm_jax.convert import families
 from dlm_jax.data import loader
 from dlm_jax.errors import InputError
 from dlm_jax.experiment import build
+from dlm_jax.experiment.plan import Plan
 from dlm_jax.experiment.run import open_data
 from dlm_jax.models import attention
 from dlm_jax.train import loop
@@ -46,10 +46,10 @@ class Row:
 
 
 def bench_trunk(
-  config: Any, vocab_size: int, batches: Sequence[int], ceiling: Limits, repeats: int
+  read: Plan, vocab_size: int, batches: Sequence[int], ceiling: Limits, repeats: int
 ) -> list[Row]:
   """Time the trunk's forward pass; its rate against the machine's matrix products."""
-  denoiser, _ = _denoiser(config, vocab_size)
+  denoiser, _ = _denoiser(read, vocab_size)
   rows = []
   for batch in batches:
     timing = _trunk(denoiser, batch, repeats)
@@ -59,10 +59,10 @@ def bench_trunk(
 
 
 def bench_attention(
-  config: Any, vocab_size: int, batches: Sequence[int], ceiling: Limits, repeats: int
+  read: Plan, vocab_size: int, batches: Sequence[int], ceiling: Limits, repeats: int
 ) -> list[Row]:
   """Time attention, forward and with its gradient, on every back end of this platform."""
-  cfg = build.make_model(config, vocab_size).config
+  cfg = build.make_model(read, vocab_size).config
   backends = {"xla", attention.choose("auto", jnp.dtype(cfg.dtype), cfg.length)}
   rows = []
   for batch in batches:
@@ -81,7 +81,7 @@ def bench_attention(
 
 
 def bench_sample(
-  config: Any,
+  read: Plan,
   vocab_size: int,
   batches: Sequence[int],
   ceiling: Limits,
@@ -93,10 +93,12 @@ def bench_sample(
   """Time whole samples in one compiled call, over all devices, against so many trunk forwards."""
   del ceiling
   options = dict(options or {})
-  denoiser, proc = _denoiser(config, vocab_size)
+  denoiser, proc = _denoiser(read, vocab_size)
   if proc is None:
-    raise InputError("model.name='causal' is not sampled; choose the config of a denoiser.")
-  devices = mesh.make(**config.mesh.to_dict())
+    raise InputError(
+      f"model.name={read.model.name!r} is not sampled; choose the config of a denoiser."
+    )
+  devices = mesh.make(**read.mesh)
   name = f"{options.get('sampler', 'ancestral')} sampling, {steps} steps"
   rows = []
   for batch in batches:
@@ -126,9 +128,9 @@ def bench_sample(
 
 
 def bench_train(
-  config: Any, vocab_size: int, batches: Sequence[int], ceiling: Limits, repeats: int
+  read: Plan, vocab_size: int, batches: Sequence[int], ceiling: Limits, repeats: int
 ) -> list[Row]:
-  """Time a config's training step: whole, and against the passes that the method must do.
+  """Time a plan's training step: whole, and against the passes that the method must do.
 
   Model FLOPs utilisation counts the `PASSES` of the method's module, a backward as two
   forwards, nothing recomputed. For methods of several networks there is a second row: the time over
@@ -136,18 +138,14 @@ def bench_train(
   """
   rows = []
   for batch in batches:
-    config = config.copy_and_resolve_references()
-    config.unlock()
-    config.loader.batch_size = batch
-    built = build.experiment(config.lock(), vocab_size)
+    built = build.experiment(dataclasses.replace(read, batch_size=batch), vocab_size)
     timing = _step(built, batch, repeats)
-    cfg, name = built.model.config, config.objective.name
+    cfg, name = built.model.config, read.objective.name
     tokens = batch * cfg.length * built.objective.batches
     row = functools.partial(
       Row, batch=batch, timing=timing, rate=tokens / timing.seconds, unit="token/s"
     )
-    method = importlib.import_module(name if "." in name else f"dlm_jax.objectives.{name}")
-    passes = getattr(method, "PASSES", None)
+    passes = getattr(read.objective.module, "PASSES", None)
     if passes is None or "grid" not in families.of(built.model).writes:
       rows.append(row(name=f"{name} step"))
       continue
@@ -164,16 +162,15 @@ def bench_train(
 
 
 def bench_loader(
-  config: Any, vocab_size: int, batches: Sequence[int], ceiling: Limits, repeats: int
+  read: Plan, vocab_size: int, batches: Sequence[int], ceiling: Limits, repeats: int
 ) -> list[Row]:
   """Time batches of a prepared dataset, read for the first time, on the host."""
   del vocab_size, ceiling
-  open_data(config)
-  rows = []
+  dataset, rows = open_data(read.data), []
   for batch in batches:
-    stream = loader.make(config.data.directory, "train", batch_size=batch, seed=config.seed)
+    stream = loader.make(dataset, "train", batch_size=batch, seed=read.seed)
     timing = measure.repeat(lambda stream=stream: next(stream), repeats, None, 0.0)
-    rate = batch * config.data.length / timing.seconds
+    rate = batch * read.data.length / timing.seconds
     rows.append(Row(name="loader", batch=batch, timing=timing, rate=rate, unit="token/s"))
   return rows
 
@@ -201,10 +198,10 @@ def _products(name, batch, timing, count, ceiling):
   )
 
 
-def _denoiser(config, vocab_size):
+def _denoiser(read, vocab_size):
   """Return a network with random parameters, cast as for sampling, and its process."""
-  model = build.make_model(config, vocab_size).rolled()
-  proc = build.make_process(config, model)
+  model = build.make_model(read, vocab_size).rolled()
+  proc = build.make_process(read, model)
   # A head of zeros makes every prediction uniform: draws and truncation would be timed on ties.
   params = jax.tree.map(
     lambda x: x if x.any() else 0.02 * jax.random.normal(jax.random.key(2), x.shape),

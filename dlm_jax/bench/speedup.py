@@ -71,14 +71,12 @@ def predict(
   """
   times, steps = rounds(size, acceptance), draft_steps(size, acceptance)
   extra = 0 if folded else 1
-  alone = size / ((size + extra) * target)
-  drafted = size / ((steps + extra) * draft + times * verify + extra * target)
   return Speedup(
     acceptance=acceptance,
     block_length=size,
     rounds=times,
     steps=steps,
     folded=folded,
-    alone=alone,
-    drafted=drafted,
+    alone=size / ((size + extra) * target),
+    drafted=size / ((steps + extra) * draft + times * verify + extra * target),
   )

@@ -12,7 +12,7 @@ from dlm_jax.bench import decode, limits, networks, passes, programs
 from dlm_jax.cli import flags
 from dlm_jax.errors import InputError, check_counts
 from dlm_jax.evaluate import tables
-from dlm_jax.experiment import build
+from dlm_jax.experiment import build, plan
 from dlm_jax.experiment.config import load_config
 
 _BLOCKS = (4, 8, 16, 32)  # block lengths of public checkpoints
@@ -56,13 +56,14 @@ def _programs(options, config, device) -> dict[str, Any]:
   """Time programs of training and sampling."""
   sampling = options.what == "sample"
   more = {"steps": options.steps, "options": dict(options.option)} if sampling else {}
-  vocab_size = build.vocabulary(config)
-  ceiling = limits.measure(config.model.dtype, options.repeats)
+  read = plan.read(config)
+  vocab_size, dtype = build.vocabulary(read), read.model.fields["dtype"]
+  ceiling = limits.measure(dtype, options.repeats)
   run = programs.BENCHES[options.what]
-  rows = run(config, vocab_size, options.batch_size, ceiling, options.repeats, **more)
+  rows = run(read, vocab_size, options.batch_size, ceiling, options.repeats, **more)
   print(
     f"{options.config} on {device}, jax {jax.__version__}: {ceiling.matmul / 1e12:.3g} TFLOP/s "
-    f"{config.model.dtype} products, {ceiling.copy / 1e9:.3g} GB/s copied, on one\n"
+    f"{dtype} products, {ceiling.copy / 1e9:.3g} GB/s copied, on one\n"
   )
   header = ("program", "batch", "ms", "±", "rate", "GiB", "compared with", "ratio")
   print(tables.markdown(header, [_cells(row) for row in rows], left=(0, 6)))
@@ -80,9 +81,9 @@ def _cells(row: programs.Row) -> tuple[str, ...]:
 
 def _passes(options, config, device) -> dict[str, Any]:
   """Time passes of one row, and say what they mean for decoding with a draft."""
-  timed = {"target": networks.make_decoder(config)}
+  timed = {"target": networks.make_decoder(plan.read(config))}
   if options.draft:
-    timed["draft"] = networks.make_decoder(load_config(options.draft))
+    timed["draft"] = networks.make_decoder(plan.read(load_config(options.draft)))
   ceiling = limits.measure(config.model.dtype, options.repeats)
   read = passes.read_rate(config.model.dtype, options.repeats)
   rows = passes.bench_passes(
@@ -139,9 +140,9 @@ def _decode(options, config, device) -> dict[str, Any]:
       **shared,
     )
   else:
-    draft = load_config(options.draft) if options.draft else None
+    draft = plan.read(load_config(options.draft)) if options.draft else None
     shared |= {"count": options.num_prompts, "length": options.prompt_length}
-    task = networks.from_config(config, draft, **shared)
+    task = networks.from_config(plan.read(config), draft, **shared)
   arms = decode.bench_decode(
     task.target,
     task.draft,

@@ -11,6 +11,7 @@ from dlm_jax import convert, models
 from dlm_jax.cli import flags
 from dlm_jax.convert import places
 from dlm_jax.data import builder, loader, templates
+from dlm_jax.decode.passes import Bound
 from dlm_jax.errors import InputError, check_counts
 from dlm_jax.evaluate import blocks, frontier, generative, likelihood, proteins
 from dlm_jax.evaluate.judge import check_tokenizer, load_judge
@@ -60,10 +61,10 @@ dlm-jax evaluate --checkpoint=runs/novels_idlm --judge=runs/novels_judge --steps
   if dataset is not None and dataset.info.packing == "documents":
     network = convert.open_network(places.network_directory(flags_.checkpoint))
     if flags_.samples and network.writes == "grid":
-      scores |= _proteins(flags_)
+      scores |= _proteins(flags_, dataset)
   elif flags_.judge:
     packed = dataset is not None and dataset.info.packing == "conversations"
-    scores |= _samples(flags_, flags_.data if packed else "")
+    scores |= _samples(flags_, dataset if packed else None)
   if flags_.json:
     print(json.dumps(scores))
 
@@ -76,7 +77,7 @@ def _likelihood(flags_, dataset) -> dict[str, float]:
   size = min(flags_.batch_size, flags_.sequences)
   if size < 1:
     raise InputError("--sequences and --batch_size must be positive.")
-  groups = loader.evaluation_groups(flags_.data, "validation", flags_.sequences)
+  groups = loader.evaluation_groups(dataset, "validation", flags_.sequences)
   tokens, valid = loader.features(groups, "tokens", "valid")
   shared = {
     "batch_size": size,
@@ -106,18 +107,17 @@ def _scores(flags_, network, tokens, shared):
   length = flags_.block_length or network.block_length
   if length is None:
     raise InputError(f"{network.source} does not say its block length; give --block_length.")
-  return blocks.block_elbo(
-    model, params, proc, tokens, rng, block_length=length, first_given=True, **shared
-  )
+  shared |= {"block_length": length, "first_given": True}
+  return blocks.block_elbo(Bound(model, params), proc, tokens, rng, **shared)
 
 
-def _proteins(flags_) -> dict[str, Any]:
+def _proteins(flags_, dataset) -> dict[str, Any]:
   """Draw proteins as long as the first validation records; compare them with the dataset."""
   check_counts(samples=flags_.samples, training=flags_.training)
-  pipe, judge, tokens_NL, valid_NL = _draw(flags_, flags_.data)
+  pipe, judge, tokens_NL, valid_NL = _draw(flags_, dataset)
 
   def texts(split):
-    groups = loader.evaluation_groups(flags_.data, split, flags_.training)
+    groups = loader.evaluation_groups(dataset, split, flags_.training)
     return [pipe.tokenizer.decode(row_L) for group in groups for row_L in group["tokens"]]
 
   compared = proteins.measure(
@@ -137,11 +137,12 @@ def _proteins(flags_) -> dict[str, Any]:
   return {name: value for name, value in scores.items() if value is not None}
 
 
-def _draw(flags_, data: str = ""):
+def _draw(flags_, data):
   """Return the model, its judge if one is named, samples like `data`, and where they are drawn."""
   pipe = denoiser.load_denoiser(flags_.checkpoint)
   judge = load_judge(flags_.judge, pipe.tokenizer) if flags_.judge else None
-  sampler, batch = pipe.sampler(data, **dict(flags_.option)), min(flags_.batch_size, flags_.samples)
+  sampler = pipe.sampler(data or "", **dict(flags_.option))
+  batch = min(flags_.batch_size, flags_.samples)
   tokens_NL, _ = frontier.draw_samples(sampler, flags_.steps, flags_.samples, batch, flags_.seed)
   valid_NL = None
   if data:
@@ -149,7 +150,7 @@ def _draw(flags_, data: str = ""):
   return pipe, judge, tokens_NL, valid_NL
 
 
-def _samples(flags_, data: str) -> dict[str, float | int]:
+def _samples(flags_, data) -> dict[str, float | int]:
   check_counts(samples=flags_.samples, batch_size=flags_.batch_size)
   _, judge, tokens_BL, valid_NL = _draw(flags_, data)
   quality = judge.quality(tokens_BL, flags_.batch_size, valid_NL)

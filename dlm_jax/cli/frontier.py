@@ -9,6 +9,7 @@ from dlm_jax import convert, remote
 from dlm_jax.cli import flags
 from dlm_jax.convert import places
 from dlm_jax.data import templates
+from dlm_jax.data.dataset import open_dataset
 from dlm_jax.errors import InputError, check_counts
 from dlm_jax.evaluate import frontier, matched
 from dlm_jax.evaluate.frontier import sweep_progress
@@ -24,7 +25,8 @@ def main(argv: list[str]) -> None:
   if options.temperatures or options.entropy is not None:
     matched.check_temperatures(options.temperatures or [1.0])
   check_counts(samples=options.samples, batch_size=options.batch_size)
-  samplers, tokenizer, fingerprints = _samplers(options)
+  data = open_dataset(options.data) if options.data else None
+  samplers, tokenizer, fingerprints = _samplers(options, data)
   judge = load_judge(options.judge, tokenizer)
   judge_hash = convert.fingerprint(places.network_directory(options.judge))
   make_workdir(options.workdir)
@@ -33,13 +35,13 @@ def main(argv: list[str]) -> None:
   context = {"judge": judge_hash, "weights": fingerprints}
   context |= {"lengths": options.data} if options.data else {}
   settings = {
-    **judge.settings(),
+    "judge": judge,
     "samples": options.samples,
     "batch_size": options.batch_size,
     "seed": options.seed,
     "context": context,
     "path": finished,
-    "valid_NL": _valid(options),
+    "valid_NL": _valid(options, data),
   }
   rounds = len(samplers) * (1 + len(set(options.temperatures)))
   with sweep_progress(rounds * sum(set(options.nfes))) as told:
@@ -71,14 +73,14 @@ def _match(rows, options, folder) -> list[pathlib.Path]:
   return list(frontier.write(rows, folder, axes=options.x, stem="matched").values())
 
 
-def _valid(options):
+def _valid(options, data):
   """Return where samples are drawn, not given; None: everywhere."""
-  if not options.data:
+  if data is None:
     return None
-  return templates.like_validation(options.data, options.samples, options.batch_size).valid_NL
+  return templates.like_validation(data, options.samples, options.batch_size).valid_NL
 
 
-def _samplers(options):
+def _samplers(options, data):
   """Load every model; return samplers, their common tokenizer and the hashes of their weights."""
   samplers, tokenizer, fingerprints = {}, None, {}
   for name, path, sampling in options.model:
@@ -88,7 +90,7 @@ def _samplers(options):
     if tokenizer is not None and pipe.tokenizer.fingerprint != tokenizer.fingerprint:
       raise InputError(f"--model={name}={path} has another tokenizer than the first model.")
     tokenizer = pipe.tokenizer
-    samplers[name] = pipe.sampler(options.data, **sampling)
+    samplers[name] = pipe.sampler(data or "", **sampling)
     samplers[name].check()
     fingerprints[name] = convert.fingerprint(places.network_directory(path))
   return samplers, tokenizer, fingerprints

@@ -3,7 +3,7 @@
 
 from dlm_jax.cli import flags
 from dlm_jax.data import tokenizers
-from dlm_jax.experiment import build
+from dlm_jax.experiment import build, plan
 
 
 def main(argv: list[str]) -> None:
@@ -21,7 +21,7 @@ dlm-jax prepare --config=novels_idlm --config.data.directory=gs://bucket/novels
   config = flags.load_config(parser.parse(argv))
   if config is None:
     return
-  prepared = build.prepare(config)
+  prepared = build.prepare(plan.read_data(config))
   print(prepared.message)
   rows = tokenizers.load(prepared.directory)
   for name, split in prepared.info.splits.items():

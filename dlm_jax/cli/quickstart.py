@@ -4,6 +4,7 @@
 import argparse
 import pathlib
 
+from dlm_jax import remote
 from dlm_jax.cli import flags
 from dlm_jax.errors import InputError
 from dlm_jax.quickstart import distil, shipped
@@ -15,6 +16,11 @@ def main(argv: list[str]) -> int:
   """Parse flags and run; interrupted runs resume when called again."""
   options = vars(_parser().parse(argv))  # only those that were given
   workdir = options.pop("workdir", None)
+  if workdir and remote.is_remote(workdir):
+    raise InputError(
+      f"--workdir={workdir}: the quick start writes to a folder of this machine; name one and copy "
+      "it afterwards, or use `dlm-jax train` and `frontier`, which write to stores."
+    )
   if "nfes" in options:
     options["nfes"] = tuple(options["nfes"])
   if options.pop("pretrained", False):

@@ -39,24 +39,44 @@ def main(argv: list[str]) -> None:
   path = _source(given.pop("checkpoint", ""), given.pop("model", ""))
   tokenizer = given.pop("tokenizer", None)
   given["prompt"] = [_text(prompt) for prompt in given.get("prompt", [])]
-  decodes = load.decodes(convert.open_network(places.find_network(path)))
+  source = places.find_network(path)
+  network = convert.open_network(source)
+  decodes = load.decodes(network)
   for name in _GRID if decodes else _BLOCKS:
-    if name in given:
+    if name in given and (name, network.writes) != ("top_k", "next"):
       other = "decodes blocks" if decodes else "is no decoder of blocks"
       raise InputError(f"--{name} does not apply: {path} {other}.")
   if decodes:
-    _decode(path, tokenizer, given)
+    _decode(source, tokenizer, given)
+  elif network.writes == "next":
+    _continue(source, tokenizer, given)
   else:
-    _denoise(path, tokenizer, given)
+    _denoise(source, tokenizer, given)
+
+
+def _continue(path, tokenizer, options):
+  """Print texts of a judge."""
+  as_json, options = options.pop("json", False), _one_prompt(options)
+  _print(load.open_continuation(path, tokenizer)(**options), as_json)
+
+
+def _one_prompt(options):
+  """Return the options of a call from those of networks that take one prompt."""
+  prompts = options.pop("prompt")
+  if len(prompts) > 1:
+    raise InputError("several --prompt are for decoders of blocks; give one.")
+  return options | {"prompt": "".join(prompts), **dict(options.pop("option", []))}
+
+
+def _print(texts, as_json):
+  for number, text in enumerate(texts, start=1):
+    print(json.dumps(text) if as_json else f"──── {number} ────\n{text}\n")
 
 
 def _denoise(path, tokenizer, options):
   """Print texts of a denoiser."""
   show, as_json = options.pop("show_steps", False), options.pop("json", False)
-  prompts = options.pop("prompt")
-  if len(prompts) > 1:
-    raise InputError("several --prompt are for decoders of blocks; give one.")
-  options |= {"prompt": "".join(prompts), **dict(options.pop("option", []))}
+  options = _one_prompt(options)
   if options.get("precision") == "legacy":
     for name in ("temperature", "nucleus"):
       if options.pop(name, 1.0) != 1.0:
@@ -67,8 +87,7 @@ def _denoise(path, tokenizer, options):
     trace_KL = np.asarray(jax.device_get(trace_KBL))[:, 0]
     print(viz.terminal(trace_KL, pipe.tokenizer, colour=sys.stdout.isatty()))
     return
-  for number, text in enumerate(pipe(**options), start=1):
-    print(json.dumps(text) if as_json else f"──── {number} ────\n{text}\n")
+  _print(pipe(**options), as_json)
 
 
 def _decode(path, tokenizer, options):
@@ -164,7 +183,8 @@ def _source(checkpoint: str, model: str) -> str:
 def _parser() -> flags.Parser:
   parser = flags.Parser(
     "sample",
-    "Print samples of a denoiser, or what a decoder of blocks (SDAR) writes behind its prompts.",
+    "Print samples of a denoiser or a judge, or what a decoder of blocks (SDAR) writes behind its\n"
+    "prompts.",
     """
 dlm-jax sample --model=novels-student --steps=8 --prompt='It was ' --show_steps
 dlm-jax sample --checkpoint=runs/quickstart/student --steps=8 --sampler=psi --option kappa=0.9
@@ -187,7 +207,7 @@ dlm-jax sample --checkpoint=SDAR-8B-Chat-b8 --draft=SDAR-1.7B-Chat-b8 --chat --p
   add("--nucleus", "--top_p", type=float, metavar="P", help="draw from the top of this mass")
   add("--seed", type=int)
   add("--json", action="store_true", help="one JSON string per line")
-  add = parser.add_argument_group("of denoisers").add_argument
+  add = parser.add_argument_group("of denoisers; --num and --length of judges too").add_argument
   add("--num", type=int, help="number of texts")
   add("--length", type=int, help="tokens, or residues; default: the model's")
   add("--sampler", help="ancestral, first_hitting, psi, analytic or rgas")

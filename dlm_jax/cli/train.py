@@ -5,7 +5,7 @@ from etils import epath
 
 from dlm_jax import mesh
 from dlm_jax.cli import flags
-from dlm_jax.experiment import build
+from dlm_jax.experiment import build, plan
 from dlm_jax.experiment.run import train
 
 
@@ -36,7 +36,8 @@ dlm-jax train --config=owt_teacher --dry_run
   if namespace.dry_run:
     from dlm_jax.experiment import dry_run
 
-    print(dry_run.describe(config, vocab_size=build.vocabulary(config)))
+    read = plan.read(config)
+    print(dry_run.describe(read, vocab_size=build.vocabulary(read)))
     return
   if not namespace.workdir:
     parser.error("--workdir is required")

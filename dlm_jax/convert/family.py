@@ -11,7 +11,7 @@ from typing import Any
 
 from dlm_jax.convert.layout import Entry
 from dlm_jax.errors import InputError, hint
-from dlm_jax.process import Process
+from dlm_jax.process import MASKED, NAMES, Process
 
 # How a network writes. Callers ask this, and never for a class.
 WRITES = (
@@ -45,6 +45,12 @@ class Family:
     dtypes: what its parameters may be kept in.
     spare_rows: its vocabulary may have more rows than the tokenizer has tokens, the mask be any.
     own_tokenizer: it is fixed to a tokenizer of its own; texts of others are translated for it.
+    pad_row: without a mask its vocabulary may have one row more, as public ones have for padding.
+    several: a row may hold several documents, which it keeps apart.
+    name: what `model.name` of a config calls it; None: it is read from files only.
+    options: what a config builds the network from, a dataclass of sizes and policies.
+    complete: (fields of a config's `model`) -> arguments of `options`; sizes left at 0 follow from
+      others.
   """
 
   model_types: tuple[str, ...]
@@ -59,6 +65,25 @@ class Family:
   dtypes: tuple[str, ...] = ("float32",)
   spare_rows: bool = False
   own_tokenizer: bool = False
+  pad_row: bool = False
+  several: bool = False
+  name: str | None = None
+  options: type | None = None
+  complete: Callable[[dict[str, Any]], dict[str, Any]] = dict
+
+  def has_mask_row(self, name: str) -> bool:
+    """Tell whether its vocabulary has a row for the mask, under a process of that name.
+
+    One that may have a mask later has the row from the start: it stays the same network.
+    """
+    masks = any(known in MASKED for known in self.processes)
+    return masks and (name in MASKED or name not in NAMES)
+
+  def fits(self, rows: int, tokens: int, masked: bool) -> bool:
+    """Tell whether so many rows are a vocabulary of so many tokens, the mask not among them."""
+    more = rows - tokens - masked
+    padded = self.pad_row and not masked and more == 1
+    return more == 0 or padded or (self.spare_rows and more > 0)
 
   def way(self, process: Process | None, stored: str | None = None, where: Any = "") -> str:
     """Return how a network of this family writes.

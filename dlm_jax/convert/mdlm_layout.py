@@ -10,7 +10,7 @@ square matrix (attn_out, sigma_map.mlp.2) stored transposed, and tensors of one 
 
 import functools
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -91,6 +91,18 @@ def _entries(model, before, block, after):
     *layout.numbered(after),
   ):
     yield Entry(PREFIX + name, path, index, transposed)
+
+
+def reading(entries: Callable[[Any], Iterable[Entry]]) -> dict[str, Callable]:
+  """Return the fields of a `Family` that follow from where a network's tensors lie."""
+
+  def match_entries(model, tensors, source):
+    return match(entries(model), layout.param_shapes(model), model.config, tensors, source)
+
+  def average_entries(model, shadows, source):
+    return average(model, entries(model), shadows, source)
+
+  return {"entries": entries, "match": match_entries, "average": average_entries}
 
 
 def discriminator_shapes(model: models.Discriminator) -> Any:

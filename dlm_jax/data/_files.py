@@ -3,6 +3,7 @@
 
 import bz2
 import contextlib
+import dataclasses
 import glob
 import gzip
 import hashlib
@@ -11,7 +12,7 @@ import lzma
 import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, ClassVar
 
 from dlm_jax import remote
 from dlm_jax.errors import InputError
@@ -107,6 +108,27 @@ def reading(path: str) -> Iterator[BinaryIO]:
     raise InputError(f"{path} is not a whole {extension} file: {error}; fetch it again.") from error
   except OSError as error:
     raise InputError(f"{path} cannot be read: {error.strerror or error}.") from error
+
+
+class Chosen:
+  """Files chosen by a glob: what the sources that are dataclasses with these fields share."""
+
+  kind: ClassVar[str]  # of the source: what precedes its glob
+  pattern: str
+  validation: str | None
+
+  def files(self, split: str) -> list[str]:
+    """Return the sorted paths that `split` reads.
+
+    Raises:
+      InputError: the glob matches no file.
+    """
+    return select_files(self.kind, self.pattern, self.validation, split)
+
+  def describe(self) -> dict[str, Any]:
+    """Return what identifies the corpus, JSON-able."""
+    options = dataclasses.asdict(self)
+    return describe_files(f"{self.kind}:{options.pop('pattern')}", self.files, options)
 
 
 def select_files(kind: str, pattern: str, validation: str | None, split: str) -> list[str]:

@@ -154,8 +154,10 @@ def _version() -> str:
     return "unknown"
 
 
-def _existing(directory: pathlib.Path, wanted: Info) -> Info | None:
+def _existing(directory: pathlib.Path, wanted: Info, there: Path | None) -> Info | None:
   """Return the dataset that is there already, None if there is nothing."""
+  if there is not None and not remote.exists(there):
+    return None  # what was there once may have left a copy
   if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
     return None
   if not (directory / "dataset.json").is_file():
@@ -285,7 +287,7 @@ def prepare(
   )
   temporary = None
   try:
-    if info := _existing(directory, wanted):
+    if info := _existing(directory, wanted, there):
       return Prepared(directory=str(there or directory), info=info, created=False)
     directory.parent.mkdir(parents=True, exist_ok=True)
     temporary = directory.parent / f".{directory.name}.{uuid.uuid4().hex[:8]}"

@@ -3,16 +3,15 @@
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from dlm_jax.data._files import (
+  Chosen,
   check_split,
   check_text,
-  describe_files,
   fraction_of,
   json_lines,
   reading,
-  select_files,
 )
 from dlm_jax.data.tokenizers import ChatBPE, Tokenizer
 from dlm_jax.errors import InputError
@@ -31,7 +30,7 @@ class Conversations(Protocol):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Chat:
+class Chat(Chosen):
   """Conversations from JSON-lines files chosen by a glob (`**` allowed), in sorted order.
 
   A line holds {"messages": [{"role": …, "content": …}, …]}, or a prompt and its answer in two named
@@ -45,6 +44,7 @@ class Chat:
     validation_fraction: without `validation`, the expected share of lines in that split.
   """
 
+  kind: ClassVar[str] = "chat"
   pattern: str
   prompt: str | None = None
   answer: str | None = None
@@ -57,14 +57,6 @@ class Chat:
         f"chat:{self.pattern}: prompt={self.prompt!r} and answer={self.answer!r} name fields "
         "together; give both, or neither for lines of messages."
       )
-
-  def files(self, split: str) -> list[str]:
-    """Return the sorted paths that `split` reads.
-
-    Raises:
-      InputError: the glob matches no file.
-    """
-    return select_files("chat", self.pattern, self.validation, split)
 
   def conversations(self, split: str) -> Iterator[Messages]:
     """Yield the messages of every conversation of a split.
@@ -86,10 +78,6 @@ class Chat:
     """Yield every conversation as text, its messages one after the other: to train a BPE on."""
     for messages in self.conversations(split):
       yield "\n".join(message["content"] for message in messages)
-
-  def describe(self) -> dict[str, Any]:
-    options = dataclasses.asdict(self)
-    return describe_files(f"chat:{options.pop('pattern')}", self.files, options)
 
   def _messages(self, record: Any, where: str) -> Messages:
     fields = ("messages",) if self.prompt is None else (self.prompt, self.answer)

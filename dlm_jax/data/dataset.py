@@ -160,13 +160,17 @@ def lengths_file(directory: Path, split: str) -> pathlib.Path:
   return pathlib.Path(directory) / "lengths" / f"{split}.npy"
 
 
-def open_dataset(directory: Path) -> Dataset:
-  """Open a directory made by `prepare`.
+def open_dataset(dataset: Dataset | Path) -> Dataset:
+  """Open a directory made by `prepare`; what is open already is returned as it is.
+
+  Opening a remote one asks its store for every file: open it once and pass it on.
 
   Raises:
     InputError: it is not one, or files are missing or have another size than when written.
   """
-  directory = remote.fetch(directory)
+  if isinstance(dataset, Dataset):
+    return dataset
+  directory = remote.fetch(dataset)
   advice = "prepare it again into a new directory."
   try:
     content = json.loads((directory / "dataset.json").read_text(encoding="utf-8"))

@@ -4,14 +4,13 @@
 import dataclasses
 import hashlib
 from collections.abc import Iterator
-from typing import Any
+from typing import ClassVar
 
 from dlm_jax.data._files import (
+  Chosen,
   check_split,
-  describe_files,
   fraction_of,
   reading,
-  select_files,
 )
 from dlm_jax.errors import InputError
 
@@ -20,7 +19,7 @@ RARE = "BOUXZ"  # ambiguous or unusual, but legal: B, Z, X stand for several; U 
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Fasta:
+class Fasta(Chosen):
   """The records of FASTA files chosen by a glob (`**` allowed), in the order of the files.
 
   A record is a line `>name anything` and lines of residues below it. Lower case becomes upper case
@@ -39,6 +38,7 @@ class Fasta:
     max_length: residues that it has at most; None: any number. Packing has a limit of its own.
   """
 
+  kind: ClassVar[str] = "fasta"
   pattern: str
   validation: str | None = None
   validation_fraction: float = 0.08
@@ -51,14 +51,6 @@ class Fasta:
         f"min_length={self.min_length} and max_length={self.max_length} leave no sequence; use "
         "1 or more and at least min_length."
       )
-
-  def files(self, split: str) -> list[str]:
-    """Return the sorted paths that `split` reads.
-
-    Raises:
-      InputError: the glob matches no file.
-    """
-    return select_files("fasta", self.pattern, self.validation, split)
 
   def documents(self, split: str) -> Iterator[str]:
     """Yield the sequences of a split; see `sifted` for what raises."""
@@ -92,10 +84,6 @@ class Fasta:
     before = len(seen)
     seen.add(_digest(sequence))
     return "" if len(seen) > before else "duplicates"
-
-  def describe(self) -> dict[str, Any]:
-    options = dataclasses.asdict(self)
-    return describe_files(f"fasta:{options.pop('pattern')}", self.files, options)
 
 
 def _digest(sequence: str) -> bytes:

@@ -182,7 +182,7 @@ def _check_batch_size(batch_size: int) -> None:
 
 
 def make(
-  directory: Path,
+  dataset: Dataset | Path,
   split: str,
   *,
   batch_size: int,
@@ -199,7 +199,7 @@ def make(
   buckets are drawn in proportion to their records, see `buckets`.
 
   Args:
-    directory: made by `builder.prepare`.
+    dataset: opened, or its directory.
     split: "train" or "validation".
     batch_size: B, sequences in the global batch.
     seed: of the order; each epoch gets an order of its own.
@@ -237,7 +237,7 @@ def make(
     )
   if not 0 <= seed < 2**32:
     raise InputError(f"loader.seed={seed} is outside 0..2**32-1.")
-  dataset = open_dataset(directory)
+  dataset = open_dataset(dataset)
   info, parts = dataset.info, _split(dataset, split)
   count, most = sum(map(len, parts)), max(map(len, parts))
   if not repeat and most < batch_size:
@@ -274,14 +274,16 @@ def make(
   return Loader(mixed, identity)
 
 
-def evaluation_groups(directory: Path, split: str, limit: int | None = None) -> list[Record]:
+def evaluation_groups(
+  dataset: Dataset | Path, split: str, limit: int | None = None
+) -> list[Record]:
   """Return the first records of a split, [N, L]: of documents one group per bucket, else one.
 
   Buckets without a record among the first `limit` are left out; within a bucket the order is the
   stored one. No record is dropped and none is padded beyond its bucket.
 
   Args:
-    directory: made by `builder.prepare`.
+    dataset: opened, or its directory.
     split: "train" or "validation".
     limit: at most so many records; None for all.
 
@@ -290,7 +292,7 @@ def evaluation_groups(directory: Path, split: str, limit: int | None = None) -> 
   """
   if limit is not None and limit < 1:
     raise InputError(f"limit={limit} records is not positive; use 1 or more, or None for all.")
-  dataset = open_dataset(directory)
+  dataset = open_dataset(dataset)
   groups = []
   for records in _split(dataset, split):
     asked = itertools.takewhile(
@@ -314,7 +316,7 @@ def features(groups: list[Record], *names: str) -> list[Any]:
 
 
 def evaluation_batches(
-  directory: Path, split: str, batch_size: int, limit: int | None = None
+  dataset: Dataset | Path, split: str, batch_size: int, limit: int | None = None
 ) -> Iterator[Record]:
   """Return the whole batches of a split in stored order, [batch_size, L].
 
@@ -322,7 +324,7 @@ def evaluation_batches(
   no padding enters an average. Hosts all get the same batches.
 
   Args:
-    directory: made by `builder.prepare`.
+    dataset: opened, or its directory.
     split: "train" or "validation".
     batch_size: sequences per batch.
     limit: at most so many batches; None for all.
@@ -334,9 +336,11 @@ def evaluation_batches(
   _check_batch_size(batch_size)
   if limit is not None and limit < 1:
     raise InputError(f"limit={limit} batches is not positive; use 1 or more, or None for all.")
-  dataset = open_dataset(directory)
+  dataset = open_dataset(dataset)
   if dataset.info.packing == "documents":
-    raise InputError(f"{directory} holds documents of several lengths, not batches of one length.")
+    raise InputError(
+      f"{dataset.directory} holds documents of several lengths, not batches of one length."
+    )
   (records,) = _split(dataset, split)
   batches = len(records) // batch_size
   if not batches:

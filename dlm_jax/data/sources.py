@@ -17,19 +17,18 @@ import pathlib
 import platform
 import sysconfig
 from collections.abc import Iterator
-from typing import Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 from dlm_jax.data._files import (
   COMPRESSED,
+  Chosen,
   check_split,
   check_text,
   decode,
-  describe_files,
   digest,
   fraction_of,
   json_lines,
   reading,
-  select_files,
 )
 from dlm_jax.data._files import SPLITS as SPLITS
 from dlm_jax.data.conversations import Chat
@@ -137,7 +136,7 @@ class Stdlib:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Files:
+class Files(Chosen):
   """Text files chosen by a glob (`**` allowed), in sorted order.
 
   A .jsonl or .ndjson file gives one document per line; any other file is plain text and one
@@ -153,19 +152,12 @@ class Files:
     validation_fraction: without `validation`, the expected share of documents in that split.
   """
 
+  kind: ClassVar[str] = "files"
   pattern: str
   field: str = "text"
   document_separator: str | None = None
   validation: str | None = None
   validation_fraction: float = 0.08
-
-  def files(self, split: str) -> list[str]:
-    """Return the sorted paths that `split` reads.
-
-    Raises:
-      InputError: the glob matches no file.
-    """
-    return select_files("files", self.pattern, self.validation, split)
 
   def documents(self, split: str) -> Iterator[str]:
     index = 0
@@ -199,10 +191,6 @@ class Files:
         )
       check_text(document, f"{path}:{number}")
       yield document
-
-  def describe(self) -> dict:
-    options = dataclasses.asdict(self)
-    return describe_files(f"files:{options.pop('pattern')}", self.files, options)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

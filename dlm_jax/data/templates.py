@@ -112,15 +112,22 @@ class Answers:
     return drawn_NL
 
 
-def like_validation(directory: dataset.Path, samples: int, batch_size: int) -> Templates | Answers:
+def like_validation(
+  data: dataset.Dataset | dataset.Path, samples: int, batch_size: int
+) -> Templates | Answers:
   """Return templates like a dataset's first validation records, again if too few.
 
   Proteins get their lengths, answers their prompts and lengths.
 
+  Args:
+    data: the dataset, opened, or its directory.
+    samples: number of them.
+    batch_size: samples drawn at a time.
+
   Raises:
     InputError: not a prepared directory, or one of running text.
   """
-  opened = dataset.open_dataset(directory)
+  opened = dataset.open_dataset(data)
   if opened.info.packing == "conversations":
     source = opened.splits["validation"]
     rows = [source[i] for i in np.resize(np.arange(len(source))[:samples], samples)]
@@ -132,7 +139,7 @@ def like_validation(directory: dataset.Path, samples: int, batch_size: int) -> T
     )
   if opened.info.packing != "documents":
     raise InputError(
-      f"{directory} holds running text, not records with lengths or prompts of their own."
+      f"{opened.directory} holds running text, not records with lengths or prompts of their own."
     )
   residues_N = np.resize(opened.lengths("validation")[:samples] - 2, samples)
   return Templates(

@@ -25,9 +25,10 @@ from typing import Any
 import flax.struct
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 
 from dlm_jax import draw
+from dlm_jax.arrays import BoolBK, FloatBK, FloatBKV, IntBK
 
 FILLS = ("truncate", "truncate_no_bonus", "target_argmax", "target_argmax_all", "draft_argmax")
 
@@ -50,9 +51,9 @@ class Verdict:
 
 
 def greedy_match(
-  draft_BK: Int[Array, "B K"],
-  target_BKV: Float[Array, "B K V"],
-  open_BK: Bool[Array, "B K"],
+  draft_BK: IntBK,
+  target_BKV: FloatBKV,
+  open_BK: BoolBK,
   *,
   fill: str = "truncate",
   stop_BV: Bool[Array, "B V"] | None = None,
@@ -76,11 +77,11 @@ def greedy_match(
 
 
 def rejection(
-  draft_BK: Int[Array, "B K"],
-  draft_BKV: Float[Array, "B K V"],
-  target_BKV: Float[Array, "B K V"],
-  open_BK: Bool[Array, "B K"],
-  uniform_BK: Float[Array, "B K"],
+  draft_BK: IntBK,
+  draft_BKV: FloatBKV,
+  target_BKV: FloatBKV,
+  open_BK: BoolBK,
+  uniform_BK: FloatBK,
   bonus_B2: Float[Array, "B 2"],
   *,
   fill: str = "truncate",

@@ -74,19 +74,9 @@ class Sampler:
         "no frontier; use 'ancestral'."
       )
     guide = {} if critic is None else {"critic": critic}
+    given = {"prompt": prompt, "frozen": frozen, "steps": nfe, **guide, **self.options}
     length = self.length if prompt is None else prompt.shape[1]
-    return sample.generate(
-      denoiser,
-      self.process,
-      rng,
-      batch=batch,
-      length=length,
-      steps=nfe,
-      prompt=prompt,
-      frozen=frozen,
-      **guide,
-      **self.options,
-    )
+    return sample.generate(denoiser, self.process, rng, batch=batch, length=length, **given)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

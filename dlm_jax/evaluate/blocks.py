@@ -7,17 +7,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dlm_jax.arrays import Params, RngKey
+from dlm_jax.arrays import RngKey
+from dlm_jax.decode.passes import Bound
 from dlm_jax.errors import InputError, check_counts
 from dlm_jax.evaluate import likelihood
-from dlm_jax.models.protocols import Cached
 from dlm_jax.objectives import block_diffusion
 from dlm_jax.process import Absorbing, BlockNoise
 
 
 def block_elbo(
-  model: Cached,
-  params: Params,
+  network: Bound,
   process: Absorbing,
   tokens_NL: likelihood.Tokens | likelihood.Groups,
   rng: RngKey,
@@ -26,19 +25,17 @@ def block_elbo(
   batch_size: int = 32,
   samples_per_sequence: int = 1,
   bytes_per_token: float | None = None,
-  eps: float = 1e-3,
   valid_NL: likelihood.Valid = None,
   first_given: bool = False,
 ) -> dict[str, float]:
   """Estimate the negative evidence lower bound of held-out sequences, block after block.
 
-  Every block is noised at a level of its own from the full interval [eps, 1], whatever interval
+  Every block is noised at a level of its own from the full interval [1e-3, 1], whatever interval
   the network was trained on; levels are stratified over all blocks of the set. Neither batch size
   nor order changes the draws. A block length of 1 gives the exact likelihood instead of a bound.
 
   Args:
-    model: the network.
-    params: its parameters.
+    network: with its parameters.
     process: says what the mask is, which is never predicted.
     tokens_NL: clean held-out ids; a list holds one array per length.
     rng: key.
@@ -46,7 +43,6 @@ def block_elbo(
     batch_size: sequences per network evaluation, of 2 L tokens each.
     samples_per_sequence: noisy copies per sequence.
     bytes_per_token: mean bytes of text per valid token; adds `bits_per_byte`.
-    eps: smallest time.
     valid_NL: False on what is given: never masked, not counted; shaped as the tokens are. None: all
       tokens are valid.
     first_given: the first token does not count, as in `ar_perplexity`.
@@ -65,10 +61,9 @@ def block_elbo(
   )
   noised = functools.partial(
     _nats,
-    model=model,
+    model=network.model,
     noise=BlockNoise(process=process),
     block_length=block_length,
-    eps=eps,
     first_given=first_given,
   )
   nats, counts, unscored = [], [], 0
@@ -79,7 +74,12 @@ def block_elbo(
     for rows in likelihood.batches(nats_NK.size, batch_size):
       which = rows // samples_per_sequence
       nats_NK[rows] = noised(
-        params, ids_NL[which], scored_NL[which], group[0][rows], group[1][rows], rows=nats_NK.size
+        network.params,
+        ids_NL[which],
+        scored_NL[which],
+        group[0][rows],
+        group[1][rows],
+        rows=nats_NK.size,
       )
     nats.append(nats_NK.reshape(len(ids_NL), -1).mean(axis=1))
     counts.append(scored_NL[:, 1 if first_given else 0 :].sum(axis=1))
@@ -89,15 +89,8 @@ def block_elbo(
     raise InputError(f"{len(nats_N)} sequences hold nothing to score; give longer ones.")
   if bytes_per_token is not None:  # it counts all valid tokens, the first one too
     bytes_per_token *= 1 + unscored / count_N.sum()
-  return likelihood.summary(
-    "nelbo",
-    nats_N,
-    count_N,
-    bytes_per_token,
-    tokens=int(count_N.sum()),
-    sequences=len(nats_N),
-    evaluations=len(nats_N) * samples_per_sequence,
-  )
+  evaluations = len(nats_N) * samples_per_sequence
+  return likelihood.summary("nelbo", nats_N, count_N, bytes_per_token, evaluations=evaluations)
 
 
 def noised_rows(rng: RngKey, n: int, k: int):
@@ -109,17 +102,16 @@ def noised_rows(rng: RngKey, n: int, k: int):
 
 
 @functools.partial(
-  jax.jit, static_argnames=("model", "noise", "block_length", "eps", "first_given", "rows")
+  jax.jit, static_argnames=("model", "noise", "block_length", "first_given", "rows")
 )
 def _nats(
-  params, tokens_BL, valid_BL, rng_B, row_B, *, model, noise, block_length, eps, first_given, rows
+  params, tokens_BL, valid_BL, rng_B, row_B, *, model, noise, block_length, first_given, rows
 ):
   batch = {"tokens": tokens_BL, "valid": valid_BL, "rng": rng_B}
   noisy = block_diffusion.with_noise(
     batch,
     noise=noise,
     block_length=block_length,
-    interval=(eps, 1.0),
     first_given=first_given,
     row_B=row_B,
     rows=rows,

@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from dlm_jax.errors import InputError, check_counts
 from dlm_jax.evaluate import generative, tables
 from dlm_jax.evaluate._samplers import Sampler, TemplateSampler
+from dlm_jax.evaluate.judge import JudgeWithTokens
 
 __all__ = [
   "Reference",
@@ -89,12 +90,9 @@ def sweep(
   samplers: Mapping[str, SamplerFactory],
   nfes: Sequence,
   *,
-  judge,
+  judge: JudgeWithTokens,
   samples: int = 512,
   batch_size: int = 64,
-  judge_batch_size: int = 8,
-  eos_id: int | None = None,
-  retokenise: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]] | None = None,
   valid_NL: np.ndarray | None = None,
   seed: int = 0,
   context: Mapping[str, Any] | None = None,
@@ -109,12 +107,9 @@ def sweep(
   Args:
     samplers: see `SamplerFactory`, by the name to plot them under.
     nfes: numbers of network evaluations, integers ≥ 1; doubles are dropped.
-    judge: see `generative.genppl`.
+    judge: see `load_judge`; it knows how many samples it reads at a time.
     samples: samples per row.
     batch_size: samples drawn at a time.
-    judge_batch_size: samples judged at a time.
-    eos_id: end-of-text id of the judge.
-    retokenise: tokens [B, L] to the judge's tokens and mask; None if they share a tokenizer.
     valid_NL: bool [samples, L], False where samples were given: not judged. None: nowhere.
     seed: every sampler sees the same keys.
     context: recorded in every row, e.g. {"student_step": 400, "judge": "gpt2-large"}.
@@ -130,13 +125,11 @@ def sweep(
   """
   nfes = checked_nfes(nfes)
   check_counts(samplers=len(samplers), samples=samples, batch_size=batch_size)
-  generative.check_translated(retokenise, valid_NL)
+  generative.check_translated(judge.retokenise, valid_NL)
 
   def measure(factory, key):
     tokens_BL, seconds = draw_samples(factory, key["nfe"], samples, min(batch_size, samples), seed)
-    judged = {"retokenised": retokenise(tokens_BL)} if retokenise else {}
-    judged |= {"eos_id": eos_id, "batch_size": judge_batch_size, "valid_NL": valid_NL}
-    result = generative.quality(judge, tokens_BL, **judged)
+    result = judge.quality(tokens_BL, valid_NL=valid_NL)
     count = factory.evaluations(key["nfe"]) if hasattr(factory, "evaluations") else key["nfe"]
     measured = dataclasses.asdict(result) | {"seconds": seconds, "evaluations": count}
     return _row(key | measured)

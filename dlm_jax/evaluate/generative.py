@@ -90,13 +90,16 @@ def quality(
   return Quality(entropy=spread["entropy"], entropy_se=spread["entropy_se"], **judged)
 
 
+TRANSLATED = (
+  "the judge has a tokenizer of its own, in which prompts and answers cannot be told apart; use an "
+  "autoregressive run on the same data."
+)
+
+
 def check_translated(retokenised, valid_NL) -> None:
   """Raise InputError if samples are given in part, and a judge is to read them in other tokens."""
   if retokenised is not None and valid_NL is not None:
-    raise InputError(
-      "the judge has a tokenizer of its own, in which prompts and answers cannot be told apart; "
-      "use an autoregressive run on the same data."
-    )
+    raise InputError(TRANSLATED)
 
 
 def genppl(

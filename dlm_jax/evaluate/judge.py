@@ -2,7 +2,7 @@
 """The autoregressive judge of texts: loading one, its tokens, and what it says of samples."""
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -28,35 +28,39 @@ def check_tokenizer(network: convert.Network, tokenizer: tokenizers.Tokenizer) -
   Raises:
     InputError: it was not.
   """
-  directory, vocab_size = network.source, network.model.config.vocab_size
-  masked = has_mask(network.process)
-  padded = not masked and network.process is not None and vocab_size == tokenizer.vocab_size + 1
-  vocab_size -= masked or padded
-  if network.family.spare_rows:
-    vocab_size = min(vocab_size, tokenizer.vocab_size)
+  directory, rows = network.source, network.model.config.vocab_size
+  masked, wanted = has_mask(network.process), tokenizer.vocab_size
+  fits = network.family.fits(rows, wanted, masked)
   stored = network.facts.get("tokenizer_fingerprint")
-  if vocab_size != tokenizer.vocab_size or stored not in (None, tokenizer.fingerprint):
+  if not fits or stored not in (None, tokenizer.fingerprint):
     raise InputError(
-      f"{directory} has a vocabulary of {vocab_size} tokens and the data one of "
-      f"{tokenizer.vocab_size}{'' if vocab_size != tokenizer.vocab_size else ' others'}; prepare "
-      f"the data with --config.data.tokenizer={directory}."
+      f"{directory} has a vocabulary of {wanted if fits else rows - masked} tokens and the data "
+      f"one of {wanted}{' others' if fits else ''}; prepare the data with "
+      f"--config.data.tokenizer={directory}."
     )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class JudgeWithTokens:
-  """A judge and, if it has a tokenizer of its own, how to translate to its tokens."""
+  """A judge with what it needs to read samples.
 
-  judge: likelihood.Judge
-  eos_id: int
-  retokenise: Any = None
+  Attributes:
+    judge: see `generative.genppl`.
+    eos_id: end-of-text id of its tokenizer; None counts every target.
+    retokenise: samples [B, L] to its tokens and mask, if it has a tokenizer of its own.
+    batch_size: samples judged at a time, where not told otherwise.
+  """
 
-  def settings(self) -> dict[str, Any]:
-    """Return the arguments of `frontier.sweep` that a judge decides."""
-    return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+  judge: likelihood.Judge | Callable
+  eos_id: int | None = None
+  retokenise: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]] | None = None
+  batch_size: int = 8
 
   def quality(
-    self, tokens_BL: np.ndarray, batch_size: int, valid_NL: np.ndarray | None = None
+    self,
+    tokens_BL: np.ndarray,
+    batch_size: int | None = None,
+    valid_NL: np.ndarray | None = None,
   ) -> generative.Quality:
     """Return GenPPL and entropy of samples in the generator's ids, where they are valid."""
     translated = self.retokenise(tokens_BL) if self.retokenise else None
@@ -64,14 +68,22 @@ class JudgeWithTokens:
       self.judge,
       tokens_BL,
       eos_id=self.eos_id,
-      batch_size=batch_size,
+      batch_size=self.batch_size if batch_size is None else batch_size,
       retokenised=translated,
       valid_NL=valid_NL,
     )
 
 
-def load_judge(path: str, tokenizer: tokenizers.Tokenizer) -> JudgeWithTokens:
+def load_judge(
+  path: str, tokenizer: tokenizers.Tokenizer, *, given: bool = False
+) -> JudgeWithTokens:
   """Load a judge for texts of a tokenizer: one of our runs, or a GPT-2 directory with BPE files.
+
+  Args:
+    path: workdir or model directory.
+    tokenizer: of the texts.
+    given: some of their tokens are given, prompts and padding: a judge of other tokens, in which
+      these cannot be told apart, is refused.
 
   Raises:
     InputError: it is not autoregressive, or was trained on other tokens.
@@ -84,18 +96,20 @@ def load_judge(path: str, tokenizer: tokenizers.Tokenizer) -> JudgeWithTokens:
   if network.writes != "next":
     mask = " with a mask" if network.family.spare_rows else ""
     raise InputError(f"judge {path} is a {network.kind} network{mask}; a judge is autoregressive.")
-  if network.family.own_tokenizer:
-    return _translated(path, network, tokenizer)
-  check_tokenizer(network, tokenizer)
-  return JudgeWithTokens(
-    judge=likelihood.Judge(network.model, network.params), eos_id=tokenizer.eos_id
-  )
-
-
-def _translated(path, network, tokenizer):
-  """Return a judge that reads texts in its own tokens."""
-  if tokenizer.given_ids:
+  if not network.family.own_tokenizer:
+    check_tokenizer(network, tokenizer)
+    return JudgeWithTokens(
+      judge=likelihood.Judge(network.model, network.params), eos_id=tokenizer.eos_id
+    )
+  if tokenizer.framed:
     raise InputError(f"judge {path} reads text; proteins need an autoregressive run on proteins.")
+  if given:
+    raise InputError(generative.TRANSLATED)
+  return _translated(network, tokenizer)
+
+
+def _translated(network, tokenizer):
+  """Return a judge that reads texts in its own tokens."""
   theirs = tokenizers.load(network.source)
   return JudgeWithTokens(
     judge=likelihood.Judge(network.model, network.params),

@@ -102,15 +102,8 @@ def elbo(
     )
     counts.append(scored_NL.sum(axis=1))
   nats_N, count_N = np.concatenate(nats), np.concatenate(counts)
-  return summary(
-    "nelbo",
-    nats_N,
-    count_N,
-    bytes_per_token,
-    tokens=int(count_N.sum()),
-    sequences=len(nats_N),
-    evaluations=len(nats_N) * samples_per_sequence,
-  )
+  evaluations = len(nats_N) * samples_per_sequence
+  return summary("nelbo", nats_N, count_N, bytes_per_token, evaluations=evaluations)
 
 
 def by_length(tokens, valid):
@@ -184,7 +177,7 @@ def ar_perplexity(
     raise InputError(f"{len(nats_N)} sequences hold nothing to score: only first tokens are valid.")
   if bytes_per_token is not None:  # it counts all valid tokens, the first one too
     bytes_per_token *= (scored + unscored) / scored
-  return summary("nll", nats_N, count_N, bytes_per_token, tokens=scored, sequences=len(nats_N))
+  return summary("nll", nats_N, count_N, bytes_per_token)
 
 
 def token_nll(
@@ -241,7 +234,8 @@ def summary(name, total_N, count_N, bytes_per_token, **counts) -> dict[str, floa
   error = ratio_error(total_N, count_N.astype(np.float64))
   perplexity = float(np.exp(mean))
   row = {name: mean, f"{name}_se": error}
-  row |= {"perplexity": perplexity, "perplexity_se": perplexity * error, **counts}
+  row |= {"perplexity": perplexity, "perplexity_se": perplexity * error}
+  row |= {"tokens": int(count_N.sum()), "sequences": len(total_N), **counts}
   if bytes_per_token is not None:
     if not bytes_per_token > 0:
       raise InputError(f"bytes_per_token={bytes_per_token} must be positive.")

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Markdown tables that read well as plain text too."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 
 def markdown(
@@ -25,3 +25,8 @@ def markdown(
 
   rules = ["-" * w if i in left else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
   return "\n".join(map(line, [header, rules, *rows]))
+
+
+def titled(rows: Sequence[Mapping[str, str]], left: Sequence[int] = (0,)) -> str:
+  """Return the table of one row or more, whose cells stand under their titles."""
+  return markdown(tuple(rows[0]), [tuple(row.values()) for row in rows], left)

@@ -8,27 +8,28 @@ import jax
 from dlm_jax import mesh
 from dlm_jax.data import dataset
 from dlm_jax.experiment import build
+from dlm_jax.experiment.plan import Plan
 from dlm_jax.train import loop
 
 
-def describe(config, vocab_size: int) -> str:
+def describe(plan: Plan, vocab_size: int) -> str:
   """Return shapes, parameters, shardings and a per-device memory estimate as text.
 
   Args:
-    config: locked.
+    plan: of the run.
     vocab_size: tokens of the data, the mask not included.
   """
-  built = build.experiment(config, vocab_size)
+  built = build.experiment(plan, vocab_size)
   lines = [
     f"devices: {built.mesh.size} {jax.default_backend()}, mesh "
     + " × ".join(f"{axis}={size}" for axis, size in built.mesh.shape.items()),
-    f"objective: {config.objective.name}, trees: {', '.join(sorted(built.shapes.trees))}, "
-    f"batches per step: {built.objective.batches} × {config.loader.batch_size} × "
-    f"{config.data.length} tokens",
+    f"objective: {plan.objective.name}, trees: {', '.join(sorted(built.shapes.trees))}, "
+    f"batches per step: {built.objective.batches} × {plan.batch_size} × "
+    f"{plan.data.length} tokens",
     "",
     *_parameters(built),
     "",
-    *_memory(built, config),
+    *_memory(built, plan),
   ]
   return "\n".join(lines)
 
@@ -51,11 +52,11 @@ def _parameters(built) -> list[str]:
   return [*text, f"{total:,} parameters per tree"]
 
 
-def _memory(built, config) -> list[str]:
+def _memory(built, plan) -> list[str]:
   """Compile the step on shapes alone and ask the compiler what it needs."""
-  step = loop.jit_step(built.objective, built.mesh, built.shardings, config.seed)
-  size = (built.objective.batches, config.loader.batch_size, config.data.length)
-  placed, data = mesh.batch_sharding(built.mesh, leading=1), config.data
+  step = loop.jit_step(built.objective, built.mesh, built.shardings, plan.seed)
+  size = (built.objective.batches, plan.batch_size, plan.data.length)
+  placed, data = mesh.batch_sharding(built.mesh, leading=1), plan.data
   records = {
     name: jax.ShapeDtypeStruct(size, dataset.FEATURES[name], sharding=placed)
     for name in dataset.features_of(data.packing, data.block_length)

@@ -9,10 +9,12 @@ import numpy as np
 from etils import epath
 
 from dlm_jax import convert, mesh, models, sample
-from dlm_jax.data import loader, templates, tokenizers
-from dlm_jax.errors import check_counts
-from dlm_jax.evaluate import blocks, frontier, generative, likelihood
-from dlm_jax.evaluate.judge import JudgeWithTokens, load_judge
+from dlm_jax.data import loader, templates
+from dlm_jax.data.dataset import Dataset
+from dlm_jax.decode.passes import Bound
+from dlm_jax.evaluate import blocks, frontier, likelihood
+from dlm_jax.evaluate.generative import Quality
+from dlm_jax.evaluate.judge import load_judge
 from dlm_jax.experiment import several
 from dlm_jax.experiment.build import Experiment
 from dlm_jax.objectives import TrainState, output_params
@@ -21,8 +23,8 @@ from dlm_jax.train.selection import Selection
 Export = Callable[[epath.PathLike, Experiment, TrainState, int], None]
 
 
-def make(
-  built: Experiment, tokenizer: tokenizers.Tokenizer, export: Export, workdir: epath.PathLike
+def chosen(
+  built: Experiment, dataset: Dataset, export: Export, workdir: epath.PathLike
 ) -> "Samples | Likelihood | several.Several | None":
   """Return the evaluator that `config.evaluate.measure` names, several in one if it names more.
 
@@ -30,25 +32,20 @@ def make(
 
   Args:
     built: the run.
-    tokenizer: of its data.
+    dataset: its data, opened.
     export: writes a network: (directory, run, state, step).
     workdir: the best network, by the first evaluator, goes to workdir/best.
   """
-  config = built.config
-  names = several.names(config)
-  if not config.evaluate.every:
+  names = built.plan.evaluate.measure
+  if not built.plan.evaluate.every:
     return None
-  check_counts(
-    **{f"evaluate.{name}": config.evaluate[name] for name in ("samples", "batch_size", "patience")}
-  )
   made = {}
   for name in names:
     keep = several.export_nothing if made else export
     if name == "samples":
-      judge = load_judge(config.evaluate.judge, tokenizer)
-      made[name] = Samples(built, judge, keep, workdir)
+      made[name] = Samples(built, dataset, keep, workdir)
     else:
-      made[name] = Likelihood(built, keep, workdir)
+      made[name] = Likelihood(built, dataset, keep, workdir)
   return several.Several(made) if len(made) > 1 else made[names[0]]
 
 
@@ -56,11 +53,17 @@ class Samples:
   """Measure samples during training; keep the best network in workdir/best, see `Selection`."""
 
   def __init__(
-    self, built: Experiment, judge: JudgeWithTokens, export: Export, workdir: epath.PathLike
+    self,
+    built: Experiment,
+    dataset: Dataset,
+    export: Export,
+    workdir: epath.PathLike,
   ):
-    options = built.config.evaluate
+    options = built.plan.evaluate
     frontier.checked_nfes(options.nfes)
-    self._built, self._judge, self._export = built, judge, export
+    given = built.plan.data.packing != "concatenate"
+    self._judge = load_judge(options.judge, dataset.tokenizer(), given=given)
+    self._built, self._export = built, export
     self._best = epath.Path(workdir) / "best"
     self._selection = Selection(
       max_entropy_drop=options.max_entropy_drop, patience=options.patience
@@ -69,14 +72,11 @@ class Samples:
     batch = min(options.batch_size, options.samples)
     self._rounds = -(-options.samples // batch)
     self._templates = None
-    if built.config.data.packing != "concatenate":
-      self._templates = templates.like_validation(
-        built.config.data.directory, options.samples, batch
-      )
-      generative.check_translated(judge.retokenise, self._templates.valid_NL)
+    if given:
+      self._templates = templates.like_validation(dataset, options.samples, batch)
 
     def draw(denoiser, rng, nfe, prompt=None, frozen=None):
-      length = built.config.data.length if prompt is None else prompt.shape[1]
+      length = built.plan.data.length if prompt is None else prompt.shape[1]
       return sample.generate(
         denoiser,
         built.process,
@@ -127,8 +127,8 @@ class Samples:
       scores |= {f"nfe{nfe}/genppl": quality.genppl, f"nfe{nfe}/entropy": quality.entropy}
     return scores, self._selection.stop
 
-  def _measure(self, params) -> dict[str, generative.Quality]:
-    options = self._built.config.evaluate
+  def _measure(self, params) -> dict[str, Quality]:
+    options = self._built.plan.evaluate
     denoiser = models.Denoiser(self._built.model.rolled(), params)
     measured = {}
     for nfe in options.nfes:
@@ -148,7 +148,7 @@ class Samples:
     if self._templates is not None:
       return self._templates.draw(draw)
     drawn = [draw(i) for i in range(self._rounds)]
-    return np.concatenate(drawn)[: self._built.config.evaluate.samples]
+    return np.concatenate(drawn)[: self._built.plan.evaluate.samples]
 
 
 class Likelihood:
@@ -158,10 +158,10 @@ class Likelihood:
   cent with the noise drawn, always the same here.
   """
 
-  def __init__(self, built: Experiment, export: Export, workdir: epath.PathLike):
-    options = built.config.evaluate
+  def __init__(self, built: Experiment, dataset: Dataset, export: Export, workdir: epath.PathLike):
+    options = built.plan.evaluate
     size = min(options.batch_size, options.samples)
-    groups = loader.evaluation_groups(built.config.data.directory, "validation", options.samples)
+    groups = loader.evaluation_groups(dataset, "validation", options.samples)
     self._tokens, self._valid = loader.features(groups, "tokens", "valid")
     self._built, self._export, self._size = built, export, size
     self._directory = epath.Path(workdir) / "best"
@@ -190,19 +190,18 @@ class Likelihood:
     return {"validation/perplexity": perplexity}, False
 
   def _score(self, model, params) -> dict[str, float]:
-    proc, options = self._built.process, self._built.config.objective
+    proc, options = self._built.process, self._built.plan.objective.options
     shared = {"batch_size": self._size, "valid_NL": self._valid}
     if proc is None:
       return likelihood.ar_perplexity(likelihood.Judge(model, params), self._tokens, **shared)
     rng = jax.random.key(0)
     if convert.writes(model, proc) == "blocks":
       return blocks.block_elbo(
-        model,
-        params,
+        Bound(model, params),
         proc,
         self._tokens,
         rng,
-        block_length=options.block_length,
+        block_length=options["block_length"],
         first_given=options.get("first_given", False),
         **shared,
       )

@@ -1,20 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run a configured experiment: data, state, loop, evaluation, export."""
 
-import json
 import os
 from typing import Any
 
 import jax
 from etils import epath
 from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
 
-from dlm_jax import convert, mesh, remote
+from dlm_jax import convert, remote
 from dlm_jax.convert import places
 from dlm_jax.data import builder, loader, tokenizers
 from dlm_jax.errors import InputError
 from dlm_jax.evaluate.judge import check_tokenizer
 from dlm_jax.experiment import build, evaluators
+from dlm_jax.experiment import plan as plans
 from dlm_jax.experiment.build import Experiment
 from dlm_jax.objectives import TrainState, output_params
 from dlm_jax.train import checkpoint, loop
@@ -22,14 +23,16 @@ from dlm_jax.train.checkpoint import Checkpoints
 from dlm_jax.train.writers import Writer
 
 
-def train(config, workdir: str | os.PathLike, *, label: str = "", wandb: str = "") -> loop.Result:
+def train(
+  config: ConfigDict, workdir: str | os.PathLike, *, label: str = "", wandb: str = ""
+) -> loop.Result:
   """Train what a config describes; called again on the same workdir it resumes.
 
   Writes to `workdir`: config.json, metrics.jsonl, tensorboard/, checkpoints/, `final/` (the trained
   network with its tokenizer, in the Hugging Face layout) and, with evaluation, `best/`.
 
   Args:
-    config: locked `ConfigDict`.
+    config: is read once, see `plan.Plan`.
     workdir: created if needed.
     label: shown in the progress line; default: the objective's name.
     wandb: project to log to.
@@ -38,40 +41,43 @@ def train(config, workdir: str | os.PathLike, *, label: str = "", wandb: str = "
     InputError: anything the user can fix; nothing is left half-written.
   """
   workdir = epath.Path(workdir)
-  dataset = open_data(config)
+  plan = plans.read(config, label)
+  dataset = open_data(plan.data)
   tokenizer = dataset.tokenizer()
-  built = build.experiment(config, tokenizer.vocab_size, blocked=tokenizer.given_ids)
-  given = load_start(config, built, tokenizer)
+  built = build.experiment(plan, tokenizer.vocab_size, blocked=tokenizer.given_ids)
+  given = load_start(built, tokenizer)
   if given is None:
-    given = load_teacher(config, built, tokenizer)
-  loop_config = build.loop_config(config, label or config.objective.name)
-  evaluator = evaluators.make(built, tokenizer, lambda *where: export(*where, tokenizer), workdir)
-  host, hosts = mesh.host_rows(built.mesh, config.loader.batch_size)
+    given = load_teacher(built, tokenizer)
+  evaluator = evaluators.chosen(built, dataset, lambda *where: export(*where, tokenizer), workdir)
   stream = loader.make(
-    config.data.directory,
+    dataset,
     "train",
-    batch_size=config.loader.batch_size,
-    seed=config.seed,
-    host=host,
-    hosts=hosts,
+    batch_size=plan.batch_size,
+    seed=plan.seed,
+    host=built.rows[0],
+    hosts=built.rows[1],
     together=built.objective.batches,
   )
   make_workdir(workdir)
-  resolved = json.loads(config.to_json())
-  _check_same_run(workdir, resolved)
-  with Checkpoints(workdir / "checkpoints", keep=config.train.keep, config=resolved) as checkpoints:
-    state = _start(built, given, checkpoints, stream, evaluator)
-    step = int(state.step)
-    with Writer(workdir, resume_from=step, wandb_project=wandb) as writer:
-      if step == 0 and given is not None and evaluator is not None:
-        writer.write(0, evaluator(0, state)[0])  # what it starts from: the reference
+  checkpoint.check_same(workdir, plan.stored)
+  with Checkpoints(workdir / "checkpoints", keep=plan.keep, config=plan.stored) as checkpoints:
+    state = loop.start(
+      built.objective,
+      given,
+      stream,
+      seed=plan.seed,
+      shapes=built.shapes,
+      shardings=built.shardings,
+      checkpoints=checkpoints,
+      evaluator=evaluator,
+    )
+    with Writer(workdir, resume_from=int(state.step), wandb_project=wandb) as writer:
       result = loop.run(
         built.objective,
         state,
         stream,
-        config=loop_config,
-        mesh=built.mesh,
-        batch_size=config.loader.batch_size,
+        config=plan.loop,
+        rows=built.rows,
         shardings=built.shardings,
         checkpoints=checkpoints,
         writer=writer,
@@ -82,31 +88,31 @@ def train(config, workdir: str | os.PathLike, *, label: str = "", wandb: str = "
   return result
 
 
-def open_data(config) -> builder.Dataset:
-  """Open the packed dataset of a config; tells how to make it if it is not there."""
-  directory = config.data.directory
+def open_data(data: plans.Data) -> builder.Dataset:
+  """Open the packed dataset of a plan; tells how to make it if it is not there."""
+  directory = data.directory
   if not directory or not remote.exists(directory):
     raise InputError(
       f"data.directory={directory!r} does not exist; write it first with "
       "`dlm-jax prepare` and the same --config."
     )
   dataset = builder.open_dataset(directory)
-  if dataset.info.length != config.data.length:
+  if dataset.info.length != data.length:
     raise InputError(
-      f"data.length={config.data.length}, but {directory} holds sequences of "
+      f"data.length={data.length}, but {directory} holds sequences of "
       f"{dataset.info.length} tokens; use that or prepare another directory."
     )
-  info, asked = dataset.info, config.data.buckets
+  info, asked = dataset.info, data.buckets
   if info.packing == "documents":
-    asked = tuple(asked) or (config.data.length,)
-  if (info.packing, info.buckets) != (config.data.packing, asked):
+    asked = tuple(asked) or (data.length,)
+  if (info.packing, info.buckets) != (data.packing, asked):
     raise InputError(
-      f"data.packing={config.data.packing!r} with data.buckets={asked}, but {directory} was "
+      f"data.packing={data.packing!r} with data.buckets={asked}, but {directory} was "
       f"prepared with {info.packing!r} and {info.buckets}; use that or prepare another directory."
     )
-  if info.block_length != config.data.block_length:
+  if info.block_length != data.block_length:
     raise InputError(
-      f"data.block_length={config.data.block_length}, but {directory} was prepared with "
+      f"data.block_length={data.block_length}, but {directory} was prepared with "
       f"{info.block_length}; use that or prepare another directory."
     )
   return dataset
@@ -124,20 +130,20 @@ def make_workdir(workdir: epath.PathLike) -> None:
     raise InputError(f"workdir {workdir} cannot be written: {error.strerror}.") from None
 
 
-def load_teacher(config, built: Experiment, tokenizer: tokenizers.Tokenizer) -> Any:
-  """Return the teacher's parameters, or None if the config names none.
+def load_teacher(built: Experiment, tokenizer: tokenizers.Tokenizer) -> Any:
+  """Return the teacher's parameters, or None if the plan names none.
 
   Raises:
     InputError: its network or its tokenizer is not the one of this run.
   """
-  if not config.teacher.path:
+  if not built.plan.teacher:
     if "teacher" in built.shapes.trees:
       raise InputError(
-        f"objective.name={config.objective.name!r} distils a teacher; name it with "
+        f"objective.name={built.plan.objective.name!r} distils a teacher; name it with "
         "--config.teacher.path=DIR."
       )
     return None
-  network = _open(config.teacher.path, built, tokenizer)
+  network = _open(built.plan.teacher, built, tokenizer)
   whose = f"the teacher {network.source}"
   if network.process != built.process:
     raise InputError(f"the process is {built.process}, but {whose} had {network.process}.")
@@ -152,22 +158,22 @@ def _open(path, built, tokenizer) -> convert.Network:
   return network
 
 
-def load_start(config, built: Experiment, tokenizer: tokenizers.Tokenizer) -> Any:
-  """Return the parameters that a training continues from, or None if the config names none.
+def load_start(built: Experiment, tokenizer: tokenizers.Tokenizer) -> Any:
+  """Return the parameters that a training continues from, or None if the plan names none.
 
   A decoder may have been trained otherwise: blocks start from a next-token network.
 
   Raises:
     InputError: its network or its tokenizer is not the one of this run, or the run distils.
   """
-  if not config.start.path:
+  if not built.plan.start:
     return None
-  if "teacher" in built.shapes.trees or config.teacher.path:
+  if "teacher" in built.shapes.trees or built.plan.teacher:
     raise InputError(
-      f"start.path={config.start.path!r}: a distillation starts from its teacher; name that with "
+      f"start.path={built.plan.start!r}: a distillation starts from its teacher; name that with "
       "--config.teacher.path=DIR."
     )
-  network = _open(config.start.path, built, tokenizer)
+  network = _open(built.plan.start, built, tokenizer)
   _check_same_network(built.model, network.model, str(network.source))
   masks = [getattr(p, "mask_id", None) for p in (built.process, network.process)]
   if "none" in network.family.processes:
@@ -210,66 +216,6 @@ def _check_same_network(ours, theirs, whose: str):
       raise InputError(f"model.{field}={mine}, but {whose} has {other}.")
 
 
-# What makes a run this run. Of two groups, fields that change speed or frequency alone are free.
-_IDENTITY = (
-  "data",
-  "evaluate",
-  "loader",
-  "model",
-  "objective",
-  "optim",
-  "process",
-  "seed",
-  "start",
-  "teacher",
-)
-_FREE = {
-  "model": {"attention", "remat", "unroll", "embedding_gradient"},
-  "evaluate": {"every", "patience", "batch_size"},
-}
-
-
-def _check_same_run(workdir, resolved):
-  """Refuse to resume a run under a config that would make it another run."""
-  folder = workdir / "checkpoints"
-  if not (folder / "config.json").exists() or not any(f.name.isdigit() for f in folder.iterdir()):
-    return  # nothing was saved yet
-  before = checkpoint.read_config(folder)
-  for group in _IDENTITY:
-    old, new = (_fixed(group, config.get(group)) for config in (before, resolved))
-    if old != new:
-      raise InputError(
-        f"{workdir} holds a run with another config ({group}); resume it with the same one or "
-        "choose another --workdir."
-      )
-
-
-def _fixed(group, fields):
-  if not isinstance(fields, dict):
-    return fields
-  return {key: value for key, value in fields.items() if key not in _FREE.get(group, ())}
-
-
-def _start(built, teacher, checkpoints, stream, evaluator) -> TrainState:
-  """Return the state to train from: the newest checkpoint, or a fresh one."""
-  if checkpoints.latest is not None:
-    like = jax.tree.map(
-      lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
-      built.shapes,
-      built.shardings,
-    )
-    state, extra = checkpoints.restore(like)
-    stream.seek(extra["loader"])
-    if evaluator is not None:
-      evaluator.from_json(extra.get("evaluator", {}))
-    return state
-  initialise = jax.jit(built.objective.init, out_shardings=built.shardings)
-  state = initialise(loop.init_key(built.config.seed), teacher)
-  if built.objective.check is not None:
-    built.objective.check(state)
-  return state
-
-
 def export(
   directory: epath.PathLike,
   built: Experiment,
@@ -285,9 +231,9 @@ def export(
   if jax.process_index() == 0:
     facts = {
       "tokenizer_fingerprint": tokenizer.fingerprint,
-      "objective": built.config.objective.name,
+      "objective": built.plan.objective.name,
       "step": step,
-      **({"buckets": list(built.config.data.buckets)} if built.config.data.buckets else {}),
+      **({"buckets": list(built.plan.data.buckets)} if built.plan.data.buckets else {}),
     }
     given["extra"] = {**facts, **given.get("extra", {})}
     params, beside = jax.device_get((params, beside))

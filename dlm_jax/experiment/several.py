@@ -1,33 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which evaluators a config names, and several of them as one."""
+"""Several evaluators as one."""
 
 from typing import Any
 
-from dlm_jax.errors import InputError, check_choice
 from dlm_jax.objectives import TrainState
-
-MEASURES = ("samples", "likelihood")
-
-
-def names(config: Any) -> tuple[str, ...]:
-  """Return the evaluators of a run: those of `config.evaluate.measure`, else what suits the method.
-
-  Raises:
-    InputError: an unknown name, one twice, or samples where there is no teacher to compare with.
-  """
-  asked = tuple(config.evaluate.measure)
-  if not asked:
-    return ("samples",) if config.teacher.path else ("likelihood",)
-  for name in asked:
-    check_choice("evaluate.measure", name, MEASURES)
-  if len(set(asked)) < len(asked):
-    raise InputError(f"evaluate.measure={asked} names one twice; name each once.")
-  if "samples" in asked and not config.teacher.path:
-    raise InputError(
-      "evaluate.measure: samples are compared with a teacher's, and teacher.path is empty; use "
-      "likelihood."
-    )
-  return asked
 
 
 def export_nothing(*what: Any) -> None:

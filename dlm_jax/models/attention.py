@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from dlm_jax.arrays import FloatBLD
 from dlm_jax.models.layers import Linear, rotate
 
 IMPLEMENTATIONS = ("auto", "xla", "cudnn", "splash")
@@ -92,7 +93,7 @@ class Attention(nn.Module):
   implementation: str = "auto"
 
   @nn.compact
-  def __call__(self, x_BLD: Float[Array, "B L D"], rope) -> Float[Array, "B L D"]:
+  def __call__(self, x_BLD: FloatBLD, rope) -> FloatBLD:
     batch, length, dim = x_BLD.shape
     qkv = Linear(3 * dim, ("embed", "heads"), dtype=self.dtype, name="qkv")(x_BLD)
     q, k, v = jnp.split(qkv.reshape(batch, length, 3 * self.heads, -1), 3, axis=2)

@@ -5,35 +5,19 @@ import dataclasses
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
 
-from dlm_jax.arrays import Params
+from dlm_jax.arrays import FloatBLV, IntBL, KeyB, Params
 from dlm_jax.mesh import split_batch
 from dlm_jax.models import masks
 from dlm_jax.models.attention import Attention
-from dlm_jax.models.dit import check_config, scan_layers
+from dlm_jax.models.dit import TransformerConfig, scan_layers
 from dlm_jax.models.layers import MLP, Embedding, LayerNorm, Network, dropout, rotary_tables
 from dlm_jax.models.protocols import Cached, NextToken
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CausalConfig:
-  """Shape and policies of a causal Transformer; fields as in `DiTConfig`."""
-
-  vocab_size: int
-  dim: int = 768
-  layers: int = 12
-  heads: int = 12
-  length: int = 1024
-  mlp_ratio: int = 4
-  dropout: float = 0.1
-  dtype: str = "bfloat16"
-  attention: str = "auto"
-  remat: str = "none"
-  unroll: int = 1
-
-  def __post_init__(self):
-    check_config(self)
+class CausalConfig(TransformerConfig):
+  """Shape and policies of a causal Transformer."""
 
 
 class CausalBlock(nn.Module):
@@ -70,9 +54,7 @@ class Causal(Network):
     self.blocks = scan_layers(CausalBlock, cfg, broadcast=2)
     self.norm = LayerNorm()
 
-  def __call__(
-    self, tokens_BL: Int[Array, "B L"], rng_B: Key[Array, "B"] | None = None
-  ) -> Float[Array, "B L V"]:
+  def __call__(self, tokens_BL: IntBL, rng_B: KeyB | None = None) -> FloatBLV:
     cfg = self.config
     rope = rotary_tables(tokens_BL.shape[1], cfg.dim // cfg.heads)
     x_BLD, _ = self.blocks(self.embed(tokens_BL), jnp.arange(cfg.layers), rope, rng_B)
@@ -82,13 +64,13 @@ class Causal(Network):
 def next_token_logits(
   model: NextToken | Cached,
   params: Params,
-  tokens_BL: Int[Array, "B L"],
-  rng_B: Key[Array, "B"] | None = None,
+  tokens_BL: IntBL,
+  rng_B: KeyB | None = None,
   *,
-  position: Int[Array, "B L"] | None = None,
-  segment: Int[Array, "B L"] | int = 0,
+  position: IntBL | None = None,
+  segment: IntBL | int = 0,
   **options,
-) -> Float[Array, "B L V"]:
+) -> FloatBLV:
   """Return float32 logits of the token after each position.
 
   Args:

@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from dlm_jax.arrays import FloatBKD, FloatBKV, FloatBLD, FloatBLV, IntBL
 from dlm_jax.mesh import split_batch
 from dlm_jax.models.cache import KV, Cache
 from dlm_jax.models.dit import check_fields, scan_layers
@@ -176,22 +177,22 @@ class Decoder(Network):
 
   def __call__(
     self,
-    tokens_BL: Int[Array, "B L"],
+    tokens_BL: IntBL,
     positions_BL: Int[Array, "#B L"] | None = None,
     visible_BLL: Bool[Array, "#B L L"] | None = None,
-  ) -> Float[Array, "B L V"]:
+  ) -> FloatBLV:
     return self.head(self.trunk(tokens_BL, positions_BL, visible_BLL))
 
   def trunk(
     self,
-    tokens_BL: Int[Array, "B L"],
+    tokens_BL: IntBL,
     positions_BL: Int[Array, "#B L"] | None = None,
     visible_BLL: Bool[Array, "#B L L"] | None = None,
-  ) -> Float[Array, "B L D"]:
+  ) -> FloatBLD:
     """Return the hidden states after the final norm, float32."""
     return self.extend(tokens_BL, positions_BL, visible_BLL, None)[0]
 
-  def head(self, hidden_BKD: Float[Array, "B K D"]) -> Float[Array, "B K V"]:
+  def head(self, hidden_BKD: FloatBKD) -> FloatBKV:
     """Return float32 logits of hidden states at any positions."""
     if self.config.tied:
       return self.embed.attend(hidden_BKD, jnp.dtype(self.config.dtype))

@@ -6,9 +6,8 @@ from typing import Any
 import flax.struct
 import jax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
 
-from dlm_jax.arrays import Params
+from dlm_jax.arrays import FloatB, FloatBKD, FloatBKV, FloatBLD, FloatBLV, Params
 
 
 @flax.struct.dataclass
@@ -23,15 +22,15 @@ class Denoiser:
   model: Any = flax.struct.field(pytree_node=False)
   params: Params = None
 
-  def __call__(self, tokens, sigma_B: Float[Array, "B"]) -> Float[Array, "B L V"]:
+  def __call__(self, tokens, sigma_B: FloatB) -> FloatBLV:
     """Return float32 logits for ids [B, L] or soft tokens [B, L, V]."""
     return self.model.apply({"params": self.params}, tokens, sigma_B)
 
-  def trunk(self, tokens, sigma_B: Float[Array, "B"]) -> Float[Array, "B L D"]:
+  def trunk(self, tokens, sigma_B: FloatB) -> FloatBLD:
     """Return the hidden states that `head` reads."""
     return self.model.apply({"params": self.params}, tokens, sigma_B, method="trunk")
 
-  def head(self, hidden_BKD: Float[Array, "B K D"], sigma_B) -> Float[Array, "B K V"]:
+  def head(self, hidden_BKD: FloatBKD, sigma_B) -> FloatBKV:
     """Return float32 logits of hidden states at any positions."""
     return self.model.apply({"params": self.params}, hidden_BKD, sigma_B, method="head")
 

@@ -14,9 +14,9 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float
 
-from dlm_jax.arrays import Params
+from dlm_jax.arrays import FloatB, FloatBKD, FloatBL, FloatBLD, KeyB, Params
 from dlm_jax.models.dit import Block, DiTConfig, TimeEmbedding, scan_layers
 from dlm_jax.models.layers import Embedding, Network, fan_in_uniform, rotary_tables
 
@@ -125,12 +125,12 @@ class Discriminator(Network):
   def __call__(
     self,
     tokens,
-    sigma_B: Float[Array, "B"],
-    rng_B: Key[Array, "B"] | None = None,
+    sigma_B: FloatB,
+    rng_B: KeyB | None = None,
     *,
     advance: bool = False,
     frozen: bool = False,
-  ) -> Float[Array, "B L"]:
+  ) -> FloatBL:
     """Return a logit per position.
 
     Args:
@@ -142,19 +142,19 @@ class Discriminator(Network):
     """
     return self.body(self.embedded(tokens), sigma_B, rng_B, advance=advance, frozen=frozen)
 
-  def embedded(self, tokens) -> Float[Array, "B K D"]:
+  def embedded(self, tokens) -> FloatBKD:
     """Return embeddings of ids or soft tokens, at any positions: lets callers chunk over L."""
     return self.embed(tokens)
 
   def body(
     self,
-    x_BLD: Float[Array, "B L D"],
-    sigma_B: Float[Array, "B"],
-    rng_B: Key[Array, "B"] | None = None,
+    x_BLD: FloatBLD,
+    sigma_B: FloatB,
+    rng_B: KeyB | None = None,
     *,
     advance: bool = False,
     frozen: bool = False,
-  ) -> Float[Array, "B L"]:
+  ) -> FloatBL:
     """Return the logits of embeddings; other arguments as for a call."""
     cfg, c_BC = self.config, self.time(sigma_B)
     rope = rotary_tables(x_BLD.shape[1], cfg.dim // cfg.heads)
@@ -221,15 +221,15 @@ class Critic:
   params: Params = None
   spectral: Params = None
 
-  def __call__(self, tokens, sigma_B: Float[Array, "B"]) -> Float[Array, "B L"]:
+  def __call__(self, tokens, sigma_B: FloatB) -> FloatBL:
     """Return a logit per position for ids [B, L] or soft tokens [B, L, V]."""
     return self.model.apply(self._variables, tokens, sigma_B)
 
-  def embedded(self, tokens) -> Float[Array, "B K D"]:
+  def embedded(self, tokens) -> FloatBKD:
     """Return embeddings of ids or soft tokens, at any positions."""
     return self.model.apply(self._variables, tokens, method="embedded")
 
-  def body(self, x_BLD: Float[Array, "B L D"], sigma_B: Float[Array, "B"]) -> Float[Array, "B L"]:
+  def body(self, x_BLD: FloatBLD, sigma_B: FloatB) -> FloatBL:
     """Return the logits of embeddings."""
     return self.model.apply(self._variables, x_BLD, sigma_B, method="body")
 

@@ -6,9 +6,9 @@ import dataclasses
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float
 
-from dlm_jax.arrays import Params
+from dlm_jax.arrays import FloatB, FloatBKD, FloatBKV, FloatBLD, FloatBLV, KeyB, Params
 from dlm_jax.mesh import split_batch
 from dlm_jax.models.attention import IMPLEMENTATIONS, Attention
 from dlm_jax.models.layers import (
@@ -62,22 +62,19 @@ def check_fields(config, sizes: tuple[str, ...]) -> None:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DiTConfig:
-  """Shape and policies of a DiT.
+class TransformerConfig:
+  """Shape and policies that a DiT and a causal Transformer share.
 
   Attributes:
     vocab_size: V, the mask included.
     dim: width D; heads must divide it into an even number of channels.
-    cond_dim: width of the time embedding.
     layers: number of blocks.
     heads: attention heads.
     length: sequence length that the model is meant for (rotary: shorter runs too).
     mlp_ratio: feed-forward width over D.
     dropout: on the attention and MLP branches, when keys are given.
-    time_conditioning: False feeds σ = 0 always; the modulation is then one constant per layer.
     dtype: of matrix products and attention.
     attention: "auto", "xla", "cudnn" or "splash".
-    embedding_gradient: see `layers.lookup`; "auto" is "matmul" up to V = 8192, else "segment".
     remat: what the backward pass recomputes: "none", "dots" (all but products with weights) or
       "full" (each block).
     unroll: how many layers one turn of the layer loop holds. 1 compiles fastest, and is as fast
@@ -88,21 +85,33 @@ class DiTConfig:
 
   vocab_size: int
   dim: int = 768
-  cond_dim: int = 128
   layers: int = 12
   heads: int = 12
   length: int = 1024
   mlp_ratio: int = 4
   dropout: float = 0.1
-  time_conditioning: bool = False
   dtype: str = "bfloat16"
   attention: str = "auto"
-  embedding_gradient: str = "auto"
   remat: str = "none"
   unroll: int = 1
 
   def __post_init__(self):
     check_config(self)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DiTConfig(TransformerConfig):
+  """Shape and policies of a DiT; further fields as in `TransformerConfig`.
+
+  Attributes:
+    cond_dim: width of the time embedding.
+    time_conditioning: False feeds σ = 0 always; the modulation is then one constant per layer.
+    embedding_gradient: see `layers.lookup`; "auto" is "matmul" up to V = 8192, else "segment".
+  """
+
+  cond_dim: int = 128
+  time_conditioning: bool = False
+  embedding_gradient: str = "auto"
 
   @property
   def gradient_of_embedding(self) -> str:
@@ -117,7 +126,7 @@ class TimeEmbedding(nn.Module):
   dim: int
 
   @nn.compact
-  def __call__(self, sigma_B: Float[Array, "B"]) -> Float[Array, "B C"]:
+  def __call__(self, sigma_B: FloatB) -> Float[Array, "B C"]:
     x = Linear(self.dim, (None, None), use_bias=True, name="expand")(timestep_features(sigma_B))
     return nn.silu(Linear(self.dim, (None, None), use_bias=True, name="contract")(nn.silu(x)))
 
@@ -227,27 +236,18 @@ class DiT(Network):
     """Return arguments to initialise the network with: one sequence of ids, and its σ."""
     return jnp.zeros((1, length), jnp.int32), jnp.zeros((1,))
 
-  def __call__(
-    self, tokens, sigma_B: Float[Array, "B"], rng_B: Key[Array, "B"] | None = None
-  ) -> Float[Array, "B L V"]:
+  def __call__(self, tokens, sigma_B: FloatB, rng_B: KeyB | None = None) -> FloatBLV:
     return self.head(self.trunk(tokens, sigma_B, rng_B), sigma_B)
 
-  def trunk(
-    self, tokens, sigma_B: Float[Array, "B"], rng_B: Key[Array, "B"] | None = None
-  ) -> Float[Array, "B L D"]:
+  def trunk(self, tokens, sigma_B: FloatB, rng_B: KeyB | None = None) -> FloatBLD:
     """Return the residual stream after the last block, float32."""
     return self.body(self.embedded(tokens), sigma_B, rng_B)
 
-  def embedded(self, tokens) -> Float[Array, "B K D"]:
+  def embedded(self, tokens) -> FloatBKD:
     """Return embeddings of ids or soft tokens, at any positions: lets callers chunk over L."""
     return self.embed(tokens)
 
-  def body(
-    self,
-    x_BLD: Float[Array, "B L D"],
-    sigma_B: Float[Array, "B"],
-    rng_B: Key[Array, "B"] | None = None,
-  ) -> Float[Array, "B L D"]:
+  def body(self, x_BLD: FloatBLD, sigma_B: FloatB, rng_B: KeyB | None = None) -> FloatBLD:
     """Return what `trunk` returns, from embeddings."""
     cfg = self.config
     rope = rotary_tables(x_BLD.shape[1], cfg.dim // cfg.heads)
@@ -255,9 +255,7 @@ class DiT(Network):
     x_BLD, _ = self.blocks(x_BLD, layers, self._condition(sigma_B), rope, rng_B)
     return x_BLD
 
-  def head(
-    self, hidden_BKD: Float[Array, "B K D"], sigma_B: Float[Array, "B"]
-  ) -> Float[Array, "B K V"]:
+  def head(self, hidden_BKD: FloatBKD, sigma_B: FloatB) -> FloatBKV:
     """Return float32 logits of hidden states at any positions."""
     return self.output(hidden_BKD, self._condition(sigma_B))
 

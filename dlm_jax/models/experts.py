@@ -6,8 +6,8 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
+from dlm_jax.arrays import FloatBLD
 from dlm_jax.models.layers import Linear
 
 
@@ -19,7 +19,7 @@ class GatedMLP(nn.Module):
   fused: bool = False
 
   @nn.compact
-  def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+  def __call__(self, x: FloatBLD) -> FloatBLD:
     dim = x.shape[-1]
     if self.fused:
       both = Linear(2 * self.width, ("embed", "mlp"), dtype=self.dtype, name="gate_up")(x)
@@ -54,7 +54,7 @@ class Experts(nn.Module):
   dtype: Any
 
   @nn.compact
-  def __call__(self, x_BLD: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+  def __call__(self, x_BLD: FloatBLD) -> FloatBLD:
     dim, dtype = x_BLD.shape[-1], jnp.dtype(self.dtype)
     x = x_BLD.reshape(-1, dim).astype(dtype)
     router = Linear(

@@ -7,12 +7,12 @@ import functools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
 
+from dlm_jax.arrays import BoolBL, FloatBLD, FloatBLV, IntBL
 from dlm_jax.errors import InputError
 from dlm_jax.models.layers import Network
 
-Mask = Int[Array, "B L"] | Bool[Array, "B L"]
+Mask = IntBL | BoolBL
 
 _ACTIVATIONS = {
   "gelu_new": functools.partial(nn.gelu, approximate=True),
@@ -40,6 +40,11 @@ class GPT2Config:
   n_inner: int | None = None  # width of the MLP; None is 4 · n_embd
   activation_function: str = "gelu_new"
   layer_norm_epsilon: float = 1e-5
+
+  @property
+  def length(self) -> int:
+    """The most tokens, as other networks call it."""
+    return self.n_positions
 
   def __post_init__(self):
     if self.n_embd % self.n_head:
@@ -132,9 +137,7 @@ class GPT2(Network):
     self.h = layers(config)
     self.ln_f = _norm(config)
 
-  def trunk(
-    self, tokens_BL: Int[Array, "B L"], mask_BL: Mask | None = None
-  ) -> Float[Array, "B L D"]:
+  def trunk(self, tokens_BL: IntBL, mask_BL: Mask | None = None) -> FloatBLD:
     """Return the final hidden states, after the last layer norm.
 
     Args:
@@ -157,12 +160,10 @@ class GPT2(Network):
     x_BLD, _ = self.h(x_BLD, visible_BLL)
     return self.ln_f(x_BLD)
 
-  def head(self, hidden_BLD: Float[Array, "B L D"]) -> Float[Array, "B L V"]:
+  def head(self, hidden_BLD: FloatBLD) -> FloatBLV:
     """Return logits of hidden states; the matrix is the token embedding's."""
     return jnp.einsum("BLD,VD->BLV", hidden_BLD, self.wte.embedding, precision=_EXACT)
 
-  def __call__(
-    self, tokens_BL: Int[Array, "B L"], mask_BL: Mask | None = None
-  ) -> Float[Array, "B L V"]:
+  def __call__(self, tokens_BL: IntBL, mask_BL: Mask | None = None) -> FloatBLV:
     """Return float32 logits; arguments as for `trunk`."""
     return self.head(self.trunk(tokens_BL, mask_BL))

@@ -16,7 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int
+
+from dlm_jax.arrays import FloatB, FloatBLD, FloatBLV, KeyB
 
 # Uniform on ±1/√fan_in: what the public checkpoints of this network were started from.
 fan_in_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
@@ -187,7 +189,7 @@ class MLP(nn.Module):
   dtype: jnp.dtype
 
   @nn.compact
-  def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+  def __call__(self, x: FloatBLD) -> FloatBLD:
     dim = x.shape[-1]
     x = Linear(self.width, ("embed", "mlp"), use_bias=True, dtype=self.dtype, name="expand")(x)
     x = gelu(x)
@@ -259,7 +261,7 @@ class Embedding(nn.Module):
     init = nn.with_logical_partitioning(_rows_uniform, ("vocab", "embed"))
     self.embedding = self.param("embedding", init, (self.vocab_size, self.dim))
 
-  def __call__(self, tokens) -> Float[Array, "B L D"]:
+  def __call__(self, tokens) -> FloatBLD:
     if isinstance(tokens, FewTokens):
       # J rows per position, few of them alike: sums by "segment" would gather all over a mesh
       rows = lookup(self.embedding, tokens.ids, "scatter")
@@ -271,7 +273,7 @@ class Embedding(nn.Module):
     width = padded(self.vocab_size, self.dtype)
     return matmul(_pad(mix, -1, width), _pad(self.embedding, 0, width), jnp.dtype(self.dtype))
 
-  def attend(self, hidden: Float[Array, "B L D"], dtype) -> Float[Array, "B L V"]:
+  def attend(self, hidden: FloatBLD, dtype) -> FloatBLV:
     """Return float32 logits of a head that shares the table."""
     return jnp.einsum(
       "bld,vd->blv",
@@ -329,11 +331,8 @@ def rotate(
 
 
 def dropout(
-  x_BLD: Float[Array, "B L D"],
-  rng_B: Key[Array, "B"] | None,
-  rate: float,
-  tag: Int[Array, ""] | int,
-) -> Float[Array, "B L D"]:
+  x_BLD: FloatBLD, rng_B: KeyB | None, rate: float, tag: Int[Array, ""] | int
+) -> FloatBLD:
   """Drop entries with one key per sequence; no keys means evaluation.
 
   Args:
@@ -351,7 +350,7 @@ def dropout(
   return jnp.where(jax.vmap(keep)(rng_B), x_BLD / (1 - rate), jnp.zeros((), x_BLD.dtype))
 
 
-def timestep_features(sigma_B: Float[Array, "B"], size: int = 256) -> Float[Array, "B size"]:
+def timestep_features(sigma_B: FloatB, size: int = 256) -> Float[Array, "B size"]:
   """Return [cos(σ f), sin(σ f)] with f_k = 10000^(−k / (size/2))."""
   frequency = jnp.exp(-jnp.log(10000.0) * jnp.arange(size // 2) / (size // 2))
   angle = sigma_B.astype(jnp.float32)[:, None] * frequency[None, :]

@@ -8,6 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Array, Float, Int
 
+from dlm_jax.arrays import FloatB, FloatBKD, FloatBKV, FloatBLD, FloatBLV, IntBL
 from dlm_jax.models.cache import KV, Cache
 
 
@@ -18,11 +19,11 @@ class Denoiser(Protocol):
   Samplers of masks run `head` at the positions that they reveal, and at no others.
   """
 
-  def trunk(self, tokens: Any, sigma_B: Float[Array, "B"]) -> Float[Array, "B L D"]:
+  def trunk(self, tokens: Any, sigma_B: FloatB) -> FloatBLD:
     """Return hidden states of ids [B, L] or soft tokens [B, L, V]."""
     ...
 
-  def head(self, hidden_BKD: Float[Array, "B K D"], sigma_B: Any) -> Float[Array, "B K V"]:
+  def head(self, hidden_BKD: FloatBKD, sigma_B: Any) -> FloatBKV:
     """Return float32 logits of hidden states at any positions."""
     ...
 
@@ -41,7 +42,7 @@ class Cached(Protocol):
     """Return hidden states of tokens, and their keys and values; the cache is only read."""
     ...
 
-  def head(self, hidden_BKD: Float[Array, "B K D"]) -> Float[Array, "B K V"]:
+  def head(self, hidden_BKD: FloatBKD) -> FloatBKV:
     """Return float32 logits of hidden states at any positions."""
     ...
 
@@ -53,6 +54,6 @@ class NextToken(Protocol):
   A `Cached` network is one under a causal mask: `next_token_logits` gives it that.
   """
 
-  def __call__(self, tokens_BL: Int[Array, "B L"]) -> Float[Array, "B L V"]:
+  def __call__(self, tokens_BL: IntBL) -> FloatBLV:
     """Return float32 logits."""
     ...

@@ -5,14 +5,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Float, Int
 
-from dlm_jax.arrays import Record, RngKey
+from dlm_jax.arrays import BoolBL, FloatB, FloatBL, KeyB, Record, RngKey
 
 Batch = dict[str, Any]
 
 
-def stratified_times(rng_B: Key[Array, "B"], eps: float) -> Float[Array, "B"]:
+def stratified_times(rng_B: KeyB, eps: float) -> FloatB:
   """Draw one time per sequence, stratified over the batch: t = (1 − ε) u + ε, u_i ∈ [i/B, (i+1)/B).
 
   Sequence i owns stratum i, so a time depends on its own key and place only.
@@ -39,23 +39,23 @@ def draw_batch(record: Record, rng: RngKey, *, eps: float = 1e-3) -> Batch:
   return {**record, "rng": rng_B, "t": stratified_times(rng_time_B, eps)}
 
 
-def split_each(rng_B: Key[Array, "B"], count: int) -> tuple[Key[Array, "B"], ...]:
+def split_each(rng_B: KeyB, count: int) -> tuple[KeyB, ...]:
   """Split every sequence's key; return `count` arrays of keys."""
   keys = jax.vmap(lambda rng: jax.random.split(rng, count))(rng_B)
   return tuple(keys[:, i] for i in range(count))
 
 
-def fold_each(rng_B: Key[Array, "B"], tag: Int[Array, ""] | int) -> Key[Array, "B"]:
+def fold_each(rng_B: KeyB, tag: Int[Array, ""] | int) -> KeyB:
   """Fold a number into every sequence's key."""
   return jax.vmap(jax.random.fold_in, (0, None))(rng_B, tag)
 
 
-def valid_tokens(batch: Batch) -> Bool[Array, "B L"]:
+def valid_tokens(batch: Batch) -> BoolBL:
   """Return where tokens are scored: everywhere without prompts."""
   return batch["valid"] if "valid" in batch else jnp.ones(batch["tokens"].shape, bool)
 
 
-def token_mean(loss_BL: Float[Array, "B L"], batch: Batch) -> Float[Array, ""]:
+def token_mean(loss_BL: FloatBL, batch: Batch) -> Float[Array, ""]:
   """Return the mean over sequences of the mean over their valid tokens; 0 for one without any."""
   valid_BL = valid_tokens(batch)
   return ((loss_BL * valid_BL).sum(1) / jnp.maximum(valid_BL.sum(1), 1)).mean()

@@ -12,23 +12,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int
 
-from dlm_jax.arrays import Metrics, Params
+from dlm_jax.arrays import FloatB, FloatBL, IntBL, KeyB, Metrics, Params
 from dlm_jax.models import DiT
 from dlm_jax.objectives import rounds
 from dlm_jax.objectives.batch import Batch, split_each, token_mean
 from dlm_jax.objectives.options import ChunkedOptions
 from dlm_jax.objectives.positions import map_positions, positions_per_chunk
-from dlm_jax.objectives.setting import Setting
-from dlm_jax.objectives.state import (
-  Objective,
-  Optimizers,
-  check_class,
-  check_time_conditioning,
-  init_from_teacher,
-  update,
-)
+from dlm_jax.objectives.setting import Setting, check_time_conditioning
+from dlm_jax.objectives.state import Objective, Optimizers, check_class, init_from_teacher, update
 from dlm_jax.process import GaussianDuality, Uniform
 
 TRAINED = ("student",)  # trees with an optimiser
@@ -39,15 +32,13 @@ DIVERGENCES = ("kl-bwd", "kl-fwd")
 class Pair(NamedTuple):
   """Two states of one trajectory and their times, s = t − δ."""
 
-  zt: Int[Array, "B L"]
-  zs: Int[Array, "B L"]
-  t: Float[Array, "B"]
-  s: Float[Array, "B"]
+  zt: IntBL
+  zs: IntBL
+  t: FloatB
+  s: FloatB
 
 
-def pair_times(
-  t_B: Float[Array, "B"], delta: Float[Array, ""] | float
-) -> tuple[Float[Array, "B"], Float[Array, "B"]]:
+def pair_times(t_B: FloatB, delta: Float[Array, ""] | float) -> tuple[FloatB, FloatB]:
   """Return t + δ clipped to [0, 1], and δ less: the published order."""
   t_B = jnp.clip(t_B + delta, 0.0, 1.0)
   return t_B, t_B - delta
@@ -55,7 +46,7 @@ def pair_times(
 
 def trajectory(
   batch: Batch,
-  rng_B: Key[Array, "B"],
+  rng_B: KeyB,
   delta: Float[Array, ""] | float,
   *,
   duality: GaussianDuality,
@@ -86,8 +77,8 @@ def consistency(
   teacher: Params,
   setting: Setting,
   divergence: str = "kl-bwd",
-  dropout_B: Key[Array, "B"] | None = None,
-) -> Float[Array, "B L"]:
+  dropout_B: KeyB | None = None,
+) -> FloatBL:
   """Return the divergence of the student at (z_t, t) from the teacher at (z_s, s), in nats.
 
   Args:

@@ -13,24 +13,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int
 
-from dlm_jax.arrays import Metrics, Params
+from dlm_jax.arrays import FloatBL, FloatBLD, IntBL, KeyB, Metrics, Params
 from dlm_jax.errors import InputError
 from dlm_jax.models import DiT
 from dlm_jax.objectives.batch import Batch, split_each, token_mean, valid_tokens
-from dlm_jax.objectives.gaussian_states import Relaxation, embed_data
+from dlm_jax.objectives.gaussian_states import Noising, Relaxation, embed_data
 from dlm_jax.objectives.options import ChunkedOptions
 from dlm_jax.objectives.positions import map_positions, positions_per_chunk
-from dlm_jax.objectives.setting import Setting
-from dlm_jax.objectives.state import (
-  Objective,
-  Optimizers,
-  check_class,
-  check_time_conditioning,
-  init_alone,
-  update,
-)
+from dlm_jax.objectives.setting import Setting, check_time_conditioning
+from dlm_jax.objectives.state import Objective, Optimizers, check_class, init_alone, update
 from dlm_jax.process import GaussianDuality, Uniform
 from dlm_jax.schedules import Schedule, Times
 
@@ -95,44 +88,31 @@ class _Either(Schedule):
 
 
 def hard_inputs(
-  params: Params, batch: Batch, rng_B: Key[Array, "B"], *, setting: Setting
-) -> tuple[Int[Array, "B L"], Float[Array, "B L D"]]:
+  params: Params, batch: Batch, rng_B: KeyB, *, setting: Setting
+) -> tuple[IntBL, FloatBLD]:
   """Return corrupted tokens, prompts kept, and their embeddings."""
   x0_BL = batch["tokens"]
   z_BL = jax.vmap(setting.process.corrupt)(rng_B, x0_BL, batch["t"])
   z_BL = jnp.where(valid_tokens(batch), z_BL, x0_BL)
-  return z_BL, setting.model.apply({"params": params}, z_BL, method="embedded")
+  return z_BL, setting.embedded(params, z_BL)
 
 
 def soft_inputs(
-  params: Params,
-  batch: Batch,
-  rng_B: Key[Array, "B"],
-  *,
-  setting: Setting,
-  relaxation: Relaxation,
-) -> tuple[Int[Array, "B L"], Float[Array, "B L D"]]:
+  params: Params, batch: Batch, rng_B: KeyB, *, setting: Setting, relaxation: Relaxation
+) -> tuple[IntBL, FloatBLD]:
   """Return argmax w of diffused tokens, prompts kept, and the embeddings of softmax(w/τ)."""
-  return embed_data(
-    params,
-    batch["tokens"],
-    rng_B,
-    batch["t"],
-    valid_tokens(batch),
-    model=setting.model,
-    relaxation=relaxation,
-    chunk=setting.chunk,
-  )
+  given = Noising(batch["tokens"], rng_B, batch["t"], valid_tokens(batch))
+  return embed_data(params, given, setting=setting, relaxation=relaxation)
 
 
 def token_nll(
   params: Params,
-  inputs: tuple[Int[Array, "B L"], Float[Array, "B L D"]],
+  inputs: tuple[IntBL, FloatBLD],
   batch: Batch,
-  dropout_B: Key[Array, "B"] | None,
+  dropout_B: KeyB | None,
   *,
   setting: Setting,
-) -> Float[Array, "B L"]:
+) -> FloatBL:
   """Return the NELBO integrand in nats at hard tokens whose embeddings may be soft.
 
   Args:

@@ -13,16 +13,29 @@ Reference: Duo, arXiv 2506.10892, section 4; IDLM, arXiv 2602.19066, section 3.
 """
 
 import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Float, Int
 
-from dlm_jax.arrays import Params, Scalar
-from dlm_jax.models import DiT
+from dlm_jax.arrays import (
+  BoolBK,
+  BoolBL,
+  FloatB,
+  FloatBKV,
+  FloatBLD,
+  IntBK,
+  IntBL,
+  KeyB,
+  Params,
+  Scalar,
+)
 from dlm_jax.models.layers import FewTokens
 from dlm_jax.objectives.positions import map_positions
+from dlm_jax.objectives.setting import Setting
 from dlm_jax.process import GaussianDuality, Uniform, extremes
 from dlm_jax.process.softmax_rows import KEPT, softmax_at
 
@@ -51,25 +64,15 @@ class Relaxation:
     return self.duality.process
 
   def diffuse(
-    self,
-    p0_BKV: Float[Array, "B K V"],
-    rng_B: Key[Array, "B"],
-    position_BK: Int[Array, "B K"],
-    t_B: Float[Array, "B"],
-    valid_BK: Bool[Array, "B K"],
-  ) -> Float[Array, "B K V"]:
+    self, p0_BKV: FloatBKV, rng_B: KeyB, position_BK: IntBK, t_B: FloatB, valid_BK: BoolBK
+  ) -> FloatBKV:
     """Return w at some positions; where not valid, p₀ itself without noise."""
     noise_BKV = jax.vmap(self.duality.noise)(rng_B, position_BK)
     w_BKV = jax.vmap(self.duality.diffuse)(p0_BKV, noise_BKV, t_B)
     return jnp.where(valid_BK[..., None], w_BKV, p0_BKV)
 
   def diffuse_data(
-    self,
-    rng_B: Key[Array, "B"],
-    x0_BK: Int[Array, "B K"],
-    position_BK: Int[Array, "B K"],
-    t_B: Float[Array, "B"],
-    valid_BK: Bool[Array, "B K"],
+    self, rng_B: KeyB, x0_BK: IntBK, position_BK: IntBK, t_B: FloatB, valid_BK: BoolBK
   ) -> tuple[Int[Array, "B K J"], Float[Array, "B K J"]]:
     """Return ids and values of the entries of w that matter, of data; `few` must be set."""
     ids_BKJ, w_BKJ = jax.vmap(self.duality.diffuse_data, in_axes=(0, 0, 0, 0, None))(
@@ -79,11 +82,7 @@ class Relaxation:
     return checkpoint_name(ids_BKJ, KEPT), checkpoint_name(w_BKJ, KEPT)
 
   def select(
-    self,
-    logits_BKV: Float[Array, "B K V"],
-    w_BKV: Float[Array, "B K V"],
-    t_B: Float[Array, "B"],
-    valid_BK: Bool[Array, "B K"],
+    self, logits_BKV: FloatBKV, w_BKV: FloatBKV, t_B: FloatB, valid_BK: BoolBK
   ) -> tuple[Int[Array, "B K J"], Float[Array, "B K J"]]:
     """Return ids and values of the largest entries of w, the largest first; `few` must be set.
 
@@ -106,49 +105,54 @@ def _positions(tokens_BL):
   return jnp.broadcast_to(jnp.arange(tokens_BL.shape[1])[None], tokens_BL.shape)
 
 
+class Noising(NamedTuple):
+  """What is noised, and how.
+
+  Attributes:
+    x0: tokens.
+    rng: keys of the noise.
+    t: times of the states.
+    valid: False where the state is the token, without noise.
+  """
+
+  x0: IntBL
+  rng: KeyB
+  t: FloatB
+  valid: BoolBL
+
+
 def embed_data(
-  params: Params,
-  x0_BL: Int[Array, "B L"],
-  rng_B: Key[Array, "B"],
-  t_B: Float[Array, "B"],
-  valid_BL: Bool[Array, "B L"],
-  *,
-  model: DiT,
-  relaxation: Relaxation,
-  chunk: int | None,
-) -> tuple[Int[Array, "B L"], Float[Array, "B L D"]]:
+  params: Params, given: Noising, *, setting: Setting, relaxation: Relaxation
+) -> tuple[IntBL, FloatBLD]:
   """Return hard states argmax w of diffused data, and the soft ones' embeddings under `params`."""
+  x0_BL, rng_B, t_B, valid_BL = given
 
   def embed_few(x0_BK, position_BK, valid_BK):
     ids_BKJ, w_BKJ = relaxation.diffuse_data(rng_B, x0_BK, position_BK, t_B, valid_BK)
     soft = FewTokens(ids_BKJ, relaxation.soften(w_BKJ))
     first_BK1 = jnp.argmax(w_BKJ, -1, keepdims=True)
     z_BK = jnp.take_along_axis(ids_BKJ, first_BK1, axis=-1)[..., 0]
-    return z_BK.astype(x0_BL.dtype), model.apply({"params": params}, soft, method="embedded")
+    return z_BK.astype(x0_BL.dtype), setting.embedded(params, soft)
 
   def embed(x0_BK, position_BK, valid_BK):
-    one_hot_BKV = jax.nn.one_hot(x0_BK, model.config.vocab_size)
+    one_hot_BKV = jax.nn.one_hot(x0_BK, setting.model.config.vocab_size)
     w_BKV = relaxation.diffuse(one_hot_BKV, rng_B, position_BK, t_B, valid_BK)
-    embedded = model.apply({"params": params}, relaxation.soften(w_BKV), method="embedded")
+    embedded = setting.embedded(params, relaxation.soften(w_BKV))
     return jnp.argmax(w_BKV, -1).astype(x0_BL.dtype), embedded
 
   embed = embed if relaxation.few is None else embed_few
-  return map_positions(embed, (x0_BL, _positions(x0_BL), valid_BL), chunk, keep=(KEPT,))
+  return map_positions(embed, (x0_BL, _positions(x0_BL), valid_BL), setting.chunk, keep=(KEPT,))
 
 
 def embed_predictions(
-  predict,
+  predict: Callable,
   arrays: tuple[Array, ...],
   trees: tuple[Params, ...],
-  x0_BL: Int[Array, "B L"],
-  rng_B: Key[Array, "B"],
-  t_B: Float[Array, "B"],
-  valid_BL: Bool[Array, "B L"],
+  given: Noising,
   *,
-  model: DiT,
+  setting: Setting,
   relaxation: Relaxation,
-  chunk: int | None,
-) -> tuple[Int[Array, "B L"], tuple[Float[Array, "B L D"], ...]]:
+) -> tuple[IntBL, tuple[FloatBLD, ...]]:
   """Return hard states argmax w of diffused predictions, and embeddings of w/τ under each tree.
 
   Gradients flow through the embeddings to whatever `predict` closes over; none through argmax.
@@ -157,18 +161,17 @@ def embed_predictions(
     predict: (*chunks of arrays) -> logits [B, K, V] of p.
     arrays: [B, L, …], what `predict` reads.
     trees: parameters whose embedding tables are read.
-    x0_BL: tokens; read where not valid.
-    rng_B: keys of the noise.
-    t_B: times of the states.
-    valid_BL: False where the state is the token, without noise.
-    model, relaxation, chunk: see `idlm.make`.
+    given: the tokens are read where not valid.
+    setting: network and chunk.
+    relaxation: how states are made soft.
   """
+  x0_BL, rng_B, t_B, valid_BL = given
 
   def embed(x0_BK, position_BK, valid_BK, *pieces):
     logits_BKV = predict(*pieces)
     if not relaxation.path_gradient:
       logits_BKV = jax.lax.stop_gradient(logits_BKV)
-    one_hot_BKV = jax.nn.one_hot(x0_BK, model.config.vocab_size, dtype=logits_BKV.dtype)
+    one_hot_BKV = jax.nn.one_hot(x0_BK, setting.model.config.vocab_size, dtype=logits_BKV.dtype)
     p_BKV = jnp.where(valid_BK[..., None], jax.nn.softmax(logits_BKV), one_hot_BKV)
     w_BKV = relaxation.diffuse(p_BKV, rng_B, position_BK, t_B, valid_BK)
     if relaxation.few is None:
@@ -176,7 +179,7 @@ def embed_predictions(
     else:
       ids_BKJ, w_BKJ = relaxation.select(logits_BKV, w_BKV, t_B, valid_BK)
       z_BK, soft = ids_BKJ[..., 0], FewTokens(ids_BKJ, relaxation.soften(w_BKJ))
-    embedded = tuple(model.apply({"params": tree}, soft, method="embedded") for tree in trees)
-    return z_BK.astype(jnp.int32), embedded
+    return z_BK.astype(jnp.int32), tuple(setting.embedded(tree, soft) for tree in trees)
 
-  return map_positions(embed, (x0_BL, _positions(valid_BL), valid_BL, *arrays), chunk, keep=(KEPT,))
+  arrays = (x0_BL, _positions(valid_BL), valid_BL, *arrays)
+  return map_positions(embed, arrays, setting.chunk, keep=(KEPT,))

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from dlm_jax.arrays import FloatBK, FloatBL
+
 Pieces = tuple[Array, ...]
 _ENTRIES = 2**22  # per sequence: 16 MiB in float32
 
@@ -76,11 +78,11 @@ def in_chunks(step: Callable, carry: Any, arrays: Any, chunk: int | None) -> tup
 
 
 def sum_positions(
-  function: Callable[..., tuple[Float[Array, "B K"], Any]],
+  function: Callable[..., tuple[FloatBK, Any]],
   trained: Any,
   moving: Pieces,
   fixed: Pieces,
-  weights_BL: Float[Array, "B L"],
+  weights_BL: FloatBL,
   chunk: int | None,
 ) -> tuple[Float[Array, ""], Any]:
   """Return Σ weights · loss over all positions, and what else the function returns.

@@ -13,10 +13,21 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int
 
 from dlm_jax import draw
-from dlm_jax.arrays import Metrics, Params
+from dlm_jax.arrays import (
+  FloatB,
+  FloatBKD,
+  FloatBKV,
+  FloatBL,
+  FloatBLD,
+  IntBK,
+  IntBL,
+  KeyB,
+  Metrics,
+  Params,
+)
 from dlm_jax.errors import InputError
 from dlm_jax.models import DiT
 from dlm_jax.objectives import rounds
@@ -41,13 +52,13 @@ class Rollout(NamedTuple):
     chosen: index of the step whose prediction is a position's target.
   """
 
-  hidden: tuple[Float[Array, "B L D"], ...]
+  hidden: tuple[FloatBLD, ...]
   times: Float[Array, "S B"]
-  chosen: Int[Array, "B L"]
+  chosen: IntBL
 
 
 def teacher_times(
-  t_B: Float[Array, "B"], delta: Float[Array, ""] | float, *, num: int, published: bool = False
+  t_B: FloatB, delta: Float[Array, ""] | float, *, num: int, published: bool = False
 ) -> Float[Array, "S B"]:
   """Return the times of the teacher's steps: t, t − δ, …
 
@@ -60,7 +71,7 @@ def teacher_times(
   return t_B[None] * w_S1 + ((1 - t_B) * (t_B - num * delta))[None]
 
 
-def chosen_steps(states: tuple[Int[Array, "B L"], ...], mask_id: int) -> Int[Array, "B L"]:
+def chosen_steps(states: tuple[IntBL, ...], mask_id: int) -> IntBL:
   """Return the step whose prediction is the target: the one that revealed, or the last one.
 
   Args:
@@ -73,10 +84,10 @@ def chosen_steps(states: tuple[Int[Array, "B L"], ...], mask_id: int) -> Int[Arr
 
 def rollout(
   teacher: Params,
-  xt_BL: Int[Array, "B L"],
+  xt_BL: IntBL,
   times_SB: Float[Array, "S B"],
   delta: Float[Array, ""] | float,
-  rng_B: Key[Array, "B"],
+  rng_B: KeyB,
   *,
   setting: Setting,
   eps: float = 1e-5,
@@ -109,13 +120,13 @@ def rollout(
 
 def target(
   teacher: Params,
-  hidden: tuple[Float[Array, "B K D"], ...],
+  hidden: tuple[FloatBKD, ...],
   times_SB: Float[Array, "S B"],
-  chosen_BK: Int[Array, "B K"],
-  xt_BK: Int[Array, "B K"],
+  chosen_BK: IntBK,
+  xt_BK: IntBK,
   *,
   setting: Setting,
-) -> Float[Array, "B K V"]:
+) -> FloatBKV:
   """Return the teacher's log-probabilities at the chosen steps; one-hot where xₜ is revealed."""
   logits_BKV = jnp.zeros((*xt_BK.shape, setting.process.vocab_size))
   for i, (hidden_BKD, t_B) in enumerate(zip(hidden, times_SB, strict=True)):
@@ -132,8 +143,8 @@ def position_loss(
   teacher: Params,
   setting: Setting,
   divergence: str = "kl-bwd",
-  dropout_B: Key[Array, "B"] | None = None,
-) -> Float[Array, "B L"]:
+  dropout_B: KeyB | None = None,
+) -> FloatBL:
   """Return the student's divergence from the target per position, 0 where xₜ is revealed.
 
   Args:

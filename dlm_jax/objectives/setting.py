@@ -3,9 +3,8 @@
 
 import dataclasses
 
-from jaxtyping import Array, Float, Int, Key
-
-from dlm_jax.arrays import Params
+from dlm_jax.arrays import FloatB, FloatBKD, FloatBKV, FloatBLD, IntBL, KeyB, Params
+from dlm_jax.errors import InputError
 from dlm_jax.models import DiT
 from dlm_jax.process import Absorbing, Uniform
 
@@ -24,34 +23,34 @@ class Setting:
   process: Absorbing | Uniform
   chunk: int | None = None
 
-  def sigma(self, t_B: Float[Array, "B"]) -> Float[Array, "B"]:
+  def sigma(self, t_B: FloatB) -> FloatB:
     """Return what the network is told of times."""
     return self.process.schedule.sigma(t_B)
 
   def trunk(
-    self,
-    params: Params,
-    tokens_BL: Int[Array, "B L"],
-    t_B: Float[Array, "B"],
-    dropout_B: Key[Array, "B"] | None = None,
-  ) -> Float[Array, "B L D"]:
+    self, params: Params, tokens_BL: IntBL, t_B: FloatB, dropout_B: KeyB | None = None
+  ) -> FloatBLD:
     """Return hidden states of tokens at their times; dropout where it has keys."""
     sigma_B = self.sigma(t_B)
     return self.model.apply({"params": params}, tokens_BL, sigma_B, dropout_B, method="trunk")
 
   def body(
-    self,
-    params: Params,
-    embedded_BLD: Float[Array, "B L D"],
-    t_B: Float[Array, "B"],
-    dropout_B: Key[Array, "B"] | None = None,
-  ) -> Float[Array, "B L D"]:
+    self, params: Params, embedded_BLD: FloatBLD, t_B: FloatB, dropout_B: KeyB | None = None
+  ) -> FloatBLD:
     """Return hidden states of embedded tokens, which may be soft."""
     sigma_B = self.sigma(t_B)
     return self.model.apply({"params": params}, embedded_BLD, sigma_B, dropout_B, method="body")
 
-  def head(
-    self, params: Params, hidden_BKD: Float[Array, "B K D"], t_B: Float[Array, "B"]
-  ) -> Float[Array, "B K V"]:
+  def embedded(self, params: Params, tokens) -> FloatBKD:
+    """Return embeddings of ids or soft tokens, at any positions."""
+    return self.model.apply({"params": params}, tokens, method="embedded")
+
+  def head(self, params: Params, hidden_BKD: FloatBKD, t_B: FloatB) -> FloatBKV:
     """Return logits of hidden states at any positions."""
     return self.model.apply({"params": params}, hidden_BKD, self.sigma(t_B), method="head")
+
+
+def check_time_conditioning(model: DiT) -> None:
+  """Raise InputError unless a network is told the time."""
+  if not model.config.time_conditioning:
+    raise InputError("a uniform process needs model.time_conditioning=True.")

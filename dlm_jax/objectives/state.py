@@ -159,12 +159,6 @@ def check_class(field: str, given: Any, allowed: tuple[type, ...], why: str) -> 
     raise InputError(f"{field} must be {names}: {why}.")
 
 
-def check_time_conditioning(model: Any) -> None:
-  """Raise InputError unless a network is told the time."""
-  if not model.config.time_conditioning:
-    raise InputError("a uniform process needs model.time_conditioning=True.")
-
-
 def output_params(state: TrainState, objective: Objective) -> Params:
   """Return the parameters to sample from: the output tree's average if there is one."""
   return state.ema.get(objective.output, state.trees[objective.output])

@@ -3,9 +3,7 @@
 
 from typing import Any, Protocol, runtime_checkable
 
-from jaxtyping import Array, Float, Int
-
-from dlm_jax.arrays import RngKey, Scalar
+from dlm_jax.arrays import FloatL, FloatLV, IntL, RngKey, Scalar
 from dlm_jax.process.absorbing import Absorbing
 from dlm_jax.process.block import BlockNoise
 from dlm_jax.process.gaussian import GaussianDuality
@@ -13,6 +11,7 @@ from dlm_jax.process.score import AbsorbingScore
 from dlm_jax.process.uniform import Uniform
 
 __all__ = [
+  "MASKED",
   "NAMES",
   "Absorbing",
   "AbsorbingScore",
@@ -25,6 +24,8 @@ __all__ = [
 
 # What configs and config.json call them.
 NAMES = {"absorbing": Absorbing, "absorbing_score": AbsorbingScore, "uniform": Uniform}
+# Those that replace tokens by a mask.
+MASKED = tuple(name for name, kind in NAMES.items() if "mask_id" in kind.__dataclass_fields__)
 
 
 @runtime_checkable
@@ -40,27 +41,23 @@ class Process(Protocol):
   vocab_size: int
   schedule: Any
 
-  def prior(self, rng: RngKey, length: int) -> Int[Array, "L"]:
+  def prior(self, rng: RngKey, length: int) -> IntL:
     """Draw a sequence at t = 1."""
     ...
 
-  def corrupt(self, rng: RngKey, x0_L: Int[Array, "L"], t: Scalar) -> Int[Array, "L"]:
+  def corrupt(self, rng: RngKey, x0_L: IntL, t: Scalar) -> IntL:
     """Draw xt given x0."""
     ...
 
-  def log_x0(self, logits_LV: Float[Array, "L V"], xt_L: Int[Array, "L"]) -> Float[Array, "L V"]:
+  def log_x0(self, logits_LV: FloatLV, xt_L: IntL) -> FloatLV:
     """Return log p(x0 | xt), normalised."""
     ...
 
-  def nll(
-    self, log_x0_LV: Float[Array, "L V"], xt_L: Int[Array, "L"], x0_L: Int[Array, "L"], t: Scalar
-  ) -> Float[Array, "L"]:
+  def nll(self, log_x0_LV: FloatLV, xt_L: IntL, x0_L: IntL, t: Scalar) -> FloatL:
     """Return the integrand of the NELBO, nats per token."""
     ...
 
-  def posterior(
-    self, log_x0_LV: Float[Array, "L V"], xt_L: Int[Array, "L"], s: Scalar, t: Scalar
-  ) -> Float[Array, "L V"]:
+  def posterior(self, log_x0_LV: FloatLV, xt_L: IntL, s: Scalar, t: Scalar) -> FloatLV:
     """Return q(xs | xt, x0 ~ p), dense: what samplers are tested against."""
     ...
 

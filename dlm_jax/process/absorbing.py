@@ -9,8 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from dlm_jax import draw
-from dlm_jax.arrays import NEG_INF, RngKey, Scalar
+from dlm_jax.arrays import NEG_INF, FloatL, FloatLV, IntL, RngKey, Scalar
 from dlm_jax.schedules import LogLinear, Schedule
 
 
@@ -49,24 +48,15 @@ class Absorbing:
     """Return which ids no prediction may hold: the mask and the blocked ones."""
     return functools.reduce(operator.or_, (ids == i for i in (self.mask_id, *self.blocked)))
 
-  def prior(self, rng: RngKey, length: int) -> Int[Array, "L"]:
+  def prior(self, rng: RngKey, length: int) -> IntL:
     """Return the state at t = 1: all masks. The key is unused; other processes need it."""
     del rng
     return jnp.full((length,), self.mask_id, jnp.int32)
 
-  def corrupt(self, rng: RngKey, x0_L: Int[Array, "L"], t: Scalar) -> Int[Array, "L"]:
+  def corrupt(self, rng: RngKey, x0_L: IntL, t: Scalar) -> IntL:
     """Draw xₜ given clean tokens."""
     masked = jax.random.uniform(rng, x0_L.shape) < 1 - self.schedule.alpha(t)
     return jnp.where(masked, self.mask_id, x0_L)
-
-  def corrupt_probs(self, rng: RngKey, p0_LV: Float[Array, "L V"], t: Scalar) -> Int[Array, "L"]:
-    """Draw xₜ when the clean tokens are known only as distributions: Cat(αₜ p₀ + (1 − αₜ) mask).
-
-    Two stages, mask or not and then which token, so that rare tokens keep their probability.
-    """
-    rng_mask, rng_token = jax.random.split(rng)
-    x0_L = draw.categorical(p0_LV, draw.uniforms(rng_token, p0_LV.shape[:1]))
-    return self.corrupt(rng_mask, x0_L, t)
 
   def clean_logits(self, logits: Float[Array, "*draws V"]) -> Float[Array, "*draws V"]:
     """Return logits in which mask and blocked ids are impossible; their softmax is p(x₀) at masks.
@@ -76,7 +66,7 @@ class Absorbing:
     ids = jnp.arange(self.vocab_size).reshape((1,) * (logits.ndim - 1) + (-1,))
     return jnp.where(self.impossible(ids), logits + NEG_INF, logits)
 
-  def log_x0(self, logits_LV: Float[Array, "L V"], xt_L: Int[Array, "L"]) -> Float[Array, "L V"]:
+  def log_x0(self, logits_LV: FloatLV, xt_L: IntL) -> FloatLV:
     """Return log p(x₀ | xₜ) under SUBS: mask and blocked are impossible, revealed tokens copied.
 
     Impossible entries hold −1e6, which keeps 0 · log 0 finite.
@@ -86,28 +76,18 @@ class Absorbing:
     copied_LV = jnp.where(ids_1V == xt_L[:, None], 0.0, NEG_INF)
     return jnp.where(xt_L[:, None] == self.mask_id, log_x0_LV, copied_LV)
 
-  def log_estimate(
-    self, logits_LV: Float[Array, "L V"], xt_L: Int[Array, "L"]
-  ) -> Float[Array, "L V"]:
+  def log_estimate(self, logits_LV: FloatLV, xt_L: IntL) -> FloatLV:
     """Return what `nll` and `nll_soft` take of a network's logits: here `log_x0`."""
     return self.log_x0(logits_LV, xt_L)
 
-  def nll(
-    self, log_x0_LV: Float[Array, "L V"], xt_L: Int[Array, "L"], x0_L: Int[Array, "L"], t: Scalar
-  ) -> Float[Array, "L"]:
+  def nll(self, log_x0_LV: FloatLV, xt_L: IntL, x0_L: IntL, t: Scalar) -> FloatL:
     """Return the NELBO integrand −α'/(1 − α) · (−log p(x₀ | xₜ)) in nats, 0 where revealed."""
     # A sum over V, not a gather: that one's gradient is a scatter into a dense array of zeros.
     at_x0_LV = jnp.arange(self.vocab_size)[None] == x0_L[:, None]
     log_prob_L = jnp.sum(jnp.where(at_x0_LV, log_x0_LV, 0.0), axis=-1)
     return jnp.where(xt_L == self.mask_id, -self.schedule.weight(t) * log_prob_L, 0.0)
 
-  def nll_soft(
-    self,
-    log_x0_LV: Float[Array, "L V"],
-    xt_L: Int[Array, "L"],
-    p0_LV: Float[Array, "L V"],
-    t: Scalar,
-  ) -> Float[Array, "L"]:
+  def nll_soft(self, log_x0_LV: FloatLV, xt_L: IntL, p0_LV: FloatLV, t: Scalar) -> FloatL:
     """Return the same integrand for clean data on the simplex, linear in p₀.
 
     The entries of mask and blocked are left out: p₀ is 0 there and log p is −1e6.
@@ -118,13 +98,8 @@ class Absorbing:
     return jnp.where(xt_L == self.mask_id, -self.schedule.weight(t) * expected_L, 0.0)
 
   def nll_predicted(
-    self,
-    logits_LV: Float[Array, "L V"],
-    xt_L: Int[Array, "L"],
-    data_logits_LV: Float[Array, "L V"],
-    data_xt_L: Int[Array, "L"],
-    t: Scalar,
-  ) -> Float[Array, "L"]:
+    self, logits_LV: FloatLV, xt_L: IntL, data_logits_LV: FloatLV, data_xt_L: IntL, t: Scalar
+  ) -> FloatL:
     """Return `nll_soft` for data that a network predicts, of both networks' logits.
 
     Args:
@@ -137,9 +112,7 @@ class Absorbing:
     p0_LV = jnp.exp(self.log_x0(data_logits_LV, data_xt_L))
     return self.nll_soft(self.log_estimate(logits_LV, xt_L), xt_L, p0_LV, t)
 
-  def posterior(
-    self, log_x0_LV: Float[Array, "L V"], xt_L: Int[Array, "L"], s: Scalar, t: Scalar
-  ) -> Float[Array, "L V"]:
+  def posterior(self, log_x0_LV: FloatLV, xt_L: IntL, s: Scalar, t: Scalar) -> FloatLV:
     """Return q(xₛ | xₜ, x₀ ~ p): masked rows reveal with probability (αₛ − αₜ)/(1 − αₜ)."""
     reveal = self.reveal_probability(s, t)
     mask_1V = jnp.arange(self.vocab_size)[None] == self.mask_id

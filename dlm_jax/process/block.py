@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from dlm_jax.arrays import RngKey
+from dlm_jax.arrays import BoolL, FloatL, IntL, RngKey
 from dlm_jax.process.absorbing import Absorbing
 
 LEVELS = ("block", "document")
@@ -25,14 +25,12 @@ _GOLDEN = 0.6180339887498949  # its multiples mod 1 spread the documents of a se
 class Noised(NamedTuple):
   """A noisy sequence: its tokens, the time and the loss weight of every position."""
 
-  tokens_L: Int[Array, "L"]
-  time_L: Float[Array, "L"]
-  weight_L: Float[Array, "L"]
+  tokens_L: IntL
+  time_L: FloatL
+  weight_L: FloatL
 
 
-def number_blocks(
-  position_L: Int[Array, "L"], block_length: Int[Array, ""] | int
-) -> Int[Array, "L"]:
+def number_blocks(position_L: IntL, block_length: Int[Array, ""] | int) -> IntL:
   """Return the number of each token's block, counted along the sequence from 0.
 
   Args:
@@ -57,7 +55,7 @@ def block_uniforms(
   length: int,
   row: Int[Array, ""] | int = 0,
   rows: int = 1,
-) -> Float[Array, "L"]:
+) -> FloatL:
   """Return one uniform number per block, stratified over the blocks of a whole batch.
 
   With K blocks in each of R rows every stratum [n, n + 1) / (R K) is hit once. Those of one row are
@@ -81,7 +79,7 @@ def block_uniforms(
 
 def document_uniforms(
   rng: RngKey, length: int, row: Int[Array, ""] | int = 0, rows: int = 1
-) -> Float[Array, "L"]:
+) -> FloatL:
   """Return one uniform number per document: those of number d are stratified over a batch."""
   first = stratify(jax.random.uniform(rng), row, rows)
   return (first + _GOLDEN * jnp.arange(length)) % 1.0
@@ -120,24 +118,22 @@ class BlockNoise:
           f"objective.{name}={getattr(self, name)!r} is unknown; use {' or '.join(allowed)}."
         )
 
-  def mask(
-    self, rng: RngKey, t_L: Float[Array, "L"], valid_L: Bool[Array, "L"]
-  ) -> Bool[Array, "L"]:
+  def mask(self, rng: RngKey, t_L: FloatL, valid_L: BoolL) -> BoolL:
     """Draw which of the valid tokens are masked, each by itself."""
     u_L = jax.random.uniform(rng, t_L.shape)
     return valid_L & (u_L < 1 - self.process.schedule.alpha(t_L))
 
-  def weights(self, t_L: Float[Array, "L"]) -> Float[Array, "L"]:
+  def weights(self, t_L: FloatL) -> FloatL:
     """Return what a mask counts at each time."""
     return jnp.ones_like(t_L) if self.weight == "one" else self.process.schedule.weight(t_L)
 
   def draw(
     self,
     rng: RngKey,
-    x0_L: Int[Array, "L"],
-    block_L: Int[Array, "L"],
-    document_L: Int[Array, "L"],
-    valid_L: Bool[Array, "L"],
+    x0_L: IntL,
+    block_L: IntL,
+    document_L: IntL,
+    valid_L: BoolL,
     *,
     interval: Float[Array, "2"] | tuple[float, float] = FULL,
     single: Bool[Array, ""] | bool = False,

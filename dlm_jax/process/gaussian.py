@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 from scipy import special
 
-from dlm_jax.arrays import RngKey, Scalar
+from dlm_jax.arrays import FloatLV, IntL, RngKey, Scalar
 from dlm_jax.process import extremes
 from dlm_jax.process.uniform import Uniform
 from dlm_jax.schedules import Schedule, Times
@@ -136,14 +136,12 @@ class GaussianDuality:
     t = (gamma - self.gamma_min) / (self.gamma_max - self.gamma_min)
     return self.process.schedule.alpha(t)
 
-  def noise(self, rng: RngKey, positions_L: Int[Array, "L"]) -> Float[Array, "L V"]:
+  def noise(self, rng: RngKey, positions_L: IntL) -> FloatLV:
     """Draw ξ, float32; a position has its own key, so any chunk of positions draws alike."""
     draw_row = lambda i: jax.random.normal(jax.random.fold_in(rng, i), (self.vocab_size,))  # noqa: E731
     return jax.vmap(draw_row)(positions_L)
 
-  def diffuse(
-    self, p0_LV: Float[Array, "L V"], noise_LV: Float[Array, "L V"], t: Scalar
-  ) -> Float[Array, "L V"]:
+  def diffuse(self, p0_LV: FloatLV, noise_LV: FloatLV, t: Scalar) -> FloatLV:
     """Return w = α̃ p₀ + σ̃ ξ; differentiable in p₀. Its argmax is the hard state."""
     signal, spread = self.coefficients(t)
     return signal * p0_LV + spread * noise_LV
@@ -158,7 +156,7 @@ class GaussianDuality:
     return extremes.enough(self.vocab_size, special.expit(self.gamma_min) ** 0.5, tau)
 
   def diffuse_data(
-    self, rng: RngKey, x0_L: Int[Array, "L"], positions_L: Int[Array, "L"], t: Scalar, count: int
+    self, rng: RngKey, x0_L: IntL, positions_L: IntL, t: Scalar, count: int
   ) -> tuple[Int[Array, "L J"], Float[Array, "L J"]]:
     """Draw the entries of w that matter for one-hot data: the token's and the largest others.
 

@@ -16,9 +16,8 @@ import dataclasses
 import math
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
 
-from dlm_jax.arrays import NEG_INF, Scalar
+from dlm_jax.arrays import NEG_INF, FloatL, FloatLV, IntL, Scalar
 from dlm_jax.process.absorbing import Absorbing
 
 
@@ -32,9 +31,7 @@ class AbsorbingScore(Absorbing):
   Reference: SEDD, arXiv 2310.16834, equations 5 and 13; IDLM, arXiv 2602.19066, appendix A.
   """
 
-  def log_estimate(
-    self, logits_LV: Float[Array, "L V"], xt_L: Int[Array, "L"]
-  ) -> Float[Array, "L V"]:
+  def log_estimate(self, logits_LV: FloatLV, xt_L: IntL) -> FloatLV:
     """Return log f = log s − log(α/(1 − α)) where masked; where revealed, one-hot as `log_x0`."""
     ids_1V = jnp.arange(self.vocab_size)[None]
     shifted_LV = logits_LV - math.log(self.vocab_size - 1 - len(set(self.blocked)))
@@ -42,27 +39,11 @@ class AbsorbingScore(Absorbing):
     copied_LV = jnp.where(ids_1V == xt_L[:, None], 0.0, NEG_INF)
     return jnp.where(xt_L[:, None] == self.mask_id, log_f_LV, copied_LV)
 
-  def log_score(
-    self, logits_LV: Float[Array, "L V"], xt_L: Int[Array, "L"], t: Scalar
-  ) -> Float[Array, "L V"]:
-    """Return log s of moving from the mask to each token; −1e6 for impossible moves."""
-    alpha = self.schedule.alpha(t)
-    log_f_LV = self.log_estimate(logits_LV, xt_L)
-    return jnp.where(log_f_LV > NEG_INF / 2, log_f_LV + jnp.log(alpha / (1 - alpha)), NEG_INF)
-
-  def nll(
-    self, log_x0_LV: Float[Array, "L V"], xt_L: Int[Array, "L"], x0_L: Int[Array, "L"], t: Scalar
-  ) -> Float[Array, "L"]:
+  def nll(self, log_x0_LV: FloatLV, xt_L: IntL, x0_L: IntL, t: Scalar) -> FloatL:
     """Return score entropy in nats, 0 where revealed; takes `log_estimate` or `log_x0`."""
     return super().nll(log_x0_LV, xt_L, x0_L, t) + self._excess(log_x0_LV, xt_L, t)
 
-  def nll_soft(
-    self,
-    log_x0_LV: Float[Array, "L V"],
-    xt_L: Int[Array, "L"],
-    p0_LV: Float[Array, "L V"],
-    t: Scalar,
-  ) -> Float[Array, "L"]:
+  def nll_soft(self, log_x0_LV: FloatLV, xt_L: IntL, p0_LV: FloatLV, t: Scalar) -> FloatL:
     """Return the same for clean data on the simplex."""
     return super().nll_soft(log_x0_LV, xt_L, p0_LV, t) + self._excess(log_x0_LV, xt_L, t)
 

@@ -5,10 +5,8 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
 
-from dlm_jax import draw
-from dlm_jax.arrays import RngKey, Scalar
+from dlm_jax.arrays import FloatL, FloatLV, IntL, RngKey, Scalar
 from dlm_jax.process import _uniform_nelbo as nelbo
 from dlm_jax.schedules import LogLinear, Schedule
 
@@ -36,23 +34,17 @@ class Uniform:
     if self.vocab_size < 2:
       raise ValueError(f"vocab_size={self.vocab_size}: a uniform process needs at least 2 tokens.")
 
-  def prior(self, rng: RngKey, length: int) -> Int[Array, "L"]:
+  def prior(self, rng: RngKey, length: int) -> IntL:
     """Draw the state at t = 1: independent uniform tokens."""
     return jax.random.randint(rng, (length,), 0, self.vocab_size)
 
-  def corrupt(self, rng: RngKey, x0_L: Int[Array, "L"], t: Scalar) -> Int[Array, "L"]:
+  def corrupt(self, rng: RngKey, x0_L: IntL, t: Scalar) -> IntL:
     """Draw xₜ given clean tokens."""
     rng_which, rng_token = jax.random.split(rng)
     replaced = jax.random.uniform(rng_which, x0_L.shape) < 1 - self.schedule.alpha(t)
     return jnp.where(replaced, self.prior(rng_token, x0_L.shape[0]), x0_L)
 
-  def corrupt_probs(self, rng: RngKey, p0_LV: Float[Array, "L V"], t: Scalar) -> Int[Array, "L"]:
-    """Draw xₜ when the clean tokens are known only as distributions: Cat(αₜ p₀ + (1 − αₜ)/V)."""
-    rng_corrupt, rng_token = jax.random.split(rng)
-    x0_L = draw.categorical(p0_LV, draw.uniforms(rng_token, p0_LV.shape[:1]))
-    return self.corrupt(rng_corrupt, x0_L, t)
-
-  def log_x0(self, logits_LV: Float[Array, "L V"], xt_L: Int[Array, "L"]) -> Float[Array, "L V"]:
+  def log_x0(self, logits_LV: FloatLV, xt_L: IntL) -> FloatLV:
     """Return log p(x₀): a plain log-softmax; the state excludes nothing.
 
     What minimises the loss at a position is the law of its token given the *other* positions'
@@ -61,26 +53,16 @@ class Uniform:
     del xt_L
     return jax.nn.log_softmax(logits_LV, axis=-1)
 
-  def log_estimate(
-    self, logits_LV: Float[Array, "L V"], xt_L: Int[Array, "L"]
-  ) -> Float[Array, "L V"]:
+  def log_estimate(self, logits_LV: FloatLV, xt_L: IntL) -> FloatLV:
     """Return what `nll` and `nll_soft` take of a network's logits: here `log_x0`."""
     return self.log_x0(logits_LV, xt_L)
 
-  def nll(
-    self, log_x0_LV: Float[Array, "L V"], xt_L: Int[Array, "L"], x0_L: Int[Array, "L"], t: Scalar
-  ) -> Float[Array, "L"]:
+  def nll(self, log_x0_LV: FloatLV, xt_L: IntL, x0_L: IntL, t: Scalar) -> FloatL:
     """Return the NELBO integrand in nats for clean tokens; see `nll_soft`."""
     p0_LV = jax.nn.one_hot(x0_L, self.vocab_size, dtype=log_x0_LV.dtype)
     return self.nll_soft(log_x0_LV, xt_L, p0_LV, t)
 
-  def nll_soft(
-    self,
-    log_x0_LV: Float[Array, "L V"],
-    xt_L: Int[Array, "L"],
-    p0_LV: Float[Array, "L V"],
-    t: Scalar,
-  ) -> Float[Array, "L"]:
+  def nll_soft(self, log_x0_LV: FloatLV, xt_L: IntL, p0_LV: FloatLV, t: Scalar) -> FloatL:
     """Return the NELBO integrand for clean data on the simplex.
 
     With q = αp₀ + (1 − α)/V, q^θ the same of the prediction f and z the state, it is
@@ -97,13 +79,8 @@ class Uniform:
     return nelbo.soft(log_x0_LV, p0_LV, xt_L, self.schedule.alpha(t), self.schedule.dalpha(t))
 
   def nll_predicted(
-    self,
-    logits_LV: Float[Array, "L V"],
-    xt_L: Int[Array, "L"],
-    data_logits_LV: Float[Array, "L V"],
-    data_xt_L: Int[Array, "L"],
-    t: Scalar,
-  ) -> Float[Array, "L"]:
+    self, logits_LV: FloatLV, xt_L: IntL, data_logits_LV: FloatLV, data_xt_L: IntL, t: Scalar
+  ) -> FloatL:
     """Return the NELBO integrand for data that a network predicts, of both networks' logits.
 
     `nll_soft(log_estimate(logits), xₜ, softmax(data_logits), t)`, differentiable in both logits.
@@ -119,9 +96,7 @@ class Uniform:
     alpha, dalpha = self.schedule.alpha(t), self.schedule.dalpha(t)
     return nelbo.between(logits_LV, data_logits_LV, xt_L, alpha, dalpha)
 
-  def posterior(
-    self, log_x0_LV: Float[Array, "L V"], xt_L: Int[Array, "L"], s: Scalar, t: Scalar
-  ) -> Float[Array, "L V"]:
+  def posterior(self, log_x0_LV: FloatLV, xt_L: IntL, s: Scalar, t: Scalar) -> FloatLV:
     """Return q(xₛ | xₜ, x₀ ~ p), rows summing to 1 within rounding.
 
     [V αₜ x⊙p + (αₜ/αₛ − αₜ) x + (αₛ − αₜ) p + (1 − αₜ/αₛ)(1 − αₛ)/V] / [V αₜ p(x) + 1 − αₜ]

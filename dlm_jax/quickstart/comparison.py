@@ -85,10 +85,9 @@ def write(
   judge = load_judge(compared.judge, pipes["teacher"].tokenizer)
   used = [places.network_directory(path) for path in (*paths.values(), compared.judge)]
   settings = {
-    **judge.settings(),
+    "judge": dataclasses.replace(judge, batch_size=compared.samples),
     "samples": compared.samples,
     "batch_size": compared.samples,
-    "judge_batch_size": compared.samples,
     "path": workdir / "frontier.jsonl",
     "context": {"weights": [convert.fingerprint(directory) for directory in used]},
   }

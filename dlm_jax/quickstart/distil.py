@@ -9,11 +9,10 @@ from collections.abc import Callable
 
 import numpy as np
 
-from dlm_jax import models
-from dlm_jax.convert import places
+from dlm_jax.convert import families, places
 from dlm_jax.data import builder, loader
 from dlm_jax.errors import InputError
-from dlm_jax.experiment import belonging, build
+from dlm_jax.experiment import build, plan
 from dlm_jax.experiment.config import load_config
 from dlm_jax.experiment.run import make_workdir, train
 from dlm_jax.quickstart import comparison
@@ -71,7 +70,7 @@ def run(options: Options, say: Callable[[str], None] = print) -> bool:
 
   say("1/4  Data: the source text of the Python standard library on this machine")
   with clock.measure("data"):
-    prepared = build.prepare(configs[options.methods[0]])
+    prepared = build.prepare(plan.read_data(configs[options.methods[0]]))
   say(f"     {prepared.message}")
 
   if options.from_scratch:
@@ -135,7 +134,7 @@ def _configs(options: Options) -> dict:
     shared = {k: v for k, v in options.overrides.items() if _reaches(k, name)}
     configs[name] = load_config(f"quickstart_{name}:cpu", fields | shared)
   for config in configs.values():
-    build.loop_config(config)
+    plan.read(config)  # what is wrong with one is said now
   return configs
 
 
@@ -145,7 +144,8 @@ def _reaches(field: str, name: str) -> bool:
   if name == "judge" and group == "process":
     return False  # a judge has none
   if name == "judge" and group == "model":
-    return rest in belonging.of_network(models.CausalConfig)
+    network = load_config("quickstart_judge:cpu").model.name
+    return rest in plan.network_fields(families.named(network))
   return group in _SHARED
 
 
@@ -191,7 +191,7 @@ def _compared(options: Options, config) -> comparison.Comparison:
 
 def _held_out(config, samples: int) -> np.ndarray:
   """Return the first validation sequences, [N, L]."""
-  info = builder.open_dataset(config.data.directory).info
-  count = min(max(samples, 256), info.splits["validation"].records)
-  batches = loader.evaluation_batches(config.data.directory, "validation", count, 1)
+  dataset = builder.open_dataset(config.data.directory)
+  count = min(max(samples, 256), dataset.info.splits["validation"].records)
+  batches = loader.evaluation_batches(dataset, "validation", count, 1)
   return np.concatenate([record["tokens"] for record in batches])

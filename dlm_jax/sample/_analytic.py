@@ -15,15 +15,13 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
-from dlm_jax.arrays import Scalar
+from dlm_jax.arrays import FloatL, FloatLV, Scalar
 from dlm_jax.sample._request import GridSampler, Request, walk
 
 
-def reveal_probability(
-  log_f_LV: Float[Array, "L V"], alpha_s: Scalar, alpha_t: Scalar
-) -> Float[Array, "L"]:
+def reveal_probability(log_f_LV: FloatLV, alpha_s: Scalar, alpha_t: Scalar) -> FloatL:
   """Return min(1, r Σ f) for positions that are masked."""
   mass_L = jnp.exp(jax.nn.logsumexp(log_f_LV, axis=-1))
   return jnp.minimum((alpha_s - alpha_t) / (1 - alpha_t) * mass_L, 1.0)

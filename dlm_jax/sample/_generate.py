@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from dlm_jax.arrays import RngKey
+from dlm_jax.arrays import IntBL, RngKey
 from dlm_jax.errors import InputError, check_choice, hint
 from dlm_jax.mesh import split_batch
-from dlm_jax.process import Absorbing, Uniform
+from dlm_jax.process import Absorbing, Uniform, has_mask
 from dlm_jax.sample import _rgas
 from dlm_jax.sample._analytic import Analytic
 from dlm_jax.sample._ancestral import Ancestral, FirstHitting
@@ -48,7 +48,7 @@ def generate(
   frozen: Bool[Array, "..."] | None = None,
   return_trace: bool = False,
   **sampler_options,
-) -> Int[Array, "B L"] | tuple[Int[Array, "B L"], Int[Array, "K B L"]]:
+) -> IntBL | tuple[IntBL, Int[Array, "K B L"]]:
   """Generate token sequences with a few network evaluations.
 
   Pure and unjitted: call it inside your own `jit` and `vmap` (static: proc, batch, length, steps
@@ -169,7 +169,7 @@ def _start(proc, rng_B, length, prompt, frozen):
   if given > length:
     raise InputError(f"the prompt has {given} tokens and length={length}; shorten it.")
   if frozen is None:
-    frozen = jnp.ones_like(prompt, bool) if isinstance(proc, Uniform) else prompt != proc.mask_id
+    frozen = prompt != proc.mask_id if has_mask(proc) else jnp.ones_like(prompt, bool)
   frozen = jnp.asarray(frozen, bool)
   if frozen.shape != prompt.shape or prompt.shape[:-1] not in ((), (batch,)):
     raise InputError(

@@ -15,14 +15,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dlm_jax import draw
-from dlm_jax.arrays import NEG_INF
+from dlm_jax.arrays import NEG_INF, FloatBLV, FloatLV
 from dlm_jax.process import Absorbing
 from dlm_jax.sample._request import GridOptions, Request, walk
 
 
 def race_weights(
-  process: Absorbing, log_x0_LV: Float[Array, "L V"], s: Float[Array, ""], t: Float[Array, ""]
-) -> Float[Array, "L V"]:
+  process: Absorbing, log_x0_LV: FloatLV, s: Float[Array, ""], t: Float[Array, ""]
+) -> FloatLV:
   """Return the unnormalised weights (α_s − α_t) p on tokens and 1 − α_s on the mask."""
   alpha_s, alpha_t = process.schedule.alpha(s), process.schedule.alpha(t)
   weights_LV = (alpha_s - alpha_t) * jnp.exp(log_x0_LV)
@@ -49,7 +49,7 @@ class Legacy(GridOptions):
   def race(
     self,
     request: Request,
-    uniform: Callable[[Int[Array, ""] | int], Float[Array, "B L V"]],
+    uniform: Callable[[Int[Array, ""] | int], FloatBLV],
     t_K: Float[Array, "K"],
   ) -> Int[Array, "_ B L"]:
     """Return what `run` does, from given times and uniforms: `uniform(k)` are those of step k.

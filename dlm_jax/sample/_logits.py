@@ -7,9 +7,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
 
-Logits = Callable[[Int[Array, "B L"], Float[Array, "B"]], Float[Array, "B L V"]]
+from dlm_jax.arrays import FloatB, FloatBKV, FloatBLV, IntBL
+
+Logits = Callable[[IntBL, FloatB], FloatBLV]
 
 
 @jax.tree_util.register_pytree_node_class
@@ -19,21 +20,15 @@ class FromLogits:
 
   function: Any
 
-  def __call__(
-    self, tokens_BL: Int[Array, "B L"], sigma_B: Float[Array, "B"]
-  ) -> Float[Array, "B L V"]:
+  def __call__(self, tokens_BL: IntBL, sigma_B: FloatB) -> FloatBLV:
     """Return float32 logits."""
     return self.function(tokens_BL, sigma_B).astype(jnp.float32)
 
-  def trunk(
-    self, tokens_BL: Int[Array, "B L"], sigma_B: Float[Array, "B"]
-  ) -> Float[Array, "B L V"]:
+  def trunk(self, tokens_BL: IntBL, sigma_B: FloatB) -> FloatBLV:
     """Return what `head` reads: all logits."""
     return self(tokens_BL, sigma_B)
 
-  def head(
-    self, logits_BKV: Float[Array, "B K V"], sigma_B: Float[Array, "B"]
-  ) -> Float[Array, "B K V"]:
+  def head(self, logits_BKV: FloatBKV, sigma_B: FloatB) -> FloatBKV:
     """Return the logits of gathered positions: themselves."""
     del sigma_B
     return logits_BKV

@@ -11,10 +11,10 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Float, Int
 
 from dlm_jax import draw
-from dlm_jax.arrays import Scalar
+from dlm_jax.arrays import BoolBL, FloatB, IntBL, KeyB, Scalar
 from dlm_jax.errors import InputError
 from dlm_jax.sample import grids
 
@@ -36,9 +36,9 @@ class Request:
 
   denoiser: Any
   process: Any
-  rng_B: Key[Array, "B"]
-  x_BL: Int[Array, "B L"]
-  frozen_BL: Bool[Array, "B L"]
+  rng_B: KeyB
+  x_BL: IntBL
+  frozen_BL: BoolBL
   steps: int
 
   @property
@@ -46,7 +46,7 @@ class Request:
     """Tokens per sequence."""
     return self.x_BL.shape[1]
 
-  def sigma(self, t: Scalar) -> Float[Array, "B"]:
+  def sigma(self, t: Scalar) -> FloatB:
     """Return what the denoiser is told of a time that all sequences share."""
     return jnp.broadcast_to(self.process.schedule.sigma(t), self.rng_B.shape)
 
@@ -55,18 +55,18 @@ class Request:
     one = lambda rng: jax.random.uniform(jax.random.fold_in(rng, k), shape)  # noqa: E731
     return jax.vmap(one)(self.rng_B)
 
-  def masked(self, x_BL: Int[Array, "B L"]) -> Bool[Array, "B L"]:
+  def masked(self, x_BL: IntBL) -> BoolBL:
     """Return which positions are masks to be revealed; of an absorbing process."""
     return (x_BL == self.process.mask_id) & ~self.frozen_BL
 
-  def reveal_all(self, x_BL: Int[Array, "B L"], tokens_BL: Array) -> Int[Array, "B L"]:
+  def reveal_all(self, x_BL: IntBL, tokens_BL: Array) -> IntBL:
     """Return the state with every mask replaced by its token."""
     return jnp.where(self.masked(x_BL), tokens_BL.astype(x_BL.dtype), x_BL)
 
 
 def walk(
-  step: Callable[..., Array], x_BL: Int[Array, "B L"], inputs: tuple[Array, ...]
-) -> tuple[Int[Array, "B L"], Int[Array, "K B L"]]:
+  step: Callable[..., Array], x_BL: IntBL, inputs: tuple[Array, ...]
+) -> tuple[IntBL, Int[Array, "K B L"]]:
   """Scan `step(state, *inputs of a step) -> state`; return the last state and all of them."""
 
   def body(x_BL, inputs):
@@ -112,9 +112,7 @@ class GridOptions:
     return grids.make(self.grid, request.steps)
 
   def remove_noise(
-    self,
-    trace_KBL: Int[Array, "K B L"],
-    remove: Callable[[Int[Array, "B L"], bool], Int[Array, "B L"]],
+    self, trace_KBL: Int[Array, "K B L"], remove: Callable[[IntBL, bool], IntBL]
   ) -> Int[Array, "_ B L"]:
     """Return the states, and the one in which what the grid left is gone.
 

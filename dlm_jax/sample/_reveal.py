@@ -12,8 +12,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
+from dlm_jax.arrays import BoolBL, FloatB, FloatBKD, FloatBKV, FloatBLD, IntBL
 from dlm_jax.process import Absorbing
 from dlm_jax.sample._request import Truncation
 
@@ -36,12 +37,12 @@ class Revealer:
 
   def reveal(
     self,
-    x_BL: Int[Array, "B L"],
-    due_BL: Bool[Array, "B L"],
+    x_BL: IntBL,
+    due_BL: BoolBL,
     draws_BL2: Float[Array, "B L 2"],
-    sigma_B: Float[Array, "B"],
+    sigma_B: FloatB,
     greedy: bool = False,
-  ) -> Int[Array, "B L"]:
+  ) -> IntBL:
     """Return the state with the due masks revealed.
 
     Args:
@@ -60,14 +61,14 @@ class Revealer:
 
   def fill(
     self,
-    x_BL: Int[Array, "B L"],
-    hidden_BLD: Float[Array, "B L D"],
-    due_BL: Bool[Array, "B L"],
+    x_BL: IntBL,
+    hidden_BLD: FloatBLD,
+    due_BL: BoolBL,
     draws_BL2: Float[Array, "B L 2"],
-    sigma_B: Float[Array, "B"],
+    sigma_B: FloatB,
     greedy: bool = False,
     change: Callable | None = None,
-  ) -> Int[Array, "B L"]:
+  ) -> IntBL:
     """Return what `reveal` returns, from hidden states of the trunk.
 
     `change(logits_BKV, position_BK)` may replace the predictions of the gathered positions.
@@ -84,9 +85,7 @@ class Revealer:
 
     return fill_due(x_BL, hidden_BLD, due_BL, predict, self.capacity)
 
-  def predict(
-    self, hidden_BKD: Float[Array, "B K D"], sigma_B: Float[Array, "B"]
-  ) -> Float[Array, "B K V"]:
+  def predict(self, hidden_BKD: FloatBKD, sigma_B: FloatB) -> FloatBKV:
     """Return logits whose softmax is p(x₀) of masks with these hidden states."""
     return self.process.clean_logits(self.denoiser.head(hidden_BKD, sigma_B))
 
@@ -97,12 +96,8 @@ def capacity_for(mean: float, length: int) -> int:
 
 
 def fill_due(
-  x_BL: Int[Array, "B L"],
-  hidden_BLD: Float[Array, "B L D"],
-  due_BL: Bool[Array, "B L"],
-  predict: Callable,
-  capacity: int,
-) -> Int[Array, "B L"]:
+  x_BL: IntBL, hidden_BLD: FloatBLD, due_BL: BoolBL, predict: Callable, capacity: int
+) -> IntBL:
   """Set the due positions, `capacity` per row at a time, in as many turns as the fullest row needs.
 
   Args:

@@ -25,8 +25,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
+from dlm_jax.arrays import BoolBL, FloatB, FloatBKD, FloatBKV, FloatBLD, IntBL
 from dlm_jax.errors import InputError
 from dlm_jax.sample._request import GridSampler, Request, walk
 from dlm_jax.sample._reveal import Revealer, capacity_for
@@ -164,12 +165,8 @@ class _Guide:
 
 
 def slope(
-  critic,
-  expected_BLD: Float[Array, "B L D"],
-  x_BL: Int[Array, "B L"],
-  masked_BL: Bool[Array, "B L"],
-  sigma_B: Float[Array, "B"],
-) -> Float[Array, "B L D"]:
+  critic, expected_BLD: FloatBLD, x_BL: IntBL, masked_BL: BoolBL, sigma_B: FloatB
+) -> FloatBLD:
   """Return ∂R/∂e, R the sum of the critic's logits over masks, whose embeddings are e.
 
   The critic reads expected embeddings at masked positions, those of the tokens elsewhere.
@@ -183,11 +180,8 @@ def slope(
 
 
 def tilt(
-  critic,
-  logits_BKV: Float[Array, "B K V"],
-  slope_BKD: Float[Array, "B K D"],
-  scale: Float[Array, ""] | float,
-) -> tuple[Float[Array, "B K V"], Float[Array, "B K V"]]:
+  critic, logits_BKV: FloatBKV, slope_BKD: FloatBKD, scale: Float[Array, ""] | float
+) -> tuple[FloatBKV, FloatBKV]:
   """Return tilted logits and the clipped ∂R/∂ℓ, by the chain rule from `slope` at any positions.
 
   R depends on a position's logits through its expected embedding only, so its gradient needs
@@ -198,7 +192,7 @@ def tilt(
   return logits_BKV + scale * gradient_BKV, gradient_BKV
 
 
-def pick(reward_MB: Float[Array, "M B"], uniform_B: Float[Array, "B"]) -> Int[Array, "B"]:
+def pick(reward_MB: Float[Array, "M B"], uniform_B: FloatB) -> Int[Array, "B"]:
   """Draw one candidate per sequence with probability softmax(reward)."""
   cdf_MB = jnp.cumsum(jax.nn.softmax(reward_MB, axis=0), axis=0)
   chosen_B = jnp.sum(cdf_MB[:-1] <= uniform_B[None] * cdf_MB[-1:], axis=0, dtype=jnp.int32)

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dlm_jax import draw
-from dlm_jax.arrays import RngKey, Scalar
+from dlm_jax.arrays import FloatL, IntL, RngKey, Scalar
 from dlm_jax.process import Uniform
 from dlm_jax.sample._request import GridSampler, Request, walk
 from dlm_jax.sample._reveal import fill_due
@@ -31,12 +31,8 @@ _TINY = 1e-30  # in place of 1 − α where float32 rounds it to 0
 
 
 def mixture(
-  vocab_size: int,
-  p_at_x_L: Float[Array, "L"],
-  alpha_s: Scalar,
-  alpha_t: Scalar,
-  kappa: Scalar = 1.0,
-) -> tuple[Float[Array, "L"], Float[Array, "L"]]:
+  vocab_size: int, p_at_x_L: FloatL, alpha_s: Scalar, alpha_t: Scalar, kappa: Scalar = 1.0
+) -> tuple[FloatL, FloatL]:
   """Return the probabilities of keeping x and of drawing from p; what is left is uniform.
 
   Args:
@@ -57,6 +53,14 @@ def mixture(
   return keep_L, predict_L
 
 
+class Step(NamedTuple):
+  """Where a step goes: arguments of `mixture`."""
+
+  alpha_s: Scalar
+  alpha_t: Scalar
+  kappa: Scalar = 1.0
+
+
 class Draws(NamedTuple):
   """Random numbers of one step of one sequence.
 
@@ -66,9 +70,9 @@ class Draws(NamedTuple):
     noise: uniform tokens.
   """
 
-  which: Float[Array, "L"]
+  which: FloatL
   token: Float[Array, "L 2"]
-  noise: Int[Array, "L"]
+  noise: IntL
 
 
 def draws(process: Uniform, rng: RngKey, length: int) -> Draws:
@@ -80,17 +84,11 @@ def draws(process: Uniform, rng: RngKey, length: int) -> Draws:
 
 
 def redraw(
-  process: Uniform,
-  given: Draws,
-  logits_KV: Float[Array, "K V"],
-  x_K: Int[Array, "K"],
-  alpha_s: Scalar,
-  alpha_t: Scalar,
-  kappa: Scalar,
+  process: Uniform, given: Draws, logits_KV: Float[Array, "K V"], x_K: Int[Array, "K"], step: Step
 ) -> Int[Array, "K"]:
   """Draw xₛ at any positions; the logits are the clean token's and need not be normalised."""
   p_K = draw.softmax(logits_KV)
-  keep_K, predict_K = mixture(process.vocab_size, p_K.probability(x_K), alpha_s, alpha_t, kappa)
+  keep_K, predict_K = mixture(process.vocab_size, p_K.probability(x_K), *step)
   predicted_K = p_K.draw(given.token)
   moved_K = jnp.where(given.which < keep_K + predict_K, predicted_K, given.noise)
   return jnp.where(given.which < keep_K, x_K, moved_K).astype(x_K.dtype)
@@ -138,7 +136,7 @@ class UniformAncestral(GridSampler):
       (least,), _ = mixture(process.vocab_size, jnp.zeros(1), alpha_s, alpha_t, kappa)
 
       def tokens(logits_BKV, gather):
-        one = lambda *row: redraw(process, *row, alpha_s, alpha_t, kappa)  # noqa: E731
+        one = lambda *row: redraw(process, *row, Step(alpha_s, alpha_t, kappa))  # noqa: E731
         return jax.vmap(one)(jax.tree.map(gather, given), self.sharpen(logits_BKV), gather(x_BL))
 
       return settle(x_BL, ~request.frozen_BL & (given.which >= least), t, tokens)

@@ -13,7 +13,7 @@ from jaxtyping import Array, Int
 
 from dlm_jax import convert, models, process, sample
 from dlm_jax.convert import places
-from dlm_jax.data import templates, tokenizers
+from dlm_jax.data import dataset, templates, tokenizers
 from dlm_jax.errors import InputError
 from dlm_jax.evaluate import frontier
 
@@ -67,12 +67,12 @@ class Pipeline:
     """The discriminator beside the network; None without one."""
     return self.guide.read() if self.guide is not None else None
 
-  def sampler(self, data: str | pathlib.Path = "", **options: Any) -> frontier.Sampler:
+  def sampler(self, data: dataset.Dataset | dataset.Path = "", **options: Any) -> frontier.Sampler:
     """Return this model with options of `sample.generate`, for `frontier.sweep`.
 
     Args:
-      data: of proteins or conversations: the prepared dataset whose validation records give lengths
-        or prompts.
+      data: of proteins or conversations: the prepared dataset, opened or its directory, whose
+        validation records give lengths or prompts.
       **options: of the sampler.
     """
     given = {
@@ -83,7 +83,7 @@ class Pipeline:
       "critic": self.critic if options.get("sampler") == "rgas" else None,
     }
     if data:
-      like = functools.partial(templates.like_validation, data)
+      like = functools.partial(templates.like_validation, dataset.open_dataset(data))
       return frontier.TemplateSampler(templates=like, **given)
     return frontier.Sampler(**given)
 
@@ -153,7 +153,7 @@ class Pipeline:
   def _start(self, prompt: str, length: int | None):
     """Return what is given, where it is, and how many positions there are in all."""
     tokenizer = self.tokenizer
-    if not tokenizer.given_ids:
+    if not tokenizer.framed:
       if not prompt:
         return None, None, self.length if length is None else length
       given = np.array([tokenizer.eos_id, *tokenizer.encode(prompt)], np.int32)

@@ -10,6 +10,7 @@ from dlm_jax.data import tokenizers
 from dlm_jax.errors import InputError
 from dlm_jax.text.decoder import TextDecoder
 from dlm_jax.text.denoiser import Pipeline, default_dtype, load_denoiser, load_tokenizer
+from dlm_jax.text.next_token import TextContinuation
 
 
 @runtime_checkable
@@ -56,8 +57,8 @@ def load(
   dtype: str | None = None,
   weights: str | None = None,
   draft: str | pathlib.Path | None = None,
-) -> Pipeline | TextDecoder:
-  """Load a model that writes: a denoiser, or a network that decodes blocks.
+) -> Pipeline | TextDecoder | TextContinuation:
+  """Load a model that writes: a denoiser, a network that decodes blocks, or a judge.
 
   Args:
     path: a workdir of `dlm-jax train`, a directory in the Hugging Face layout, a Lightning *.ckpt
@@ -71,7 +72,7 @@ def load(
   Returns:
     A `Writer`: `pipe(steps=8, num=4, seed=0)` gives texts, `pipe.generate(…)` texts with their
     tokens and evaluations. Of a denoiser a `Pipeline`, of an SDAR or a decoder of ours trained on
-    blocks a `TextDecoder`.
+    blocks a `TextDecoder`, of a GPT-2 or a judge of ours a `TextContinuation`.
 
   Raises:
     InputError: no such network there, or its tokenizer is missing or another one.
@@ -80,20 +81,49 @@ def load(
     >>> pipe = load("data/mdlm-owt", tokenizer="data/gpt2")  # doctest: +SKIP
   """
   source = places.find_network(path)
-  if decodes(convert.open_network(source)):
+  network = convert.open_network(source)
+  if decodes(network):
     if weights is not None:
       raise InputError(f"{path}: weights={weights!r} is a choice of Lightning checkpoints only.")
-    opened = open_decoder(path, tokenizer, dtype=dtype, draft=draft)
+    opened = open_decoder(source, tokenizer, dtype=dtype, draft=draft)
     opened.load_weights()
     return opened
   if draft is not None:
     raise InputError(f"{path} does not decode blocks, so it takes no draft ({draft}).")
-  return load_denoiser(path, tokenizer, dtype=dtype, weights=weights)
+  if network.writes == "next":
+    return open_continuation(source, tokenizer, dtype=dtype, weights=weights)
+  return load_denoiser(source, tokenizer, dtype=dtype, weights=weights)
 
 
 def decodes(network: convert.Network) -> bool:
   """Tell whether a network decodes blocks, or would if it had a mask."""
   return "blocks" in network.family.writes
+
+
+def open_continuation(
+  path: str | pathlib.Path,
+  tokenizer: str | pathlib.Path | None = None,
+  *,
+  dtype: str | None = None,
+  weights: str | None = None,
+) -> TextContinuation:
+  """Load a network that predicts next tokens; arguments as for `load`.
+
+  Raises:
+    InputError: it reads proteins, or another tokenizer's tokens; or see `load`.
+  """
+  source = places.find_network(path)
+  network = convert.open_network(source, dtype=dtype or default_dtype(), weights=weights)
+  words = _load_tokenizer(network, tokenizer)
+  if words.given_ids:
+    raise InputError(f"{source} is a judge of proteins; to write them load a denoiser.")
+  return TextContinuation(
+    model=network.model,
+    params=network.params,
+    tokenizer=words,
+    length=network.model.config.length,
+    source=source,
+  )
 
 
 def open_decoder(

@@ -17,6 +17,23 @@ from dlm_jax import remote
 from dlm_jax.errors import InputError
 
 _ITEMS = ("state", "extra")
+# What makes a run this run. Of two groups, fields that change speed or frequency alone are free.
+_IDENTITY = (
+  "data",
+  "evaluate",
+  "loader",
+  "model",
+  "objective",
+  "optim",
+  "process",
+  "seed",
+  "start",
+  "teacher",
+)
+_FREE = {
+  "model": {"attention", "remat", "unroll", "embedding_gradient"},
+  "evaluate": {"every", "patience", "batch_size"},
+}
 
 
 class Checkpoints:
@@ -116,6 +133,31 @@ def read_config(directory: epath.PathLike) -> dict:
       f"{directory} is not a checkpoint directory of dlm_jax: no readable config.json "
       f"({_first_line(error)})"
     ) from None
+
+
+def check_same(workdir: epath.PathLike, config: dict) -> None:
+  """Refuse to resume a run under a config that would make it another run.
+
+  Raises:
+    InputError: the config stored with its checkpoints differs in more than speed and frequency.
+  """
+  folder = epath.Path(workdir) / "checkpoints"
+  if not (folder / "config.json").exists() or not any(f.name.isdigit() for f in folder.iterdir()):
+    return  # nothing was saved yet
+  before = read_config(folder)
+  for group in _IDENTITY:
+    old, new = (_fixed(group, c.get(group)) for c in (before, config))
+    if old != new:
+      raise InputError(
+        f"{workdir} holds a run with another config ({group}); resume it with the same one or "
+        "choose another --workdir."
+      )
+
+
+def _fixed(group, fields):
+  if not isinstance(fields, dict):
+    return fields
+  return {key: value for key, value in fields.items() if key not in _FREE.get(group, ())}
 
 
 def _first_line(error: Exception) -> str:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from dlm_jax import mesh as meshes
 from dlm_jax.arrays import Record
@@ -42,6 +42,7 @@ class LoopConfig:
     log_every: steps between lines of metrics.
     checkpoint_every: steps between checkpoints; one is also written at the end and on SIGTERM.
     evaluate_every: steps between calls of the evaluator; 0 calls it never.
+    evaluate_start: it is also called before the first step: what a run starts from is measured.
     seed: of corruption noise, times and dropout.
     max_seconds: wall-clock after which the run ends early, as if `steps` were reached; 0 is never.
     label: shown in the progress line.
@@ -51,6 +52,7 @@ class LoopConfig:
   log_every: int = 50
   checkpoint_every: int = 1000
   evaluate_every: int = 0
+  evaluate_start: bool = False
   seed: int = 0
   max_seconds: float = 0.0
   label: str = "train"
@@ -110,14 +112,55 @@ def jit_step(objective: Objective, mesh: Mesh, shardings: Any, seed: int) -> Cal
   )
 
 
+def start(
+  objective: Objective,
+  given: Any,
+  loader: Loader,
+  *,
+  seed: int,
+  shapes: TrainState,
+  shardings: Any,
+  checkpoints: Checkpoints,
+  evaluator: Evaluator | None = None,
+) -> TrainState:
+  """Return the state to train from: of the newest checkpoint, or a fresh one.
+
+  With a checkpoint the loader and the evaluator also go on from where they were.
+
+  Args:
+    objective: the method.
+    given: parameters that a fresh state starts from, or None.
+    loader: see `Loader`.
+    seed: of the parameters that it is not given.
+    shapes: of the state.
+    shardings: a sharding per leaf of it.
+    checkpoints: where states were saved.
+    evaluator: see `Evaluator`.
+  """
+  if checkpoints.latest is None:
+    state = jax.jit(objective.init, out_shardings=shardings)(init_key(seed), given)
+    if objective.check is not None:
+      objective.check(state)
+    return state
+  like = jax.tree.map(
+    lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
+    shapes,
+    shardings,
+  )
+  state, extra = checkpoints.restore(like)
+  loader.seek(extra["loader"])
+  if evaluator is not None:
+    evaluator.from_json(extra.get("evaluator", {}))
+  return state
+
+
 def run(
   objective: Objective,
   state: TrainState,
   loader: Loader,
   *,
   config: LoopConfig,
-  batch_size: int,
-  mesh: Mesh,
+  rows: tuple[int, int],
   shardings: Any,
   checkpoints: Checkpoints,
   writer: Writer,
@@ -134,9 +177,8 @@ def run(
     state: as initialised or restored, placed by `shardings`. It is donated: do not use it again.
     loader: yields records of [local batch, L] each; already positioned.
     config: how long, and how often what.
-    batch_size: sequences per update, on all hosts together.
-    mesh: devices.
-    shardings: a sharding per leaf of the state.
+    rows: (host, hosts), the slice of every batch that the loader here reads: `mesh.host_rows`.
+    shardings: a `NamedSharding` per leaf of the state, all over one mesh.
     checkpoints: where to save.
     writer: where metrics go.
     evaluator: see `Evaluator`.
@@ -144,10 +186,14 @@ def run(
   Raises:
     InputError: training diverged; names the last good checkpoint.
   """
+  mesh = jax.tree.leaves(shardings)[0].mesh
   step_function = jit_step(objective, mesh, shardings, config.seed)
+  placed = meshes.batch_sharding(mesh, leading=1)
   step, reason, pending = int(state.step), "finished", None
   if evaluator is not None and evaluator.stop:
     return Result(state=state, step=step, reason="collapsed")  # restored after it had stopped
+  if step == 0 and config.evaluate_start and evaluator is not None:
+    writer.write(0, evaluator(0, state)[0])  # the reference
   deadline = time.monotonic() + (config.max_seconds or math.inf)
   with stop_signals() as stop, Progress(config.label, step, config.steps) as progress:
 
@@ -159,7 +205,7 @@ def run(
         writer.write(done, {**values, "tokens_per_second": progress.rate})
 
     while step < config.steps and reason == "finished":
-      records = _next_records(loader, objective.batches, mesh, batch_size)
+      records = _next_records(loader, objective.batches, placed, rows)
       state, metrics = step_function(state, records)
       step += 1
       if pending is not None:
@@ -228,29 +274,29 @@ def _save(checkpoints, step, state, loader, evaluator) -> None:
   checkpoints.save(step, state, extra)
 
 
-def _next_records(loader: Loader, count: int, mesh: Mesh, batch_size: int) -> Record:
+def _next_records(
+  loader: Loader, count: int, placed: NamedSharding, rows: tuple[int, int]
+) -> Record:
   """Return records of [count, B, L], each host contributing its rows of the global batch."""
   records = [next(loader) for _ in range(count)]
   return {
-    name: _place(np.stack([record[name] for record in records]), mesh, batch_size)
+    name: _place(np.stack([record[name] for record in records]), placed, rows)
     for name in records[0]
   }
 
 
-def _place(local_UBL: np.ndarray, mesh: Mesh, batch_size: int) -> jax.Array:
+def _place(local_UBL: np.ndarray, placed: NamedSharding, rows: tuple[int, int]) -> jax.Array:
   """Split a feature over the mesh, whatever hosts its rows are on."""
-  sharding = meshes.batch_sharding(mesh, leading=1)
   if jax.process_count() == 1:
-    return jax.device_put(jnp.asarray(local_UBL), sharding)
-  updates, rows, length = local_UBL.shape
-  host, hosts = meshes.host_rows(mesh, batch_size)
+    return jax.device_put(jnp.asarray(local_UBL), placed)
+  (updates, size, length), (host, hosts) = local_UBL.shape, rows
 
   def piece(index):
-    batch = range(*index[1].indices(batch_size))
-    return local_UBL[index[0], batch.start - host * rows : batch.stop - host * rows, index[2]]
+    batch = range(*index[1].indices(size * hosts))
+    return local_UBL[index[0], batch.start - host * size : batch.stop - host * size, index[2]]
 
-  shape = (updates, rows * hosts, length)
-  return jax.make_array_from_callback(shape, sharding, piece)
+  shape = (updates, size * hosts, length)
+  return jax.make_array_from_callback(shape, placed, piece)
 
 
 class _Stop:

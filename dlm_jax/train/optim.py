@@ -63,6 +63,13 @@ def per_tree(fields: dict[str, Any], trees: Iterable[str]) -> dict[str, OptimCon
   return {tree: OptimConfig(**{**fields, **groups.get(tree, {})}) for tree in trees}
 
 
+def for_trees(
+  fields: dict[str, Any], trees: Iterable[str], steps: int
+) -> dict[str, optax.GradientTransformation]:
+  """Build an optimiser per trained tree; arguments as for `per_tree` and `adamw`."""
+  return {tree: adamw(config, steps) for tree, config in per_tree(fields, trees).items()}
+
+
 def learning_rate(config: OptimConfig, steps: int) -> optax.Schedule:
   """Return the rate at each update, for a run of `steps` updates."""
   if config.schedule not in SCHEDULES:
@@ -82,13 +89,13 @@ def learning_rate(config: OptimConfig, steps: int) -> optax.Schedule:
   return optax.join_schedules([ramp, main], [config.warmup])
 
 
-def make(config: OptimConfig, steps: int) -> optax.GradientTransformation:
-  """Build the optimiser."""
+def adamw(config: OptimConfig, steps: int) -> optax.GradientTransformation:
+  """Build the optimiser of one tree, for a run of `steps` updates."""
 
   def matrices(params):
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in _MATRICES, params)
 
-  adamw = optax.adamw(
+  main = optax.adamw(
     learning_rate(config, steps),
     b1=config.b1,
     b2=config.b2,
@@ -96,4 +103,4 @@ def make(config: OptimConfig, steps: int) -> optax.GradientTransformation:
     weight_decay=config.weight_decay,
     mask=matrices,
   )
-  return optax.chain(optax.clip_by_global_norm(config.clip), adamw) if config.clip else adamw
+  return optax.chain(optax.clip_by_global_norm(config.clip), main) if config.clip else main

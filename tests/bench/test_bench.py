@@ -19,7 +19,7 @@ def test_operations_are_those_that_the_compiler_counts():
     vocab_size=512, dim=64, cond_dim=8, layers=2, heads=2, length=64, dtype="float32", unroll=2
   )
   model, tokens, sigma = DiT(cfg), jnp.zeros((4, 64), jnp.int32), jnp.zeros(4)
-  params = model.init(jax.random.key(0), tokens, sigma)["params"]
+  params = jax.eval_shape(model.init, jax.random.key(0), tokens, sigma)["params"]
   program = jax.jit(model.apply).lower({"params": params}, tokens, sigma).compile()
   counted = program.cost_analysis()["flops"]
   # The compiler's count has norms, softmax, GELU and rotary besides.
@@ -68,7 +68,7 @@ def _bench(capsys, tmp_path, what, *arguments):
   return content["rows"]
 
 
-@pytest.mark.parametrize("what", ["trunk", "attention"])
+@pytest.mark.parametrize("what", [pytest.param("trunk", marks=pytest.mark.slow), "attention"])
 def test_rates_are_compared_with_products(tiny, capsys, tmp_path, what):
   rows = _bench(capsys, tmp_path, what, "--config=quickstart_teacher", "--config.model.cond_dim=4")
   assert {row["limit"] for row in rows} == {"matmul rate"}
@@ -76,6 +76,7 @@ def test_rates_are_compared_with_products(tiny, capsys, tmp_path, what):
     assert row["ratio"] == pytest.approx(row["rate"] / 1e11)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["novels_teacher", "novels_duo"])
 def test_samples_are_compared_with_trunk_forwards(tiny, capsys, tmp_path, name):
   options = [f"--config={name}", "--config.model.cond_dim=4", "--steps=2"]
@@ -84,9 +85,8 @@ def test_samples_are_compared_with_trunk_forwards(tiny, capsys, tmp_path, name):
   assert row["rate"] == pytest.approx(8 * 16 / row["timing"]["seconds"])
 
 
-@pytest.mark.parametrize(
-  ("name", "rows"), [("novels_teacher", 1), pytest.param("novels_idlm", 2, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "rows"), [("novels_teacher", 1), ("novels_idlm", 2)])
 def test_steps_are_compared_with_their_passes(tiny, capsys, tmp_path, name, rows):
   found = _bench(capsys, tmp_path, "train", f"--config={name}", "--config.model.cond_dim=4")
   assert len(found) == rows and found[0]["limit"] == "matmul rate (MFU)"
@@ -95,7 +95,10 @@ def test_steps_are_compared_with_their_passes(tiny, capsys, tmp_path, name, rows
 
 
 def test_the_loader_is_timed(tiny, capsys):
-  assert main(["bench", "loader", *tiny_runs.make().flags("teacher"), "--batch_size=8"]) == 0
+  assert (
+    main(["bench", "loader", *tiny_runs.make().flags("teacher"), "--batch_size=8", "--repeats=2"])
+    == 0
+  )
   assert "| loader  |     8 |" in capsys.readouterr().out
 
 

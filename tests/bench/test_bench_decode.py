@@ -97,6 +97,7 @@ def test_bytes_of_experts_are_of_those_visited():
   assert weights.weight_bytes(config, params, 1) == round(everything - experts * 3 / 5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("storage", ["stacked", "fused"])
 def test_random_weights_exist_in_one_type_only(storage, monkeypatch):
   """Nothing as large as a weight is made in float32, and the logits are not all alike."""
@@ -208,6 +209,7 @@ def arms():
   )
 
 
+@pytest.mark.slow
 def test_arms_are_compared_with_the_static_decode(arms):
   names = ["static", "dynamic 0.9", "SimSD published", "SimSD unified", "stacked"]
   assert [arm.name for arm in arms] == names
@@ -264,6 +266,7 @@ def test_drawn_texts():
   assert all(arm.genppl and arm.entropy for arm in found)
 
 
+@pytest.mark.slow
 def test_passes_and_acceptance(arms):
   static, dynamic, *drafted = arms
   # 11 tokens from positions 5, 2 and 1 fill 3, 4 and 3 blocks: 4 passes each, fewer in the first

@@ -126,7 +126,7 @@ _CONFIG_ERRORS = [
   ("idlm", {"objective__name": "no_such.module"}, "cannot be imported"),
   ("idlm", {"objective__name": "ar"}, "trains a Causal or a Decoder, but model.name='dit'"),
   ("judge", {"objective__name": "mdlm"}, "trains a DiT, but model.name='causal'"),
-  ("idlm", {"model__name": "unet"}, "model.name='unet' is unknown; found: dit, causal, decoder"),
+  ("idlm", {"model__name": "unet"}, "model.name='unet' is unknown; found: causal, decoder, dit"),
   (
     "idlm",
     {"process__name": "absorb"},
@@ -367,8 +367,8 @@ def test_sample(fails, tiny, option, message):
 
 
 def test_sample_from_a_judge(fails, tiny):
-  line = fails("sample", f"--checkpoint={tiny.judge}")
-  assert "is a dlm_jax_causal network; sampling needs a denoiser" in line
+  line = fails("sample", f"--checkpoint={tiny.judge}", "--steps=8")
+  assert "steps is no option of a network that writes one token after the other" in line
 
 
 def test_evaluate(fails, tiny):
@@ -413,6 +413,14 @@ def test_quickstart(fails, workdir):
   assert "train.steps=0" in fails("quickstart", *common, "--config.train.steps=0")
   line = fails("quickstart", *common, "--from_scratch", "--teacher_steps=0")
   assert "train.steps=0" in line
+
+
+@pytest.mark.parametrize("how", [[], ["--pretrained"]], ids=["distilled", "pretrained"])
+def test_quickstart_in_a_store(fails, tmp_path, monkeypatch, how):
+  monkeypatch.chdir(tmp_path)
+  line = fails("quickstart", "--workdir=gs://bucket/run", *how)
+  assert "--workdir=gs://bucket/run: the quick start writes to a folder of this machine" in line
+  assert not list(tmp_path.iterdir()), "no folder is called gs:"
 
 
 def test_in_a_process_of_its_own(tiny, tmp_path):

@@ -206,19 +206,17 @@ def test_evaluate_a_judge(capsys):
   assert capsys.readouterr().out.startswith("perplexity ")
 
 
-def test_frontier(capsys, tmp_path):
+def _frontier(folder, *models):
+  """Return arguments that compare the teacher with itself; {} is its path."""
   tiny = tiny_runs.make()
-  arguments = [
-    "frontier",
-    f"--model=a={tiny.teacher}",
-    f"--model=b={tiny.teacher}",
-    f"--judge={tiny.judge}",
-    f"--model=cold={tiny.teacher},temperature=0.1,noise_removal=greedy",
-    f"--workdir={tmp_path}",
-    "--nfes=1,2",
-    "--samples=8",
-    "--batch_size=8",
-  ]
+  models = [f"--model={model.format(tiny.teacher)}" for model in models]
+  return ["frontier", *models, f"--judge={tiny.judge}", f"--workdir={folder}"]
+
+
+def test_frontier(capsys, tmp_path):
+  cold = "cold={},temperature=0.1,noise_removal=greedy"
+  arguments = _frontier(tmp_path, "a={}", "b={}", cold)
+  arguments += ["--nfes=1,2", "--samples=8", "--batch_size=8"]
   assert main(arguments) == 0
   text = capsys.readouterr().out
   assert text.count("| a") == 2 and text.count("| b") == 2
@@ -237,18 +235,8 @@ def test_frontier(capsys, tmp_path):
 
 @pytest.mark.slow
 def test_frontier_at_matched_entropy(capsys, tmp_path):
-  tiny = tiny_runs.make()
-  arguments = [
-    "frontier",
-    f"--model=a={tiny.teacher}",
-    f"--model=b={tiny.teacher},nucleus=0.9",
-    f"--judge={tiny.judge}",
-    f"--workdir={tmp_path}",
-    "--nfes=2",
-    "--samples=16",
-    "--temperatures=0.3,1.5",
-    "--x=nfe,evaluations,seconds",
-  ]
+  arguments = _frontier(tmp_path, "a={}", "b={},nucleus=0.9")
+  arguments += ["--nfes=2", "--samples=16", "--temperatures=0.3,1.5", "--x=nfe,evaluations,seconds"]
   assert main(arguments) == 0
   assert "at matched entropy" in capsys.readouterr().out
   names = {path.name for path in tmp_path.iterdir()}

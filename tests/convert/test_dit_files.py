@@ -3,13 +3,14 @@
 
 import json
 import pathlib
-import shutil
 
+import copies
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from given_schedule import Given
+from safetensors.numpy import load_file
 
 from dlm_jax import convert, process, schedules
 from dlm_jax.errors import InputError
@@ -30,18 +31,7 @@ def copy(tmp_path):
   """Return a function that writes a damaged copy of the public checkpoint."""
 
   def write(tensors=None, config=None):
-    directory = tmp_path / "copy"
-    shutil.copytree(PUBLIC, directory, copy_function=shutil.copyfile)
-    if tensors is not None:
-      stored = load_file(directory / "model.safetensors")
-      tensors(stored)
-      stored = {name: np.ascontiguousarray(x) for name, x in stored.items()}
-      save_file(stored, directory / "model.safetensors")
-    if config is not None:
-      stored = json.loads((directory / "config.json").read_text())
-      config(stored)
-      (directory / "config.json").write_text(json.dumps(stored))
-    return directory
+    return copies.write(PUBLIC, tmp_path / "copy", tensors, config)
 
   return write
 
@@ -125,9 +115,7 @@ def test_round_trip(tmp_path, kind, dtype):
 
 def test_a_user_supplied_schedule_cannot_be_saved(tmp_path):
   model = _NETWORKS["dit"]
-  given = process.Absorbing(
-    vocab_size=9, mask_id=8, schedule=schedules.Given(function=lambda t: 1 - t)
-  )
+  given = process.Absorbing(vocab_size=9, mask_id=8, schedule=Given(function=lambda t: 1 - t))
   with pytest.raises(InputError, match="schedule"):
     convert.save(tmp_path / "out", model, _random(model), given)
   assert not (tmp_path / "out").exists()

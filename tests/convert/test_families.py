@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every file of `convert/families/`: found by listing, round trips, says how it writes."""
 
+import dataclasses
 import json
 import pathlib
 
@@ -167,3 +168,45 @@ def test_numbers_that_are_none_are_found(
     monkeypatch.setattr(layout, "_finite", layout._all_finite)
   with pytest.raises(InputError, match=f"tensor {victim} holds 1 of .* NaN or infinite in float32"):
     convert.load(tmp_path)
+
+
+# --- what a config asks of a family ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  ("name", "noise", "masked", "rows"),
+  [
+    ("dit", "absorbing", True, {11}),
+    ("dit", "absorbing_score", True, {11}),
+    ("dit", "uniform", False, {10, 11}),  # public ones have a row for padding
+    ("causal", "none", False, {10}),
+    ("causal", "absorbing", False, {10}),  # the default, which does nothing
+    ("decoder", "absorbing", True, {11, 12, 13}),
+    ("decoder", "none", True, {11, 12, 13}),  # from the start: blocks may come later
+  ],
+)
+def test_rows_of_a_vocabulary(name, noise, masked, rows):
+  """Ten tokens, the mask not among them, in so many rows."""
+  family = families.named(name)
+  assert family.has_mask_row(noise) == masked
+  assert {n for n in range(8, 14) if family.fits(n, 10, masked)} == rows
+
+
+def test_a_config_names_a_network():
+  """Every name builds a network of its family; what is only read from files has none."""
+  named = {family.name: family for family in families.found().values() if family.name}
+  assert set(named) == {"dit", "causal", "decoder"} and families.found()["gpt2"].name is None
+  for name, family in named.items():
+    assert families.named(name) is family and dataclasses.is_dataclass(family.options)
+    assert [n for n, f in named.items() if f.several] == ["decoder"]
+  with pytest.raises(InputError, match=r"'decoders' is unknown \(did you mean 'decoder'\?\)"):
+    families.named("decoders")
+
+
+def test_sizes_left_at_0_follow_others():
+  complete = families.named("decoder").complete
+  sizes = {"dim": 12, "heads": 3, "mlp_ratio": 4, "kv_heads": 0, "head_dim": 0, "mlp_dim": 0}
+  given = {"dim": 12, "heads": 3, "kv_heads": 3, "head_dim": 4, "mlp_dim": 48}
+  assert complete(sizes) == given and sizes["mlp_dim"] == 0
+  assert complete({**sizes, "kv_heads": 1, "mlp_dim": 7}) == given | {"kv_heads": 1, "mlp_dim": 7}
+  assert families.named("dit").complete(sizes) == sizes

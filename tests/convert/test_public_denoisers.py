@@ -4,8 +4,8 @@
 import dataclasses
 import json
 import pathlib
-import shutil
 
+import copies
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,17 +34,8 @@ def copy(tmp_path):
   """Return a function that writes a changed copy of a recorded checkpoint."""
 
   def write(family, tensors=None, config=None):
-    directory = tmp_path / family
-    shutil.copytree(CHECKPOINTS / family, directory, copy_function=shutil.copyfile)
-    if tensors is not None:
-      stored = load_file(directory / "model.safetensors")
-      tensors(stored)
-      stored = {name: np.ascontiguousarray(x) for name, x in stored.items()}
-      save_file(stored, directory / "model.safetensors")
-    if config is not None:
-      stored = json.loads((directory / "config.json").read_text()) | config
-      (directory / "config.json").write_text(json.dumps(stored))
-    return directory
+    change = None if config is None else lambda stored: stored.update(config)
+    return copies.write(CHECKPOINTS / family, tmp_path / family, tensors, change)
 
   return write
 

@@ -14,10 +14,10 @@ def test_ids_are_those_of_the_public_models():
   letters = "LAGVSERTIDPKQNFYMHWCXBUZO.-"
   assert ESM.encode(letters) == list(range(4, 31)) and ESM.encode("lag") == [4, 5, 6]
   assert (ESM.cls_id, ESM.pad_id, ESM.eos_id, ESM.mask_id, ESM.vocab_size) == (0, 1, 2, 32, 32)
-  assert ESM.given_ids == (0, 1, 2, 3, 29, 30, 31)
+  assert ESM.given_ids == (0, 1, 2, 3, 29, 30, 31) and ESM.framed
   assert ESM.encode_batch(["MKT", ""]) == [[20, 15, 11], []]
   for text in (tokenizers.Bytes(), tokenizers.train_bpe(["abc"], 257)):
-    assert text.given_ids == () and text.pad_id is None
+    assert text.given_ids == () and text.pad_id is None and not text.framed
 
 
 def test_rows_decode_to_plain_residues():

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tiny_decoder
 
 from dlm_jax import models, sample
 from dlm_jax.models import masks
@@ -35,17 +36,13 @@ def reveal_one(rule, rows, tokens_K, masked_K, logits_KV, step, position_K):
 def make(seed=0, layers=2, vocabulary=V):
   """Return a decoder and parameters under which logits differ by several units."""
   model = models.Decoder(
-    models.DecoderConfig(
+    dataclasses.replace(
+      tiny_decoder.DENSE,
       vocab_size=vocabulary,
       dim=16,
       layers=layers,
-      heads=4,
-      kv_heads=2,
-      head_dim=8,
       mlp_dim=24,
       rope_theta=1e4,
-      dtype="float32",
-      length=64,
     )
   )
   params = model.init(jax.random.key(seed), jnp.zeros((1, 4), jnp.int32))["params"]

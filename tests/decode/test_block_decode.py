@@ -5,12 +5,13 @@ import functools
 import itertools
 
 import block_toy as toy
+import golden_networks
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
-import tiny_decoder
+from compiled import at_most
 
 from dlm_jax import sample
 from dlm_jax.decode import select
@@ -85,7 +86,7 @@ def _first_change(rows, final):
 def test_recorded_decoding(golden, name, run):
   """9.5-a: token for token, step for step and pass for pass the SDAR release's greedy decode."""
   vectors, config = golden(name)
-  model, params = tiny_decoder.recorded(vectors, config)
+  model, params = golden_networks.decoder(vectors, config)
   settings, mask_id = config["runs"][run], config["mask_token_id"]
   prompt, expected = vectors[f"run{run}/prompt"], vectors[f"run{run}/output"]
   greedy = {"temperature": 0.0}
@@ -159,6 +160,7 @@ def test_cached_decode_equals_uncached(name):
   assert toy.MASK not in np.asarray(tokens)
 
 
+@pytest.mark.slow
 def test_folded_equals_separate():
   """9.2-d: folding changes passes, neither tokens nor log-probabilities nor what is cached."""
   model, params, options, folded = _case("static")
@@ -233,6 +235,7 @@ def test_rows_do_not_depend_on_their_batch():
   assert len(np.unique(info.lengths_B)) > 1  # rows end at different rounds
 
 
+@pytest.mark.slow
 def test_rows_that_are_done_stay_as_they_are():
   """9.5-e: after its end nothing of a row changes, and limits hold row by row."""
   params = toy.script(jnp.arange(WINDOW + 2) % 11 + 1)
@@ -265,11 +268,10 @@ def test_jit_equals_eager_and_compiles_once():
   params = toy.script(jnp.arange(40) % 11 + 1, sharpness=2.0)
   options = _options(temperature=0.7, threshold=0.4)
   decoder, rows = sample.block_decoder(toy.Script(), options[0], 16), _rows(options, 2)
-  traces = []
 
   @jax.jit
+  @at_most
   def run(params, prompt, lengths, limits, rng):
-    traces.append(1)
     given = {"lengths": lengths, "max_length": limits, "options": rows}
     return sample.decode(decoder, params, prompt, rng, **given)
 
@@ -281,7 +283,6 @@ def test_jit_equals_eager_and_compiles_once():
       given = {"lengths": lengths, "max_length": arguments[3], "options": rows}
       eager = sample.decode(decoder, params, prompt, jax.random.key(row), **given)
       _equal(eager, compiled, atol=1e-6)
-  assert len(traces) == 1
 
 
 def test_streaming():
@@ -435,6 +436,7 @@ def _compiled_script(fold, stop_ids):
   return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", _one(10, [8, 10]))
 def test_boundaries(window):
   """9.5-f: all prompt lengths from none to a full window, all limits; no cache is overrun."""

@@ -155,7 +155,9 @@ def _alone(kind):
   return [_row(run(params, *request), 0) for request in _requests()]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+  "kind", ["blocks", *(pytest.param(k, marks=pytest.mark.slow) for k in KINDS[1:])]
+)
 def test_a_request_does_not_depend_on_its_batch(kind):
   """16 requests enter 4 slots at random rounds, where garbage is: each gets what it gets alone."""
   rounds, params = _rounds(kind)
@@ -175,6 +177,7 @@ def test_a_request_does_not_depend_on_its_batch(kind):
   assert max(full) == SLOTS and len(set(full)) > 2
 
 
+@pytest.mark.slow
 def test_stacked_rows_have_the_text_of_the_target_alone():
   """Every option of rows means the same to the target's own rounds and to verified ones."""
   for ours, theirs in zip(_alone("stacked"), _alone("blocks"), strict=True):
@@ -357,6 +360,7 @@ def test_rounds_have_a_bound():
   assert not idle.done(sample.finish(idle, params, state)).any()
 
 
+@pytest.mark.slow
 def test_the_block_in_work_does_not_reach_the_folded_one():
   """9.2-d: what is stored of the block before is the same whatever the next block holds."""
   model, params = toy.make(seed=1)

@@ -38,9 +38,8 @@ def _recorded_rule(config, case, **options):
   )
 
 
-@pytest.mark.parametrize(
-  "name", ["simsd_draft__a", pytest.param("simsd_draft__b", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["simsd_draft__a", "simsd_draft__b"])
 def test_recorded_drafts(golden, name):
   """9.3-e: tokens, steps and probabilities of drafted blocks of the release, early stop included.
 
@@ -161,9 +160,8 @@ def _decoder(layers, **options):
   return sample.speculative_decoder(model, model, options, WINDOW)
 
 
-@pytest.mark.parametrize(
-  "fill", [pytest.param("truncate", marks=pytest.mark.slow), "target_argmax"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("fill", ["truncate", "target_argmax"])
 def test_rounds_progress_and_the_cache_is_clean(fill):
   """9.3-f: each round decides a token; caches hold the emitted text, whatever was rejected."""
   model, params = toy.network()
@@ -268,7 +266,7 @@ def _law(model, params, prompt, temperature):
   return law / law.sum()
 
 
-@pytest.mark.parametrize("verify", ["stacked", "simsd"])
+@pytest.mark.parametrize("verify", [pytest.param("stacked", marks=pytest.mark.slow), "simsd"])
 def test_no_key_is_used_twice(verify):
   """Draft and target share noise by making the same key, not by using one twice."""
   rule = sample.BlockRule(block_length=2, mask_id=script.MASK, strategy="sequential")

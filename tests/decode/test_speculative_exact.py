@@ -39,7 +39,7 @@ RULES = {
   "factor": {"strategy": "factor", "factor": 1.0, "temperature": 0.7},
   "first_hitting": {"strategy": "first_hitting", "temperature": 1.0},
 }
-SLOW = set(RULES) - {"static", "dynamic_drawn", "sequential_drawn"}
+SLOW = set(RULES) - {"static"}
 
 
 def _rule(name):
@@ -102,6 +102,7 @@ def test_text_is_the_targets_own(name):
   assert passes[0] < passes[1] <= passes[2] <= max(passes[3:]), passes
 
 
+@pytest.mark.slow
 def test_another_rule_for_the_draft():
   """9.4-b: fewer steps, another order and temperature in the draft: never another text."""
   rule, asked = _rule("static")
@@ -133,6 +134,7 @@ def test_rows_are_independent():
     np.testing.assert_array_equal(count[order], after.counts[name])
 
 
+@pytest.mark.slow
 def test_prefix_only_grows():
   """9.4-b: rounds may leave holes, but what is emitted is decided, and stays."""
   arguments = toy.requests(ROWS, WINDOW, seed=3, **_rule("static")[1])

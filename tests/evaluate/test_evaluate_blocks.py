@@ -11,6 +11,7 @@ import pytest
 import tiny_decoder as tiny
 
 from dlm_jax import evaluate, process, schedules
+from dlm_jax.decode.passes import Bound
 from dlm_jax.errors import InputError
 from dlm_jax.objectives import block_diffusion
 
@@ -21,8 +22,8 @@ TOKENS = np.asarray(tiny.tokens(5, L) % (tiny.V - 1))
 
 
 def _bound(tokens=TOKENS, seed=0, **options):
-  model, params = tiny.make(CONFIG)
-  return evaluate.block_elbo(model, params, PROCESS, tokens, jax.random.key(seed), **options)
+  network = Bound(*tiny.make(CONFIG))
+  return evaluate.block_elbo(network, PROCESS, tokens, jax.random.key(seed), **options)
 
 
 def _masked(tokens, pattern, block_length):

@@ -13,11 +13,15 @@ import pytest
 from dlm_jax import evaluate
 from dlm_jax.errors import InputError
 from dlm_jax.evaluate import frontier
+from dlm_jax.evaluate.judge import JudgeWithTokens
 
 
-def judge(tokens_BL):
+def of_eight(tokens_BL):
   """Find every one of eight tokens equally likely."""
   return jnp.zeros((*tokens_BL.shape, 8))
+
+
+judge = JudgeWithTokens(judge=of_eight)
 
 
 class Uniform:
@@ -120,18 +124,16 @@ def test_foreign_file_is_left_alone(tmp_path):
 
 
 def test_retokenised_judge():
-  rows = frontier.sweep(
-    {"a": Uniform()},
-    [4],
-    judge=judge_of_two,
-    samples=3,
+  reader = JudgeWithTokens(
+    judge=of_two,
     eos_id=1,
     retokenise=lambda tokens: evaluate.retokenise(tokens, list, eos_id=1, decode=lambda _: [0, 1]),
   )
+  rows = frontier.sweep({"a": Uniform()}, [4], judge=reader, samples=3)
   assert rows[0]["tokens"] == 3 and rows[0]["genppl"] == pytest.approx(2)
 
 
-def judge_of_two(tokens_BL, mask_BL):
+def of_two(tokens_BL, mask_BL):
   return jnp.zeros((*mask_BL.shape, 2))
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ELBO against enumeration of every corruption, causal perplexity by hand."""
 
+import functools
 import itertools
 
 import flax.struct
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiled import at_most
 
 from dlm_jax import evaluate, process
 from dlm_jax.errors import InputError
@@ -90,6 +92,22 @@ def test_elbo_does_not_depend_on_batch_size(denoiser, tokens):
 
   np.testing.assert_allclose(run(4)["nelbo"], run(10)["nelbo"], rtol=1e-6)
   np.testing.assert_allclose(run(1)["nelbo_se"], run(64)["nelbo_se"], rtol=1e-6)
+
+
+def test_one_program_for_all_batches_and_networks(denoiser, tokens, monkeypatch):
+  """The last batch is as large as the others, and parameters are arguments."""
+  once = functools.partial(jax.jit, static_argnames="process")
+  monkeypatch.setattr(likelihood, "_nelbo", once(at_most(likelihood._nelbo.__wrapped__)))
+  monkeypatch.setattr(likelihood, "_token_nll", jax.jit(at_most(likelihood._token_nll.__wrapped__)))
+  proc = process.Absorbing(vocab_size=V, mask_id=MASK)
+  for scale in (1.0, 2.0):
+    table = Table(scale * denoiser.logits_XLV)
+    likelihood.elbo(table, proc, tokens[:10], jax.random.key(0), batch_size=4)
+    likelihood.ar_perplexity(jax.tree_util.Partial(_next, table), tokens[:10], batch_size=4)
+
+
+def _next(table, tokens_BL):
+  return table(tokens_BL, jnp.ones(len(tokens_BL)))
 
 
 def test_times_hit_every_stratum():

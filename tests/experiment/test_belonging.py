@@ -3,16 +3,17 @@
 
 import pytest
 
-from dlm_jax import models
+from dlm_jax.convert import families
 from dlm_jax.errors import InputError
-from dlm_jax.experiment import belonging, build
+from dlm_jax.experiment import build, plan
 from dlm_jax.experiment.config import load_config
 
 
 def _build(name, **overrides):
   config = load_config(name, {key.replace("__", "."): text for key, text in overrides.items()})
-  model = build.make_model(config, 4095 if name.startswith("sdar") else 2048)
-  return model, build.make_process(config, model)
+  read = plan.read(config)
+  model = build.make_model(read, 4095 if name.startswith("sdar") else 2048)
+  return model, build.make_process(read, model)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +76,7 @@ def test_the_width_of_a_decoder_follows_its_ratio():
 
 
 def test_fields_of_the_networks():
-  dit = belonging.of_network(models.DiTConfig)
+  dit = plan.network_fields(families.named("dit"))
   assert {"cond_dim", "dropout", "attention"} < set(dit) and "experts" not in dit
-  assert "cond_dim" not in belonging.of_network(models.CausalConfig)
-  assert {"mlp_ratio", "experts"} < set(belonging.of_network(models.DecoderConfig))
+  assert "cond_dim" not in plan.network_fields(families.named("causal"))
+  assert {"mlp_ratio", "experts"} < set(plan.network_fields(families.named("decoder")))

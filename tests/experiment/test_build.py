@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from dlm_jax import convert, models, objectives, process
 from dlm_jax.convert import places
 from dlm_jax.errors import InputError
-from dlm_jax.experiment import build, run
+from dlm_jax.experiment import build, plan, run
 from dlm_jax.experiment.config import load_config
 from dlm_jax.train import optim
 
@@ -94,12 +94,12 @@ def test_an_objective_of_the_user(tmp_path, monkeypatch):
   )
   monkeypatch.syspath_prepend(str(tmp_path))
   config = tiny_runs.make().config("teacher", objective__name="my_package.my_method")
-  built = build.experiment(config, 300, devices=jax.devices()[:1])
+  built = build.experiment(plan.read(config), 300, devices=jax.devices()[:1])
   assert isinstance(built.objective, objectives.Objective)
 
 
 def test_build():
-  built = build.experiment(tiny_runs.make().config("idlm"), 300)
+  built = build.experiment(plan.read(tiny_runs.make().config("idlm")), 300)
   assert built.model.config.vocab_size == 301, "the mask is ours"
   assert isinstance(built.process, process.Absorbing) and built.process.mask_id == 300
   assert built.mesh.size == 8 and built.objective.output == "student"
@@ -109,14 +109,14 @@ def test_build():
 
 
 def test_build_a_judge():
-  built = build.experiment(tiny_runs.make().config("judge"), 300)
+  built = build.experiment(plan.read(tiny_runs.make().config("judge")), 300)
   assert isinstance(built.model, models.Causal) and built.process is None
   assert built.model.config.vocab_size == 300, "a judge knows no mask"
 
 
 def test_the_folder_is_the_registry():
-  assert {"ar", "mdlm", "idlm"} <= set(build.list_objectives())
-  assert "state" not in build.list_objectives()
+  assert {"ar", "mdlm", "idlm"} <= set(plan.list_objectives())
+  assert "state" not in plan.list_objectives()
 
 
 def test_network_directory_prefers_itself_then_best_then_final(tmp_path):
@@ -153,14 +153,14 @@ def test_one_tree_has_an_optimiser_of_its_own():
 )
 def test_groups_of_optim_are_checked(config, message):
   with pytest.raises(InputError, match=message):
-    build.experiment(config(), 300)
+    build.experiment(plan.read(config()), 300)
 
 
 def test_groups_divide_the_batch():
   config = load_config("quickstart_didi", {"loader.batch_size": "12"})
   message = r"batch_size=12 is not divisible by objective\.group_size=8; use 8 or 16"
   with pytest.raises(InputError, match=message):
-    build.experiment(config, 2048, devices=jax.devices()[:1])
+    build.experiment(plan.read(config), 2048, devices=jax.devices()[:1])
 
 
 def _of_the_user(tmp_path, monkeypatch, name, body):
@@ -177,14 +177,14 @@ def test_a_defect_of_the_users_method_keeps_its_traceback(tmp_path, monkeypatch)
   """A TypeError inside `make` is no wrong option."""
   config = _of_the_user(tmp_path, monkeypatch, "defect", "**options):\n  return 1 + 'a'")
   with pytest.raises(TypeError, match="unsupported operand") as caught:
-    build.experiment(config, 300, devices=jax.devices()[:1])
+    build.experiment(plan.read(config), 300, devices=jax.devices()[:1])
   assert caught.traceback[-1].path.name == "defect.py"
 
 
 def test_options_that_a_method_does_not_take_are_one_line(tmp_path, monkeypatch):
   config = _of_the_user(tmp_path, monkeypatch, "few", "accumulate=1):\n  return None")
   with pytest.raises(InputError, match=r"objective 'of_few\.few': got an unexpected keyword"):
-    build.experiment(config, 300, devices=jax.devices()[:1])
+    build.experiment(plan.read(config), 300, devices=jax.devices()[:1])
 
 
 def test_a_method_may_name_its_networks(tmp_path, monkeypatch):
@@ -193,15 +193,15 @@ def test_a_method_may_name_its_networks(tmp_path, monkeypatch):
   file = tmp_path / "of_judged" / "judged.py"
   file.write_text("from dlm_jax.models import Causal\n\nNETWORK = (Causal,)\n" + file.read_text())
   with pytest.raises(InputError, match=r"trains a Causal, but model\.name='dit'"):
-    build.experiment(config, 300, devices=jax.devices()[:1])
+    build.experiment(plan.read(config), 300, devices=jax.devices()[:1])
 
 
 def test_a_teacher_is_read_where_it_goes():
   """Its parameters arrive in the shardings of the run; none is whole on one device."""
   config = tiny_runs.make().config("idlm", mesh__fsdp=2, mesh__data=4)
-  tokenizer = run.open_data(config).tokenizer()
-  built = build.experiment(config, tokenizer.vocab_size)
-  teacher = run.load_teacher(config, built, tokenizer)
+  tokenizer = run.open_data(plan.read_data(config)).tokenizer()
+  built = build.experiment(plan.read(config), tokenizer.vocab_size)
+  teacher = run.load_teacher(built, tokenizer)
   wanted = built.shardings.trees["teacher"]
   same = jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), teacher, wanted)
   assert all(jax.tree.leaves(same))
@@ -211,11 +211,11 @@ def test_a_teacher_is_read_where_it_goes():
 def test_what_a_method_says_of_its_network_is_exported(tmp_path):
   """The exporter writes what it is given and knows no method."""
   config = tiny_runs.make().config("teacher")
-  built = build.experiment(config, 300, devices=jax.devices()[:1])
+  built = build.experiment(plan.read(config), 300, devices=jax.devices()[:1])
   says = lambda state: {"extra": {"note": int(state.step)}}  # noqa: E731
   told = dataclasses.replace(built, objective=built.objective._replace(export=says))
   state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), built.shapes)
-  tokenizer = run.open_data(config).tokenizer()
+  tokenizer = run.open_data(plan.read_data(config)).tokenizer()
   run.export(tmp_path / "final", told, state, 3, tokenizer)
   facts = convert.open_network(tmp_path / "final").facts
   assert facts["note"] == 0 and facts["step"] == 3 and facts["objective"] == "mdlm"

@@ -16,7 +16,7 @@ from dlm_jax.errors import InputError
 from dlm_jax.evaluate import generative
 from dlm_jax.evaluate.judge import JudgeWithTokens
 from dlm_jax.evaluate.likelihood import Judge
-from dlm_jax.experiment import build, evaluators
+from dlm_jax.experiment import build, evaluators, plan
 from dlm_jax.experiment.config import load_config
 from dlm_jax.experiment.run import train
 from dlm_jax.train.selection import Selection
@@ -75,6 +75,7 @@ def _dry(folder):
   return [f"--config.{key}={value}" for key, value in _fields(folder, "teacher").items()]
 
 
+@pytest.mark.slow
 def test_a_student_keeps_the_prompts(folder, tmp_path, monkeypatch):
   """Every sample that is judged in training is a validation prompt with an answer of its own."""
   seen, quality = [], JudgeWithTokens.quality
@@ -106,7 +107,7 @@ def test_decoders_and_judges_learn_answers(name, folder, tmp_path):
   assert train(load_config(NAMES.get(name, name), fields), tmp_path / "one").reason == "finished"
   shared = fields | {"data.block_length": "4", "data.directory": str(tmp_path / "data")}
   config = load_config(NAMES.get(name, name), shared)
-  build.prepare(config, progress=False)
+  build.prepare(plan.read_data(config), progress=False)
   if name == "judge":
     with pytest.raises(InputError, match="several conversations share a row, which model"):
       train(config, tmp_path / "shared")
@@ -128,7 +129,7 @@ def test_the_entropy_drop_is_how_far_a_student_is_below_its_teacher():
   objective = objectives.Objective(None, None, output="student")
   config = types.SimpleNamespace(evaluate=types.SimpleNamespace(nfes=(2,), batch_size=1))
   network = types.SimpleNamespace(rolled=lambda: None)
-  samples._built = types.SimpleNamespace(objective=objective, config=config, model=network)
+  samples._built = types.SimpleNamespace(objective=objective, plan=config, model=network)
   samples._judge = _FakeJudge(judge=Judge(None, None), eos_id=0)
   samples._selection = Selection(max_entropy_drop=1.0, patience=1)
   samples._samples = lambda denoiser, nfe: np.zeros((1, 4), np.int32)

@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from dlm_jax.errors import InputError
-from dlm_jax.experiment import build
+from dlm_jax.experiment import build, plan
 from dlm_jax.experiment.config import list_configs, load_config
 
 _START = "from dlm_jax.configs.base import base, optional\n\n\n"
@@ -186,8 +186,9 @@ def test_an_unset_field_reaches_the_method():
   small = {"model.layers": "3", "objective.trained_layers": "none", "objective.chunk": "none"}
   small |= {"model.dim": "8", "model.heads": "2", "model.cond_dim": "4", "data.length": "8"}
   config = load_config("quickstart_didi", small)
-  model = build.make_model(config, 40)
-  objective = build.make_objective(config, model, build.make_process(config, model))
+  read = plan.read(config)
+  model = build.make_model(read, 40)
+  objective = build.make_objective(read, model, build.make_process(read, model))
   params = jax.eval_shape(model.init, jax.random.key(0), *build.model_inputs(model))["params"]
   state = jax.eval_shape(objective.init, jax.random.key(0), params)
   beside = objective.export(state)["beside"]

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 
 from dlm_jax import mesh
 from dlm_jax.errors import InputError
-from dlm_jax.experiment import build, run
+from dlm_jax.experiment import build, plan, run
 from dlm_jax.experiment.run import train
 from dlm_jax.train import checkpoint
 
@@ -73,7 +73,7 @@ def _assert_same(straight, resumed):
 
 def _restore(workdir, step=8):
   tiny = tiny_runs.make()
-  built = build.experiment(tiny.config("idlm", **RUN), 300)
+  built = build.experiment(plan.read(tiny.config("idlm", **RUN)), 300)
   like = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=mesh.replicated(built.mesh)),
     built.shapes,
@@ -93,6 +93,7 @@ def test_the_run_has_what_resume_must_keep(straight):
   assert extra["evaluator"]["reference"]["2"] > 0
 
 
+@pytest.mark.slow
 def test_killed_in_a_checkpoint_write(straight, tmp_path):
   """SIGKILL while the temporary directory of step 4 exists; what was complete is step 2."""
   for attempt in range(6):
@@ -165,6 +166,7 @@ class _Interrupting:
     return getattr(self._stream, name)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of Orbax's readers
 def test_truncated_files_are_never_read_as_other_values(straight, tmp_path):
   """Whatever file is cut: refused in one line, or not needed and the state is the same."""
@@ -188,6 +190,7 @@ def test_truncated_files_are_never_read_as_other_values(straight, tmp_path):
   assert any(name.startswith("state/d/") for name in refused)
 
 
+@pytest.mark.slow
 def test_resume_refuses_another_run(straight):
   tiny, before = tiny_runs.make(), tiny_runs.metrics(straight)
   for change in ({"optim__lr": "0.5"}, {"model__dropout": "0.2"}, {"objective__ema_decay": "0.5"}):
@@ -198,6 +201,7 @@ def test_resume_refuses_another_run(straight):
   assert kept["optim"]["lr"] == 1e-2
 
 
+@pytest.mark.slow
 def test_longer_run_continues(straight, tmp_path):
   """More steps on a finished run go on from its end."""
   workdir = shutil.copytree(straight, tmp_path / "longer")

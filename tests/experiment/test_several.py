@@ -4,9 +4,10 @@
 import jax.numpy as jnp
 import pytest
 import tiny_runs
+from compiled import at_most
 
 from dlm_jax.errors import InputError
-from dlm_jax.experiment import run, several
+from dlm_jax.experiment import evaluators, plan, run, several
 from dlm_jax.experiment.config import load_config
 from dlm_jax.objectives import TrainState
 
@@ -46,7 +47,7 @@ def test_several_are_one():
   ],
 )
 def test_names(name, text, wanted):
-  assert several.names(load_config(name, {"evaluate.measure": text})) == wanted
+  assert plan.read(load_config(name, {"evaluate.measure": text})).evaluate.measure == wanted
 
 
 @pytest.mark.parametrize(
@@ -59,9 +60,10 @@ def test_names(name, text, wanted):
 )
 def test_names_that_cannot_be(name, text, message):
   with pytest.raises(InputError, match=message):
-    several.names(load_config(name, {"evaluate.measure": text}))
+    plan.read(load_config(name, {"evaluate.measure": text}))
 
 
+@pytest.mark.slow
 def test_both_in_one_run(tmp_path, monkeypatch):
   """Both are written at every evaluation, and the likelihood alone says when best/ is kept."""
   kept = []
@@ -72,6 +74,8 @@ def test_both_in_one_run(tmp_path, monkeypatch):
     export(directory, built, state, step, tokenizer)
 
   monkeypatch.setattr(run, "export", watched)
+  # compiled once per NFE, and there is one
+  monkeypatch.setattr(evaluators.sample, "generate", at_most(evaluators.sample.generate))
   changes = {"evaluate__measure": "('likelihood', 'samples')", "evaluate__every": "2"}
   config = tiny_runs.make().config("idlm", **changes, evaluate__max_entropy_drop="100.0")
   run.train(config, tmp_path / "run")

@@ -176,6 +176,7 @@ def test_a_rejected_draft_leaves_no_trace():
   jax.tree.map(np.testing.assert_array_equal, wanted, got)
 
 
+@pytest.mark.slow
 def test_steps_inside_a_loop_with_a_donated_cache():
   """The whole interface under jit, in a while loop, state on the device; one compilation."""
   model, params = tiny.make()

@@ -132,6 +132,7 @@ def test_dropout_of_a_sequence_depends_on_its_key_only():
   np.testing.assert_allclose(two, four[2:], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", [{"unroll": 2, "remat": "full"}], ids=str)
 def test_policies_agree(policy):
   _, params = _network()

@@ -260,7 +260,11 @@ def _equations(jaxpr):
         yield from _equations(inner)
 
 
-@pytest.mark.parametrize("changes", [{}, {"tied": True}, tiny.EXPERTS], ids=["", "tied", "experts"])
+@pytest.mark.parametrize(
+  "changes",
+  [{}, *(pytest.param(x, marks=pytest.mark.slow) for x in ({"tied": True}, tiny.EXPERTS))],
+  ids=["", "tied", "experts"],
+)
 def test_no_converted_copy_of_stored_weights(changes):
   """A step on bfloat16 weights converts no weight matrix: each is read once, as it is stored."""
   config = dataclasses.replace(tiny.DENSE, dtype="bfloat16", **changes)
@@ -363,8 +367,12 @@ def test_impossible_configs(changes, message):
 _MESHES = [(1, 1, 8), (2, 2, 2)]
 
 
-@pytest.mark.parametrize("sizes", _MESHES, ids=["tensor=8", "2x2x2"])
-@pytest.mark.parametrize("changes", [{}, tiny.EXPERTS], ids=["dense", "experts"])
+@pytest.mark.parametrize(
+  "sizes", [_MESHES[0], pytest.param(_MESHES[1], marks=pytest.mark.slow)], ids=["tensor=8", "2x2x2"]
+)
+@pytest.mark.parametrize(
+  "changes", [{}, pytest.param(tiny.EXPERTS, marks=pytest.mark.slow)], ids=["dense", "experts"]
+)
 def test_eight_devices_are_one(sizes, changes):
   """Heads, feed-forward width and vocabulary sharded, with a cache: the same float32 numbers."""
   config = dataclasses.replace(tiny.DENSE, layers=2, heads=8, kv_heads=4, **changes)

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The discriminator: recorded scores and spectral norms, where its gradient stops, its trunk."""
 
+import golden_networks
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dlm_jax.convert.families import discriminator as public
 from dlm_jax.models import Critic, Discriminator, DiT, DiTConfig, discriminator
 
 CONFIG = DiTConfig(
@@ -15,47 +15,27 @@ CONFIG = DiTConfig(
 TOKENS, SIGMA = jnp.arange(12).reshape(2, 6) % 11, jnp.array([0.2, 3.0])
 
 
-def recorded_critic(vectors, config, trained_layers=1):
-  """Return the discriminator of a file of recorded quantities."""
-  sizes = DiTConfig(
-    vocab_size=config["V"],
-    dim=config["H"],
-    cond_dim=config["cond"],
-    layers=config["nb"],
-    heads=config["nh"],
-    length=config["L"],
-    dtype="float32",
-  )
-  model = Discriminator(sizes, trained_layers=trained_layers)
-  tensors = {
-    name.removeprefix("discriminator/"): value
-    for name, value in vectors.items()
-    if name.startswith("discriminator/")
-  }
-  return public.from_tensors(model, tensors)
-
-
 @pytest.fixture(scope="module")
 def network():
   model = Discriminator(CONFIG, trained_layers=2)
-  variables = model.init(jax.random.key(0), TOKENS, SIGMA)
+  variables = jax.jit(model.init)(jax.random.key(0), TOKENS, SIGMA)
   leaves, tree = jax.tree.flatten(variables["params"])
   keys = jax.random.split(jax.random.key(1), len(leaves))
   moved = [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
   return model, tree.unflatten(moved), variables["spectral"]
 
 
-@pytest.mark.parametrize("variant", "ab")
+@pytest.mark.parametrize("variant", ["a", pytest.param("b", marks=pytest.mark.slow)])
 def test_golden_scores(golden, variant):
   vectors, config = golden(f"didi_rgas__{variant}")
-  critic = recorded_critic(vectors, config)
+  critic = golden_networks.critic(vectors, config)
   x, sigma = jnp.asarray(vectors["x"], jnp.int32), jnp.asarray(vectors["sigma"])
   wanted = vectors["discriminator_scores_tokens"][..., 0]
   tolerance = 2e-5 * np.abs(wanted).max()
   np.testing.assert_allclose(critic(x, sigma), wanted, rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("variant", "ab")
+@pytest.mark.parametrize("variant", ["a", pytest.param("b", marks=pytest.mark.slow)])
 def test_golden_power_step(golden, variant):
   """One training forward pass: u, v and the output are those of the published hook."""
   vectors, _ = golden(f"didi_rgas__{variant}")
@@ -88,10 +68,11 @@ def test_golden_power_step(golden, variant):
     np.testing.assert_allclose(effective.T, wanted, rtol=2e-5, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_a_fresh_head_is_normalised():
   """Without a single power step the largest singular values are about 1: the start iterates."""
   model = Discriminator(CONFIG, trained_layers=1)
-  variables = model.init(jax.random.key(3), TOKENS, SIGMA)
+  variables = jax.jit(model.init)(jax.random.key(3), TOKENS, SIGMA)
   for name in ("expand", "contract"):
     kernel = variables["params"]["head"][name]["kernel"]
     u, v = (variables["spectral"]["head"][name][key] for key in "uv")
@@ -119,7 +100,9 @@ def test_training_gradient_stops_below_the_trained_blocks(network):
       model.apply({"params": params, "spectral": spectral}, TOKENS, SIGMA, frozen=frozen) ** 2
     )
 
-  whole, part = (jax.grad(total)(params, frozen) for frozen in (False, True))
+  whole, part = (
+    jax.jit(jax.grad(total), static_argnums=1)(params, frozen) for frozen in (False, True)
+  )
   for name in discriminator.FROZEN:
     assert all(np.all(x == 0) for x in jax.tree.leaves(part[name])), name
     assert any(np.any(x != 0) for x in jax.tree.leaves(whole[name])), name

@@ -67,7 +67,7 @@ def _trunk(model, params, tokens, sigma):
 # --- recorded values ----------------------------------------------------------------------------
 
 
-@pytest.fixture(params="ab")
+@pytest.fixture(params=["a", pytest.param("b", marks=pytest.mark.slow)])
 def recorded(request, golden_dit):
   """Return (vectors, config, model, params) of one variant."""
   return golden_dit(f"dit_mdlm__{request.param}")
@@ -156,6 +156,7 @@ def test_cast_leaves_float32_arithmetic_alone():
     assert leaf.dtype == (jnp.bfloat16 if matrix else jnp.float32), keys
 
 
+@pytest.mark.slow
 def test_cast_changes_no_bfloat16_output():
   """The network rounds its matrices anyway: casting them before the loop is free."""
   model, params = _tiny(dtype="bfloat16")
@@ -246,6 +247,7 @@ def _value_and_grad(model, params):
 _plain = functools.cache(lambda: _value_and_grad(*_tiny()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "policy",
   [
@@ -261,6 +263,7 @@ def test_policies_agree(policy):
   jax.tree.map(lambda a, b: _close(a, b, 2e-5), gradient, _plain()[1])
 
 
+@pytest.mark.slow
 def test_bfloat16_is_close_to_float32():
   model, params = _tiny(dtype="bfloat16")
   coarse = _logits(model, params, _tokens(), jnp.ones(4))
@@ -275,6 +278,7 @@ def test_bfloat16_is_close_to_float32():
 # --- dropout ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_no_keys_means_no_dropout():
   model, params = _tiny()
   quiet, _ = _tiny(dropout=0.0)
@@ -285,6 +289,7 @@ def test_no_keys_means_no_dropout():
   assert np.all(np.abs(dropped - plain).max((1, 2)) > 1e-3)
 
 
+@pytest.mark.slow
 def test_dropout_of_a_sequence_depends_on_its_key_only():
   model, params = _tiny()
   four = _logits(model, params, _tokens(), jnp.ones(4), _keys())

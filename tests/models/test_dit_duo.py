@@ -26,7 +26,7 @@ def _apply(model, params, *args, method="__call__"):
   return model.apply({"params": params}, *args, method=method)
 
 
-@pytest.fixture(params="ab")
+@pytest.fixture(params=["a", pytest.param("b", marks=pytest.mark.slow)])
 def recorded(request, golden_dit):
   """Return (vectors, config, time-conditioned model, params) of one variant."""
   vectors, config, model, params = golden_dit(f"dit_duo__{request.param}")
@@ -77,6 +77,7 @@ def test_golden_top_k_tokens(recorded):
   _close(logits, vectors["logits_topk"])
 
 
+@pytest.mark.slow
 def test_golden_residual_stream(recorded):
   vectors, config, model, params = recorded
   for depth in range(1, config["nb"] + 1):
@@ -99,6 +100,7 @@ def test_golden_time_and_rotary(recorded):
     np.testing.assert_allclose(table, wanted, rtol=0, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_gradient_flows_through_soft_tokens(recorded):
   """The derivative of a logit in the soft input, against a finite difference along a direction."""
   vectors, _, model, params = recorded

@@ -59,6 +59,7 @@ def test_mask_matters(example):
   np.testing.assert_allclose(full[0], example["logits"][0], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_names_without_prefix_buffers_and_tied_head(checkpoint, tensors, example):
   bare = {key.removeprefix("transformer."): value for key, value in tensors.items()}
   bare["lm_head.weight"] = bare["wte.weight"]

@@ -125,6 +125,7 @@ def _padded_network():
   return jax.value_and_grad(loss, (0, 1))(params, tokens)
 
 
+@pytest.mark.slow
 def test_padding_changes_nothing(monkeypatch):
   plain = _padded_network()
   seen = []

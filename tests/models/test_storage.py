@@ -17,7 +17,9 @@ EXPERTS = dataclasses.replace(DENSE, **tiny.EXPERTS)
 
 
 @pytest.mark.parametrize("storage", ["layers", "fused"])
-@pytest.mark.parametrize("config", [DENSE, EXPERTS], ids=["dense", "experts"])
+@pytest.mark.parametrize(
+  "config", [DENSE, pytest.param(EXPERTS, marks=pytest.mark.slow)], ids=["dense", "experts"]
+)
 def test_the_function_is_the_same(config, storage):
   """Logits, hidden states after a cache, and keys and values."""
   stacked = tiny.make(config)

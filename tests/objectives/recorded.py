@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Recorded quantities as our arguments: noise, schedules, networks."""
+"""Recorded quantities as our arguments: noise and schedules."""
 
 import dataclasses
 
@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dlm_jax import convert, process, schedules
-from dlm_jax.models import DiT, DiTConfig
+from dlm_jax import process, schedules
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -45,28 +44,6 @@ def keys(batch, which=0):
   """Return one key per sequence whose data is the number of an array and a row."""
   data = np.stack([np.full(batch, which), np.arange(batch)], 1).astype(np.uint32)
   return jax.random.wrap_key_data(jnp.asarray(data))
-
-
-def network(config, *, time_conditioning):
-  """Return the float32 network of a file's settings."""
-  return DiT(
-    DiTConfig(
-      vocab_size=config["V"],
-      dim=config["H"],
-      cond_dim=config["cond"],
-      layers=config["nb"],
-      heads=config["nh"],
-      length=config["L"],
-      dtype="float32",
-      time_conditioning=time_conditioning,
-    )
-  )
-
-
-def params(model, vectors, prefix):
-  """Return the parameters that are stored below a prefix."""
-  names = (name for name in vectors if name.startswith(prefix + "/"))
-  return convert.from_tensors(model, {k.removeprefix(prefix + "/"): vectors[k] for k in names})
 
 
 def close(left, right, tolerance=1e-5):

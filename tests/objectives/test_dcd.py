@@ -3,6 +3,7 @@
 
 import functools
 
+import golden_networks
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +18,7 @@ from dlm_jax.objectives.setting import Setting
 
 DUALITY = process.GaussianDuality(vocab_size=tiny.V, gamma_min=-4.0, gamma_max=-1.0)
 network = functools.partial(tiny.network, time_conditioning=True)
-every_variant = pytest.mark.parametrize("variant", "ab")
+every_variant = pytest.mark.parametrize("variant", ["a", pytest.param("b", marks=pytest.mark.slow)])
 every_kind = pytest.mark.parametrize("kind", dcd.DIVERGENCES)
 
 _trajectory = jax.jit(dcd.trajectory, static_argnames=("duality", "chunk"))
@@ -64,12 +65,12 @@ def test_golden_states(golden, variant):
     np.testing.assert_allclose(schedule.alpha(time), alpha, atol=3e-4)  # a table of 10,000 points
 
 
-@every_kind
+@pytest.mark.parametrize("kind", ["kl-bwd", pytest.param("kl-fwd", marks=pytest.mark.slow)])
 @every_variant
 def test_golden_loss(golden, variant, kind):
   vectors, config = golden(f"dcd__{variant}")
-  model = recorded.network(config, time_conditioning=True)
-  student, teacher = (recorded.params(model, vectors, name) for name in ("student", "teacher"))
+  trees = ("student", "teacher")
+  model, student, teacher = golden_networks.dit(vectors, config, *trees, time_conditioning=True)
   t = jnp.asarray(vectors["t_clipped"])
   s = t - jnp.float32(vectors["dt"])
   alphas = np.concatenate([vectors["alpha_t"], vectors["alpha_s"]])
@@ -121,6 +122,7 @@ def test_gradient_on_logits_in_closed_form(kind):
   np.testing.assert_allclose(gradient, wanted, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_no_step_no_loss():
   """A student that is its teacher, at the same state, has nothing to learn."""
   _, params = network(dropout=0.0)
@@ -152,6 +154,7 @@ def test_prompts_are_clean_and_not_scored():
   assert _run(nothing)[0][0] == 0 and _run(batch)[0][0] > 0
 
 
+@pytest.mark.slow
 @every_kind
 def test_chunks_change_nothing(kind):
   whole, wanted = _run(tiny.batch(), divergence=kind)

@@ -101,6 +101,7 @@ def two_steps(request):
   return request.param
 
 
+@pytest.mark.slow
 def test_paths_sum_to_one(two_steps):
   np.testing.assert_allclose(_law(STUDENT, two_steps).sum(), 1, rtol=1e-5)
 

@@ -116,6 +116,7 @@ def test_importance_weights():
 # --- the method ---------------------------------------------------------------------------------
 
 
+@functools.cache
 def _make(accumulate=1, **options):
   model, params = tiny.network(layers=3)
   optimizers = dict.fromkeys(didi_instruct.TRAINED, optax.adam(1e-2, eps=1e-3))
@@ -126,7 +127,7 @@ def _make(accumulate=1, **options):
     accumulate=accumulate,
     **{"trained_layers": 1, **options},
   )
-  return objective, objective.init(jax.random.key(0), params), params
+  return objective, jax.jit(objective.init)(jax.random.key(0), params), params
 
 
 def test_everything_starts_from_the_teacher_and_the_check_sees_it():
@@ -158,6 +159,7 @@ def test_what_moves():
   assert 0 <= metrics["discriminator/real_accuracy"] <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "options",
   [
@@ -236,6 +238,7 @@ def test_groups_share_prompts():
   assert didi_instruct.share_prompts(plain, Options()) is plain
 
 
+@pytest.mark.slow
 def test_chunks_change_nothing():
   """Of the rollout's draws, its terms and their gradient."""
   model, params = tiny.network(dropout=0.0)
@@ -256,6 +259,7 @@ def test_chunks_change_nothing():
   jax.tree.map(close, gradient, wanted)
 
 
+@pytest.mark.slow
 def test_divergence_and_entropy_of_the_rollout():
   """Of the student from itself 0; of another network, by hand in the first step."""
   model, params = tiny.network(dropout=0.0)
@@ -263,6 +267,7 @@ def test_divergence_and_entropy_of_the_rollout():
   batch = didi_instruct.draw_times(tiny.batch(), Options(), tiny.PROCESS)
   setting = Setting(model=model, process=tiny.PROCESS)
   run = functools.partial(rollout, params, batch, setting=setting)
+  run = jax.jit(run, static_argnames="options")
   zero = run(teacher=params, options=Options())[0].divergences
   np.testing.assert_allclose(np.stack(zero), 0, atol=1e-5)
   masks = jnp.full((1, tiny.L), tiny.MASK)

@@ -159,6 +159,7 @@ def _distil_exactly(teacher, rng, **options):
   return _train(step, state, FEW, rng).ema["student"]
 
 
+@pytest.mark.slow
 def test_the_integral_kl_falls(teacher):
   """With either times, by a learned discriminator, whose noise hides which falls faster.
 

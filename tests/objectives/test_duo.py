@@ -3,6 +3,7 @@
 
 import functools
 
+import golden_networks
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +11,7 @@ import optax
 import pytest
 import recorded
 import tiny
+from compiled import at_most
 
 from dlm_jax import process
 from dlm_jax.objectives import duo
@@ -47,8 +49,7 @@ def test_golden_temperature(golden):
 def test_golden_hard_loss(golden, variant):
   """From parameters and the recorded corruption to nats per token."""
   vectors, config = golden(f"udlm_losses__{variant}")
-  model = recorded.network(config, time_conditioning=True)
-  params = recorded.params(model, vectors, "params")
+  model, params = golden_networks.dit(vectors, config, "params", time_conditioning=True)
   batch = {"tokens": jnp.asarray(vectors["x0"], jnp.int32), "t": jnp.asarray(vectors["t"])}
   xt = jnp.asarray(vectors["xt"], jnp.int32)
   inputs = (xt, model.apply({"params": params}, xt, method="embedded"))
@@ -67,8 +68,7 @@ def test_golden_hard_loss(golden, variant):
 def test_golden_soft_loss(golden, variant):
   """From parameters and the recorded noise, with the recorded α, α' and then with ours."""
   vectors, config = golden(f"duo_curriculum__{variant}")
-  model = recorded.network(config, time_conditioning=True)
-  params = recorded.params(model, vectors, "params")
+  model, params = golden_networks.dit(vectors, config, "params", time_conditioning=True)
   window = {k: config[k] for k in ("gamma_min", "gamma_max")}
   duality = recorded.Noise(vocab_size=config["V"], recorded=(vectors["gaussian_noise"],), **window)
   batch = {"tokens": jnp.asarray(vectors["x0"], jnp.int32), "t": jnp.asarray(vectors["t"])}
@@ -125,14 +125,9 @@ def _integrand(logits, z, x0, alpha, dalpha):
   return (dalpha / (size * alpha) * inner)[..., 0]
 
 
-@pytest.mark.parametrize("prompted", [False, True])
+@pytest.mark.parametrize("prompted", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_hard_loss_by_hand(prompted):
-  batch = tiny.batch()
-  valid = np.ones((tiny.B, tiny.L), bool)
-  if prompted:
-    valid = np.random.default_rng(0).random(valid.shape) < 0.5
-    valid[0] = False
-    batch["valid"] = jnp.asarray(valid)
+  batch, valid = tiny.prompted_batch(prompted)
   (value, (metrics, extra)), _ = _run(batch)
   rng_B = split_each(batch["rng"], 2)[0]
   z = jnp.where(
@@ -150,6 +145,7 @@ def test_hard_loss_by_hand(prompted):
   assert extra is None
 
 
+@pytest.mark.slow
 def test_soft_loss_by_hand():
   batch = tiny.batch()
   (value, _), _ = _run(batch, 3, curriculum=CURRICULUM)
@@ -184,12 +180,13 @@ def test_prompts_reach_the_network_clean():
   recorded.close(embedded, model.apply({"params": params}, z, method="embedded"), 1e-6)
 
 
-def test_the_switch():
+def test_the_switch(monkeypatch):
   """Below the curriculum's end the inputs are soft, from it on hard: one compiled function."""
-  batch = tiny.batch()
-  _loss.clear_cache()
+  batch, plain = tiny.batch(), _loss.__wrapped__
+  once = jax.jit(at_most(plain), static_argnames=("setting", "curriculum"))
+  monkeypatch.setitem(globals(), "_loss", once)
   values = [float(_run(batch, step, curriculum=CURRICULUM)[0][0]) for step in range(8)]
-  assert _loss._cache_size() <= 1  # 0: evicted by others
+  monkeypatch.undo()
   (hard, _), gradient = _run(batch)
   np.testing.assert_allclose(values[5:], hard, rtol=1e-6)
   assert values[0] == values[2] and len(set(values[2:6])) == 4
@@ -200,7 +197,8 @@ def test_the_switch():
   )
 
 
-@pytest.mark.parametrize("step", [3, pytest.param(5, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [3, 5])
 def test_chunks_change_nothing(step):
   batch = tiny.batch()
   whole, wanted = _run(batch, step, curriculum=CURRICULUM)
@@ -222,6 +220,7 @@ def _make(tx=None, **options):
   return objective, objective.init(jax.random.key(0), params)
 
 
+@pytest.mark.slow
 def test_micro_batches_across_the_switch():
   """Two steps, one soft and one hard."""
   options = {"curriculum_start": 0, "curriculum_end": 1}
@@ -235,6 +234,7 @@ def test_micro_batches_across_the_switch():
   jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), *ends)
 
 
+@pytest.mark.slow
 def test_no_curriculum_is_plain_training():
   objective, state = _make(curriculum_start=0, curriculum_end=0)
   _, metrics = jax.jit(objective.step)(state, tiny.batch())

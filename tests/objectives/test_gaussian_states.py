@@ -30,6 +30,16 @@ def _relaxation(few=True):
   return states.Relaxation(duality=duality, tau=1e-3, few=duality.enough(1e-3) if few else None)
 
 
+def _setting(model, chunk=2):
+  return Setting(model=model, process=process.Uniform(vocab_size=V), chunk=chunk)
+
+
+def _curriculum():
+  duality = process.GaussianDuality(vocab_size=V)
+  temperatures = {"tau_log10_start": -3.0, "tau_log10_end": -4.0}
+  return duo.SoftCurriculum(duality=duality, start=0, end=9, **temperatures)
+
+
 def _predictions(network, relaxation, sharpness, valid, chunk=2):
   """Return (hard states, embeddings), and a gradient, of predictions as sharp as told."""
   model, params = network
@@ -43,13 +53,9 @@ def _predictions(network, relaxation, sharpness, valid, chunk=2):
       lambda h: h @ table,
       (hidden,),
       (params,),
-      jnp.full((B, L), 5),
-      keys,
-      t,
-      valid,
-      model=model,
+      states.Noising(jnp.full((B, L), 5), keys, t, valid),
+      setting=_setting(model, chunk),
       relaxation=relaxation,
-      chunk=chunk,
     )
     return jnp.sum(x * weights), (z, x)
 
@@ -57,7 +63,9 @@ def _predictions(network, relaxation, sharpness, valid, chunk=2):
   return run, (table, hidden, params)
 
 
-@pytest.mark.parametrize("sharpness", [0.0, 0.5, 3.0])
+@pytest.mark.parametrize(
+  "sharpness", [0.5, *(pytest.param(x, marks=pytest.mark.slow) for x in (0.0, 3.0))]
+)
 def test_few_entries_of_predictions_are_all(network, sharpness):
   valid = jnp.arange(L)[None] >= jnp.asarray([0, 1, 2])[:, None]
   found = []
@@ -95,29 +103,20 @@ def test_a_constant_prediction_is_made_once(network):
       predict,
       (hidden,),
       (params,),
-      jnp.zeros((B, L), int),
-      keys,
-      t,
-      jnp.ones((B, L), bool),
-      model=model,
+      states.Noising(jnp.zeros((B, L), int), keys, t, jnp.ones((B, L), bool)),
+      setting=_setting(model),
       relaxation=_relaxation(),
-      chunk=2,
     )
     return jnp.sum(x)
 
   assert str(jax.make_jaxpr(jax.grad(run))(params)).count("= acos") == 1
 
 
+@pytest.mark.slow
 def test_duo_trains_on_few_entries(network):
   """The soft phase inside its branch, with gradients, in chunks and whole."""
   model, params = network
-  curriculum = duo.SoftCurriculum(
-    duality=process.GaussianDuality(vocab_size=V),
-    start=0,
-    end=9,
-    tau_log10_start=-3.0,
-    tau_log10_end=-4.0,
-  )
+  curriculum = _curriculum()
   found = []
   for chunk in (None, 2):
     loss = functools.partial(
@@ -140,9 +139,8 @@ def test_data_need_no_dense_array(network):
   keys, valid = jax.random.split(jax.random.key(3), B), jnp.arange(L)[None] >= jnp.ones((B, 1))
 
   def run(params):
-    return states.embed_data(
-      params, x0, keys, t, valid, model=model, relaxation=_relaxation(), chunk=2
-    )
+    options = {"setting": _setting(model), "relaxation": _relaxation()}
+    return states.embed_data(params, states.Noising(x0, keys, t, valid), **options)
 
   z, x = jax.jit(run)(params)
   table = params["embed"]["embedding"]
@@ -167,11 +165,5 @@ def test_objectives_use_few_entries_where_they_are_few(monkeypatch):
       tau=tau,
     )
   assert seen == [7, None, None]
-  curriculum = duo.SoftCurriculum(
-    duality=process.GaussianDuality(vocab_size=V),
-    start=0,
-    end=9,
-    tau_log10_start=-3.0,
-    tau_log10_end=-4.0,
-  )
+  curriculum = _curriculum()
   assert curriculum.few == curriculum.duality.enough(1e-3) == 7

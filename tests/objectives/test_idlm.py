@@ -3,15 +3,17 @@
 
 import functools
 
+import golden_networks
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import recorded as quantities
 import tiny
 
 from dlm_jax import convert, process
-from dlm_jax.models import DiT, DiTConfig
+from dlm_jax.models import DiT
 from dlm_jax.objectives import idlm
 from dlm_jax.objectives.batch import split_each
 from dlm_jax.objectives.idlm.absorbing import HardSample
@@ -43,13 +45,6 @@ def _states(model, proc=tiny.PROCESS, chunk=None):
   return idlm.HardStates(model=model, process=proc, chunk=chunk)
 
 
-def _close(left, right, tolerance=1e-5):
-  """Compare relative to the largest recorded entry."""
-  right = np.asarray(right, np.float64)
-  atol = tolerance * max(np.abs(right).max(), 1e-12)
-  np.testing.assert_allclose(np.asarray(left, np.float64), right, rtol=0, atol=atol)
-
-
 # --- recorded values ----------------------------------------------------------------------------
 
 
@@ -59,27 +54,14 @@ class Recorded:
   def __init__(self, vectors, config):
     self.vectors, self.vocabulary = vectors, config["V"]
     self.process = process.Absorbing(vocab_size=config["V"], mask_id=config["mask_index"])
-    options = DiTConfig(
-      vocab_size=config["V"],
-      dim=config["H"],
-      cond_dim=config["cond"],
-      layers=config["nb"],
-      heads=config["nh"],
-      length=config["L"],
-      dtype="float32",
-    )
+    options = golden_networks.dit_config(config)
     self.model, self.table = DiT(options), Table(options, size=config["B"])
     self.params = {
-      name: convert.from_tensors(self.model, self.under(name))
+      name: golden_networks.params(self.model, vectors, name)
       for name in ("student", "teacher", "fake")
     }
     self.x_gen, self.z = (jnp.asarray(vectors[k], jnp.int32) for k in ("xt_gen", "xt"))
     self.batch = {k: jnp.asarray(vectors[k]) for k in ("t", "t_gen")}
-
-  def under(self, prefix):
-    """Return the tensors stored below a prefix."""
-    names = (name for name in self.vectors if name.startswith(prefix + "/"))
-    return {name.removeprefix(prefix + "/"): self.vectors[name] for name in names}
 
   def gap(self, student, *, chunk=None):
     """Return (loss, metrics) on the recorded states; differentiate in the parameters."""
@@ -105,7 +87,7 @@ class Recorded:
     )
 
 
-@pytest.fixture(params="ab")
+@pytest.fixture(scope="module", params=["a", pytest.param("b", marks=pytest.mark.slow)])
 def recorded(request, golden):
   return Recorded(*golden(f"idlm_mdlm__{request.param}"))
 
@@ -115,7 +97,7 @@ def test_golden_log_probabilities(recorded):
   apply = jax.jit(r.model.apply)
   for name, state in (("student", r.x_gen), ("teacher", r.z), ("fake", r.z)):
     logits = apply({"params": r.params[name]}, state, r.batch["t"])
-    _close(logits, r.vectors[f"{name}_logits"], 2e-5)
+    quantities.close(logits, r.vectors[f"{name}_logits"], 2e-5)
     log_probs = jax.vmap(r.process.log_x0)(logits, state)
     wanted = r.vectors[f"{name}_log_probs"]
     possible = wanted > -1e5
@@ -128,10 +110,10 @@ def test_golden_generator_loss(recorded):
   (value, metrics), gradient = jax.jit(jax.value_and_grad(r.gap, has_aux=True))(r.params["student"])
   np.testing.assert_allclose(value, r.vectors["generator_loss_per_seq_f64"].mean(), rtol=1e-5)
   ours = convert.to_tensors(r.model, gradient)
-  wanted = r.under("grad_generator_loss_mean_wrt_student")
+  wanted = golden_networks.under(r.vectors, "grad_generator_loss_mean_wrt_student")
   assert len(wanted) == 7
   for name, tensor in wanted.items():
-    _close(ours[f"backbone.{name}"], tensor, 3e-5)
+    quantities.close(ours[f"backbone.{name}"], tensor, 3e-5)
 
   both = (np.asarray(r.x_gen) == r.process.mask_id) & (np.asarray(r.z) == r.process.mask_id)
   p = r.vectors["student_probs"][both].astype(np.float64)
@@ -171,9 +153,9 @@ def test_golden_gradient_on_student_logits(recorded):
   generator, _ = _on_logits(recorded)
   logits = jnp.asarray(recorded.vectors["student_logits"])
   wanted = recorded.vectors["grad_generator_loss_mean_wrt_student_logits"]
-  _close(jax.grad(generator)(logits), wanted, 2e-5)
+  quantities.close(jax.grad(generator)(logits), wanted, 2e-5)
   with pytest.raises(AssertionError):  # the other sign would be seen
-    _close(-jax.grad(generator)(logits), wanted, 2e-5)
+    quantities.close(-jax.grad(generator)(logits), wanted, 2e-5)
 
 
 def test_golden_fake_objective(recorded):
@@ -185,13 +167,13 @@ def test_golden_fake_objective(recorded):
   per_position = -(v["student_probs"] * log_fake).sum(-1) / v["t"][:, None]
   np.testing.assert_allclose(value, (per_position * masked).sum(1).mean(), rtol=1e-5)
   ours = convert.to_tensors(r.model, gradient)
-  wanted = r.under("grad_fakeobj_loss_mean_wrt_fake")
+  wanted = golden_networks.under(r.vectors, "grad_fakeobj_loss_mean_wrt_fake")
   assert len(wanted) == 7
   for name, tensor in wanted.items():
-    _close(ours[f"backbone.{name}"], tensor, 3e-5)
+    quantities.close(ours[f"backbone.{name}"], tensor, 3e-5)
   _, fake_objective = _on_logits(r)
   on_logits = jax.grad(fake_objective)(jnp.asarray(v["fake_logits"]))
-  _close(on_logits, v["grad_fakeobj_loss_mean_wrt_fake_logits"], 2e-5)
+  quantities.close(on_logits, v["grad_fakeobj_loss_mean_wrt_fake_logits"], 2e-5)
 
 
 def test_golden_prompted(recorded):
@@ -205,11 +187,14 @@ def test_golden_prompted(recorded):
   length = valid.shape[1]
   wanted = v["prompted/generator_loss_per_seq_f64"].mean()
   np.testing.assert_allclose(value / length, wanted, rtol=1e-5)
-  _close(gradient / length, v["prompted/grad_generator_loss_mean_wrt_student_logits"], 2e-5)
+  quantities.close(
+    gradient / length, v["prompted/grad_generator_loss_mean_wrt_student_logits"], 2e-5
+  )
   assert not np.any(gradient[~valid])
 
 
-@pytest.mark.parametrize("chunk", [4, *(pytest.param(c, marks=pytest.mark.slow) for c in (1, 100))])
+@pytest.mark.slow
+@pytest.mark.parametrize("chunk", [4, 1, 100])
 def test_chunks_change_nothing(golden, chunk):
   r = Recorded(*golden("idlm_mdlm__a"))
   for function, tree in ((r.gap, "student"), (r.cross_entropy, "fake")):
@@ -217,7 +202,7 @@ def test_chunks_change_nothing(golden, chunk):
     run = jax.jit(jax.value_and_grad(loss), static_argnums=1)
     whole, pieces = (run(r.params[tree], size) for size in (None, chunk))
     np.testing.assert_allclose(pieces[0], whole[0], rtol=1e-5)
-    jax.tree.map(_close, pieces[1], whole[1])
+    jax.tree.map(quantities.close, pieces[1], whole[1])
 
 
 def test_chunks_must_divide(golden):
@@ -400,6 +385,7 @@ def test_no_gradient_at_the_start():
     assert not np.any(leaf)
 
 
+@pytest.mark.slow
 def test_no_gradient_until_the_fake_has_moved():
   """Compiled, teacher and fake may be fused, and so rounded, differently: 0 up to that."""
   objective, params = _objective()
@@ -445,6 +431,7 @@ def test_fake_first_each_on_its_own_batch():
   np.testing.assert_allclose(metrics["student/grad_norm"], norm, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_one_batch_serves_both():
   objective, params = _objective()
   state, batch = objective.init(jax.random.key(0), params), tiny.batch(3)
@@ -457,7 +444,7 @@ def test_averages_of_student_and_fake():
   """At step n the rate is min(decay, (1 + n)/(10 + n)): 2/11 at the first."""
   objective, params = _objective()
   state = objective.init(jax.random.key(0), params)
-  after, _ = objective.step(state, tiny.batch(1))
+  after, _ = objective.step(state, (tiny.batch(1), tiny.batch(1)))
   assert set(after.ema) == {"student", "fake"}
   for tree in after.ema:
     wanted = jax.tree.map(lambda a, b: a * 2 / 11 + b * 9 / 11, params, after.trees[tree])
@@ -466,6 +453,7 @@ def test_averages_of_student_and_fake():
     )
 
 
+@pytest.mark.slow
 def test_dropout_roles():
   """Dropout acts on the tree that is trained, and on no other."""
   model, params = tiny.network(dropout=0.5)

@@ -20,8 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tiny
 
-from dlm_jax.models import DiT, DiTConfig
+from dlm_jax.models import DiT
 from dlm_jax.objectives import draw_batch, idlm
 from dlm_jax.objectives.state import output_params
 from dlm_jax.process import Absorbing, GaussianDuality, Uniform
@@ -129,16 +130,8 @@ class Toy:
   def __init__(self, name):
     absorbing = name == "absorbing"
     size = TOKENS + absorbing
-    options = DiTConfig(
-      vocab_size=size,
-      dim=4,
-      cond_dim=4,
-      layers=1,
-      heads=1,
-      length=L,
-      dtype="float32",
-      time_conditioning=not absorbing,
-    )
+    shape = {"vocab_size": size, "dim": 4, "layers": 1, "heads": 1, "length": L}
+    options = tiny.config(**shape, time_conditioning=not absorbing)
     self.size, self.data, self.states = size, data_law(size), states(size)
     self.model = (Hard if absorbing else Soft)(options)
     self.process = (
@@ -237,7 +230,9 @@ class Toy:
 # --- what distillation does ----------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=["absorbing", "uniform"])
+@pytest.fixture(
+  scope="module", params=["absorbing", pytest.param("uniform", marks=pytest.mark.slow)]
+)
 def toy(request):
   return Toy(request.param)
 
@@ -278,6 +273,7 @@ def test_student_approaches_the_data(toy):
   assert after["2-step"] < 0.8 * before["2-step"]
 
 
+@pytest.mark.slow
 def test_wrong_sign_diverges(toy):
   before = toy.distances(toy.teacher)
   after = toy.distances(toy.train(-1.0, jax.random.key(0)))

@@ -4,15 +4,17 @@
 import dataclasses
 import functools
 
+import golden_networks
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 import recorded as quantities
+import tiny
 
 from dlm_jax import convert, process
-from dlm_jax.models import DiT, DiTConfig
+from dlm_jax.models import DiT
 from dlm_jax.objectives import draw_batch, idlm
 from dlm_jax.objectives.batch import split_each
 from dlm_jax.objectives.gaussian_states import Relaxation
@@ -24,11 +26,9 @@ class Recorded:
   def __init__(self, vectors, config):
     v = self.vectors = vectors
     self.size = config["B"]
-    self.model = quantities.network(config, time_conditioning=True)
-    self.params = {
-      name: convert.from_tensors(self.model, self.under(name))
-      for name in ("student", "teacher", "fake")
-    }
+    trees = ("student", "teacher", "fake")
+    self.model, *params = golden_networks.dit(vectors, config, *trees, time_conditioning=True)
+    self.params = dict(zip(trees, params, strict=True))
     schedule = quantities.Schedule(
       np.concatenate([v["t"], v["t_gen"]]),
       np.concatenate([v["alpha_t"], v["alpha_gen"]])[:, 0],
@@ -44,11 +44,6 @@ class Recorded:
     self.relaxation = Relaxation(duality=duality, tau=float(1 / v["tau_inverse"]))
     self.batch = {"tokens": jnp.asarray(v["x0"], jnp.int32)}
     self.batch |= {k: jnp.asarray(v[k]) for k in ("t", "t_gen")}
-
-  def under(self, prefix):
-    """Return the tensors stored below a prefix."""
-    names = (name for name in self.vectors if name.startswith(prefix + "/"))
-    return {name.removeprefix(prefix + "/"): self.vectors[name] for name in names}
 
   def states(self, chunk=None, **changes):
     relaxation = dataclasses.replace(self.relaxation, **changes)
@@ -79,14 +74,14 @@ class Recorded:
     return idlm.cross_entropy(fake, sample, self.batch, student=student, states=states)
 
 
-@pytest.fixture(params=["a", pytest.param("b", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=["a", pytest.param("b", marks=pytest.mark.slow)])
 def recorded(request, golden):
   return Recorded(*golden(f"idlm_duo__{request.param}"))
 
 
 def _compare_gradient(r, gradient, prefix, tolerance=2e-4):
   ours = convert.to_tensors(r.model, gradient)
-  wanted = r.under(prefix)
+  wanted = golden_networks.under(r.vectors, prefix)
   assert len(wanted) == 7
   for name, tensor in wanted.items():
     scale = max(np.abs(tensor).max(), 1e-12)
@@ -122,6 +117,7 @@ def test_golden_fake_objective(recorded):
   _compare_gradient(r, gradient, "grad_fakeobj_loss_mean_wrt_fake")
 
 
+@pytest.mark.slow
 def test_chunks_change_nothing(recorded):
   r = recorded
   whole = _gradient(r.generator, r.params["student"])
@@ -131,6 +127,7 @@ def test_chunks_change_nothing(recorded):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * max(1.0, scale))
 
 
+@pytest.mark.slow
 def test_the_gaussian_path_carries_gradient(golden):
   """Spec, acceptance check 6: without the path through w the gradient is another one."""
   r = Recorded(*golden("idlm_duo__a"))
@@ -185,21 +182,10 @@ def test_prompted_values(recorded):
 
 
 def _tiny(length=8, size=11, **options):
-  model = DiT(
-    DiTConfig(
-      vocab_size=size,
-      dim=16,
-      cond_dim=8,
-      layers=1,
-      heads=2,
-      length=length,
-      dtype="float32",
-      time_conditioning=True,
-      **options,
-    )
-  )
+  shape = {"vocab_size": size, "dim": 16, "cond_dim": 8, "layers": 1, "length": length}
+  model = DiT(tiny.config(**shape, time_conditioning=True, **options))
   rng = jax.random.key(0)
-  params = model.init(rng, jnp.zeros((1, length), jnp.int32), jnp.zeros(1))["params"]
+  params = jax.jit(model.init)(rng, jnp.zeros((1, length), jnp.int32), jnp.zeros(1))["params"]
   leaves, tree = jax.tree.flatten(params)
   keys = jax.random.split(rng, len(leaves))
   noisy = [x + 0.1 * jax.random.normal(key, x.shape) for x, key in zip(leaves, keys, strict=True)]
@@ -239,9 +225,14 @@ def test_prompts_are_kept_clean():
   relaxation = Relaxation(duality=process.GaussianDuality(vocab_size=11))
   states = idlm.SoftStates(model=model, process=relaxation.process, relaxation=relaxation)
   rngs = split_each(batch["rng"], 3)
-  sample = states.rollout(params, batch, rngs=rngs, dropout_B=None)
-  z, _ = states.read(params, sample, batch, (params,), (None,))
-  np.testing.assert_array_equal(sample.x_gen[:, :3], tokens[:, :3])
+
+  @jax.jit
+  def run(params, batch, rngs):
+    sample = states.rollout(params, batch, rngs=rngs, dropout_B=None)
+    return sample.x_gen, states.read(params, sample, batch, (params,), (None,))[0]
+
+  x_gen, z = run(params, batch, rngs)
+  np.testing.assert_array_equal(x_gen[:, :3], tokens[:, :3])
   np.testing.assert_array_equal(z[:, :3], tokens[:, :3])
   assert (z[:, 3:] != tokens[:, 3:]).any()
 
@@ -254,6 +245,7 @@ def test_uniform_states_need_a_time_conditioned_network():
     idlm.make(model=blind, process=process.Uniform(vocab_size=11), optimizers=txs)
 
 
+@pytest.mark.slow
 def test_memory_stays_below_two_dense_arrays():
   """With chunks the compiled pair never holds two [B, L, V] float32 arrays."""
   length, size, batch = 64, 4096, 4

@@ -16,7 +16,7 @@ from dlm_jax.objectives import ar, mdlm
 M = tiny.MASK
 
 
-@pytest.mark.parametrize("variant", "ab")
+@pytest.mark.parametrize("variant", ["a", pytest.param("b", marks=pytest.mark.slow)])
 def test_golden_mean_loss(golden_dit, variant):
   """From parameters to nats per counted token, on the recorded corruption."""
   vectors, config, model, params = golden_dit(f"dit_mdlm__{variant}")
@@ -76,6 +76,7 @@ def test_prompts_are_neither_masked_nor_scored():
   assert value == 0 and metrics["masked"] == 0
 
 
+@pytest.mark.slow
 def test_the_loss_is_unbiased():
   """Its mean over corruptions is the NELBO, here by enumeration of masks for one position."""
   size = 4096

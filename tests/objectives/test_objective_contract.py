@@ -15,18 +15,19 @@ import pytest
 import tiny
 
 from dlm_jax import mesh as meshes
-from dlm_jax.experiment import build
+from dlm_jax.experiment import plan
 from dlm_jax.objectives import draw_batch, output_params
 from dlm_jax.train import loop
 
-NAMES = build.list_objectives()
+NAMES = plan.list_objectives()
 SEED, SLOW = 5, pytest.mark.slow
 every_method = pytest.mark.parametrize("name", NAMES)
 
 
-def _slow_for(*names):
-  """Leave some methods to slow runs: what a test shows, the others show by default."""
-  return [pytest.param(n, marks=SLOW) if n in names else n for n in NAMES]
+def some(*names):
+  """Take these methods by default and leave the others, which show the same, to slow runs."""
+  params = [n if n in names else pytest.param(n, marks=SLOW) for n in NAMES]
+  return pytest.mark.parametrize("name", params)
 
 
 def _module(name):
@@ -67,6 +68,12 @@ def _batches(name, step=0):
 def _start(name):
   objective, _, params = _method(name)
   return objective.init(jax.random.key(0), params)
+
+
+@functools.cache
+def _shapes(name):
+  objective, _, params = _method(name)
+  return jax.eval_shape(objective.init, jax.random.key(0), params)
 
 
 @functools.cache
@@ -149,7 +156,7 @@ def test_documentation_names_a_source(name):
   assert re.search(r"Reference: .*(arXiv \d{4}\.\d{5}|\(\d{4}\))", text)
 
 
-@every_method
+@some("block_diffusion", "dcd", "mdlm")
 def test_three_steps(name):
   """Finite numbers; trained trees and their averages move, the others do not."""
   objective, _, params = _method(name)
@@ -188,7 +195,7 @@ def _moved(left, right):
   return all(np.any(a != b) for a, b in pairs)
 
 
-@every_method
+@some("idlm", "mdlm")
 def test_without_an_average(name):
   objective, _, params = _method(name, ema_decay=None)
   state = jax.eval_shape(objective.init, jax.random.key(0), params)
@@ -200,14 +207,14 @@ def test_without_an_average(name):
 @every_method
 def test_types_and_shapes_are_kept(name):
   """A step maps a state to one of the same shapes and dtypes: it can be scanned and restored."""
-  before = _start(name)
+  before = _shapes(name)
   after, _ = jax.eval_shape(_method(name)[0].step, before, _batches(name))
   describe = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)  # noqa: E731
   assert describe(after) == describe(before)
   assert {x.dtype for x in jax.tree.leaves(before.trees)} == {np.dtype("float32")}
 
 
-@every_method
+@some(*set(NAMES) - {"didi_instruct"})
 def test_every_buffer_is_its_own(name):
   """Or the state could not be donated; and the teacher that was given stays usable."""
   leaves = [*jax.tree.leaves(_start(name)), *jax.tree.leaves(_method(name)[2])]
@@ -222,9 +229,7 @@ def test_jit_changes_nothing(name):
   _close(jax.device_get(state), _run(name)[0][1])
 
 
-@pytest.mark.parametrize(
-  "name", [n if n in ("idlm",) else pytest.param(n, marks=SLOW) for n in NAMES]
-)
+@some("mdlm")
 def test_a_scan_is_the_loop(name):
   batches = [_batches(name, step) for step in range(3)]
   stacked = jax.tree.map(lambda *x: jnp.stack(x), *batches)
@@ -235,7 +240,7 @@ def test_a_scan_is_the_loop(name):
   _close(jax.tree.map(lambda x: x[-1], metrics), last, 1e-4)
 
 
-@pytest.mark.parametrize("name", _slow_for("ar", "dcd", "duo", "mdlm", "sdtt", "sedd"))
+@some("block_diffusion")
 @pytest.mark.parametrize(
   "accumulate", [2, pytest.param(4, marks=SLOW), pytest.param(8, marks=SLOW)]
 )
@@ -247,7 +252,7 @@ def test_micro_batches_change_nothing(name, accumulate):
   assert all(np.isfinite(x) for x in metrics.values())
 
 
-@pytest.mark.parametrize("name", _slow_for("ar", "block_diffusion", "duo", "sdtt", "sedd"))
+@some("mdlm")
 @pytest.mark.parametrize("sizes", [(2, 2, 2), pytest.param((8, 1, 1), marks=SLOW)], ids=str)
 def test_eight_devices_change_nothing(name, sizes):
   states, metrics, used = _run(name, sizes)
@@ -272,6 +277,6 @@ def test_start_without_a_teacher(name):
   try:
     state = jax.eval_shape(lambda rng: objective.init(rng, None), jax.random.key(0))
   except ValueError as error:
-    assert "teacher" in str(error) and len(_start(name).trees) > 1
+    assert "teacher" in str(error) and len(_shapes(name).trees) > 1
   else:
     assert jax.tree.structure(state.trees[objective.output]) == jax.tree.structure(params)

@@ -5,6 +5,7 @@ import functools
 import json
 import pathlib
 
+import golden_networks
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,10 +34,8 @@ class Recorded:
   def __init__(self, vectors, config):
     self.vectors, self.steps = vectors, config["num_distill_steps"]
     self.process = process.Absorbing(vocab_size=config["V"], mask_id=config["mask_index"])
-    self.model = recorded.network(config, time_conditioning=False)
-    self.student, self.teacher = (
-      recorded.params(self.model, vectors, name) for name in ("student", "teacher")
-    )
+    trees = ("student", "teacher")
+    self.model, self.student, self.teacher = golden_networks.dit(vectors, config, *trees)
     self.xt = jnp.asarray(vectors["xt"], jnp.int32)
     self.times = jnp.asarray(vectors["teacher_time_grid"], jnp.float32)
     before = [self.xt]
@@ -57,7 +56,7 @@ class Recorded:
     return sdtt.Rollout(hidden, self.times, chosen)
 
 
-@pytest.fixture(scope="module", params="ab")
+@pytest.fixture(scope="module", params=["a", pytest.param("b", marks=pytest.mark.slow)])
 def reference(request):
   path = pathlib.Path(__file__).parents[1] / "golden" / f"sdtt__{request.param}.safetensors"
   with safe_open(path, framework="numpy") as file:
@@ -114,7 +113,13 @@ def test_golden_targets(reference):
 _position_loss = jax.jit(sdtt.position_loss, static_argnames=("setting", "divergence"))
 
 
-@every_kind
+@pytest.mark.parametrize(
+  "kind",
+  [
+    "kl-bwd",
+    *(pytest.param(k, marks=pytest.mark.slow) for k in rounds.DIVERGENCES if k != "kl-bwd"),
+  ],
+)
 def test_golden_loss(reference, kind):
   masked = reference.vectors["loss_mask"]
   batch = {"xt": reference.xt, "t": jnp.asarray(reference.vectors["t"])}
@@ -237,9 +242,10 @@ def test_corrupted_batch():
   assert _run(nothing)[0][0] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "options",
-  [{}, pytest.param({"divergence": "mse", "published_times": True}, marks=pytest.mark.slow)],
+  [{}, {"divergence": "mse", "published_times": True}],
   ids=str,
 )
 def test_chunks_change_nothing(options):

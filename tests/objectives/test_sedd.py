@@ -51,12 +51,7 @@ def _loss(params, batch, **options):
 def test_loss_is_score_entropy(schedule, prompted):
   forward = process.AbsorbingScore(vocab_size=tiny.V, mask_id=M, schedule=schedule)
   model, params = tiny.network(dropout=0.0)
-  batch = tiny.batch()
-  valid = np.ones((tiny.B, tiny.L), bool)
-  if prompted:
-    valid = np.random.default_rng(0).random(valid.shape) < 0.5
-    valid[0] = False
-    batch["valid"] = jnp.asarray(valid)
+  batch, valid = tiny.prompted_batch(prompted)
   rng_B = split_each(batch["rng"], 2)[0]
   x0, t = batch["tokens"], batch["t"]
   xt = np.where(valid, jax.vmap(forward.corrupt)(rng_B, x0, t), x0)
@@ -81,9 +76,10 @@ def test_gradient_in_closed_form():
   wanted = (np.exp(logits) / (tiny.V - 1) - np.eye(tiny.V)[x0]) / 0.3
   wanted[:, M] = 0
   wanted[1] = 0
-  np.testing.assert_allclose(jax.grad(total)(logits), wanted, rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(jax.jit(jax.grad(total))(logits), wanted, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_minimiser_is_the_posterior():
   """Two tokens, four sequences: Newton on the exact expected loss ends at p(x₀ | xₜ)."""
   size, mask, t = 3, 2, jnp.float32(0.6)
@@ -118,6 +114,7 @@ def test_the_minimiser_is_the_posterior():
       np.testing.assert_allclose(f, posterior, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_loss_exceeds_that_of_masked_diffusion():
   """By −α'/(1 − α) (Σf − 1 − log Σf) per masked position; the two are one method for a simplex."""
   model, params = tiny.network(dropout=0.0)

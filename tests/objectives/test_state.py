@@ -112,7 +112,9 @@ def test_update_by_hand():
   assert state.step == 0  # the objective counts, not `update`: a step may hold several
 
 
-@pytest.mark.parametrize("accumulate", [2, 4, 8])
+@pytest.mark.parametrize(
+  "accumulate", [4, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 8))]
+)
 def test_micro_batches_average(accumulate):
   tx = optax.sgd(0.3)
   one, metrics, _ = update(_state(tx), "a", _loss, _batch(), tx)

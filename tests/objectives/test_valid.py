@@ -14,7 +14,7 @@ import test_objective_contract as contract
 import tiny
 
 from dlm_jax.data.packing import pack_blocks
-from dlm_jax.experiment import build
+from dlm_jax.experiment import plan
 from dlm_jax.models import Causal, Decoder, DiT
 from dlm_jax.models.layers import Embedding, FewTokens
 from dlm_jax.objectives import ar, block_diffusion, draw_batch, idlm
@@ -43,10 +43,17 @@ def _step(name, *, given=GIVEN, valid=VALID, reads=None):
     tokens = jnp.where(VALID[None], tiny.tokens(i), given[None])
     record = {"tokens": tokens, "valid": jnp.broadcast_to(valid[None], tokens.shape)}
     batches.append(draw_batch(record, jax.random.key(i)))
-  step = jax.jit(lambda *arguments: objective.step(*arguments))  # traced anew
   with nn.intercept_methods(reads or (lambda call, args, kwargs, _: call(*args, **kwargs))):
+    step = _compiled(name, reads)
     state, metrics = step(state, batches[0] if len(batches) == 1 else tuple(batches))
   return jax.device_get((state, metrics))
+
+
+@functools.lru_cache(maxsize=1)
+def _compiled(name, reads):
+  """Return a step of its own for every interceptor: what networks read is decided by tracing."""
+  objective, _ = _method(name)
+  return jax.jit(lambda *arguments: objective.step(*arguments))
 
 
 def _of_embeddings(alter):
@@ -82,7 +89,11 @@ def _blind(call, tokens, valid, given):
   return jnp.where(valid[None, :, None], call(tokens), 0.0)
 
 
-every_method = pytest.mark.parametrize("name", [*build.list_objectives(), "idlm_uniform"])
+NAMES = [*plan.list_objectives(), "idlm_uniform"]
+DEFAULT = ("block_diffusion", "dcd", "mdlm")  # what they show, the others show in slow runs
+every_method = pytest.mark.parametrize(
+  "name", [n if n in DEFAULT else pytest.param(n, marks=pytest.mark.slow) for n in NAMES]
+)
 
 
 @every_method
@@ -98,12 +109,14 @@ def test_the_allergic_network_notices():
   assert np.isnan(jax.tree.leaves(state.trees)[0]).any()
 
 
-@every_method
+@pytest.mark.parametrize(
+  "name", [n if n == "mdlm" else pytest.param(n, marks=pytest.mark.slow) for n in NAMES]
+)
 def test_given_tokens_are_no_targets(name):
   """A network that cannot read them learns the same whatever they are, bit for bit."""
-  other = np.array([7, 0, 0, 1])
-  state, metrics = _step(name, reads=_of_embeddings(_blind))
-  poisoned, same = _step(name, given=other, reads=_of_embeddings(_blind))
+  other, blind = np.array([7, 0, 0, 1]), _of_embeddings(_blind)
+  state, metrics = _step(name, reads=blind)
+  poisoned, same = _step(name, given=other, reads=blind)
   jax.tree.map(np.testing.assert_array_equal, (state, metrics), (poisoned, same))
   seen, _ = _step(name)
   changed, _ = _step(name, given=other)
@@ -145,10 +158,11 @@ def _blocks(record):
   return block_diffusion.loss(params, noisy, **options)[0] * record["valid"].sum()
 
 
-@pytest.mark.parametrize("total", [_next_tokens, _blocks])
+@pytest.mark.parametrize("total", [pytest.param(_next_tokens, marks=pytest.mark.slow), _blocks])
 def test_what_shares_a_row_is_apart(total):
   """The nats of a shared row are those of its sequences alone; padding changes nothing."""
-  shared = _row(DOCUMENTS, 16)
+  _decoder()  # not while it is traced
+  total, shared = jax.jit(total), _row(DOCUMENTS, 16)
   alone = [total(_row([document], 4)) for document in DOCUMENTS]
   np.testing.assert_allclose(total(shared), sum(alone), rtol=1e-5)
   poisoned = {**shared, "tokens": shared["tokens"].at[:, 12:].set(8)}
@@ -156,7 +170,7 @@ def test_what_shares_a_row_is_apart(total):
   assert total({**shared, "tokens": shared["tokens"].at[:, 0].set(8)}) != total(shared)
 
 
-@pytest.mark.parametrize("kind", [Causal, Decoder])
+@pytest.mark.parametrize("kind", [pytest.param(Causal, marks=pytest.mark.slow), Decoder])
 @pytest.mark.parametrize("method", [ar, block_diffusion])
 def test_poisoned_padding_trains_the_same_parameters(method, kind):
   if method is block_diffusion and kind is Causal:
@@ -182,6 +196,7 @@ def test_a_causal_network_takes_no_shared_rows():
     ar.loss(params, draw_batch(_row(DOCUMENTS, 16), jax.random.key(0)), model=model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ar", "block_diffusion"])
 def test_micro_batches_of_uneven_rows_change_nothing(name):
   """Rows with more valid tokens weigh more, whatever the micro-batch that they are in."""

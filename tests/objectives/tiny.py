@@ -21,6 +21,11 @@ SCORE = process.AbsorbingScore(vocab_size=V, mask_id=MASK)
 UNIFORM = process.Uniform(vocab_size=V)
 
 
+def config(**changes):
+  """Return the sizes of a tiny DiT."""
+  return DiTConfig(**{**_SIZES, "cond_dim": 4, **changes})
+
+
 @functools.cache
 def network(kind=DiT, **changes):
   """Return a network of the given class and parameters away from their initial zeros."""
@@ -29,7 +34,7 @@ def network(kind=DiT, **changes):
   elif kind is Decoder:
     model, sigma = Decoder(DecoderConfig(**{**_SIZES, **_DECODER, **changes})), ()
   else:
-    model = DiT(DiTConfig(**{**_SIZES, "cond_dim": 4, "dropout": 0.2, **changes}))
+    model = DiT(config(**{"dropout": 0.2, **changes}))
     sigma = (jax.ShapeDtypeStruct((1,), jnp.float32),)
   tokens = jax.ShapeDtypeStruct((1, L), jnp.int32)
   shapes = jax.eval_shape(model.init, jax.random.key(0), tokens, *sigma)["params"]
@@ -63,6 +68,16 @@ def batch(seed=0, size=B, **features):
   """Return a batch as the loop draws it; `features` go beside the tokens."""
   record = {"tokens": tokens(seed, size), **features}
   return draw_batch(record, jax.random.key(100 + seed))
+
+
+def prompted_batch(prompted=True):
+  """Return a batch, half of it given and its first row whole, and what is valid of it."""
+  drawn, valid = batch(), np.ones((B, L), bool)
+  if prompted:
+    valid = np.random.default_rng(0).random(valid.shape) < 0.5
+    valid[0] = False
+    drawn["valid"] = jnp.asarray(valid)
+  return drawn, valid
 
 
 def network_class(make):

@@ -3,10 +3,12 @@
 
 import itertools
 
+import draws
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import recorded_losses
 import scipy.stats
 from compiled import Methods
 
@@ -96,44 +98,10 @@ def test_law_of_corrupt(schedule, mask):
   proc = _absorbing(vocab_size=4, mask_id=mask, schedule=schedule)
   x0_L = jnp.array([1, 2, 1])
   rows = np.eye(4)[np.asarray(x0_L)]
-  keys = jax.random.split(jax.random.key(1), 30_000)
-  corrupt = jax.jit(jax.vmap(proc.corrupt, (0, None, None)))
-  for t in (0.1, 0.5, 0.9):
-    tokens, alpha = np.asarray(corrupt(keys, x0_L, jnp.float32(t))), float(schedule.alpha(t))
+  for t, tokens, alpha in draws.corrupted(proc, x0_L, (0.1, 0.5, 0.9), 30_000):
     assert _chi_square(tokens, _law(rows, alpha, 4, mask), 4) > FOLLOWS
     assert _chi_square(tokens, _law(rows, 0.97 * alpha + 0.035, 4, mask), 4) < DIFFERS or t == 0.1
     assert _chi_square(tokens, _law(rows, 0.97 * alpha, 4, mask), 4) < DIFFERS or t == 0.9
-
-
-@every_schedule
-@pytest.mark.parametrize("mask", [0, 3])
-def test_law_of_corrupt_probs(schedule, mask):
-  """Cat(α p₀ + (1 − α) mask), independent over positions; p₀ has a zero at the mask."""
-  proc = _absorbing(vocab_size=4, mask_id=mask, schedule=schedule)
-  rows = np.random.default_rng(1).dirichlet(np.ones(4), size=3)
-  rows[:, mask] = 0
-  rows /= rows.sum(axis=1, keepdims=True)
-  p0_LV = jnp.asarray(rows, jnp.float32)
-  keys = jax.random.split(jax.random.key(2), 30_000)
-  tokens = np.asarray(jax.jit(jax.vmap(lambda key: proc.corrupt_probs(key, p0_LV, 0.6)))(keys))
-  assert _chi_square(tokens, _law(rows, float(schedule.alpha(0.6)), 4, mask), 4) > FOLLOWS
-  assert _chi_square(tokens, _law(rows, float(schedule.alpha(0.55)), 4, mask), 4) < DIFFERS
-
-
-def test_corrupt_probs_keeps_rare_tokens_at_late_times():
-  """20,000 tokens share 20 % of p₀. At α = 0.0035 a token has 3.5e-8 of the mixture's weight."""
-  vocabulary, rare = 20_004, 20_000
-  proc = _absorbing(vocab_size=vocabulary, mask_id=vocabulary - 1)
-  row = np.full(vocabulary, 0.2 / rare)
-  row[:3], row[-1] = 0.8 / 3, 0.0
-  p0_LV = jnp.broadcast_to(jnp.asarray(row, jnp.float32), (128, vocabulary))
-  corrupt = jax.jit(lambda key: proc.corrupt_probs(key, p0_LV, 0.9975))
-  tokens = np.concatenate([corrupt(key) for key in jax.random.split(jax.random.key(3), 150)])
-  clean = tokens != vocabulary - 1
-  alpha = float(proc.schedule.alpha(0.9975))
-  assert scipy.stats.binomtest(int(clean.sum()), clean.size, alpha).pvalue > FOLLOWS
-  in_tail = int((tokens[clean] >= 3).sum())
-  assert scipy.stats.binomtest(in_tail, int(clean.sum()), 0.2).pvalue > FOLLOWS
 
 
 def test_prior_is_all_masks():
@@ -332,27 +300,14 @@ def _process(config):
   return _absorbing(vocab_size=config["V"], mask_id=config["mask_index"])
 
 
-@pytest.mark.parametrize("variant", "ab")
+@pytest.mark.parametrize("variant", ["a", pytest.param("b", marks=pytest.mark.slow)])
 def test_golden_mdlm_losses(golden, variant):
   vectors, config = golden(f"mdlm_losses__{variant}")
   proc = _process(config)
-  logits, xt, x0, t = _jnp(vectors, "logits", "xt", "x0", "t")
-  np.testing.assert_allclose(proc.schedule.alpha(t), vectors["alpha_t"][:, 0], atol=1e-7)
-
-  log_x0 = jax.vmap(proc.log_x0)(logits, xt)
-  np.testing.assert_allclose(log_x0, vectors["log_x_theta"], rtol=2e-5, atol=2e-5)
-
-  def mean_nll(logits):
-    nll = jax.vmap(proc.nll)(jax.vmap(proc.log_x0)(logits, xt), xt, x0, t)
-    return nll.mean(), nll
-
-  gradient, nll = jax.jit(jax.grad(mean_nll, has_aux=True))(logits)
-  np.testing.assert_allclose(nll, vectors["nll_per_token"], rtol=1e-5, atol=1e-5)
-  recorded = vectors["grad_mean_nll_wrt_logits"]
-  np.testing.assert_allclose(gradient, recorded, rtol=1e-4, atol=1e-6 * np.abs(recorded).max())
+  recorded_losses.check(proc, vectors, "nll_per_token", nll_atol=1e-5, gradient_atol=1e-6)
 
 
-@pytest.mark.parametrize("variant", "ab")
+@pytest.mark.parametrize("variant", ["a", pytest.param("b", marks=pytest.mark.slow)])
 def test_golden_posteriors(golden, variant):
   vectors, config = golden(f"mdlm_losses__{variant}")
   proc = _process(config)
@@ -371,7 +326,7 @@ def test_golden_posteriors(golden, variant):
   )
 
 
-@pytest.mark.parametrize("variant", "ab")
+@pytest.mark.parametrize("variant", ["a", pytest.param("b", marks=pytest.mark.slow)])
 def test_golden_dit_mdlm_subs_and_loss(golden, variant):
   vectors, config = golden(f"dit_mdlm__{variant}")
   proc = _process(config)
@@ -388,7 +343,7 @@ def test_golden_dit_mdlm_subs_and_loss(golden, variant):
   np.testing.assert_allclose(mean, vectors["mean_token_nll"], rtol=1e-5)
 
 
-@pytest.mark.parametrize("variant", "ab")
+@pytest.mark.parametrize("variant", ["a", pytest.param("b", marks=pytest.mark.slow)])
 def test_golden_idlm_nll_soft(golden, variant):
   """Σ nll_soft(teacher) − nll_soft(fake) is the generator loss; its p-gradient is the advantage.
 

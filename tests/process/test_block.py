@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
+from given_schedule import Given
 
 from dlm_jax import process, schedules
 from dlm_jax.process import BlockNoise
@@ -52,8 +53,8 @@ def _schedules():
   yield "loglinear", schedules.LogLinear(eps=0.0)
   yield "square", schedules.Polynomial(power=2.0, eps=0.0)
   yield "square_root", schedules.Polynomial(power=0.5, eps=0.0)
-  yield "log", schedules.Given(function=lambda t: 1 - jnp.log2(1 + t))
-  yield "cosine", schedules.Given(function=lambda t: (1 - eps) * jnp.cos(t * jnp.pi / 2))
+  yield "log", Given(function=lambda t: 1 - jnp.log2(1 + t))
+  yield "cosine", Given(function=lambda t: (1 - eps) * jnp.cos(t * jnp.pi / 2))
 
 
 @pytest.mark.parametrize("name, schedule", [pytest.param(*x, id=x[0]) for x in _schedules()])

@@ -16,7 +16,6 @@ V, L = 6, 4
 METHODS = (
   "prior",
   "corrupt",
-  "corrupt_probs",
   "log_x0",
   "log_estimate",
   "nll",
@@ -183,18 +182,6 @@ def test_loss_of_predicted_data(proc, t):
 
 
 @every_process
-def test_corrupting_certain_data_is_corrupting_tokens(proc):
-  keys = jax.random.split(jax.random.key(6), 20_000)
-  p0 = jax.nn.one_hot(CLEAN, V)
-  soft = jax.jit(jax.vmap(lambda key: proc.corrupt_probs(key, p0, 0.6)))(keys)
-  hard = jax.jit(jax.vmap(lambda key: proc.corrupt(key, CLEAN, 0.6)))(keys)
-  for position in range(L):
-    counts = np.stack([np.bincount(x[:, position], minlength=V) for x in (soft, hard)])
-    counts = counts[:, counts.sum(axis=0) > 0]
-    assert scipy.stats.chi2_contingency(counts).pvalue > 1e-4
-
-
-@every_process
 def test_gradients_are_finite(proc):
   proc = Methods(proc)
 
@@ -229,5 +216,3 @@ def test_no_key_is_used_twice(proc):
   with jax.debug_key_reuse(True):
     proc.corrupt(jax.random.key(0), CLEAN, 0.5)
     proc.prior(jax.random.key(0), L)
-    if hasattr(proc, "corrupt_probs"):
-      proc.corrupt_probs(jax.random.key(0), jax.nn.one_hot(CLEAN, V), 0.5)

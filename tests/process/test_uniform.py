@@ -4,10 +4,12 @@
 import dataclasses
 import itertools
 
+import draws
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import recorded_losses
 import scipy.stats
 from compiled import Methods
 
@@ -106,25 +108,11 @@ def test_law_of_corrupt(schedule):
   proc = _uniform(vocab_size=4, schedule=schedule)
   x0_L = jnp.array([1, 3, 1])
   rows = np.eye(4)[np.asarray(x0_L)]
-  keys = jax.random.split(jax.random.key(1), 40_000)
-  corrupt = jax.jit(jax.vmap(proc.corrupt, (0, None, None)))
-  for t in (0.25, 0.5, 0.8):
-    tokens, alpha = np.asarray(corrupt(keys, x0_L, jnp.float32(t))), float(schedule.alpha(t))
+  for _, tokens, alpha in draws.corrupted(proc, x0_L, (0.25, 0.5, 0.8), 40_000):
     assert _chi_square(tokens, _law(rows, alpha)) > FOLLOWS
     assert _chi_square(tokens, _law(rows, alpha - 0.03)) < DIFFERS
     # a replacement that cannot repeat the token would survive less often
     assert _chi_square(tokens, _law(rows, alpha - (1 - alpha) / 3)) < DIFFERS
-
-
-@every_schedule
-def test_law_of_corrupt_probs(schedule):
-  proc = _uniform(vocab_size=4, schedule=schedule)
-  rows = np.random.default_rng(1).dirichlet(np.ones(4), size=3)
-  p0_LV = jnp.asarray(rows, jnp.float32)
-  keys = jax.random.split(jax.random.key(2), 40_000)
-  tokens = np.asarray(jax.jit(jax.vmap(lambda key: proc.corrupt_probs(key, p0_LV, 0.4)))(keys))
-  assert _chi_square(tokens, _law(rows, float(schedule.alpha(0.4)))) > FOLLOWS
-  assert _chi_square(tokens, _law(rows, float(schedule.alpha(0.4)) - 0.06)) < DIFFERS
 
 
 def test_law_of_the_prior():
@@ -386,29 +374,18 @@ def test_float32_error_for_a_distribution(scale, sharpness, t):
 # --- golden vectors ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("variant", "ab")
+@pytest.mark.parametrize("variant", ["a", pytest.param("b", marks=pytest.mark.slow)])
 def test_golden_losses(golden, variant):
   vectors, config = golden(f"udlm_losses__{variant}")
   proc = _uniform(vocab_size=config["V"])
-  logits, xt, x0, t = (jnp.asarray(vectors[k]) for k in ("logits", "xt", "x0", "t"))
-  np.testing.assert_allclose(proc.schedule.alpha(t), vectors["alpha_t"][:, 0], atol=1e-7)
+  recorded_losses.check(proc, vectors, "nll_per_token_f64", nll_atol=0, gradient_atol=1e-5)
+  xt, x0, t = (jnp.asarray(vectors[k]) for k in ("xt", "x0", "t"))
   np.testing.assert_allclose(proc.schedule.sigma(t), vectors["sigma"][:, 0], rtol=1e-5)
-  log_x0 = jax.vmap(proc.log_x0)(logits, xt)
-  np.testing.assert_allclose(log_x0, vectors["log_x_theta"], rtol=2e-5, atol=2e-5)
-
-  def mean_nll(logits):
-    nll = jax.vmap(proc.nll)(jax.vmap(proc.log_estimate)(logits, xt), xt, x0, t)
-    return nll.mean(), nll
-
-  gradient, nll = jax.jit(jax.grad(mean_nll, has_aux=True))(logits)
-  np.testing.assert_allclose(nll, vectors["nll_per_token_f64"], rtol=1e-5)
-  recorded = vectors["grad_mean_nll_wrt_logits"]
-  np.testing.assert_allclose(gradient, recorded, rtol=1e-4, atol=1e-5 * np.abs(recorded).max())
   network = jax.vmap(proc.nll)(jnp.asarray(vectors["network_log_x_theta"]), xt, x0, t)
   np.testing.assert_allclose(network, vectors["network_nll_per_token"], rtol=2e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("variant", "ab")
+@pytest.mark.parametrize("variant", ["a", pytest.param("b", marks=pytest.mark.slow)])
 def test_golden_posteriors(golden, variant):
   vectors, config = golden(f"udlm_losses__{variant}")
   with jax.enable_x64(True):

@@ -47,11 +47,12 @@ def _rows_by_hand(denoiser):
   return rows
 
 
-def _generate(denoiser, proc, **options):
+def _generate(denoiser, proc, seed=4, batch=SAMPLES, **options):
   generate = functools.partial(
-    sample.generate, batch=SAMPLES, length=L, sampler="analytic", **options
+    sample.generate, batch=batch, length=L, sampler="analytic", **options
   )
-  return np.asarray(jax.jit(generate, static_argnums=1)(denoiser, proc, jax.random.key(4)))
+  found = jax.jit(generate, static_argnums=1)(denoiser, proc, jax.random.key(seed))
+  return jax.tree.map(np.asarray, found)
 
 
 def _denoiser():
@@ -78,23 +79,13 @@ def test_normalised_it_is_ancestral():
 
 @pytest.mark.parametrize("noise_removal", ["ancestral", "greedy"])
 def test_no_mask_is_left_and_given_tokens_stay(noise_removal):
-  tokens, trace = sample.generate(
-    _denoiser(),
-    SCORE,
-    jax.random.key(2),
-    batch=64,
-    length=L,
-    steps=2,
-    sampler="analytic",
-    prompt=jnp.array([1]),
-    noise_removal=noise_removal,
-    nucleus=0.9,
-    return_trace=True,
-  )
-  assert trace.shape == (3, 64, L) and np.all(np.asarray(trace)[..., 0] == 1)
+  options = {"steps": 2, "prompt": jnp.array([1]), "noise_removal": noise_removal, "nucleus": 0.9}
+  tokens, trace = _generate(_denoiser(), SCORE, 2, 64, return_trace=True, **options)
+  assert trace.shape == (3, 64, L) and np.all(trace[..., 0] == 1)
   assert np.all(tokens != toy.MASK)
 
 
+@pytest.mark.slow
 def test_a_sequence_depends_on_its_own_key_only_and_no_key_is_used_twice():
   given = {"length": L, "steps": 3, "sampler": "analytic"}
   with jax.debug_key_reuse(True):
@@ -106,12 +97,12 @@ def test_a_sequence_depends_on_its_own_key_only_and_no_key_is_used_twice():
 # --- recorded numbers ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("variant", "ab")
+@pytest.mark.parametrize("variant", ["a", pytest.param("b", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
   "entry,names",
   [
     ("mdlm_sampler", ("x", "t", "dt", "")),
-    ("mdlm_losses", ("xt", "update_t", "update_dt", "update_")),
+    pytest.param("mdlm_losses", ("xt", "update_t", "update_dt", "update_"), marks=pytest.mark.slow),
   ],
 )
 def test_golden_weights_and_draws(golden_dit, entry, names, variant):

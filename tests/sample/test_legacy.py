@@ -19,7 +19,7 @@ from dlm_jax.sample import _legacy, grids
 EPS = {"ddpm": 1e-3, "ddpm_cache": 0.0}
 
 
-@pytest.fixture(params="ab")
+@pytest.fixture(params=["a", pytest.param("b", marks=pytest.mark.slow)])
 def recorded(request, golden_dit):
   """Return (vectors, config, denoiser, process with ε = 0) of one variant."""
   vectors, config, model, params = golden_dit(f"mdlm_sampler__{request.param}")

@@ -267,7 +267,7 @@ def test_bad_input_is_one_line_that_names_the_way_out(options, word):
 # --- recorded numbers ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("variant", "ab")
+@pytest.mark.parametrize("variant", ["a", pytest.param("b", marks=pytest.mark.slow)])
 def test_golden_probabilities_and_draws(golden_dit, variant):
   """κ = 0.4 under masks; `test_uniform_sampler` has the uniform process."""
   vectors, config, model, params = golden_dit(f"mdlm_losses__{variant}")

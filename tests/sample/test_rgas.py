@@ -3,6 +3,7 @@
 
 import functools
 
+import golden_networks
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,12 +11,11 @@ import pytest
 import toy
 
 from dlm_jax import draw, process, sample, schedules
-from dlm_jax.convert.families import discriminator as public
 from dlm_jax.errors import InputError
 from dlm_jax.models import Critic, Denoiser, Discriminator, DiT, DiTConfig
 from dlm_jax.sample import _rgas
 
-every_variant = pytest.mark.parametrize("variant", "ab")
+every_variant = pytest.mark.parametrize("variant", ["a", pytest.param("b", marks=pytest.mark.slow)])
 
 
 # --- recorded steps -----------------------------------------------------------------------------
@@ -26,22 +26,7 @@ class Recorded:
 
   def __init__(self, vectors, config):
     v = self.vectors = vectors
-    sizes = DiTConfig(
-      vocab_size=config["V"],
-      dim=config["H"],
-      cond_dim=config["cond"],
-      layers=config["nb"],
-      heads=config["nh"],
-      length=config["L"],
-      dtype="float32",
-    )
-    model = Discriminator(sizes, trained_layers=1)
-    tensors = {
-      name.removeprefix("discriminator/"): value
-      for name, value in v.items()
-      if name.startswith("discriminator/")
-    }
-    self.critic = public.from_tensors(model, tensors)
+    self.critic = golden_networks.critic(vectors, config)
     self.mask, self.x = config["mask_index"], jnp.asarray(v["x"], jnp.int32)
     self.process = process.Absorbing(vocab_size=config["V"], mask_id=self.mask)
     self.masked, self.sigma = self.x == self.mask, jnp.asarray(v["sigma"])
@@ -181,19 +166,10 @@ class Taste:
     )
 
 
-def _draw(critic, **options):
-  run = functools.partial(
-    sample.generate,
-    toy.make(L),
-    PROC,
-    jax.random.key(4),
-    batch=SAMPLES,
-    length=L,
-    sampler="rgas",
-    critic=critic,
-    **options,
-  )
-  return np.asarray(jax.jit(run)())
+def _draw(critic, *, proc=PROC, batch=SAMPLES, **options):
+  options |= {"sampler": "rgas", "critic": critic}
+  run = functools.partial(sample.generate, toy.make(L), proc, batch=batch, length=L, **options)
+  return jax.tree.map(np.asarray, jax.jit(run)(jax.random.key(4)))
 
 
 def _tilted_rows(critic, scale):
@@ -266,24 +242,10 @@ def test_law_of_ranking(reward):
     others = same * q[None] / (same @ q)[:, None]
     ranked = 2 * q * np.sum(lean * others, axis=1)
   np.testing.assert_allclose(ranked.sum(), 1, rtol=1e-5)
-  run = functools.partial(
-    sample.generate,
-    toy.make(L),
-    PROC,
-    jax.random.key(4),
-    batch=SAMPLES,
-    length=L,
-    steps=2,
-    sampler="rgas",
-    critic=critic,
-    ratio=1.0,
-    candidates=2,
-    reward=reward,
-    return_trace=True,
-  )
-  _, trace = jax.jit(run)()
-  assert toy.p_value(np.asarray(trace[0]), ranked) > 1e-4
-  assert toy.p_value(np.asarray(trace[0]), q) < 1e-6
+  options = {"steps": 2, "ratio": 1.0, "candidates": 2, "reward": reward}
+  _, trace = _draw(critic, return_trace=True, **options)
+  assert toy.p_value(trace[0], ranked) > 1e-4
+  assert toy.p_value(trace[0], q) < 1e-6
 
 
 def test_a_constant_reward_changes_nothing():
@@ -293,25 +255,15 @@ def test_a_constant_reward_changes_nothing():
   assert toy.p_value(tokens, toy.chain_law(toy.make(L), PROC, L, 3)) > 1e-4
 
 
+@pytest.mark.slow
 def test_tails():
   """A schedule that leaves many masks: greedy fills them with the best tokens, none keeps them."""
   proc = process.Absorbing(vocab_size=V, mask_id=toy.MASK, schedule=schedules.Polynomial(power=0.1))
-  draw_with = functools.partial(
-    sample.generate,
-    toy.make(L),
-    proc,
-    jax.random.key(4),
-    batch=512,
-    length=L,
-    steps=2,
-    sampler="rgas",
-    critic=Taste(1.0),
-    h=(0.0, 0.0),
-    candidates=1,
-  )
-  left = np.asarray(draw_with(noise_removal="none"))
+  given = {"batch": 512, "steps": 2, "h": (0.0, 0.0), "candidates": 1}
+  draw_with = functools.partial(_draw, Taste(1.0), proc=proc, **given)
+  left = draw_with(noise_removal="none")
   assert np.any(left == toy.MASK)
-  filled = np.asarray(draw_with(noise_removal="greedy"))
+  filled = draw_with(noise_removal="greedy")
   logits = toy.make(L)(jnp.asarray(left), jnp.zeros(len(left)))
   best = np.argmax(np.asarray(logits)[..., : toy.MASK], -1)
   np.testing.assert_array_equal(filled, np.where(left == toy.MASK, best, left))
@@ -335,6 +287,7 @@ def test_cost():
   assert sample.evaluations(steps=7)["student"] == 7
 
 
+@pytest.mark.slow
 def test_prompts_keys_and_batches():
   given = {
     "length": 6,
@@ -352,6 +305,7 @@ def test_prompts_keys_and_batches():
   assert np.all(eight[:, 0] == 1) and np.all(eight[:, 2] == 0) and np.all(eight != toy.MASK)
 
 
+@pytest.mark.slow
 def test_tilting_makes_no_dense_array():
   """Peak memory of a tilted step stays below one float32 [B, L, V]."""
   batch, length, vocabulary = 4, 256, 4096
@@ -367,17 +321,8 @@ def test_tilting_makes_no_dense_array():
 
   @jax.jit
   def run(denoiser, critic, rng):
-    return sample.generate(
-      denoiser,
-      proc,
-      rng,
-      batch=batch,
-      length=length,
-      steps=32,
-      sampler="rgas",
-      critic=critic,
-      ratio=0.0,
-    )
+    options = {"steps": 32, "sampler": "rgas", "critic": critic, "ratio": 0.0}
+    return sample.generate(denoiser, proc, rng, batch=batch, length=length, **options)
 
   compiled = run.lower(denoiser, critic, jax.random.key(2)).compile()
   assert compiled.memory_analysis().temp_size_in_bytes < 4 * batch * length * vocabulary

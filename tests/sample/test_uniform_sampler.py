@@ -93,9 +93,7 @@ def test_redraw_at_a_large_vocabulary():
       _uniform.draws(proc, key, 1),
       jnp.log(weights_V)[None],
       jnp.array([x]),
-      alpha_s,
-      alpha_t,
-      kappa,
+      _uniform.Step(alpha_s, alpha_t, kappa),
     )[0]
     return jax.vmap(one)(jax.random.split(key, chunk))
 
@@ -127,7 +125,9 @@ def _plain_samples(steps):
   return _generate(steps=steps)
 
 
-@pytest.mark.parametrize("steps", [1, 2, 3, 8])
+@pytest.mark.parametrize(
+  "steps", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 3, 8))]
+)
 def test_law_of_the_reverse_chain(steps):
   law = toy.chain_law(_toy(L), PROC, L, steps)
   assert toy.p_value(_plain_samples(steps), law) > FOLLOWS
@@ -158,7 +158,9 @@ def test_the_network_is_given_sigma_of_the_step():
   assert toy.p_value(tokens, toy.chain_law(toy.make(L, seed=3), PROC, L, 3)) < DIFFERS
 
 
-@pytest.mark.parametrize("options", [{"temperature": 0.5}, {"nucleus": 0.7}])
+@pytest.mark.parametrize(
+  "options", [{"temperature": 0.5}, pytest.param({"nucleus": 0.7}, marks=pytest.mark.slow)]
+)
 def test_sharpening_acts_on_the_prediction_of_the_clean_token(options):
   denoiser = toy.make(L, seed=5, scale=1.0)
   tokens = _generate(denoiser, steps=3, **options)
@@ -224,7 +226,9 @@ def test_a_sequence_depends_on_its_own_key_only(options):
     np.testing.assert_array_equal(_generate(batch=batch, **options), eight[:batch])
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize(
+  "options", [OPTIONS[0], pytest.param(OPTIONS[1], marks=pytest.mark.slow), OPTIONS[2]], ids=str
+)
 def test_eager_jit_and_vmap_agree(options):
   keys = jax.random.split(KEY, 2)
   generate = functools.partial(sample.generate, _toy(L), PROC, batch=2, length=L, **options)

@@ -10,12 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_runs
+from compiled import at_most
 
 import dlm_jax
-from dlm_jax import convert, process
+from dlm_jax import convert, process, sample
 from dlm_jax.cli.main import main
 from dlm_jax.data.tokenizers import MASK_SYMBOL
 from dlm_jax.errors import InputError
+from dlm_jax.text import denoiser
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +45,17 @@ def test_texts_are_strings_without_masks(pipe):
   tokens = np.asarray(pipe.tokens(steps=3, num=4))
   assert tokens.shape == (4, 16) and (tokens < pipe.tokenizer.vocab_size).all()
   assert texts == [pipe.tokenizer.decode(row) for row in tokens]
+
+
+def test_the_second_call_compiles_nothing(pipe, monkeypatch):
+  """Nor does the same network, loaded again."""
+  monkeypatch.setattr(sample, "generate", at_most(sample.generate))
+  denoiser._generate.cache_clear()
+  assert pipe(steps=3, num=2, seed=0) != pipe(steps=3, num=2, seed=1)
+  dlm_jax.load(str(tiny_runs.make().teacher))(steps=3, num=2, seed=2)
+  with pytest.raises(AssertionError, match="traced > 1 times"):
+    pipe(steps=4, num=2)
+  denoiser._generate.cache_clear()
 
 
 def test_text_i_does_not_depend_on_num(pipe):
@@ -83,7 +96,7 @@ def test_bad_paths(tmp_path):
   with pytest.raises(InputError, match="holds no network"):
     dlm_jax.load(str(tmp_path))
   with pytest.raises(InputError, match="sampling needs a denoiser"):
-    dlm_jax.load(str(tiny_runs.make().judge))
+    denoiser.load_denoiser(str(tiny_runs.make().judge))
   shutil.copytree(tiny_runs.make().teacher / "final", tmp_path / "model")
   (tmp_path / "model" / "tokenizer.json").unlink()
   with pytest.raises(InputError, match="tokenizer"):

@@ -75,23 +75,23 @@ def _run(workdir, objective, batches, *, evaluator=None, **config):
   shardings = jax.tree.map(lambda _: mesh.replicated(devices), like)
   options = {"steps": 6, "log_every": 1, "checkpoint_every": 2} | config
   with checkpoint.Checkpoints(workdir / "checkpoints") as checkpoints:
-    state = jax.device_put(objective.init(jax.random.key(0), None), mesh.replicated(devices))
-    if checkpoints.latest:
-      placed = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), like, shardings
-      )
-      state, extra = checkpoints.restore(placed)
-      batches.seek(extra["loader"])
-      if evaluator:
-        evaluator.from_json(extra["evaluator"])
+    state = loop.start(
+      objective,
+      None,
+      batches,
+      seed=0,
+      shapes=like,
+      shardings=shardings,
+      checkpoints=checkpoints,
+      evaluator=evaluator,
+    )
     with writers.Writer(workdir, resume_from=int(state.step), tensorboard=False) as writer:
       return loop.run(
         objective,
         state,
         batches,
         config=loop.LoopConfig(**options),
-        mesh=devices,
-        batch_size=8,
+        rows=(0, 1),
         shardings=shardings,
         checkpoints=checkpoints,
         writer=writer,
@@ -159,6 +159,18 @@ def test_evaluator_is_called_when_due_and_logged(tmp_path):
   assert result.reason == "finished"
   assert scores.seen == [(3, 6.0), (6, 21.0)]
   assert [(row["step"], row["score"]) for row in _rows(tmp_path)] == [(3, 30), (6, 60)]
+
+
+def test_what_a_run_starts_from_is_measured_once(tmp_path):
+  """Before the first step, and not again when it is resumed there or later."""
+  when = {"evaluate_every": 3, "evaluate_start": True, "log_every": 50}
+  scores = Scores()
+  _run(tmp_path, _objective(), Batches(), evaluator=scores, steps=3, **when)
+  assert scores.seen == [(0, 0.0), (3, 6.0)]
+  again = Scores()
+  _run(tmp_path, _objective(), Batches(), evaluator=again, steps=6, **when)
+  assert again.seen == [None, None, (6, 21.0)]
+  assert [(row["step"], row["score"]) for row in _rows(tmp_path)] == [(0, 0), (3, 30), (6, 60)]
 
 
 def test_collapse_stops_and_saves(tmp_path):

@@ -44,7 +44,7 @@ def test_warm_up_longer_than_the_run():
 
 def test_unknown_schedule():
   with pytest.raises(InputError, match=r"optim\.schedule='cosin' is unknown; use one of constant"):
-    optim.make(optim.OptimConfig(schedule="cosin"), 10)
+    optim.adamw(optim.OptimConfig(schedule="cosin"), 10)
 
 
 _PARAMS = {
@@ -55,7 +55,7 @@ _PARAMS = {
 
 
 def test_decay_acts_on_matrices_only():
-  tx = optim.make(optim.OptimConfig(lr=0.1, warmup=0, weight_decay=0.5), 10)
+  tx = optim.adamw(optim.OptimConfig(lr=0.1, warmup=0, weight_decay=0.5), 10)
   zeros = jax.tree.map(jnp.zeros_like, _PARAMS)
   updates, _ = tx.update(zeros, tx.init(_PARAMS), _PARAMS)
   np.testing.assert_allclose(updates["embed"]["embedding"], -0.05)
@@ -66,11 +66,11 @@ def test_decay_acts_on_matrices_only():
 def test_first_update_of_adam_and_its_warm_up():
   """Adam's first step is lr · g / (|g| + eps), whatever the gradient; with warm-up it is zero."""
   grads = jax.tree.map(lambda x: 5.0 * x, _PARAMS)
-  tx = optim.make(optim.OptimConfig(lr=0.1, warmup=0, eps=1e-12), 10)
+  tx = optim.adamw(optim.OptimConfig(lr=0.1, warmup=0, eps=1e-12), 10)
   updates, _ = tx.update(grads, tx.init(_PARAMS), _PARAMS)
   for leaf in jax.tree.leaves(updates):
     np.testing.assert_allclose(leaf, -0.1, rtol=1e-5)
-  tx = optim.make(optim.OptimConfig(lr=0.1, warmup=2), 10)
+  tx = optim.adamw(optim.OptimConfig(lr=0.1, warmup=2), 10)
   updates, _ = tx.update(grads, tx.init(_PARAMS), _PARAMS)
   assert not any(leaf.any() for leaf in jax.tree.leaves(updates))
 
@@ -81,7 +81,7 @@ def test_clip_is_by_the_global_norm():
   scale = 1.0 / (3.0 * math.sqrt(14))
   changes = []
   for clip in (0.0, 1.0, 1e6):
-    tx = optim.make(optim.OptimConfig(lr=1.0, warmup=0, eps=10.0, clip=clip), 10)
+    tx = optim.adamw(optim.OptimConfig(lr=1.0, warmup=0, eps=10.0, clip=clip), 10)
     updates, _ = tx.update(grads, tx.init(_PARAMS), _PARAMS)
     changes.append(float(updates["norm"]["scale"][0]))
   clipped = 3.0 * scale

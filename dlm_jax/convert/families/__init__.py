@@ -56,6 +56,20 @@ def find(config: dict[str, Any], source: Any) -> Family:
   )
 
 
+def named(name: str) -> Family:
+  """Return the family that `model.name` of a config means.
+
+  Raises:
+    InputError: there is none; the line lists those known.
+  """
+  known = {family.name: family for family in found().values() if family.name}
+  if name not in known:
+    raise InputError(
+      f"model.name={name!r} is unknown{hint(name, known)}; found: {', '.join(sorted(known))}."
+    )
+  return known[name]
+
+
 def of(model: Any) -> Family:
   """Return the family of a network.
 

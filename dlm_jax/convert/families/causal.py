@@ -6,7 +6,7 @@ import pathlib
 from typing import Any
 
 from dlm_jax import models
-from dlm_jax.convert import layout, mdlm_layout
+from dlm_jax.convert import mdlm_layout
 from dlm_jax.convert.families import dit
 from dlm_jax.convert.family import Family
 from dlm_jax.errors import InputError
@@ -43,21 +43,12 @@ def describe(model: models.Causal, proc: None) -> dict[str, Any]:
   }
 
 
-def _match(model, tensors, source):
-  shapes = layout.param_shapes(model)
-  return mdlm_layout.match(mdlm_layout.causal_entries(model), shapes, model.config, tensors, source)
-
-
-def _average(model, shadows, source):
-  return mdlm_layout.average(model, mdlm_layout.causal_entries(model), shadows, source)
-
-
 FAMILY = Family(
   model_types=(_TYPE,),
   network=models.Causal,
   read=read,
   describe=describe,
-  entries=mdlm_layout.causal_entries,
-  match=_match,
-  average=_average,
+  **mdlm_layout.reading(mdlm_layout.causal_entries),
+  name="causal",
+  options=models.CausalConfig,
 )

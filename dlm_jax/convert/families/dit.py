@@ -7,11 +7,10 @@ tensors do not tell which. The model_type decides, and a config that contradicts
 
 import dataclasses
 import pathlib
-from collections.abc import Sequence
 from typing import Any
 
 from dlm_jax import models, process
-from dlm_jax.convert import layout, mdlm_layout, processes
+from dlm_jax.convert import mdlm_layout, processes
 from dlm_jax.convert.family import Family
 from dlm_jax.errors import InputError
 from dlm_jax.process import Process
@@ -159,25 +158,15 @@ def describe(model: models.DiT, proc: Process) -> dict[str, Any]:
   return config | {"mlp_ratio": options["mlp_ratio"], "dlm_jax": {"process": stored}}
 
 
-def _match(model, tensors, source):
-  shapes = layout.param_shapes(model)
-  return mdlm_layout.match(
-    mdlm_layout.denoiser_entries(model), shapes, model.config, tensors, source
-  )
-
-
-def _average(model, shadows: Sequence[Any], source):
-  return mdlm_layout.average(model, mdlm_layout.denoiser_entries(model), shadows, source)
-
-
 FAMILY = Family(
   model_types=tuple(_KINDS),
   network=models.DiT,
   read=read,
   describe=describe,
-  entries=mdlm_layout.denoiser_entries,
-  match=_match,
-  average=_average,
+  **mdlm_layout.reading(mdlm_layout.denoiser_entries),
   writes=("grid",),
   processes=("absorbing", "absorbing_score", "uniform"),
+  pad_row=True,
+  name="dit",
+  options=models.DiTConfig,
 )

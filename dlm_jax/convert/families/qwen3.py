@@ -257,6 +257,17 @@ def match(
   return tensors
 
 
+def complete(fields: dict[str, Any]) -> dict[str, Any]:
+  """Return the arguments of `DecoderConfig` from a config's fields, of which 0 follows others."""
+  rest = {name: value for name, value in fields.items() if name != "mlp_ratio"}
+  heads, dim = fields["heads"], fields["dim"]
+  return rest | {
+    "kv_heads": fields["kv_heads"] or heads,
+    "head_dim": fields["head_dim"] or dim // max(heads, 1),
+    "mlp_dim": fields["mlp_dim"] or fields["mlp_ratio"] * dim,
+  }
+
+
 FAMILY = Family(
   model_types=("qwen3", "sdar", "qwen3_moe", "sdar_moe"),  # I-DLM calls itself sdar
   network=models.Decoder,
@@ -268,4 +279,8 @@ FAMILY = Family(
   processes=("absorbing", "none"),
   dtypes=("float32", "bfloat16"),
   spare_rows=True,
+  several=True,
+  name="decoder",
+  options=models.DecoderConfig,
+  complete=complete,
 )

@@ -28,6 +28,11 @@ class Base:
   cls_id = pad_id = None  # no record of one document each
 
   @property
+  def framed(self) -> bool:
+    """Whether a record is one document in a frame of `given_ids`: proteins, never text."""
+    return bool(self.given_ids)
+
+  @property
   def mask_id(self) -> int:
     """The id that an absorbing process appends to this vocabulary."""
     return self.vocab_size

@@ -3,10 +3,11 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+
+from dlm_jax.arrays import BoolL, IntL
 
 
-def number_padding(position_L: Int[Array, "L"]) -> Int[Array, "L"]:
+def number_padding(position_L: IntL) -> IntL:
   """Renumber the zeros at the end of a row 0, 1, 2, …: padding is a document of its own.
 
   Reference: SDAR, arXiv 2510.06303; released code.
@@ -16,12 +17,12 @@ def number_padding(position_L: Int[Array, "L"]) -> Int[Array, "L"]:
   return jnp.where(index_L > last, index_L - last - 1, position_L)
 
 
-def number_documents(position_L: Int[Array, "L"]) -> Int[Array, "L"]:
+def number_documents(position_L: IntL) -> IntL:
   """Return the number of each token's document, from 0: one begins wherever positions do."""
   return jnp.maximum(jnp.cumsum(position_L == 0) - 1, 0)
 
 
-def positions_between(starts_L: Bool[Array, "L"]) -> Int[Array, "L"]:
+def positions_between(starts_L: BoolL) -> IntL:
   """Return positions that start over where a document starts; the first token always does."""
   index_L = jnp.arange(starts_L.shape[0])
   return index_L - jax.lax.cummax(jnp.where(starts_L, index_L, 0))

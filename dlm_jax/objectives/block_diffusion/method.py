@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from dlm_jax.arrays import Metrics, Params
+from dlm_jax.arrays import FloatBL, Metrics, Params
 from dlm_jax.errors import InputError
 from dlm_jax.models import Decoder, masks
 from dlm_jax.objectives.batch import Batch, split_each, valid_tokens
@@ -124,7 +124,7 @@ def token_nll(
   block_length: Int[Array, ""] | int,
   subs: bool = True,
   chunk: int | None = None,
-) -> Float[Array, "B L"]:
+) -> FloatBL:
   """Return weighted nats of every masked token given its block's state and earlier clean blocks.
 
   Args:

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from dlm_jax.arrays import Metrics, Params
+from dlm_jax.arrays import FloatB, Metrics, Params
 from dlm_jax.errors import InputError
 from dlm_jax.models import Critic, Discriminator, DiT, discriminator
 from dlm_jax.objectives.batch import Batch, fold_each, split_each, stratified_times, valid_tokens
@@ -159,7 +159,7 @@ def discriminator_loss(
 
 def reward(
   critic: Callable[..., Array], batch: Batch, process: Absorbing, clip: float = 8.0
-) -> Float[Array, "B"]:
+) -> FloatB:
   """Return the estimate of log q_θ(z, t) − log q_ν(z, t) of every generated sequence."""
   logits_BL = critic(batch["fake"], process.schedule.sigma(batch["t"]))
   return masked_mean(logits_BL, batch["fake"] == process.mask_id, clip)

@@ -9,9 +9,10 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool
 from scipy import stats
 
+from dlm_jax.arrays import BoolBL, FloatB, FloatBL
 from dlm_jax.schedules import Schedule
 
 OMEGAS = ("elbo", "constant")
@@ -23,24 +24,20 @@ def _quantiles(a, b) -> np.ndarray:
   return stats.beta.ppf(np.linspace(0, 1, _NODES), a, b).astype(np.float32)
 
 
-def beta_times(
-  u_B: Float[Array, "B"], a: float | int, b: float | int
-) -> tuple[Float[Array, "B"], Float[Array, "B"]]:
+def beta_times(u_B: FloatB, a: float | int, b: float | int) -> tuple[FloatB, FloatB]:
   """Return times t ~ Beta(a, b) at uniforms, by the inverse distribution function, and π(t)."""
   t_B = jnp.interp(u_B, jnp.linspace(0, 1, _NODES), jnp.asarray(_quantiles(a, b)))
   return t_B, jax.scipy.stats.beta.pdf(jnp.clip(t_B, 1e-6, 1 - 1e-6), a, b)
 
 
-def omega(
-  t_B: Float[Array, "B"], schedule: Schedule, mode: str, clip: tuple[float, ...]
-) -> Float[Array, "B"]:
+def omega(t_B: FloatB, schedule: Schedule, mode: str, clip: tuple[float, ...]) -> FloatB:
   """Return ω(t): "constant" 1, or "elbo" −α'/(1 − α), the weight of the NELBO, clipped."""
   if mode == "constant":
     return jnp.ones_like(t_B)
   return jnp.clip(schedule.weight(t_B), *clip)
 
 
-def masked_mean(logits_BL: Float[Array, "B L"], masked_BL: Bool[Array, "B L"], clip: float):
+def masked_mean(logits_BL: FloatBL, masked_BL: BoolBL, clip: float):
   """Return the mean over masked positions of clipped log-odds, per sequence; 0 without masks.
 
   Every position estimates one number, the log-ratio of the whole sequence, hence a mean.
@@ -50,13 +47,13 @@ def masked_mean(logits_BL: Float[Array, "B L"], masked_BL: Bool[Array, "B L"], c
 
 
 def normalise_groups(
-  reward_B: Float[Array, "B"],
+  reward_B: FloatB,
   size: int,
   clip: float = 3.0,
   eps: float = 1e-8,
   *,
   counted_B: Bool[Array, "B"] | None = None,
-) -> Float[Array, "B"]:
+) -> FloatB:
   """Return advantages (r − mean)/(std + ε) within groups of consecutive sequences, clipped.
 
   The standard deviation has ddof = 1, so that no advantage exceeds (G − 1)/√G.

@@ -17,10 +17,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
 
 from dlm_jax import draw
-from dlm_jax.arrays import Params
+from dlm_jax.arrays import FloatB, IntBL, KeyB, Params
 from dlm_jax.objectives.batch import Batch, fold_each, split_each, valid_tokens
 from dlm_jax.objectives.didi_instruct.options import Options
 from dlm_jax.objectives.positions import map_positions
@@ -37,19 +36,19 @@ class Terms(NamedTuple):
     entropy: of the student's predictions, nats, mean over the same and over the steps.
   """
 
-  log_prob: Float[Array, "B"]
-  divergences: tuple[Float[Array, "B"], ...]
-  entropy: Float[Array, "B"]
+  log_prob: FloatB
+  divergences: tuple[FloatB, ...]
+  entropy: FloatB
 
 
 class Path(NamedTuple):
   """States after the steps; `z` is the start where there is only one step."""
 
-  z: Int[Array, "B L"]
-  x0: Int[Array, "B L"]
+  z: IntBL
+  x0: IntBL
 
 
-def start(batch: Batch, process: Absorbing) -> Int[Array, "B L"]:
+def start(batch: Batch, process: Absorbing) -> IntBL:
   """Return the state that generation starts from: masks, and prompts where not valid."""
   return jnp.where(valid_tokens(batch), process.mask_id, batch["tokens"])
 
@@ -163,14 +162,7 @@ def _step(
   return xs_BL, log_prob_B, mean(divergence_BL), mean(entropy_BL)
 
 
-def sample(
-  params: Params,
-  batch: Batch,
-  rng_B: Key[Array, "B"],
-  steps: int,
-  *,
-  setting: Setting,
-) -> Int[Array, "B L"]:
+def sample(params: Params, batch: Batch, rng_B: KeyB, steps: int, *, setting: Setting) -> IntBL:
   """Draw clean text from a network by `steps` ancestral steps on a uniform grid down to 0."""
   grid_K = jnp.linspace(1.0, 0.0, steps + 1)
 

@@ -15,10 +15,9 @@ from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key
 
 from dlm_jax import draw
-from dlm_jax.arrays import Params
+from dlm_jax.arrays import BoolBL, FloatBLD, IntBL, KeyB, Params
 from dlm_jax.objectives.batch import Batch, valid_tokens
 from dlm_jax.objectives.positions import map_positions
 from dlm_jax.objectives.setting import Setting
@@ -33,9 +32,9 @@ class HardSample(NamedTuple):
     z: a prediction drawn per position, then corrupted to time t; constant.
   """
 
-  x_gen: Int[Array, "B L"]
-  hidden: Float[Array, "B L D"]
-  z: Int[Array, "B L"]
+  x_gen: IntBL
+  hidden: FloatBLD
+  z: IntBL
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,11 +44,7 @@ class HardStates(Setting):
   through_inputs: ClassVar[bool] = False  # whether gradients pass through teacher and fake
 
   def rollout(
-    self,
-    params: Params,
-    batch: Batch,
-    rngs: tuple[Key[Array, "B"], ...],
-    dropout_B: Key[Array, "B"] | None,
+    self, params: Params, batch: Batch, rngs: tuple[KeyB, ...], dropout_B: KeyB | None
   ) -> HardSample:
     """Run the student once on corrupted data and draw the loss state from its prediction.
 
@@ -85,16 +80,14 @@ class HardStates(Setting):
     sample: HardSample,
     batch: Batch,
     trees: tuple[Params, ...],
-    dropouts: tuple[Key[Array, "B"] | None, ...],
-  ) -> tuple[Int[Array, "B L"], tuple[Float[Array, "B L D"], ...]]:
+    dropouts: tuple[KeyB | None, ...],
+  ) -> tuple[IntBL, tuple[FloatBLD, ...]]:
     """Return the loss state z and the trunk output of every tree that reads it."""
     del student
     each = zip(trees, dropouts, strict=True)
     return sample.z, tuple(self.trunk(tree, sample.z, batch["t"], rng_B) for tree, rng_B in each)
 
-  def counted(
-    self, sample: HardSample, z_BL: Int[Array, "B L"], batch: Batch
-  ) -> Bool[Array, "B L"]:
+  def counted(self, sample: HardSample, z_BL: IntBL, batch: Batch) -> BoolBL:
     """Return which positions carry loss."""
     del batch
     return (sample.x_gen == self.process.mask_id) & (z_BL == self.process.mask_id)

@@ -18,9 +18,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float
 
-from dlm_jax.arrays import Metrics, Params
+from dlm_jax.arrays import KeyB, Metrics, Params
 from dlm_jax.errors import check_choice
 from dlm_jax.models import DiT
 from dlm_jax.models.dit import head_params
@@ -30,14 +30,8 @@ from dlm_jax.objectives.idlm.absorbing import HardSample, HardStates
 from dlm_jax.objectives.idlm.uniform import SoftSample, SoftStates
 from dlm_jax.objectives.options import ChunkedOptions
 from dlm_jax.objectives.positions import positions_per_chunk, sum_positions
-from dlm_jax.objectives.state import (
-  Objective,
-  Optimizers,
-  check_class,
-  check_time_conditioning,
-  init_from_teacher,
-  update,
-)
+from dlm_jax.objectives.setting import check_time_conditioning
+from dlm_jax.objectives.state import Objective, Optimizers, check_class, init_from_teacher, update
 from dlm_jax.process import Absorbing, GaussianDuality, Uniform
 
 TIME_COUPLINGS = ("same_order", "permuted")
@@ -94,7 +88,7 @@ def cross_entropy(
   *,
   states: HardStates | SoftStates,
   student: Params,
-  dropout_B: Key[Array, "B"] | None = None,
+  dropout_B: KeyB | None = None,
 ) -> Float[Array, ""]:
   """Return the teacher's own training loss on a sample; for MDLM −(1/t) Σ_masked ⟨p, log f⟩.
 

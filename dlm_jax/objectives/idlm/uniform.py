@@ -9,11 +9,9 @@ through w in the networks' inputs. Training without the second one is reported t
 import dataclasses
 from typing import ClassVar, NamedTuple
 
-from jaxtyping import Array, Bool, Float, Int, Key
-
-from dlm_jax.arrays import Params
+from dlm_jax.arrays import BoolBL, FloatBLD, IntBL, KeyB, Params
 from dlm_jax.objectives.batch import Batch, valid_tokens
-from dlm_jax.objectives.gaussian_states import Relaxation, embed_data, embed_predictions
+from dlm_jax.objectives.gaussian_states import Noising, Relaxation, embed_data, embed_predictions
 from dlm_jax.objectives.setting import Setting
 
 
@@ -26,9 +24,9 @@ class SoftSample(NamedTuple):
     rng_noise: keys of the loss state's noise: it is made from the prediction where it is read.
   """
 
-  x_gen: Int[Array, "B L"]
-  hidden: Float[Array, "B L D"]
-  rng_noise: Key[Array, "B"]
+  x_gen: IntBL
+  hidden: FloatBLD
+  rng_noise: KeyB
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,24 +41,12 @@ class SoftStates(Setting):
   through_inputs: ClassVar[bool] = True  # whether gradients pass through teacher and fake
 
   def rollout(
-    self,
-    params: Params,
-    batch: Batch,
-    rngs: tuple[Key[Array, "B"], ...],
-    dropout_B: Key[Array, "B"] | None,
+    self, params: Params, batch: Batch, rngs: tuple[KeyB, ...], dropout_B: KeyB | None
   ) -> SoftSample:
     """Run the student once on diffused data; arguments as for `HardStates.rollout`."""
     rng_gen_B, _, rng_noise_B = rngs
-    x_gen_BL, embedded_BLD = embed_data(
-      params,
-      batch["tokens"],
-      rng_gen_B,
-      batch["t_gen"],
-      valid_tokens(batch),
-      model=self.model,
-      relaxation=self.relaxation,
-      chunk=self.chunk,
-    )
+    given = Noising(batch["tokens"], rng_gen_B, batch["t_gen"], valid_tokens(batch))
+    x_gen_BL, embedded_BLD = embed_data(params, given, setting=self, relaxation=self.relaxation)
     hidden_BLD = self.body(params, embedded_BLD, batch["t_gen"], dropout_B)
     return SoftSample(x_gen_BL, hidden_BLD, rng_noise_B)
 
@@ -70,27 +56,21 @@ class SoftStates(Setting):
     sample: SoftSample,
     batch: Batch,
     trees: tuple[Params, ...],
-    dropouts: tuple[Key[Array, "B"] | None, ...],
-  ) -> tuple[Int[Array, "B L"], tuple[Float[Array, "B L D"], ...]]:
+    dropouts: tuple[KeyB | None, ...],
+  ) -> tuple[IntBL, tuple[FloatBLD, ...]]:
     """Return the loss state's tokens z and the trunk output of every tree that reads it."""
     z_BL, inputs = embed_predictions(
       lambda hidden_BKD: self.head(student, hidden_BKD, batch["t_gen"]),
       (sample.hidden,),
       trees,
-      sample.x_gen,
-      sample.rng_noise,
-      batch["t"],
-      valid_tokens(batch),
-      model=self.model,
+      Noising(sample.x_gen, sample.rng_noise, batch["t"], valid_tokens(batch)),
+      setting=self,
       relaxation=self.relaxation,
-      chunk=self.chunk,
     )
     each = zip(trees, inputs, dropouts, strict=True)
     return z_BL, tuple(self.body(tree, x_BLD, batch["t"], rng_B) for tree, x_BLD, rng_B in each)
 
-  def counted(
-    self, sample: SoftSample, z_BL: Int[Array, "B L"], batch: Batch
-  ) -> Bool[Array, "B L"]:
+  def counted(self, sample: SoftSample, z_BL: IntBL, batch: Batch) -> BoolBL:
     """Return which positions carry loss."""
     del sample, z_BL
     return valid_tokens(batch)

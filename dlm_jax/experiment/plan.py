@@ -1,0 +1,293 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A configuration, read once: what it says, in frozen parts that the rest of the library takes.
+
+The parts are the groups of `configs/base.py`, which explains every field: `plan.data.length` is
+--config.data.length. What is wrong with a configuration alone is found here; what depends on the
+data or the devices, in `build`.
+"""
+
+import dataclasses
+import importlib
+import json
+import pkgutil
+from types import ModuleType
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from dlm_jax import objectives, process, schedules
+from dlm_jax.configs.base import base
+from dlm_jax.convert import families
+from dlm_jax.convert.family import Family
+from dlm_jax.errors import InputError, check_choice, check_counts, hint
+from dlm_jax.train.loop import LoopConfig
+
+MEASURES = ("samples", "likelihood")
+_COUNTS = {  # fields that are at least 1
+  "train": ("steps", "log_every", "checkpoint_every", "keep"),
+  "objective": ("accumulate",),
+  "evaluate": ("samples", "batch_size", "patience"),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Data:
+  """The corpus and how it is packed: `config.data`."""
+
+  source: str
+  options: dict[str, Any]
+  tokenizer: str
+  directory: str
+  length: int
+  packing: str
+  buckets: tuple[int, ...]
+  block_length: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Network:
+  """What the network is built from: `config.model`.
+
+  Attributes:
+    name: as the config has it.
+    family: that the name means.
+    vocab_size: 0: what the data needs.
+    fields: the others that this family reads.
+  """
+
+  name: str
+  family: Family
+  vocab_size: int
+  fields: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Noise:
+  """The forward process: `config.process`.
+
+  Attributes:
+    name: as the config has it.
+    mask_id: -1: the last row.
+    schedule: None where the network has no process, or is trained without.
+  """
+
+  name: str
+  mask_id: int
+  schedule: schedules.Schedule | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Method:
+  """The training method: `config.objective`.
+
+  Attributes:
+    name: as the config has it.
+    module: with its `make`, a file of dlm_jax/objectives or a user's own.
+    options: of `make`.
+  """
+
+  name: str
+  module: ModuleType
+  options: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluation:
+  """What is measured in training: `config.evaluate`; `measure` is never empty."""
+
+  every: int
+  measure: tuple[str, ...]
+  judge: str
+  nfes: tuple[int, ...]
+  noise_removal: str
+  samples: int
+  batch_size: int
+  max_entropy_drop: float
+  patience: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+  """What a run is, before there are data and devices.
+
+  Attributes:
+    seed: of parameters, data order, noise and times.
+    data, model, process, objective, evaluate: see their classes.
+    optim: of all trees, with a group for each that has options of its own.
+    batch_size: sequences per update.
+    loop: how long to train, and how often what.
+    keep: checkpoints.
+    teacher: workdir or model directory that a distillation starts from, or "".
+    start: the same of what a training continues from.
+    mesh: sizes by axis.
+    stored: what a checkpoint keeps of the config, JSON-able.
+  """
+
+  seed: int
+  data: Data
+  model: Network
+  process: Noise
+  objective: Method
+  evaluate: Evaluation
+  optim: dict[str, Any]
+  batch_size: int
+  loop: LoopConfig
+  keep: int
+  teacher: str
+  start: str
+  mesh: dict[str, int]
+  stored: dict[str, Any]
+
+
+def read(config: ConfigDict, label: str = "") -> Plan:
+  """Read a configuration; the label is for the progress line, by default the method's name.
+
+  Raises:
+    InputError: a name is unknown, a number impossible, or a field would do nothing.
+  """
+  c = config.to_dict()
+  for group, counts in _COUNTS.items():
+    check_counts(**{f"{group}.{name}": c[group][name] for name in counts})
+  if c["evaluate"]["every"] < 0:
+    raise InputError(f"evaluate.every={c['evaluate']['every']} is negative; 0 evaluates never.")
+  model, train = c["model"], dict(c["train"])
+  family, keep = families.named(model["name"]), train.pop("keep")
+  known = network_fields(family)
+  _check_belonging(c, family)
+  loop = LoopConfig(
+    **train,
+    evaluate_every=c["evaluate"]["every"],
+    evaluate_start=bool(c["teacher"]["path"] or c["start"]["path"]),
+    seed=c["seed"],
+    label=label or c["objective"]["name"],
+  )
+  return Plan(
+    seed=c["seed"],
+    data=read_data(config),
+    model=Network(
+      name=model["name"],
+      family=family,
+      vocab_size=model["vocab_size"],
+      fields={name: model[name] for name in known if name != "vocab_size"},
+    ),
+    process=_noise(c["process"], family),
+    objective=_method(c["objective"]),
+    evaluate=Evaluation(**{**c["evaluate"], "measure": _measures(c)}),
+    optim=c["optim"],
+    batch_size=c["loader"]["batch_size"],
+    loop=loop,
+    keep=keep,
+    teacher=c["teacher"]["path"],
+    start=c["start"]["path"],
+    mesh=c["mesh"],
+    stored=json.loads(config.to_json()),
+  )
+
+
+def read_data(config: ConfigDict) -> Data:
+  """Read `config.data` alone: to prepare a corpus takes nothing else."""
+  return Data(**config.data.to_dict())
+
+
+def _noise(c, family) -> Noise:
+  """Return the process with its schedule."""
+  name, schedule = c["name"], None
+  if family.processes and not (name == "none" and name in family.processes):
+    if name not in process.NAMES:
+      raise InputError(
+        f"process.name={name!r} is unknown{hint(name, process.NAMES)}; found: "
+        f"{', '.join(process.NAMES)}."
+      )
+    power = {"power": c["power"]} if c["schedule"] == "polynomial" else {}
+    try:
+      schedule = schedules.make(c["schedule"], eps=c["eps"], **power)
+    except ValueError as error:
+      raise InputError(f"process.{error}") from None
+  return Noise(name=name, mask_id=c["mask_id"], schedule=schedule)
+
+
+def list_objectives() -> list[str]:
+  """Return the names of the packaged training methods: what in the folder has a `make`."""
+  names = sorted(module.name for module in pkgutil.iter_modules(objectives.__path__))
+  modules = {name: importlib.import_module(f"dlm_jax.objectives.{name}") for name in names}
+  return [name for name, module in modules.items() if hasattr(module, "make")]
+
+
+def _method(c) -> Method:
+  """Return the training method that is named, with its options."""
+  name, options = c["name"], {key: value for key, value in c.items() if key != "name"}
+  if "." in name:
+    try:
+      module = importlib.import_module(name)
+    except ImportError as error:
+      raise InputError(f"objective.name={name!r} cannot be imported: {error}.") from None
+    return Method(name=name, module=module, options=options)
+  known = list_objectives()
+  if name not in known:
+    raise InputError(
+      f"objective.name={name!r} is not a file in dlm_jax/objectives; found: {', '.join(known)}."
+      + hint(name, known)
+    )
+  module = importlib.import_module(f"dlm_jax.objectives.{name}")
+  return Method(name=name, module=module, options=options)
+
+
+def _measures(c) -> tuple[str, ...]:
+  """Return what is measured: `evaluate.measure`, else what suits the method."""
+  asked, teacher = tuple(c["evaluate"]["measure"]), c["teacher"]["path"]
+  if not asked:
+    return ("samples",) if teacher else ("likelihood",)
+  for name in asked:
+    check_choice("evaluate.measure", name, MEASURES)
+  if len(set(asked)) < len(asked):
+    raise InputError(f"evaluate.measure={asked} names one twice; name each once.")
+  if "samples" in asked and not teacher:
+    raise InputError(
+      "evaluate.measure: samples are compared with a teacher's, and teacher.path is empty; use "
+      "likelihood."
+    )
+  return asked
+
+
+# --- fields that would do nothing -----------------------------------------------------------------
+
+
+def network_fields(family: Family) -> tuple[str, ...]:
+  """Return the fields of `config.model` that a network reads, its name not among them."""
+  own = {field.name for field in dataclasses.fields(family.options)}
+  if "mlp_dim" in own:
+    own.add("mlp_ratio")  # where mlp_dim is 0
+  return tuple(field for field in base().model if field in own)
+
+
+def _process_fields(c, family) -> tuple[str, ...]:
+  """Return the fields of `config.process` that the chosen network and process read."""
+  name = c["name"]
+  if not family.processes:
+    return ("name",) if name == "none" else ()
+  if name == "none":  # before a training with a mask, which reads them all
+    return tuple(base().process)
+  mask_id = ("mask_id",) if name in process.MASKED or name not in process.NAMES else ()
+  power = ("power",) if c["schedule"] == "polynomial" else ()
+  return ("name", *mask_id, "schedule", *power, "eps")
+
+
+def _check_belonging(c, family) -> None:
+  """Raise InputError if a field is set that the network or the process does not read."""
+  model, noise = c["model"], c["process"]
+  network = f"model.name={model['name']!r}"
+  owner = f"process.name={noise['name']!r}, process.schedule={noise['schedule']!r}"
+  _check_group("model", model, ("name", *network_fields(family)), network)
+  owner = owner if family.processes else network
+  _check_group("process", noise, _process_fields(noise, family), owner)
+
+
+def _check_group(group, fields, belong, owner):
+  """Complain about a field that would do nothing; with the value of `base` it is not set."""
+  for field, default in base()[group].items():
+    if field not in belong and fields[field] != default:
+      others = f"; fields that belong to it: {', '.join(belong)}" if belong else ""
+      raise InputError(
+        f"{group}.{field}={fields[field]!r} does nothing with {owner}; leave it at {default!r}"
+        f"{others}."
+      )
