@@ -218,7 +218,7 @@ def _command(directory: pathlib.Path, content: dict[str, Any]) -> str:
   if buckets := content.get("buckets"):
     fields["buckets"] = ",".join(map(str, buckets))
   known = ("field", "document_separator", "validation", "validation_fraction", "tests")
-  known += ("min_length", "max_length")
+  known += ("validation_tail", "min_length", "max_length")
   fields |= {f"options.{k}": source[k] for k in known if source.get(k) is not None}
   fields["directory"] = directory.with_name(f"{directory.name}_2")
   given = " ".join(shlex.quote(f"--config.data.{key}={value}") for key, value in fields.items())

@@ -150,6 +150,11 @@ class Files(Chosen):
     document_separator: string between the documents of a plain file, e.g. three line ends.
     validation: glob of the validation files; they are taken out of the training files.
     validation_fraction: without `validation`, the expected share of documents in that split.
+    validation_tail: of plain files instead the end of every document, this share of its characters
+      and from the start of a line: for corpora of few documents, such as a single file.
+
+  Raises:
+    InputError: both a glob and a tail, or the tail is no share.
   """
 
   kind: ClassVar[str] = "files"
@@ -158,6 +163,19 @@ class Files(Chosen):
   document_separator: str | None = None
   validation: str | None = None
   validation_fraction: float = 0.08
+  validation_tail: float | None = None
+
+  def __post_init__(self):
+    tail = self.validation_tail
+    if tail is None:
+      return
+    if not (isinstance(tail, float) and 0 < tail < 1):
+      raise InputError(f"validation_tail={tail!r} must be a share between 0 and 1, e.g. 0.05.")
+    if self.validation is not None:
+      raise InputError(
+        f"validation_tail={tail} and validation={self.validation!r}: the ends of files or files of "
+        "their own, not both."
+      )
 
   def documents(self, split: str) -> Iterator[str]:
     index = 0
@@ -165,16 +183,19 @@ class Files(Chosen):
       for document in self._read(path):
         if not document.strip():
           continue
+        if self.validation_tail is not None and not _of_lines(path):
+          part = _part(document, self.validation_tail, split)
+          if part.strip():
+            yield part
+          continue
         held_out = fraction_of(str(index)) < self.validation_fraction
         index += 1
         if self.validation is not None or held_out == (split == "validation"):
           yield document
 
   def _read(self, path: str) -> Iterator[str]:
-    inner, extension = os.path.splitext(path)
-    name = inner if extension in COMPRESSED else path
     with reading(path) as file:
-      if name.endswith((".jsonl", ".ndjson")):
+      if _of_lines(path):
         yield from self._json_lines(file, path)
         return
       text = decode(file.read(), path)
@@ -191,6 +212,19 @@ class Files(Chosen):
         )
       check_text(document, f"{path}:{number}")
       yield document
+
+
+def _of_lines(path):
+  """Return whether each line of a file is a document."""
+  inner, extension = os.path.splitext(path)
+  return (inner if extension in COMPRESSED else path).endswith((".jsonl", ".ndjson"))
+
+
+def _part(document, tail, split):
+  """Return the end of a document, or what is before it."""
+  start = round(len(document) * (1 - tail))
+  start = document.rfind("\n", 0, start) + 1 or start
+  return document[start:] if split == "validation" else document[:start]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -89,6 +89,25 @@ def test_fraction_split_is_a_partition_and_grows_without_moving(tmp_path):
   assert all(set(small[split]) <= set(large[split]) for split in sources.SPLITS)
 
 
+def test_the_end_of_every_file_is_held_out(tmp_path):
+  """From the start of a line; nothing is in both, nothing is lost; lines of jsonl go by the hash."""
+  prose = "".join(f"line {i}\n" for i in range(200))
+  (tmp_path / "a.txt").write_text(prose)
+  (tmp_path / "b.txt").write_text("x" * 50)
+  found = both(sources.open_source(f"files:{tmp_path}/*.txt", validation_tail=0.1))
+  long, short = zip(found["train"], found["validation"], strict=True)
+  assert "".join(long) == prose and long[1].startswith("line ")
+  assert 0.1 <= len(long[1]) / len(prose) < 0.11
+  assert short == ("x" * 45, "x" * 5)
+  lines = [json.dumps({"text": f"record {i}"}) for i in range(100)]
+  (tmp_path / "c.jsonl").write_text("\n".join(lines))
+  given = {"validation_fraction": 0.2}
+  plain = both(sources.open_source(f"files:{tmp_path}/*.jsonl", **given))
+  assert (
+    both(sources.open_source(f"files:{tmp_path}/*.jsonl", **given, validation_tail=0.1)) == plain
+  )
+
+
 def test_description_follows_the_files(tmp_path):
   (tmp_path / "a.txt").write_text("one")
   before = sources.open_source(f"files:{tmp_path}/*").describe()
