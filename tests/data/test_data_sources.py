@@ -90,7 +90,7 @@ def test_fraction_split_is_a_partition_and_grows_without_moving(tmp_path):
 
 
 def test_the_end_of_every_file_is_held_out(tmp_path):
-  """From the start of a line; nothing is in both, nothing is lost; lines of jsonl go by the hash."""
+  """From the start of a line; nothing is in both or lost; lines of jsonl go by the hash."""
   prose = "".join(f"line {i}\n" for i in range(200))
   (tmp_path / "a.txt").write_text(prose)
   (tmp_path / "b.txt").write_text("x" * 50)
