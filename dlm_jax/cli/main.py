@@ -16,7 +16,10 @@ VERBS = {
   "frontier": "quality against network evaluations, for several models",
   "bench": "speed beside the limits of this machine",
   "convert": "between training runs and the Hugging Face layout",
+  "models": "what there is to name: networks, experiments, samplers, methods",
 }
+
+_RESUME = ("quickstart", "train", "frontier")  # what is done is not done again
 
 _HELP = """usage: dlm-jax VERB [--flag=value ...]
 
@@ -48,7 +51,8 @@ def main(argv: list[str] | None = None) -> int:
     print(f"dlm-jax {verb}: {error}", file=sys.stderr)
     return 2
   except KeyboardInterrupt:
-    print(f"\ndlm-jax {verb}: interrupted.", file=sys.stderr)
+    again = "; the same command goes on from what it finished" if verb in _RESUME else ""
+    print(f"\ndlm-jax {verb}: interrupted{again}.", file=sys.stderr)
     return 130
   except BrokenPipeError:  # … | head
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -10,6 +10,7 @@ import math
 import operator
 import os
 import pathlib
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -330,14 +331,17 @@ def _write_csv(rows, path):
 @contextlib.contextmanager
 def sweep_progress(total: int):
   """Show a sweep's progress in network evaluations; yields what `frontier.sweep` calls per row."""
-  with tqdm(total=total, unit="NFE", desc="frontier", dynamic_ncols=True) as bar:
+  options = {"unit": "NFE", "desc": "frontier", "dynamic_ncols": True, "disable": None}
+  with tqdm(total=total, **options) as bar:
 
     def on_row(row, number, count):
-      del number, count
-      bar.update(row["nfe"])
-      bar.set_postfix_str(
+      text = (
         f"{row['name']} at {row['nfe']}: GenPPL {row['genppl']:.1f}, entropy {row['entropy']:.2f} "
         f"({row['samples']} samples)"
       )
+      if bar.disable:  # no terminal: lines, as training has them
+        print(f"frontier: {number}/{count}, {text}", file=sys.stderr, flush=True)
+      bar.update(row["nfe"])
+      bar.set_postfix_str(text)
 
     yield on_row

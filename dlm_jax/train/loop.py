@@ -4,6 +4,7 @@
 import contextlib
 import dataclasses
 import math
+import os
 import signal
 import time
 from collections.abc import Callable
@@ -299,18 +300,26 @@ def _place(local_UBL: np.ndarray, placed: NamedSharding, rows: tuple[int, int]) 
   return jax.make_array_from_callback(shape, placed, piece)
 
 
+_STOPPING = (
+  b"\nstopping: this step is finished and saved; Ctrl-C again stops at once, and loses what came "
+  b"since the last checkpoint.\n"
+)
+
+
 class _Stop:
   requested = False
 
 
 @contextlib.contextmanager
 def stop_signals():
-  """Turn SIGTERM and the first Ctrl-C into a flag; a second Ctrl-C interrupts at once."""
+  """Turn SIGTERM and the first Ctrl-C into a flag, with a word; a second Ctrl-C interrupts."""
   stop, previous = _Stop(), {}
 
   def request(number, frame):
     if stop.requested and number == signal.SIGINT:
       raise KeyboardInterrupt
+    if not stop.requested:
+      os.write(2, _STOPPING)  # a handler must not print: it may have interrupted a print
     stop.requested = True
 
   try:

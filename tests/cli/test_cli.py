@@ -256,3 +256,16 @@ def test_module_is_the_command():
   assert answer.returncode == 2 and answer.stdout == ""
   assert "'smaple' is no verb" in answer.stderr and "(did you mean 'sample'?)" in answer.stderr
   assert len(answer.stderr.splitlines()) == 1
+
+
+def test_models_lists_what_can_be_named(capsys):
+  assert main(["models"]) == 0
+  text = capsys.readouterr().out
+  for name in ("novels-student", "own_text:teacher", "sdar:8b", "first_hitting", "didi_instruct"):
+    assert f"  {name} " in text, name
+  assert max(map(len, text.splitlines())) < 160 and "None" not in text
+  assert main(["models", "experiments", "--match=idlm"]) == 0
+  head, *rows = capsys.readouterr().out.splitlines()
+  assert head.startswith("experiments") and rows and all("idlm" in row for row in rows)
+  assert main(["models", "networks", "--match=no such"]) == 0
+  assert capsys.readouterr().out.splitlines()[1:] == ["  none"]

@@ -192,11 +192,14 @@ def test_max_seconds_ends_early_and_saves(tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signals_finish_the_step_and_resume(tmp_path, number):
+def test_signals_finish_the_step_and_resume(tmp_path, number, capfd):
   before = signal.getsignal(number)
   interrupted = Batches(at=3, action=lambda: signal.raise_signal(number))
   first = _run(tmp_path, _objective(), interrupted, evaluator=Scores(), evaluate_every=2)
   assert (first.step, first.reason) == (3, "interrupted")
+  assert (
+    capfd.readouterr().err.count("stopping: this step is finished and saved; Ctrl-C again") == 1
+  )
   assert _saved(tmp_path) == [2, 3]
   assert signal.getsignal(number) is before, "the handler is given back"
   scores = Scores()
