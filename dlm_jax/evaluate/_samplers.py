@@ -32,21 +32,17 @@ class Sampler:
   critic: Any = None
 
   def __call__(self, batch: int, nfe: int) -> Callable[[jax.Array], jax.Array]:
-    """Compile sampling of `batch` sequences in `nfe` steps.
-
-    A batch in which a mask outlives all steps (an expected 1e-5 of them) takes one evaluation more.
-    """
+    """Compile sampling of `batch` sequences in `nfe` steps."""
     networks = self._networks()
     compiled = self._compile(networks, batch=batch, nfe=nfe)
     return lambda rng: compiled(*networks, rng)
 
   def evaluations(self, nfe: int) -> int:
-    """Return true evaluations of all networks per sample."""
+    """Return the evaluations of all networks that a sample takes, see `sample.evaluations`."""
     from dlm_jax import sample
 
-    options = dict(self.options)
-    counts = sample.evaluations(options.pop("sampler", "ancestral"), steps=nfe, **options)
-    return sum(counts.values())
+    sizes = {"steps": nfe, "proc": self.process, "length": self.length}
+    return sum(sample.evaluations(**{**self.options, **sizes}).values())
 
   def check(self) -> None:
     """Trace one step; raises InputError for options that the sampler does not take."""

@@ -53,7 +53,7 @@ COLUMNS = (
 )
 AXES = {  # what quality may be plotted against: the axis' title
   "nfe": "network evaluations per sample (NFE)",
-  "evaluations": "true network evaluations per sample, of all networks",
+  "evaluations": "network evaluations made per sample, of all networks",
   "seconds": "milliseconds per sample, drawn in batches",
 }
 _IDENTITY = ("name", "nfe", "samples", "seed", "options", "context")
@@ -65,7 +65,8 @@ class SamplerFactory(Protocol):
 
   Whatever may take long and is not sampling (compilation) belongs in the factory; only the calls
   of the returned function are timed. An attribute `options`, if present, is recorded, and a method
-  `evaluations(nfe)`, if present, gives the true evaluations, which guides make more than `nfe`.
+  `evaluations(nfe)`, if present, gives those that are made: guides and the removal of noise make
+  more than `nfe`, and a sample of L masks needs at most L.
   """
 
   def __call__(self, batch: int, nfe: int) -> Callable[[jax.Array], Any]: ...
@@ -188,13 +189,13 @@ def write(
 def table(rows: Sequence[Row]) -> str:
   """Return the rows as a Markdown table whose columns are also aligned as plain text.
 
-  "all nets" counts true evaluations where a guide makes them more than the NFE.
+  "all nets" counts the evaluations made, of all networks, where they are not the NFE everywhere.
   """
-  guided = any(row["evaluations"] != row["nfe"] for row in rows)
+  counted = any(row["evaluations"] != row["nfe"] for row in rows)
   header = (
     "model",
     "NFE",
-    *(("all nets",) if guided else ()),
+    *(("all nets",) if counted else ()),
     "GenPPL",
     "entropy (nats)",
     "samples",
@@ -204,7 +205,7 @@ def table(rows: Sequence[Row]) -> str:
     (
       row["name"],
       str(row["nfe"]),
-      *((str(row["evaluations"]),) if guided else ()),
+      *((str(row["evaluations"]),) if counted else ()),
       generative.plus_minus(row["genppl"], row["genppl_se"]),
       generative.plus_minus(row["entropy"], row["entropy_se"], 2),
       f"{row['samples']:,}",

@@ -90,7 +90,7 @@ def _named(path: str) -> str:
 
 def _on_guidance(rows) -> list[str]:
   """Say what guided rows are, if there are any."""
-  if all(row["evaluations"] == row["nfe"] for row in rows):
+  if all(row["options"].get("sampler") != "rgas" for row in rows):
     return []
   return [
     'Guided samples are steered by the student\'s discriminator (sampler rgas); "all nets" counts',
