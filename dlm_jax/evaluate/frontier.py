@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from dlm_jax.errors import InputError, check_counts
 from dlm_jax.evaluate import generative, tables
-from dlm_jax.evaluate._samplers import Sampler, TemplateSampler
+from dlm_jax.evaluate._samplers import Sampler, TemplateSampler, numbers, refuse_unless
 from dlm_jax.evaluate.judge import JudgeWithTokens
 
 __all__ = [
@@ -30,6 +30,8 @@ __all__ = [
   "TemplateSampler",
   "checked_nfes",
   "draw_samples",
+  "numbers",
+  "refuse_unless",
   "sweep",
   "sweep_progress",
   "table",

@@ -89,10 +89,13 @@ class Samples:
         noise_removal=options.noise_removal,
       )
 
+    def fine(denoiser):
+      return frontier.numbers(denoiser, built.process, built.plan.data.length)
+
     # Split over the mesh; compiled once per NFE, not per evaluation. Every host reads all tokens.
-    self._draw = jax.jit(
-      mesh.over(built.mesh, draw), static_argnums=2, out_shardings=mesh.replicated(built.mesh)
-    )
+    everywhere = mesh.replicated(built.mesh)
+    self._draw = jax.jit(mesh.over(built.mesh, draw), static_argnums=2, out_shardings=everywhere)
+    self._fine = jax.jit(mesh.over(built.mesh, fine), out_shardings=everywhere)
 
   @property
   def stop(self) -> bool:
@@ -130,6 +133,7 @@ class Samples:
   def _measure(self, params) -> dict[str, Quality]:
     options = self._built.plan.evaluate
     denoiser = models.Denoiser(self._built.model.rolled(), params)
+    frontier.refuse_unless(self._fine(denoiser))
     measured = {}
     for nfe in options.nfes:
       tokens_BL = self._samples(denoiser, nfe)

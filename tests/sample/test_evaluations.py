@@ -65,7 +65,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("steps", [1, 4])
+@pytest.mark.parametrize("steps", [pytest.param(1, marks=pytest.mark.slow), 4])
 @pytest.mark.parametrize("noise_removal", ["ancestral", "greedy", "none"])
 @pytest.mark.parametrize("proc,options", CASES, ids=str)
 def test_evaluations_are_those_made(proc, options, noise_removal, steps):
@@ -78,7 +78,7 @@ def test_evaluations_are_those_made(proc, options, noise_removal, steps):
     assert sampler.evaluations(steps) == made
 
 
-@pytest.mark.parametrize("steps", [1, 4])
+@pytest.mark.parametrize("steps", [pytest.param(1, marks=pytest.mark.slow), 4])
 @pytest.mark.parametrize("noise_removal", ["ancestral", "greedy", "none"])
 @pytest.mark.parametrize("reward", ["sum", "all"])
 def test_evaluations_of_both_networks(reward, noise_removal, steps):
