@@ -132,7 +132,7 @@ def numbers(denoiser, process, length: int) -> Bool[Array, ""]:
 _fine = jax.jit(numbers, static_argnums=(1, 2))
 
 
-def refuse_unless(fine: Bool[Array, ""]) -> None:
+def refuse_unless(fine: Bool[Array, ""] | bool) -> None:
   """Raise InputError unless `numbers` says so."""
   if not fine:
     raise InputError(

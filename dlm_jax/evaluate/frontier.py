@@ -46,6 +46,7 @@ COLUMNS = (
   "genppl_se",
   "entropy",
   "entropy_se",
+  "correlation",
   "samples",
   "tokens",
   "seconds",
@@ -275,7 +276,7 @@ class _Finished:
 
   def _parse(self, line, number, last):
     try:
-      return [_row(json.loads(line))]
+      return [_row({"correlation": 0.0} | json.loads(line))]  # rows of before have none
     except (ValueError, TypeError, KeyError) as error:
       if last:
         return []

@@ -29,6 +29,7 @@ class Quality:
     entropy_se: its standard error.
     samples: number of samples.
     tokens: number of judged tokens.
+    correlation: of the errors of log GenPPL and of the entropy; 0 where either is none.
   """
 
   genppl: float
@@ -37,6 +38,7 @@ class Quality:
   entropy_se: float
   samples: int
   tokens: int
+  correlation: float = 0.0
 
   def __str__(self) -> str:
     return (
@@ -77,17 +79,24 @@ def quality(
   """
   check_translated(retokenised, valid_NL)
   judged_BL, mask_BL = retokenised or (tokens_BL, None)
-  judged = genppl(
-    judge,
-    judged_BL,
-    eos_id=eos_id,
-    batch_size=batch_size,
-    mask_BL=mask_BL,
-    valid_NL=valid_NL,
-  )
+  sizes = {"eos_id": eos_id, "batch_size": batch_size}
+  nats_BM, counts_BM = _judged(judge, judged_BL, mask_BL=mask_BL, valid_NL=valid_NL, **sizes)
+  judged = perplexity(nats_BM, counts_BM)
   judged = {key: judged[key] for key in ("genppl", "genppl_se", "samples", "tokens")}
   spread = entropy(tokens_BL, valid_NL)
-  return Quality(entropy=spread["entropy"], entropy_se=spread["entropy_se"], **judged)
+  spread = {key: spread[key] for key in ("entropy", "entropy_se")}
+  together = _correlation(nats_BM, counts_BM, entropies(tokens_BL, valid_NL))
+  return Quality(**spread, **judged, correlation=together)
+
+
+def _correlation(nats_BM, counts_BM, entropy_B) -> float:
+  """Return how the errors of log GenPPL and of the mean entropy vary together over samples."""
+  count_B = counts_BM.sum(axis=1)
+  total_B = np.where(counts_BM, nats_BM, 0.0).sum(axis=1)
+  residual_B = total_B - total_B.sum() / max(count_B.sum(), 1) * count_B
+  entropy_B = entropy_B - entropy_B.mean()
+  spread = math.sqrt(np.sum(residual_B**2) * np.sum(entropy_B**2))
+  return float(residual_B @ entropy_B / spread) if spread > 0 else 0.0
 
 
 TRANSLATED = (
@@ -137,12 +146,18 @@ def genppl(
 
   Reference: MDLM, arXiv 2406.07524, and the public code of its successors.
   """
+  options = {"batch_size": batch_size, "mask_BL": mask_BL, "valid_NL": valid_NL}
+  return perplexity(*_judged(judge, tokens_BL, eos_id=eos_id, published=published, **options))
+
+
+def _judged(judge, tokens_BL, *, eos_id, batch_size, mask_BL, valid_NL, published=False):
+  """Return nats of targets, and which of them count."""
   tokens_BL = np.asarray(tokens_BL)
   nats_BM = token_nll(judge, tokens_BL, batch_size=batch_size, mask_NL=mask_BL)
   counts_BM = counted(tokens_BL, eos_id) & _valid(tokens_BL, valid_NL)[:, 1:]
   if mask_BL is not None and not published:
     counts_BM &= np.asarray(mask_BL)[:, 1:] != 0
-  return perplexity(nats_BM, counts_BM)
+  return nats_BM, counts_BM
 
 
 def perplexity(

@@ -213,3 +213,23 @@ def test_padding_is_never_judged(texts):
   alone = [measure([text]) for text in texts]
   nats = sum(row["nll"] * row["tokens"] for row in alone if row["tokens"])
   assert together["nll"] == pytest.approx(nats / together["tokens"], rel=1e-6)
+
+
+def test_genppl_and_entropy_vary_together():
+  """Over sets of samples, log GenPPL and entropy correlate as one set says of itself."""
+  rng = np.random.default_rng(0)
+  log_p = jnp.log(jnp.array([0.6, 0.2, 0.1, 0.1]))
+
+  def judge(tokens_BL):
+    return jnp.broadcast_to(log_p, (*tokens_BL.shape, 4))
+
+  def measure(count):
+    wide = rng.random((count, 1)) < 0.5  # half of the samples keep to two tokens
+    tokens_BL = np.where(wide, rng.integers(0, 4, (count, 12)), rng.integers(0, 2, (count, 12)))
+    return evaluate.quality(judge, tokens_BL, batch_size=count)
+
+  stated = measure(4000).correlation
+  sets = [measure(200) for _ in range(60)]
+  found = np.corrcoef([math.log(q.genppl) for q in sets], [q.entropy for q in sets])[0, 1]
+  assert 0.5 < stated < 0.99 and found == pytest.approx(stated, abs=0.12)
+  assert evaluate.quality(judge, np.zeros((3, 4), int)).correlation == 0
