@@ -12,6 +12,7 @@ import pytest
 import scipy.stats
 
 from dlm_jax import draw
+from dlm_jax.arrays import NEG_INF
 
 FOLLOWS, DIFFERS = 1e-4, 1e-6
 LARGEST_UNIFORM = np.float32(1 - 2.0**-24)
@@ -269,6 +270,13 @@ def _log(probs):
 
 def _sharpen(log_probs, **options):
   return np.asarray(jax.nn.softmax(draw.sharpen(log_probs, **options)))
+
+
+@pytest.mark.parametrize("temperature", [1e5, 1e8, jnp.float32(1e8)])
+def test_no_temperature_makes_the_impossible_possible(temperature):
+  """The mask's −1e6 is no logit of the network: divided by 1e5 it would let the mask in."""
+  logits = jnp.array([0.3, -2.0, NEG_INF, NEG_INF + 40.0])
+  np.testing.assert_allclose(_sharpen(logits, temperature=temperature), [0.5, 0.5, 0, 0], atol=1e-4)
 
 
 def test_sharpen_defaults_leave_the_distribution():

@@ -50,7 +50,7 @@ with open({log!r}, "a") as file:
 more = json.loads({table!r})
 verb, *rest = sys.argv[1:]
 config = next((a.partition("=")[2] for a in rest if a.startswith("--config=")), "")
-added = more["verbs"].get(verb, [])
+added = more["verbs"].get(" ".join([verb, *rest]), more["verbs"].get(verb, []))
 if config.startswith("own_text"):
   added = added + more["configs"].get(config.partition(":")[2], more["configs"][""])
 sys.argv = ["dlm-jax", verb, *rest, *added]
@@ -78,11 +78,12 @@ def _blocks():
 def test_every_command_works(tmp_path):
   log, tools = tmp_path / "log.jsonl", tmp_path / "bin"
   tools.mkdir()
-  small = ["--nfes=1,2", "--samples=8"]
+  small = ["--nfes=1,2", "--samples=8"]  # of comparisons
   table = {
     "configs": {kind: _flags(TINY | MORE.get(kind, {})) for kind in ("", "judge", *MORE)},
     "verbs": {
-      "quickstart": ["--samples=4", "--nfes=1,2", "--config.train.steps=2"],
+      "quickstart": [*small, "--config.train.steps=2"],
+      "quickstart --pretrained": small,
       "frontier": [*small, "--batch_size=8"],
     },
   }

@@ -8,7 +8,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool
 
 from dlm_jax.errors import InputError
 
@@ -34,19 +36,20 @@ class Sampler:
   def __call__(self, batch: int, nfe: int) -> Callable[[jax.Array], jax.Array]:
     """Compile sampling of `batch` sequences in `nfe` steps.
 
-    A batch in which a mask outlives all steps (an expected 1e-5 of them) takes one evaluation more.
+    Raises:
+      InputError: the denoiser's logits are not numbers; samples would hide it.
     """
     networks = self._networks()
+    refuse_unless(_fine(self.denoiser, self.process, self.length))
     compiled = self._compile(networks, batch=batch, nfe=nfe)
     return lambda rng: compiled(*networks, rng)
 
   def evaluations(self, nfe: int) -> int:
-    """Return true evaluations of all networks per sample."""
+    """Return the evaluations of all networks that a sample takes, see `sample.evaluations`."""
     from dlm_jax import sample
 
-    options = dict(self.options)
-    counts = sample.evaluations(options.pop("sampler", "ancestral"), steps=nfe, **options)
-    return sum(counts.values())
+    sizes = {"steps": nfe, "proc": self.process, "length": self.length}
+    return sum(sample.evaluations(**{**self.options, **sizes}).values())
 
   def check(self) -> None:
     """Trace one step; raises InputError for options that the sampler does not take."""
@@ -102,6 +105,7 @@ class TemplateSampler(Sampler):
     A batch holds one bucket; rows that fill up a bucket's last batch cost time, too.
     """
     given, networks = self.templates(samples, batch), self._networks()
+    refuse_unless(_fine(self.denoiser, self.process, given.lengths[0]))
     compiled = {
       length: self._compile(networks, *_shapes(batch, length), batch=batch, nfe=nfe)
       for length in given.lengths
@@ -116,6 +120,25 @@ class TemplateSampler(Sampler):
 
     tokens_NL = given.draw(run)
     return tokens_NL, time.perf_counter() - start
+
+
+def numbers(denoiser, process, length: int) -> Bool[Array, ""]:
+  """Return whether logits at t = 1 are finite or −inf; a draw from others is some token as well."""
+  x_1L = process.prior(jax.random.key(0), length)[None]
+  logits_1LV = denoiser(x_1L, jnp.broadcast_to(process.schedule.sigma(1.0), (1,)))
+  return jnp.all(logits_1LV < jnp.inf)  # NaN is not
+
+
+_fine = jax.jit(numbers, static_argnums=(1, 2))
+
+
+def refuse_unless(fine: Bool[Array, ""] | bool) -> None:
+  """Raise InputError unless `numbers` says so."""
+  if not fine:
+    raise InputError(
+      "the denoiser's logits hold NaN or infinity, so its samples mean nothing; look for NaN in "
+      "its weights."
+    )
 
 
 def _shapes(batch, length):

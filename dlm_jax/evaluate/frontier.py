@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from dlm_jax.errors import InputError, check_counts
 from dlm_jax.evaluate import generative, tables
-from dlm_jax.evaluate._samplers import Sampler, TemplateSampler
+from dlm_jax.evaluate._samplers import Sampler, TemplateSampler, numbers, refuse_unless
 from dlm_jax.evaluate.judge import JudgeWithTokens
 
 __all__ = [
@@ -31,6 +31,8 @@ __all__ = [
   "TemplateSampler",
   "checked_nfes",
   "draw_samples",
+  "numbers",
+  "refuse_unless",
   "sweep",
   "sweep_progress",
   "table",
@@ -45,6 +47,7 @@ COLUMNS = (
   "genppl_se",
   "entropy",
   "entropy_se",
+  "correlation",
   "samples",
   "tokens",
   "seconds",
@@ -54,7 +57,7 @@ COLUMNS = (
 )
 AXES = {  # what quality may be plotted against: the axis' title
   "nfe": "network evaluations per sample (NFE)",
-  "evaluations": "true network evaluations per sample, of all networks",
+  "evaluations": "network evaluations made per sample, of all networks",
   "seconds": "milliseconds per sample, drawn in batches",
 }
 _IDENTITY = ("name", "nfe", "samples", "seed", "options", "context")
@@ -66,7 +69,8 @@ class SamplerFactory(Protocol):
 
   Whatever may take long and is not sampling (compilation) belongs in the factory; only the calls
   of the returned function are timed. An attribute `options`, if present, is recorded, and a method
-  `evaluations(nfe)`, if present, gives the true evaluations, which guides make more than `nfe`.
+  `evaluations(nfe)`, if present, gives those that are made: guides and the removal of noise make
+  more than `nfe`, and a sample of L masks needs at most L.
   """
 
   def __call__(self, batch: int, nfe: int) -> Callable[[jax.Array], Any]: ...
@@ -189,13 +193,13 @@ def write(
 def table(rows: Sequence[Row]) -> str:
   """Return the rows as a Markdown table whose columns are also aligned as plain text.
 
-  "all nets" counts true evaluations where a guide makes them more than the NFE.
+  "all nets" counts the evaluations made, of all networks, where they are not the NFE everywhere.
   """
-  guided = any(row["evaluations"] != row["nfe"] for row in rows)
+  counted = any(row["evaluations"] != row["nfe"] for row in rows)
   header = (
     "model",
     "NFE",
-    *(("all nets",) if guided else ()),
+    *(("all nets",) if counted else ()),
     "GenPPL",
     "entropy (nats)",
     "samples",
@@ -205,7 +209,7 @@ def table(rows: Sequence[Row]) -> str:
     (
       row["name"],
       str(row["nfe"]),
-      *((str(row["evaluations"]),) if guided else ()),
+      *((str(row["evaluations"]),) if counted else ()),
       generative.plus_minus(row["genppl"], row["genppl_se"]),
       generative.plus_minus(row["entropy"], row["entropy_se"], 2),
       f"{row['samples']:,}",
@@ -273,7 +277,7 @@ class _Finished:
 
   def _parse(self, line, number, last):
     try:
-      return [_row(json.loads(line))]
+      return [_row({"correlation": 0.0} | json.loads(line))]  # rows of before have none
     except (ValueError, TypeError, KeyError) as error:
       if last:
         return []

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from dlm_jax.errors import InputError
-from dlm_jax.evaluate.likelihood import Mask, Tokens, batches, ratio_error, token_nll
+from dlm_jax.evaluate.likelihood import Mask, Tokens, batches, check_finite, ratio_error, token_nll
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,6 +29,7 @@ class Quality:
     entropy_se: its standard error.
     samples: number of samples.
     tokens: number of judged tokens.
+    correlation: of the errors of log GenPPL and of the entropy; 0 where either is none.
   """
 
   genppl: float
@@ -37,6 +38,7 @@ class Quality:
   entropy_se: float
   samples: int
   tokens: int
+  correlation: float = 0.0
 
   def __str__(self) -> str:
     return (
@@ -77,17 +79,24 @@ def quality(
   """
   check_translated(retokenised, valid_NL)
   judged_BL, mask_BL = retokenised or (tokens_BL, None)
-  judged = genppl(
-    judge,
-    judged_BL,
-    eos_id=eos_id,
-    batch_size=batch_size,
-    mask_BL=mask_BL,
-    valid_NL=valid_NL,
-  )
+  sizes = {"eos_id": eos_id, "batch_size": batch_size}
+  nats_BM, counts_BM = _judged(judge, judged_BL, mask_BL=mask_BL, valid_NL=valid_NL, **sizes)
+  judged = perplexity(nats_BM, counts_BM)
   judged = {key: judged[key] for key in ("genppl", "genppl_se", "samples", "tokens")}
   spread = entropy(tokens_BL, valid_NL)
-  return Quality(entropy=spread["entropy"], entropy_se=spread["entropy_se"], **judged)
+  spread = {key: spread[key] for key in ("entropy", "entropy_se")}
+  together = _correlation(nats_BM, counts_BM, entropies(tokens_BL, valid_NL))
+  return Quality(**spread, **judged, correlation=together)
+
+
+def _correlation(nats_BM, counts_BM, entropy_B) -> float:
+  """Return how the errors of log GenPPL and of the mean entropy vary together over samples."""
+  count_B = counts_BM.sum(axis=1)
+  total_B = np.where(counts_BM, nats_BM, 0.0).sum(axis=1)
+  residual_B = total_B - total_B.sum() / max(count_B.sum(), 1) * count_B
+  entropy_B = entropy_B - entropy_B.mean()
+  spread = math.sqrt(np.sum(residual_B**2) * np.sum(entropy_B**2))
+  return float(residual_B @ entropy_B / spread) if spread > 0 else 0.0
 
 
 TRANSLATED = (
@@ -110,41 +119,56 @@ def genppl(
   batch_size: int = 8,
   mask_BL: Mask | None = None,
   valid_NL: Mask | None = None,
+  published: bool = False,
 ) -> dict[str, float]:
   """Measure the perplexity of samples under an autoregressive judge.
 
   The published protocol: next-token NLL over targets 1 … L − 1; a target counts unless it is an
   end of text that is not the first one of its sequence, position 0 included. So text after an end
-  of text counts and padding does not. Weighted by token over the whole set; no sample is dropped.
+  of text counts. Padding never does: the published code counts one end of text that it pads a
+  shorter sample with. Weighted by token over the whole set; no sample is dropped.
 
   Args:
     judge: a `Judge`, or any `judge(tokens_BL[, mask_BL]) -> logits_BLV`.
     tokens_BL: samples in the judge's ids.
     eos_id: end-of-text id; None counts every target.
     batch_size: samples per evaluation of the judge.
-    mask_BL: nonzero where the judge may attend; passed on if given.
+    mask_BL: nonzero where the judge may attend; passed on if given. What it hides is padding.
     valid_NL: False where a token is read and does not count: prompts, frames, padding.
+    published: count that one end of text, too.
 
   Returns:
     `genppl`, `genppl_se` (over samples, by the delta method), `nll` in nats per judged token,
     `tokens` judged, `samples`. GenPPL is NaN if no token counts.
 
   Raises:
-    InputError: nothing to judge, or ids outside the judge's vocabulary.
+    InputError: nothing to judge, ids outside the judge's vocabulary, or nats that are not finite.
 
   Reference: MDLM, arXiv 2406.07524, and the public code of its successors.
   """
+  options = {"batch_size": batch_size, "mask_BL": mask_BL, "valid_NL": valid_NL}
+  return perplexity(*_judged(judge, tokens_BL, eos_id=eos_id, published=published, **options))
+
+
+def _judged(judge, tokens_BL, *, eos_id, batch_size, mask_BL, valid_NL, published=False):
+  """Return nats of targets, and which of them count."""
   tokens_BL = np.asarray(tokens_BL)
   nats_BM = token_nll(judge, tokens_BL, batch_size=batch_size, mask_NL=mask_BL)
   counts_BM = counted(tokens_BL, eos_id) & _valid(tokens_BL, valid_NL)[:, 1:]
-  return perplexity(nats_BM, counts_BM)
+  if mask_BL is not None and not published:
+    counts_BM &= np.asarray(mask_BL)[:, 1:] != 0
+  return nats_BM, counts_BM
 
 
 def perplexity(
   nats_BM: Float[np.ndarray, "B M"], counts_BM: Bool[np.ndarray, "B M"]
 ) -> dict[str, float]:
-  """Return what `genppl` does, of the targets that count."""
-  total_B, count_B = (nats_BM * counts_BM).sum(axis=1), counts_BM.sum(axis=1).astype(np.float64)
+  """Return what `genppl` does, of the targets that count; their nats must be finite."""
+  total_B, count_B = (
+    np.where(counts_BM, nats_BM, 0.0).sum(axis=1),
+    counts_BM.sum(axis=1).astype(np.float64),
+  )
+  check_finite(total_B, "the judge")
   tokens = int(count_B.sum())
   nll = float(total_B.sum() / tokens) if tokens else float("nan")
   value = math.exp(nll) if nll < 700 else nll * math.inf

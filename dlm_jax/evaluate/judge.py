@@ -79,6 +79,8 @@ def load_judge(
 ) -> JudgeWithTokens:
   """Load a judge for texts of a tokenizer: one of our runs, or a GPT-2 directory with BPE files.
 
+  It runs in float32 on CPUs and in bfloat16 elsewhere, its softmax in float32 everywhere.
+
   Args:
     path: workdir or model directory.
     tokenizer: of the texts.

@@ -62,7 +62,8 @@ def match(rows: Sequence[frontier.Row], entropy: float | None = None) -> list[fr
   Returns:
     A row per model and NFE with the keys of `frontier.COLUMNS`; its options hold the interpolated
     temperature. GenPPL is NaN where no two temperatures enclose the entropy: nothing is
-    extrapolated. Its standard error counts those of both GenPPLs and of both entropies.
+    extrapolated. Its standard error counts those of both GenPPLs and of both entropies, and that
+    they vary together.
   """
   key = lambda row: (row["name"], row["nfe"])  # noqa: E731
   found = []
@@ -83,6 +84,16 @@ def common_entropy(rows: Sequence[frontier.Row]) -> float:
   return (low + high) / 2 if low <= high else math.nan
 
 
+def _error(row, slope: float) -> float:
+  """Return the standard error of log GenPPL, had the row's entropy been another one, exactly.
+
+  GenPPL and entropy of samples rise together, so what the slope takes away it takes from both.
+  """
+  of_genppl, of_entropy = row["genppl_se"] / row["genppl"], slope * row["entropy_se"]
+  both = row["correlation"] * of_genppl * of_entropy
+  return math.sqrt(of_genppl**2 + of_entropy**2 - 2 * both)
+
+
 def _between(group, entropy):
   temperatures = [row["options"]["temperature"] for row in group]
   result = {**group[0], "entropy": entropy, "entropy_se": 0.0, "genppl": math.nan}
@@ -96,8 +107,7 @@ def _between(group, entropy):
       share = (entropy - a["entropy"]) / (b["entropy"] - a["entropy"])
       mix = lambda x, y, w=share: (1 - w) * x + w * y  # noqa: E731
       slope = math.log(b["genppl"] / a["genppl"]) / (b["entropy"] - a["entropy"])
-      # of log GenPPL at either end, had its entropy been this one
-      errors = [math.hypot(r["genppl_se"] / r["genppl"], slope * r["entropy_se"]) for r in (a, b)]
+      errors = [_error(row, slope) for row in (a, b)]
       result["genppl"] = math.exp(mix(math.log(a["genppl"]), math.log(b["genppl"])))
       result["genppl_se"] = result["genppl"] * math.hypot(
         (1 - share) * errors[0], share * errors[1]

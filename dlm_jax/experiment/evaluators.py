@@ -20,6 +20,8 @@ from dlm_jax.experiment.build import Experiment
 from dlm_jax.objectives import TrainState, output_params
 from dlm_jax.train.selection import Selection
 
+# Makes a key of a likelihood's noise that no step of training, seeded with 0, has.
+_NOISE = 0x6E6F6973
 Export = Callable[[epath.PathLike, Experiment, TrainState, int], None]
 
 
@@ -89,10 +91,13 @@ class Samples:
         noise_removal=options.noise_removal,
       )
 
+    def fine(denoiser):
+      return frontier.numbers(denoiser, built.process, built.plan.data.length)
+
     # Split over the mesh; compiled once per NFE, not per evaluation. Every host reads all tokens.
-    self._draw = jax.jit(
-      mesh.over(built.mesh, draw), static_argnums=2, out_shardings=mesh.replicated(built.mesh)
-    )
+    everywhere = mesh.replicated(built.mesh)
+    self._draw = jax.jit(mesh.over(built.mesh, draw), static_argnums=2, out_shardings=everywhere)
+    self._fine = jax.jit(mesh.over(built.mesh, fine), out_shardings=everywhere)
 
   @property
   def stop(self) -> bool:
@@ -130,6 +135,7 @@ class Samples:
   def _measure(self, params) -> dict[str, Quality]:
     options = self._built.plan.evaluate
     denoiser = models.Denoiser(self._built.model.rolled(), params)
+    frontier.refuse_unless(self._fine(denoiser))
     measured = {}
     for nfe in options.nfes:
       tokens_BL = self._samples(denoiser, nfe)
@@ -154,8 +160,9 @@ class Samples:
 class Likelihood:
   """Measure held-out likelihood during training; keep the best network in workdir/best.
 
-  A denoiser's is the bound, of a decoder on blocks that at its block length; it varies by a per
-  cent with the noise drawn, always the same here.
+  A denoiser's is an estimate of the bound, of a decoder on blocks that at its block length; its
+  standard error is reported with it. The noise drawn is always the same, so the best of many is a
+  little below what fresh noise would give.
   """
 
   def __init__(self, built: Experiment, dataset: Dataset, export: Export, workdir: epath.PathLike):
@@ -187,14 +194,15 @@ class Likelihood:
     if perplexity < self._best:
       self._best = perplexity
       self._export(self._directory, self._built, state, step)
-    return {"validation/perplexity": perplexity}, False
+    error = float(mesh.from_first_host(np.array(scores["perplexity_se"])))
+    return {"validation/perplexity": perplexity, "validation/perplexity_se": error}, False
 
   def _score(self, model, params) -> dict[str, float]:
     proc, options = self._built.process, self._built.plan.objective.options
     shared = {"batch_size": self._size, "valid_NL": self._valid}
     if proc is None:
       return likelihood.ar_perplexity(likelihood.Judge(model, params), self._tokens, **shared)
-    rng = jax.random.key(0)
+    rng = jax.random.fold_in(jax.random.key(0), _NOISE)
     if convert.writes(model, proc) == "blocks":
       return blocks.block_elbo(
         Bound(model, params),

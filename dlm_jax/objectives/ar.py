@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from dlm_jax.arrays import Metrics, Params
 from dlm_jax.models import Causal, Decoder, next_token_logits
-from dlm_jax.objectives.batch import Batch
+from dlm_jax.objectives.batch import Batch, counted
 from dlm_jax.objectives.options import MethodOptions
 from dlm_jax.objectives.state import Objective, Optimizers, check_class, init_alone, update
 
@@ -37,21 +37,9 @@ def loss(
   )
   nll_BL = optax.softmax_cross_entropy_with_integer_labels(logits_BLV[:, :-1], tokens_BL[:, 1:])
   if "valid" in batch:
-    batch = batch if "count" in batch else counted(batch)
+    batch = batch if "count" in batch else counted(batch, skip=1)
     return jnp.mean((nll_BL * batch["valid"][:, 1:]).sum(1) / batch["count"]), ({}, None)
   return nll_BL.mean(), ({}, None)
-
-
-def counted(batch: Batch) -> Batch:
-  """Add to a whole batch "count": its valid targets per row, on average, in every row.
-
-  So a mean over all of them is one whatever the micro-batches that it is taken in.
-  """
-  if "valid" not in batch:
-    return batch
-  rows = batch["valid"].shape[0]
-  count = jnp.maximum(batch["valid"][:, 1:].sum() / rows, 1 / rows)
-  return {**batch, "count": jnp.broadcast_to(count, (rows,))}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,7 +70,7 @@ def make(
   total = functools.partial(loss, model=model)
 
   def step(state, batch):
-    batch = counted(batch)
+    batch = counted(batch, skip=1)
     state, metrics, _ = update(state, "model", total, batch, optimizers["model"], **chosen.updates)
     return state.replace(step=state.step + 1), metrics
 

@@ -55,7 +55,25 @@ def valid_tokens(batch: Batch) -> BoolBL:
   return batch["valid"] if "valid" in batch else jnp.ones(batch["tokens"].shape, bool)
 
 
+def counted(batch: Batch, skip: int = 0) -> Batch:
+  """Add to a whole batch "count": its valid tokens per row, on average, in every row.
+
+  So a mean over all of them is one whatever the micro-batches that it is taken in. The first `skip`
+  tokens of a row do not count. A batch without "valid" stays as it is.
+  """
+  if "valid" not in batch:
+    return batch
+  rows = batch["valid"].shape[0]
+  count = jnp.maximum(batch["valid"][:, skip:].sum() / rows, 1 / rows)
+  return {**batch, "count": jnp.broadcast_to(count, (rows,))}
+
+
 def token_mean(loss_BL: FloatBL, batch: Batch) -> Float[Array, ""]:
-  """Return the mean over sequences of the mean over their valid tokens; 0 for one without any."""
-  valid_BL = valid_tokens(batch)
-  return ((loss_BL * valid_BL).sum(1) / jnp.maximum(valid_BL.sum(1), 1)).mean()
+  """Return the mean over all valid tokens of the whole batch, see `counted`; 0 without any.
+
+  Rows with more valid tokens weigh more, as in the public MDLM and Duo code.
+  """
+  if "valid" not in batch:
+    return loss_BL.mean()
+  batch = batch if "count" in batch else counted(batch)
+  return jnp.mean((loss_BL * batch["valid"]).sum(1) / batch["count"])

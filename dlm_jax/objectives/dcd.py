@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from dlm_jax.arrays import FloatB, FloatBL, IntBL, KeyB, Metrics, Params
 from dlm_jax.models import DiT
 from dlm_jax.objectives import rounds
-from dlm_jax.objectives.batch import Batch, split_each, token_mean
+from dlm_jax.objectives.batch import Batch, counted, split_each, token_mean
 from dlm_jax.objectives.options import ChunkedOptions
 from dlm_jax.objectives.positions import map_positions, positions_per_chunk
 from dlm_jax.objectives.setting import Setting, check_time_conditioning
@@ -190,7 +190,7 @@ def make(*, model: DiT, process: Uniform, optimizers: Optimizers, **options: Any
       delta=delta,
       divergence=chosen.divergence,
     )
-    tx = optimizers["student"]
+    batch, tx = counted(batch), optimizers["student"]
     state, metrics, _ = update(state, "student", total, batch, tx, **chosen.updates)
     return state.replace(step=state.step + 1), metrics
 

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from dlm_jax.arrays import FloatBL, FloatBLD, IntBL, KeyB, Metrics, Params
 from dlm_jax.errors import InputError
 from dlm_jax.models import DiT
-from dlm_jax.objectives.batch import Batch, split_each, token_mean, valid_tokens
+from dlm_jax.objectives.batch import Batch, counted, split_each, token_mean, valid_tokens
 from dlm_jax.objectives.gaussian_states import Noising, Relaxation, embed_data
 from dlm_jax.objectives.options import ChunkedOptions
 from dlm_jax.objectives.positions import map_positions, positions_per_chunk
@@ -242,7 +242,7 @@ def make(*, model: DiT, process: Uniform, optimizers: Optimizers, **options: Any
   )
 
   def step(state, batch):
-    now = functools.partial(total, step=state.step)
+    now, batch = functools.partial(total, step=state.step), counted(batch)
     state, metrics, _ = update(state, "model", now, batch, optimizers["model"], **chosen.updates)
     return state.replace(step=state.step + 1), metrics
 

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from dlm_jax.arrays import Metrics, Params
 from dlm_jax.models import DiT
-from dlm_jax.objectives.batch import Batch, split_each, token_mean, valid_tokens
+from dlm_jax.objectives.batch import Batch, counted, split_each, token_mean, valid_tokens
 from dlm_jax.objectives.options import MethodOptions
 from dlm_jax.objectives.state import Objective, Optimizers, check_class, init_alone, update
 from dlm_jax.process import Absorbing
@@ -60,6 +60,7 @@ def make(*, model: DiT, process: Absorbing, optimizers: Optimizers, **options: A
   total = functools.partial(loss, model=model, process=process)
 
   def step(state, batch):
+    batch = counted(batch)
     state, metrics, _ = update(state, "model", total, batch, optimizers["model"], **chosen.updates)
     return state.replace(step=state.step + 1), metrics
 

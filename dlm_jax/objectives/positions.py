@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from jaxtyping import Array, Float
 
 from dlm_jax.arrays import FloatBK, FloatBL
@@ -99,29 +100,31 @@ def sum_positions(
     chunk: positions whose dense arrays are alive at a time; must divide L. None: all.
   """
 
-  def weighted(trained, moving, fixed, weights):
-    loss, extra = function(trained, *moving, *fixed)
+  pieces = jax.tree.map(lambda x: x if chunk is None else x[:, :chunk], (*moving, *fixed))
+  function, closed_over = _opened(function, trained, *pieces)
+
+  def weighted(trained, moving, fixed, weights, closed_over):
+    loss, extra = function(closed_over, trained, *moving, *fixed)
     return jnp.sum(loss * weights), extra
 
-  def with_gradient(trained, moving, fixed, weights):
-    (value, extra), gradients = jax.value_and_grad(weighted, argnums=(0, 1), has_aux=True)(
-      trained, moving, fixed, weights
-    )
+  def with_gradient(trained, *rest):
+    gradient = jax.value_and_grad(weighted, argnums=(0, 1), has_aux=True)
+    (value, extra), gradients = gradient(trained, *rest)
     return value, extra, *gradients
 
   @jax.custom_vjp
-  def total(trained, moving, fixed, weights_BL):
+  def total(trained, moving, fixed, weights_BL, closed_over):
     values, extra = in_chunks(
-      lambda total, pieces: _add(total, weighted(trained, *pieces)),
+      lambda total, pieces: _add(total, weighted(trained, *pieces, closed_over)),
       jnp.zeros(()),
       (moving, fixed, weights_BL),
       chunk,
     )
     return values, extra
 
-  def forward(trained, moving, fixed, weights_BL):
+  def forward(trained, moving, fixed, weights_BL, closed_over):
     def step(carry, pieces):
-      value, extra, of_trained, of_moving = with_gradient(trained, *pieces)
+      value, extra, of_trained, of_moving = with_gradient(trained, *pieces, closed_over)
       return jax.tree.map(jnp.add, carry, (value, of_trained)), (extra, of_moving)
 
     start = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, trained))
@@ -131,11 +134,26 @@ def sum_positions(
 
   def backward(gradients, cotangent):
     scale = lambda g: g * cotangent[0].astype(g.dtype)  # noqa: E731
-    return *jax.tree.map(scale, gradients), None, None
+    return *jax.tree.map(scale, gradients), None, None, None
 
   total.defvjp(forward, backward)
-  value, extra = total(trained, moving, fixed, weights_BL)
+  value, extra = total(trained, moving, fixed, weights_BL, closed_over)
   return value, jax.lax.stop_gradient(extra)
+
+
+def _opened(function, *arguments):
+  """Return a function of what one closes over and its arguments, and what it closes over.
+
+  A rule of differentiation may not close over values that are traced: `jax.grad` of a jitted loss
+  would meet them after their trace has ended.
+  """
+  closed, shapes = jax.make_jaxpr(function, return_shape=True)(*arguments)
+
+  def opened(closed_over, *arguments):
+    run = jaxpr_as_fun(ClosedJaxpr(closed.jaxpr, closed_over))
+    return jax.tree.unflatten(jax.tree.structure(shapes), run(*jax.tree.leaves(arguments)))
+
+  return opened, list(closed.consts)
 
 
 def _add(total, pair):

@@ -15,6 +15,10 @@ means that a softmax's gradient takes away are sums of the forward pass, which r
   ∂n/∂logits      = r [ f (α (X + 1 − ρ) + h(z)) − 1_z h ],       X = Σ f (ρ − 1),
   ∂n/∂data logits = p [ r α (log ρ − T) + 1_z k − p(z) k(z) ],    T = Σ p log ρ.
 
+In float32 `soft` is right to 4e-7 for one-hot data, its use; for data on the simplex, within 1e-3
+of the prediction, to 20 % only, where `between` keeps its digits. Of a value that vanishes, near
+t = 1, neither does; gradients are right to 1.6e-4 at all times.
+
 The arguments of both: [L, V] float arrays, states [L], and α and α' at the time, constants.
 """
 

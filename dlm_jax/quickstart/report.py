@@ -2,6 +2,7 @@
 """The quick start's report: table, figure and samples in one Markdown file."""
 
 import json
+import math
 import os
 import pathlib
 import platform
@@ -11,6 +12,7 @@ import jax
 
 from dlm_jax import __version__
 from dlm_jax.evaluate import frontier
+from dlm_jax.evaluate.generative import plus_minus
 
 
 def write(
@@ -90,7 +92,7 @@ def _named(path: str) -> str:
 
 def _on_guidance(rows) -> list[str]:
   """Say what guided rows are, if there are any."""
-  if all(row["evaluations"] == row["nfe"] for row in rows):
+  if all(row["options"].get("sampler") != "rgas" for row in rows):
     return []
   return [
     'Guided samples are steered by the student\'s discriminator (sampler rgas); "all nets" counts',
@@ -99,36 +101,67 @@ def _on_guidance(rows) -> list[str]:
 
 
 def _verdict(rows, nfe: int, name: str) -> str:
-  """Say in one sentence what the table shows of a student, and which teacher it equals."""
+  """Say in one sentence what the table shows of a student, and which teacher it is better than."""
   at = {(row["name"], row["nfe"]): row for row in rows}
   if ("teacher", nfe) not in at:
     nfe = min(row["nfe"] for row in rows)
   teacher, student = at["teacher", nfe], at[name, nfe]
   ratio = student["genppl"] / teacher["genppl"]
+  ratio_se = ratio * _combined(*(row["genppl_se"] / row["genppl"] for row in (student, teacher)))
   drop = teacher["entropy"] - student["entropy"]
+  drop_se = _combined(student["entropy_se"], teacher["entropy_se"])
+  gap, lower = plus_minus(abs(drop), drop_se, 2), "lower" if drop >= 0 else "higher"
+  genppl = [plus_minus(row["genppl"], row["genppl_se"]) for row in (student, teacher)]
   who = "the student" if name == "student" else f"the {name} student"
   text = (
-    f"At {nfe} NFE {who}'s GenPPL is {student['genppl']:.1f} against the teacher's "
-    f"{teacher['genppl']:.1f} ({ratio:.2f}×), with an entropy {abs(drop):.2f} nats "
-    f"{'lower' if drop >= 0 else 'higher'} ({student['samples']} samples each)."
+    f"At {nfe} NFE {who}'s GenPPL is {genppl[0]} against the teacher's {genppl[1]} "
+    f"({plus_minus(ratio, ratio_se, 2)}×), with an entropy {gap} nats {lower} "
+    f"({student['samples']} samples each)."
   )
+  if _narrower(student, teacher):
+    text += (
+      " A lower temperature narrows the teacher, too, and lowers its GenPPL: compare them at one "
+      "entropy (`dlm-jax frontier --temperatures`)."
+    )
   return text + _saved(at, name)
 
 
+def _combined(*errors: float) -> float:
+  """Return the standard error of a difference; one that is unknown (NaN) stays so."""
+  return math.hypot(*errors)
+
+
+def _narrower(student, teacher) -> bool:
+  """Tell whether a student's entropy is below its teacher's, beyond two standard errors."""
+  error = _combined(student["entropy_se"], teacher["entropy_se"])
+  return not teacher["entropy"] - student["entropy"] <= 2 * error
+
+
 def _saved(at: dict, student: str) -> str:
-  """Say where the student needs the fewest evaluations for what the teacher reaches."""
+  """Say where the student needs the fewest evaluations for better than what the teacher reaches.
+
+  Only of pairs whose GenPPL differs by more than two combined standard errors, at no lower entropy:
+  the best of many noisy pairs says nothing, and less entropy is had by a lower temperature.
+  """
+
+  def better(s, t):
+    error = _combined(s["genppl_se"], t["genppl_se"])
+    return t["genppl"] - s["genppl"] > 2 * error and not _narrower(s, t)
+
   pairs = [
     (t, s)
     for (name, _), t in at.items()
     for (other, _), s in at.items()
-    if (name, other) == ("teacher", student) and t["nfe"] > s["nfe"] and t["genppl"] >= s["genppl"]
+    if (name, other) == ("teacher", student) and t["evaluations"] > s["evaluations"]
+    if better(s, t)
   ]
   if not pairs:
     return ""
-  t, s = max(pairs, key=lambda pair: (pair[0]["nfe"] / pair[1]["nfe"], pair[0]["nfe"]))
+  fewer = lambda t, s: t["evaluations"] / s["evaluations"]  # noqa: E731
+  t, s = max(pairs, key=lambda pair: (fewer(*pair), pair[0]["nfe"]))
   return (
     f" With {s['nfe']} it is at {s['genppl']:.1f} (entropy {s['entropy']:.2f}), the teacher with "
-    f"{t['nfe']} at {t['genppl']:.1f} ({t['entropy']:.2f}): {t['nfe'] / s['nfe']:g} times fewer."
+    f"{t['nfe']} at {t['genppl']:.1f} ({t['entropy']:.2f}): {fewer(t, s):g} times fewer."
   )
 
 

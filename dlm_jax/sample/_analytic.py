@@ -12,6 +12,7 @@ f is not normalised, and a surplus reveals sooner. Where r Σ f exceeds 1 the ma
 """
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -31,11 +32,14 @@ def reveal_probability(log_f_LV: FloatLV, alpha_s: Scalar, alpha_t: Scalar) -> F
 class Analytic(GridSampler):
   """The published sampler of score networks; `AbsorbingScore` makes f from theirs.
 
-  One evaluation per step. Temperature and truncation act on f, whose total stays. An "ancestral"
-  removal is the published denoising step: a token drawn from f, the mask left out.
+  One evaluation per step, and one to remove noise. Temperature and truncation act on f, whose total
+  stays. An "ancestral" removal is the published denoising step: a token drawn from f, the mask left
+  out.
 
   Reference: SEDD, arXiv 2310.16834, section 4.2 and theorem 4.2.
   """
+
+  removes_always: ClassVar[bool] = True
 
   def run(self, request: Request) -> Int[Array, "K B L"]:
     """Return the states after every step; the last one is the sample."""

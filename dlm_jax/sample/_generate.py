@@ -62,7 +62,7 @@ def generate(
     batch: number of sequences.
     length: tokens per sequence.
     steps: grid steps. At most steps + 1 evaluations happen: the last one removes what noise the
-      grid leaves. Masks need no evaluation in a step that reveals nothing.
+      grid leaves. Masks need no evaluation in a step that reveals nothing. See `evaluations`.
     sampler: one of
       "ancestral": the reverse process, step by step.
       "first_hitting": absorbing only; one token per evaluation, exact for infinitely many steps.
@@ -128,25 +128,8 @@ def _choose(sampler, proc, options):
   """Return a function of a request: the sampler with its options, which are checked here."""
   if callable(sampler):
     return functools.partial(sampler, **options)
-  known = next((k for process, k in SAMPLERS.items() if isinstance(proc, process)), {})
-  everywhere = dict.fromkeys(name for names in SAMPLERS.values() for name in names)
-  check_choice("sampler", sampler, tuple(everywhere))
-  if sampler not in known:
-    raise InputError(
-      f"sampler={sampler!r} needs an absorbing process, and this one is "
-      f"{type(proc).__name__.lower()}; use {' or '.join(map(repr, known))}."
-    )
   options = dict(options)
-  made = known[sampler]
-  precision = options.pop("precision", "exact")
-  check_choice("precision", precision, PRECISIONS)
-  if precision == "legacy":
-    if made is not Ancestral:
-      raise InputError(
-        "precision='legacy' exists for sampler='ancestral' of an absorbing process only; use "
-        "'exact'."
-      )
-    made = Legacy
+  made = _sampler(sampler, proc, options.pop("precision", "exact"))
   fields = sorted(field.name for field in dataclasses.fields(made))
   for name in options:
     if name not in fields:
@@ -154,6 +137,27 @@ def _choose(sampler, proc, options):
         f"sampler={sampler!r} has no option {name!r}{hint(name, fields)}; it has {fields}."
       )
   return made(**options).run
+
+
+def _sampler(name, proc, precision):
+  """Return the class of this name under the process; None is an absorbing one."""
+  kind = Absorbing if proc is None else type(proc)
+  known = next((k for process, k in SAMPLERS.items() if issubclass(kind, process)), {})
+  everywhere = dict.fromkeys(name for names in SAMPLERS.values() for name in names)
+  check_choice("sampler", name, tuple(everywhere))
+  if name not in known:
+    raise InputError(
+      f"sampler={name!r} needs an absorbing process, and this one is {kind.__name__.lower()}; use "
+      f"{' or '.join(map(repr, known))}."
+    )
+  check_choice("precision", precision, PRECISIONS)
+  if precision == "exact":
+    return known[name]
+  if known[name] is not Ancestral:
+    raise InputError(
+      "precision='legacy' exists for sampler='ancestral' of an absorbing process only; use 'exact'."
+    )
+  return Legacy
 
 
 def _start(proc, rng_B, length, prompt, frozen):
@@ -193,20 +197,48 @@ def _varying(x_BL, rng_B):
   return x_BL + nothing_B1.astype(x_BL.dtype)
 
 
-def evaluations(sampler: str = "ancestral", *, steps: int, **sampler_options) -> dict[str, int]:
-  """Return true network evaluations per sample on a grid, by kind of network.
+def evaluations(
+  sampler: str | Callable = "ancestral",
+  *,
+  steps: int,
+  proc: Absorbing | Uniform | None = None,
+  length: int | None = None,
+  **sampler_options,
+) -> dict[str, int]:
+  """Return network evaluations per sample, by kind of network: those made, not the nominal K.
 
-  All but "rgas" evaluate the denoiser alone, once a step; "first_hitting" is not on a grid.
+  A step is one evaluation of the denoiser. Removing noise is one more where it is always made:
+  under a uniform process, by "analytic" and by precision="legacy". Other samplers of masks make it
+  for the expected 1e-5 of them that outlive the grid only, which is not counted.
+
+  Args:
+    sampler: name, as in `generate`; one of your own is taken to evaluate once a step.
+    steps: grid steps.
+    proc: the forward process; None: absorbing.
+    length: tokens to draw per sample. A sample is revealed in at most so many steps of "ancestral",
+      and in exactly so many of "first_hitting"; in other steps a batch runs for its other samples.
+    **sampler_options: as in `generate`.
+
+  Raises:
+    InputError: "first_hitting" without a length, or a name that the process does not have.
 
   Example:
     >>> evaluations("rgas", steps=8, candidates=4)
     {'student': 8, 'discriminator_forward': 16, 'discriminator_backward': 4}
+    >>> evaluations(steps=8, proc=Uniform(vocab_size=9))["student"]
+    9
   """
-  if sampler != "rgas":
-    return {"student": steps, "discriminator_forward": 0, "discriminator_backward": 0}
-  given = {
-    key: sampler_options[key]
-    for key in ("h", "candidates", "ratio", "reward")
-    if key in sampler_options
-  }
-  return _rgas.cost(steps, **given)
+  alone = {"student": steps, "discriminator_forward": 0, "discriminator_backward": 0}
+  if callable(sampler):
+    return alone
+  made = _sampler(sampler, proc, sampler_options.get("precision", "exact"))
+  if made is _rgas.Rgas:
+    known = ("h", "candidates", "ratio", "reward")
+    given = {key: sampler_options[key] for key in known if key in sampler_options}
+    return _rgas.cost(steps, **given)
+  if made is FirstHitting and length is None:
+    raise InputError("sampler='first_hitting' evaluates once per token drawn; give length.")
+  if made is FirstHitting or (made is Ancestral and length is not None):
+    steps = length if made is FirstHitting else min(steps, length)
+  removes = made.removes_always and sampler_options.get("noise_removal", "ancestral") != "none"
+  return {**alone, "student": steps + removes}

@@ -9,6 +9,7 @@ steps. Use it to compare with numbers that were made this way, and for nothing e
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +39,7 @@ class Legacy(GridOptions):
       bfloat16.
   """
 
+  removes_always: ClassVar[bool] = True
   logits_dtype: str = "bfloat16"
 
   def run(self, request: Request) -> Int[Array, "K B L"]:

@@ -7,7 +7,7 @@ step. `generate` finds it by name and process.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -92,11 +92,13 @@ class GridOptions:
     noise_removal: what happens to noise that outlives the grid (an expected 1e-5 of the masks),
       for one more evaluation: an "ancestral" step to α = 1, its "greedy" form, the most probable
       clean token, or "none".
+    removes_always: of a class: whether that evaluation is made even where no noise is left.
 
   Raises:
     InputError: an unknown name.
   """
 
+  removes_always: ClassVar[bool] = False
   grid: str = "uniform"
   noise_removal: str = "ancestral"
 

@@ -7,7 +7,8 @@ expected embeddings under the student's prediction, logits move to
   ℓ + h ∂R/∂ℓ,   the gradient clipped to [−1, 1].
 
 Late steps re-rank: of M candidates for the next state one is drawn with probability softmax(R). A
-logit is the log-odds of real text, so both lean towards what the discriminator takes for real.
+logit rises with the odds of real text, so both lean towards what the discriminator takes for real;
+trained on smoothed labels it is a squashed log-odds, and softmax(R) is that much warmer.
 
 Rewards count masked positions, the ones the discriminator was trained on. Candidates then reveal
 the same positions and differ in tokens: with reveals of their own a sum over masks would rank them
@@ -52,7 +53,7 @@ class Rgas(GridSampler):
     candidates: M of the re-ranked steps; 1 does not re-rank.
     ratio: share of the steps, the last ones, that re-rank.
     reward: "sum" of logits over masked positions, nearly an argmax; their "mean": every logit
-      estimates the log-ratio of the whole sequence, so their mean does; or "all": as published,
+      is an estimate of the whole sequence, so their mean is one; or "all": as published,
       the sum over all positions, of candidates that reveal positions of their own.
 
   Raises:

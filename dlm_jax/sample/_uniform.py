@@ -15,7 +15,7 @@ gathered: on a grid of 16 uniform steps 42 % of them on average, less with more 
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -96,11 +96,14 @@ def redraw(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class UniformAncestral(GridSampler):
-  """The reverse process of uniform states on a grid: one evaluation per step.
+  """The reverse process of uniform states: one evaluation per step, and one to remove noise.
 
-  A "greedy" removal, the most probable clean token everywhere, is the setting of the published
-  few-step figures. Temperature and truncation act before the prediction enters the posterior.
+  Published figures count the K steps only; K + 1 evaluations are made. A "greedy" removal, the most
+  probable clean token everywhere, is the setting of the published few-step figures. Temperature and
+  truncation act before the prediction enters the posterior.
   """
+
+  removes_always: ClassVar[bool] = True
 
   def run(self, request: Request) -> Int[Array, "K B L"]:
     """Return the states after every step; the last one is the sample."""

@@ -129,14 +129,10 @@ class Pipeline:
 
   def _evaluations(self, shape, steps, prompt, options):
     """Return evaluations of all networks, in all texts."""
-    sampler = options.get("sampler", "ancestral")
-    if sampler == "first_hitting":
-      _, frozen, _ = self._start(prompt, options.get("length"))
-      return int(np.prod(shape)) - (0 if frozen is None else shape[0] * int(frozen.sum()))
-    if callable(sampler):
-      return shape[0] * steps
-    guided = {key: options[key] for key in _GUIDED if key in options}
-    return shape[0] * sum(sample.evaluations(sampler, steps=steps, **guided).values())
+    _, frozen, _ = self._start(prompt, options.get("length"))
+    given = 0 if frozen is None else int(frozen.sum())
+    options = {"steps": steps, "proc": self.process, **options, "length": shape[1] - given}
+    return shape[0] * sum(sample.evaluations(**options).values())
 
   def tokens(
     self, *, steps: int = 16, num: int = 1, seed: int = 0, prompt: str = "", **options: Any
@@ -170,7 +166,6 @@ class Pipeline:
 
 
 _STEPS = 16
-_GUIDED = ("h", "candidates", "ratio", "reward")  # of sampler="rgas": they decide its evaluations
 _ELSEWHERE = (
   "block_length",
   "chat",

@@ -70,7 +70,8 @@ def test_batches_and_valid_tokens():
     np.testing.assert_allclose(
       _bound(block_length=2, batch_size=size)["nelbo"], whole["nelbo"], rtol=1e-5
     )
-  assert whole["evaluations"] == 5 and whole["sequences"] == 5 and whole["tokens"] == 5 * L
+  assert whole["evaluations"] == 5 * (1 + 1)  # the noise of the smallest level is removed at once
+  assert whole["sequences"] == 5 and whole["tokens"] == 5 * L
   valid = ~np.isin(TOKENS, int(TOKENS[0, 1]))
   assert _bound(block_length=2, valid_NL=valid)["tokens"] == valid.sum()
   groups = _bound([TOKENS, TOKENS[:3, :2]], block_length=2)
@@ -86,3 +87,32 @@ def test_bad_counts(options):
 def test_masks_are_no_data():
   with pytest.raises(InputError, match="mask id"):
     _bound(np.full((1, L), MASK), block_length=1)
+
+
+def test_what_survives_all_noise_is_paid_for():
+  """A schedule that leaves a tenth: blocks start from masks alone, and the bound says so."""
+  surviving = dataclasses.replace(PROCESS, schedule=schedules.LogLinear(eps=0.1))
+  network, options = Bound(*tiny.make(CONFIG)), {"samples_per_sequence": 400, "batch_size": 500}
+  row = evaluate.block_elbo(
+    network, surviving, TOKENS, jax.random.key(0), block_length=2, **options
+  )
+  alone = 0.1 * _masked(TOKENS, [True] * L, 2).mean()
+  t, integral, last = np.linspace(1e-3, 1, 20_001), 0.0, 0.0
+  for pattern in itertools.product([False, True], repeat=2):
+    m, nats = sum(pattern), _masked(TOKENS, pattern * (L // 2), 2).mean()
+    share = (0.9 * t) ** m * (1 - 0.9 * t) ** (2 - m)
+    integral += np.trapezoid(share / t, t) * nats
+    last += share[0] * nats
+  assert abs(row["nelbo"] / (integral + last + alone) - 1) < 0.03
+  assert alone > 0.08 * row["nelbo"]
+  assert row["evaluations"] == 5 * (400 + 2)
+
+
+def test_bytes_of_tokens_that_are_given():
+  """All nats over all bytes, group by group: the first tokens are charged though not scored."""
+  groups = [TOKENS, TOKENS[:3, :2]]
+  row = _bound(groups, block_length=2, first_given=True, bytes_per_token=4.0)
+  nats = row["nelbo"] * row["tokens"]
+  assert row["tokens"] == 5 * (L - 1) + 3
+  wanted = nats / np.log(2) / (4.0 * (5 * L + 3 * 2))
+  np.testing.assert_allclose(row["bits_per_byte"], wanted, rtol=1e-6)

@@ -43,6 +43,7 @@ class Uniform:
 
 def row(name, nfe, genppl=100.0, entropy=5.0, **changes):
   values = {"genppl": genppl, "genppl_se": genppl / 20, "entropy": entropy, "entropy_se": 0.02}
+  values["correlation"] = 0.0
   fixed = {"samples": 512, "tokens": 9, "seconds": 1.5, "seed": 0, "options": {}, "context": {}}
   return {"name": name, "nfe": nfe, "evaluations": nfe, **values, **fixed, **changes}
 

@@ -84,7 +84,7 @@ def test_genppl_error_matches_bootstrap():
 
 def test_published_protocol(judge, example):
   tokens, mask = example["tokens"].astype(np.int32), example["attention_mask"]
-  got = evaluate.genppl(judge, tokens, eos_id=60, batch_size=2, mask_BL=mask)
+  got = evaluate.genppl(judge, tokens, eos_id=60, batch_size=2, mask_BL=mask, published=True)
   assert got["genppl"] == pytest.approx(example["genppl_f64"][0], rel=2e-5)
   np.testing.assert_array_equal(generative.counted(tokens, 60), example["counted"])
   assert got["tokens"] == example["counted"].sum()
@@ -96,7 +96,7 @@ def test_published_protocol(judge, example):
 def test_masking_the_padding_changes_nothing(judge, example):
   """Right padding is all EOS and comes last: a causal judge's counted targets never see it."""
   tokens, mask = example["tokens"][:4].astype(np.int32), example["attention_mask"][:4]
-  with_mask = evaluate.genppl(judge, tokens, eos_id=60, mask_BL=mask)["genppl"]
+  with_mask = evaluate.genppl(judge, tokens, eos_id=60, mask_BL=mask, published=True)["genppl"]
   assert evaluate.genppl(judge, tokens, eos_id=60)["genppl"] == pytest.approx(with_mask, rel=1e-6)
 
 
@@ -191,3 +191,45 @@ def test_mauve_of_equal_and_distant_sets():
 def test_rejects(call, message):
   with pytest.raises(InputError, match=message):
     call()
+
+
+@pytest.mark.parametrize("texts", [["ab", "abcd"], ["", "abcd"], [".ab", "ab.cd"]], ids=str)
+def test_padding_is_never_judged(texts):
+  """Together as alone: no shorter text is charged the end of text that it is padded with."""
+  ids, eos = "abcd.", 4
+  encode = lambda text: [ids.index(c) for c in text]  # noqa: E731
+  dislike = jnp.log(jnp.array([1.0, 1, 1, 1, 1e-4]))  # the end of text, by nine nats
+
+  def judge(tokens_BL, mask_BL):
+    del mask_BL
+    return jnp.broadcast_to(dislike, (*tokens_BL.shape, 5))
+
+  def measure(texts):
+    tokens_BL, mask_BL = evaluate.retokenise(texts, encode, eos_id=eos)
+    return evaluate.genppl(judge, tokens_BL, mask_BL=mask_BL, eos_id=eos)
+
+  together = measure(texts)
+  assert together["tokens"] == sum(max(len(text) - 1, 0) for text in texts)
+  alone = [measure([text]) for text in texts]
+  nats = sum(row["nll"] * row["tokens"] for row in alone if row["tokens"])
+  assert together["nll"] == pytest.approx(nats / together["tokens"], rel=1e-6)
+
+
+def test_genppl_and_entropy_vary_together():
+  """Over sets of samples, log GenPPL and entropy correlate as one set says of itself."""
+  rng = np.random.default_rng(0)
+  log_p = jnp.log(jnp.array([0.6, 0.2, 0.1, 0.1]))
+
+  def judge(tokens_BL):
+    return jnp.broadcast_to(log_p, (*tokens_BL.shape, 4))
+
+  def measure(count):
+    wide = rng.random((count, 1)) < 0.5  # half of the samples keep to two tokens
+    tokens_BL = np.where(wide, rng.integers(0, 4, (count, 12)), rng.integers(0, 2, (count, 12)))
+    return evaluate.quality(judge, tokens_BL, batch_size=count)
+
+  stated = measure(4000).correlation
+  sets = [measure(200) for _ in range(60)]
+  found = np.corrcoef([math.log(q.genppl) for q in sets], [q.entropy for q in sets])[0, 1]
+  assert 0.5 < stated < 0.99 and found == pytest.approx(stated, abs=0.12)
+  assert evaluate.quality(judge, np.zeros((3, 4), int)).correlation == 0

@@ -11,7 +11,7 @@ from dlm_jax.errors import InputError
 from dlm_jax.evaluate import frontier, matched
 
 
-def _row(name, nfe, temperature, genppl, entropy, genppl_se=0.0):
+def _row(name, nfe, temperature, genppl, entropy, genppl_se=0.0, correlation=0.0):
   return {
     "name": name,
     "nfe": nfe,
@@ -20,6 +20,7 @@ def _row(name, nfe, temperature, genppl, entropy, genppl_se=0.0):
     "genppl_se": genppl_se,
     "entropy": entropy,
     "entropy_se": 0.02,
+    "correlation": correlation,
     "samples": 8,
     "tokens": 64,
     "seconds": 2.0,
@@ -47,6 +48,27 @@ def test_interpolation_by_hand():
   np.testing.assert_allclose(a["genppl_se"], 100 * math.hypot(error / 2, error / 2))
   np.testing.assert_allclose(b["genppl"], math.sqrt(60 * 90))
   assert tuple(a) == frontier.COLUMNS and a["entropy"] == 4.5
+
+
+@pytest.mark.parametrize("together", [0.0, 0.8])
+def test_errors_that_vary_together(together):
+  """The stated error is the spread of what is stated, over draws of both ends."""
+  ends = ((0.8, 50.0, 4.0), (1.0, 100.0, 5.0))
+  slope, spread = math.log(2), 0.06
+
+  def row(temperature, genppl, entropy, noise=(0.0, 0.0)):
+    drawn = genppl * math.exp(spread * noise[0]), entropy + spread / slope * noise[1]
+    made = _row("a", 4, temperature, *drawn, spread * drawn[0], together)
+    return made | {"entropy_se": spread / slope}
+
+  (stated,) = matched.match([row(*end) for end in ends], 4.5)
+  shape = [[1.0, together], [together, 1.0]]
+  noise = np.random.default_rng(0).multivariate_normal([0, 0], shape, (3000, 2))
+  found = [
+    matched.match([row(*end, pair) for end, pair in zip(ends, pairs, strict=True)], 4.5)[0]
+    for pairs in noise
+  ]
+  assert np.std([row["genppl"] for row in found]) == pytest.approx(stated["genppl_se"], rel=0.06)
 
 
 def test_nothing_is_extrapolated():

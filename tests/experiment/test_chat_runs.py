@@ -133,6 +133,7 @@ def test_the_entropy_drop_is_how_far_a_student_is_below_its_teacher():
   samples._judge = _FakeJudge(judge=Judge(None, None), eos_id=0)
   samples._selection = Selection(max_entropy_drop=1.0, patience=1)
   samples._samples = lambda denoiser, nfe: np.zeros((1, 4), np.int32)
+  samples._fine = lambda denoiser: True
   samples._templates, samples._export, samples._best = None, lambda *where: None, None
   state = objectives.TrainState(
     step=jnp.zeros((), jnp.int32), trees={"student": {}}, opt={}, ema={}
@@ -141,3 +142,6 @@ def test_the_entropy_drop_is_how_far_a_student_is_below_its_teacher():
     samples._reference = {"2": teacher}
     scores, collapsed = samples(1, state)
     assert scores["entropy_drop"] == pytest.approx(drop) and collapsed == stop
+  samples._fine = lambda denoiser: False
+  with pytest.raises(InputError, match="logits hold NaN or infinity"):
+    samples(1, state)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The config names what is measured; several evaluators run as one, the first decides."""
 
+import jax
 import jax.numpy as jnp
 import pytest
 import tiny_runs
@@ -10,6 +11,7 @@ from dlm_jax.errors import InputError
 from dlm_jax.experiment import evaluators, plan, run, several
 from dlm_jax.experiment.config import load_config
 from dlm_jax.objectives import TrainState
+from dlm_jax.train import loop
 
 
 class _Fake:
@@ -88,3 +90,11 @@ def test_both_in_one_run(tmp_path, monkeypatch):
       best = row["validation/perplexity"]
       falls.append(row["step"])
   assert [step for name, step in kept if name == "best"] == falls
+
+
+def test_the_noise_of_a_likelihood_is_no_step_of_training():
+  """Its key is apart from that of any step of the run's seed, and from what these derive."""
+  ours = jax.random.fold_in(jax.random.key(0), evaluators._NOISE)
+  keys = [ours, *jax.random.split(ours), *jax.random.split(jax.random.key(0)), loop.step_key(0)]
+  bits = [tuple(jax.random.key_data(key).tolist()) for key in keys[:5]]
+  assert len(set(bits)) == 5 and tuple(jax.random.key_data(keys[5]).tolist()) not in bits[:3]

@@ -181,6 +181,37 @@ def test_prompted_values(recorded):
   np.testing.assert_array_equal(at_prompt.argmax(-1), x0_at_prompt)
 
 
+class FromLogits(idlm.SoftStates):
+  """States of a student whose hidden states are its logits."""
+
+  def head(self, params, hidden_BKD, t_B):
+    return hidden_BKD if params == {} else super().head(params, hidden_BKD, t_B)
+
+
+def test_golden_prompted(recorded):
+  """The recorded loss is a mean over the valid tokens of the batch; ours is L times that."""
+  r, v = recorded, recorded.vectors
+  valid = v["prompted/valid_tokens"] > 0
+  assert len(set(valid.sum(1))) > 1  # else a mean by sequence would be the same
+  batch = {**r.batch, "valid": jnp.asarray(valid)}
+  states = FromLogits(model=r.model, process=r.process, relaxation=r.relaxation)
+  rng_B, trees = quantities.keys(r.size, 1), {k: r.params[k] for k in ("teacher", "fake")}
+
+  @jax.jit
+  @jax.value_and_grad
+  def generator(logits):
+    sample = idlm.uniform.SoftSample(batch["tokens"], logits, rng_B)
+    return idlm.gap({}, sample, batch, states=states, **trees)[0] / valid.shape[1]
+
+  # The student saw other inputs here; only its probabilities are recorded, so start from these.
+  logits = jnp.log(jnp.maximum(jnp.asarray(v["prompted/student_probs"]), 1e-30))
+  value, gradient = generator(logits)
+  np.testing.assert_allclose(value, v["prompted/generator_loss"], rtol=2e-5)
+  wanted = v["prompted/grad_generator_loss_wrt_student_logits"]
+  quantities.close(gradient, wanted, 2e-5)
+  assert not np.any(gradient[~valid])
+
+
 def _tiny(length=8, size=11, **options):
   shape = {"vocab_size": size, "dim": 16, "cond_dim": 8, "layers": 1, "length": length}
   model = DiT(tiny.config(**shape, time_conditioning=True, **options))

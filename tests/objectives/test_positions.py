@@ -69,6 +69,25 @@ def test_what_is_fixed_or_beside_the_loss_has_no_gradient():
     jax.tree.map(lambda g: np.testing.assert_array_equal(g, 0.0), gradient)
 
 
+@pytest.mark.parametrize("chunk", [None, 4])
+def test_gradients_of_a_jitted_sum(chunk):
+  """What the function closes over may be traced, floats and integers, whatever the order."""
+  head, moving, fixed, weights = _inputs()
+
+  def total(head, scale, shift):
+    def scaled(head, hidden, tokens):
+      loss, extra = _loss(head, hidden, (tokens + shift) % _V)
+      return scale * loss, extra
+
+    return sum_positions(scaled, head, moving, fixed, weights, chunk)[0]
+
+  given = (head, jnp.float32(2.0), jnp.int32(3))
+  wanted = jax.jit(jax.grad(total))(*given)
+  found = jax.grad(jax.jit(total))(*given)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), found, wanted)
+  assert jax.grad(jax.jit(total), argnums=1)(*given) == 0  # closed over: a constant
+
+
 def test_a_chunk_that_does_not_divide_is_refused():
   with pytest.raises(ValueError, match="chunk=5 does not divide the sequence length 12"):
     sum_positions(_loss, *_inputs(), 5)

@@ -142,6 +142,19 @@ def test_golden_loss(reference, kind):
 
 
 @every_kind
+def test_no_gradient_where_student_equals_teacher(kind):
+  """Every run starts there: |x| has the derivative 0 at 0, as the reference's has."""
+  log_p = jax.nn.log_softmax(jax.random.normal(jax.random.key(0), (6,)))
+
+  def loss(logits):
+    return rounds.divergence(jax.nn.log_softmax(logits), log_p, kind)
+
+  value, gradient = jax.value_and_grad(loss)(log_p)
+  np.testing.assert_allclose(value, 0, atol=1e-6)
+  np.testing.assert_allclose(gradient, 0, atol=1e-6)
+
+
+@every_kind
 def test_golden_gradient(reference, kind):
   targets = jnp.asarray(reference.vectors[TARGETS])
   masked = jnp.asarray(reference.vectors["loss_mask"])

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The sentences that the quick start's report concludes with."""
 
+import numpy as np
 import pytest
 
 from dlm_jax.quickstart import report
@@ -58,15 +59,42 @@ def test_other_models_are_not_compared():
 
 def test_verdict():
   """At the NFE shown, or the fewest if the teacher was not measured there."""
-  rows = _rows(teacher={4: 80.0, 8: 60.0}, student={4: 60.0, 8: 66.0})
+  rows = _rows(teacher={4: 80.0, 8: 61.0}, student={4: 60.0, 8: 66.0})
   text = report._verdict(rows, 4, "student")
   assert text.startswith(
-    "At 4 NFE the student's GenPPL is 60.0 against the teacher's 80.0 (0.75×), with an entropy "
-    "0.20 nats higher (64 samples each)."
+    "At 4 NFE the student's GenPPL is 60.0 ± 0.0 against the teacher's 80.0 ± 0.0 (0.75 ± 0.00×), "
+    "with an entropy 0.20 ± 0.00 nats higher (64 samples each)."
   )
   assert text.endswith(
-    " With 4 it is at 60.0 (entropy 4.40), the teacher with 8 at 60.0 (4.40): 2 times fewer."
+    " With 4 it is at 60.0 (entropy 4.40), the teacher with 8 at 61.0 (4.39): 2 times fewer."
   )
   assert report._verdict(rows, 16, "student") == text
   lower = report._verdict(rows, 8, "student")
-  assert "66.0 against the teacher's 60.0 (1.10×), with an entropy 0.06 nats lower" in lower
+  assert "66.0 ± 0.0 against the teacher's 61.0 ± 0.0 (1.08 ± 0.00×), with an entropy" in lower
+  assert "entropy 0.05 ± 0.00 nats lower" in lower
+  assert "A lower temperature narrows the teacher, too" in lower and "narrows" not in text
+
+
+def test_a_saving_is_beyond_its_error_and_at_no_lower_entropy():
+  def saved(**changes):
+    rows = _rows(teacher={8: 60.0}, student={4: 50.0})
+    rows[1] |= changes
+    return report._saved({(row["name"], row["nfe"]): row for row in rows}, "student")
+
+  assert saved().endswith("2 times fewer.")
+  assert saved(genppl_se=4.9).endswith("2 times fewer.")
+  assert saved(genppl_se=5.1) == "" and saved(genppl_se=float("nan")) == ""
+  assert saved(entropy=4.39) == "" and saved(entropy=4.39, entropy_se=0.006) != ""
+
+
+def test_a_student_like_its_teacher_saves_nothing():
+  """Drawn from the teacher's own law with errors of 7 %, it is said to save in 5 % at most."""
+  truth, rng, said = {8: 307.0, 16: 173.0, 32: 120.0, 64: 106.0, 128: 104.0}, None, 0
+  rng = np.random.default_rng(0)
+  for _ in range(2000):
+    drawn = {n: {k: v * np.exp(0.07 * rng.normal()) for k, v in truth.items()} for n in "ts"}
+    rows = _rows(teacher=drawn["t"], student=drawn["s"])
+    for row in rows:
+      row |= {"genppl_se": 0.07 * row["genppl"], "entropy": 4.2}
+    said += report._saved({(row["name"], row["nfe"]): row for row in rows}, "student") != ""
+  assert said <= 0.05 * 2000

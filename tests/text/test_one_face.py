@@ -52,7 +52,9 @@ def test_the_same_calls(pipes, kind):
   assert isinstance(written, load.Written)
   assert written.texts == texts and written.lengths == [6, 6, 6]
   assert [len(row) for row in written.tokens] == written.lengths
-  assert written.evaluations == (6 if kind != "blocks" else written.target_passes)
+  made = {"absorbing": 3 * 2, "uniform": 3 * (2 + 1)}  # a uniform one removes noise besides
+  assert written.evaluations == made.get(kind, written.evaluations)
+  assert kind != "blocks" or written.evaluations == written.target_passes
   assert len({tuple(row) for row in written.tokens}) > 1
   assert pipe(steps=2, num=1, seed=1, prompt="ab", **options) == texts[:1]
 

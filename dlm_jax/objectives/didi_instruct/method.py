@@ -7,8 +7,14 @@ from real noised text. With the reward r(z, t) = log q_θ(z, t) − log q_ν(z, 
   −E[ω(t) r(z, t) ∇ log p_ν(x₀)],   x₀ ~ p_ν from masks, z = x₀ noised to t,
 
 where r may be centred by any constant and carries no gradient. A discriminator of real (1) against
-generated (0) noised text has the optimal logit r. The student writes x₀ in two steps, through a
-state at a time t; coupled, the same t is the noise level of z.
+generated (0) noised text has the optimal logit r; of labels smoothed to 1 − s and s it is
+
+  log [((1 − s) eʳ + s)/(s eʳ + 1 − s)],   at most log(1/s − 1): 2.2 at the published s = 0.1,
+
+which orders samples as r does and squashes it. That logit is the reward, as in the release: undone,
+logit of (σ − s)/(1 − 2s), it would have no bound on its slope where a discriminator is sure. The
+student writes x₀ in two steps, through a state at a time t; coupled, the same t is the noise level
+of z.
 
 One step: a rollout; an update of the discriminator on it; rewards from the updated discriminator,
 normalised in groups; an update of the student, the gradient of whose rollout was kept.
@@ -160,7 +166,10 @@ def discriminator_loss(
 def reward(
   critic: Callable[..., Array], batch: Batch, process: Absorbing, clip: float = 8.0
 ) -> FloatB:
-  """Return the estimate of log q_θ(z, t) − log q_ν(z, t) of every generated sequence."""
+  """Return the discriminator's estimate of log q_θ(z, t) − log q_ν(z, t) of generated sequences.
+
+  Squashed where its labels are smoothed: see the module.
+  """
   logits_BL = critic(batch["fake"], process.schedule.sigma(batch["t"]))
   return masked_mean(logits_BL, batch["fake"] == process.mask_id, clip)
 

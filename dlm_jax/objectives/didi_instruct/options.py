@@ -36,7 +36,8 @@ class Options(ChunkedOptions):
     t0: time of the final state; at 1e-3 one mask in a thousand is left, at 0 none.
     remask: probability that a token of the intermediate state is masked again.
     group_size: G, consecutive sequences whose rewards are normalised together.
-    reward_clip: largest log-odds of a position.
+    reward_clip: largest logit of a position; the best discriminator of smoothed labels stays below
+      log(1/s − 1), 2.2 at s = 0.1, by itself.
     advantage_clip: largest advantage; idle below G = 11.
     kl_beta: weight of the teacher's divergence, a mean over masked positions, then sequences; 0 is
       off.
@@ -45,7 +46,7 @@ class Options(ChunkedOptions):
     entropy_beta: weight of the entropy bonus; 0 is off.
     real: the discriminator's other side: "data", or "teacher": the teacher's own samples.
     teacher_steps: evaluations per teacher sample.
-    label_smoothing: s; labels are 1 − s and s.
+    label_smoothing: s; labels are 1 − s and s, which squashes the reward: see `method`.
     trained_layers: blocks of the discriminator that are trained, from the top. None: four, or all.
     warmup: steps in which the student, its optimiser and its learning rate wait.
     dropout: in the student's rollout.

@@ -38,9 +38,9 @@ def omega(t_B: FloatB, schedule: Schedule, mode: str, clip: tuple[float, ...]) -
 
 
 def masked_mean(logits_BL: FloatBL, masked_BL: BoolBL, clip: float):
-  """Return the mean over masked positions of clipped log-odds, per sequence; 0 without masks.
+  """Return the mean over masked positions of clipped logits, per sequence; 0 without masks.
 
-  Every position estimates one number, the log-ratio of the whole sequence, hence a mean.
+  Every position estimates one number, of the whole sequence, hence a mean.
   """
   clipped_BL = jnp.clip(logits_BL, -clip, clip)
   return jnp.sum(jnp.where(masked_BL, clipped_BL, 0.0), 1) / jnp.maximum(masked_BL.sum(1), 1)

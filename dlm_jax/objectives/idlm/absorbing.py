@@ -42,6 +42,7 @@ class HardStates(Setting):
   """How the losses' states are made and read: see the module."""
 
   through_inputs: ClassVar[bool] = False  # whether gradients pass through teacher and fake
+  by_sequence: ClassVar[bool] = True  # whether valid tokens are averaged in each sequence first
 
   def rollout(
     self, params: Params, batch: Batch, rngs: tuple[KeyB, ...], dropout_B: KeyB | None

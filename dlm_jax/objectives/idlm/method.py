@@ -24,7 +24,7 @@ from dlm_jax.arrays import KeyB, Metrics, Params
 from dlm_jax.errors import check_choice
 from dlm_jax.models import DiT
 from dlm_jax.models.dit import head_params
-from dlm_jax.objectives.batch import Batch, split_each, stratified_times
+from dlm_jax.objectives.batch import Batch, counted, split_each, stratified_times
 from dlm_jax.objectives.gaussian_states import Relaxation
 from dlm_jax.objectives.idlm.absorbing import HardSample, HardStates
 from dlm_jax.objectives.idlm.uniform import SoftSample, SoftStates
@@ -53,7 +53,7 @@ def couple_times(batch: Batch, *, coupling: str, eps: float = 1e-3) -> Batch:
   t_gen_B = stratified_times(rng_time_B, eps)
   if coupling == "permuted":
     t_gen_B = jax.random.permutation(rng_order_B[0], t_gen_B)
-  return {**batch, "rng": rng_B, "t_gen": t_gen_B}
+  return counted({**batch, "rng": rng_B, "t_gen": t_gen_B})
 
 
 def fake_loss(
@@ -102,7 +102,7 @@ def cross_entropy(
     return jax.vmap(states.process.nll_predicted)(logits, z, predicted, x_gen, batch["t"]), ()
 
   fixed = (sample.hidden, sample.x_gen, z_BL)
-  weights_BL = _weights(batch, z_BL.shape)
+  weights_BL = _weights(batch, z_BL.shape, states.by_sequence)
   return sum_positions(nll, head_params(params), (fake_BLD,), fixed, weights_BL, states.chunk)[0]
 
 
@@ -145,7 +145,7 @@ def gap(
     head_params(params),
     arrays[:moving],
     arrays[moving:],
-    _weights(batch, z_BL.shape),
+    _weights(batch, z_BL.shape, states.by_sequence),
     states.chunk,
   )
   counted_BL = states.counted(sample, z_BL, batch)
@@ -252,10 +252,16 @@ def make(
   return Objective(init, step, output="student", batches=2)
 
 
-def _weights(batch, shape):
-  """Return weights of positions: L times the mean over valid tokens, averaged over sequences."""
+def _weights(batch, shape, by_sequence):
+  """Return weights of positions that make a sum L times a mean over valid tokens.
+
+  By sequence, then over sequences, as the reference does under masks; or over the whole batch, as
+  it does for uniform states.
+  """
   if "valid" not in batch:
     return jnp.full(shape, 1 / shape[0], jnp.float32)
   valid_BL = batch["valid"]
-  count_B1 = jnp.maximum(valid_BL.sum(1, keepdims=True), 1)
-  return valid_BL * (shape[1] / shape[0] / count_B1)
+  count_B = jnp.maximum(valid_BL.sum(1), 1)
+  if not by_sequence:
+    count_B = (batch if "count" in batch else counted(batch))["count"]
+  return valid_BL * (shape[1] / shape[0] / count_B[:, None])

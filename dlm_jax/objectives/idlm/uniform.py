@@ -39,6 +39,7 @@ class SoftStates(Setting):
 
   relaxation: Relaxation
   through_inputs: ClassVar[bool] = True  # whether gradients pass through teacher and fake
+  by_sequence: ClassVar[bool] = False  # whether valid tokens are averaged in each sequence first
 
   def rollout(
     self, params: Params, batch: Batch, rngs: tuple[KeyB, ...], dropout_B: KeyB | None
