@@ -238,6 +238,5 @@ def export(
     }
     given["extra"] = {**facts, **given.get("extra", {})}
     params, beside = jax.device_get((params, beside))
-    with remote.publish(directory) as fresh:
-      convert.save(fresh, built.model, params, built.process, beside=beside, **given)
-      tokenizer.save(fresh)
+    given |= {"beside": beside, "tokenizer": tokenizer}
+    convert.save(directory, built.model, params, built.process, **given)
