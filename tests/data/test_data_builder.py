@@ -234,7 +234,7 @@ def test_flipped_bits_of_records(sums, corpus, tmp_path):
   said = rf"out: record \d+ of train cannot be read from {shard.name}: .*; prepare it again"
   readers = [
     lambda: list(dataset.splits["train"]),
-    lambda: next(loader.make(dataset, "train", batch_size=2, seed=0)),
+    lambda: list(loader.make(dataset, "train", batch_size=2, seed=0, repeat=False)),
     lambda: loader.evaluation_groups(dataset, "train"),
     lambda: list(loader.evaluation_batches(dataset, "train", 2)),
   ]
