@@ -293,6 +293,8 @@ def prepare(
       info = _build(source, tokenizer, wanted, temporary, progress)
       if there is not None:
         remote.upload(temporary, there)
+      elif faster := _existing(directory, wanted, there):  # of another process
+        return Prepared(directory=str(directory), info=faster, created=False)
       else:
         os.replace(temporary, directory)  # over nothing or over an empty directory
   except OSError as error:

@@ -201,6 +201,24 @@ def test_edited_tfds_metadata(corpus, tmp_path):
     builder.open_dataset(tmp_path / "out")
 
 
+def test_two_prepare_the_same(corpus, tmp_path, monkeypatch):
+  """The slower one finds what the faster one made."""
+  plain = builder._build
+
+  def slow(*given):
+    monkeypatch.setattr(builder, "_build", plain)
+    (tmp_path / "elsewhere").mkdir()
+    made = plain(*given)
+    faster = prepare(corpus, tmp_path / "elsewhere" / "out")
+    (tmp_path / "elsewhere" / "out").rename(tmp_path / "out")
+    assert faster.created
+    return made
+
+  monkeypatch.setattr(builder, "_build", slow)
+  assert not prepare(corpus, tmp_path / "out").created
+  assert not [entry for entry in tmp_path.iterdir() if entry.name.startswith(".")]
+
+
 def _flip(file, place=0.5):
   content = bytearray(file.read_bytes())
   content[int(place * len(content))] ^= 4
