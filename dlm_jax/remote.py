@@ -22,6 +22,7 @@ from typing import Any
 from absl import logging
 from etils import epath
 
+from dlm_jax import disk
 from dlm_jax.errors import InputError
 
 try:
@@ -70,28 +71,23 @@ def publish(path: epath.PathLike) -> Iterator[pathlib.Path]:
 
   On this machine that is a rename. In a store, the marker of the old folder goes first and that of
   the new one comes last, so no reader takes files of two networks for one. After an exception the
-  old folder stays as it was.
+  old folder stays as it was; after a kill too, and the next call removes what was begun.
 
   Raises:
-    InputError: it cannot be written.
+    InputError: it cannot be written, or is a file or a link.
   """
   if is_remote(path):
     with tempfile.TemporaryDirectory(prefix="dlm_jax_") as folder:
-      yield pathlib.Path(folder)
+      with disk.writing(path):
+        yield pathlib.Path(folder)
       upload(folder, path)
     return
-  directory = pathlib.Path(path)
-  fresh, old = (directory.with_name(f".{directory.name}.{kind}") for kind in ("new", "old"))
-  with _writable(path):
-    for leftover in (fresh, old):
-      shutil.rmtree(leftover, ignore_errors=True)
-    fresh.mkdir(parents=True)
-  yield fresh
-  with _writable(path):
-    if directory.exists():
-      directory.rename(old)
-    fresh.rename(directory)
-  shutil.rmtree(old, ignore_errors=True)
+  directory = pathlib.Path(os.path.abspath(path))
+  disk.check_folder(directory)
+  with disk.fresh(directory) as fresh:
+    with disk.writing(path):
+      yield fresh
+    disk.replace(fresh, directory)
 
 
 def upload(folder: str | os.PathLike, path: epath.PathLike) -> None:
@@ -174,7 +170,7 @@ def write_json(path: epath.PathLike, data: Any) -> None:
   """Write a file of JSON so that an interrupt leaves the old one or the new one.
 
   Raises:
-    OSError: it cannot be written.
+    InputError: it cannot be written.
   """
   text = json.dumps(data, indent=2) + "\n"
   if is_remote(path):
@@ -182,8 +178,9 @@ def write_json(path: epath.PathLike, data: Any) -> None:
     return
   file = pathlib.Path(path)
   temporary = file.with_name(f".{file.name}.tmp")
-  temporary.write_text(text, encoding="utf-8")
-  temporary.replace(file)
+  with disk.writing(file):
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(file)
 
 
 def copy_of(path) -> pathlib.Path:

@@ -18,6 +18,7 @@ PACKAGE = ROOT / "dlm_jax"
 
 FLOORS = {
   "arrays": 0,
+  "disk": 0,
   "errors": 0,
   "mesh": 0,
   "remote": 0,

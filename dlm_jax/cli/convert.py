@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """`dlm-jax convert`: a network of a run, or a public one → the Hugging Face layout."""
 
+import pathlib
+
 from etils import epath
 
-from dlm_jax import convert, remote
+from dlm_jax import convert, disk, remote
 from dlm_jax.cli import flags
 from dlm_jax.convert import places
 from dlm_jax.errors import InputError
@@ -29,8 +31,7 @@ dlm-jax convert --checkpoint=data/idlm/last.ckpt --tokenizer=data/gpt2 --out=mod
   parser.add_argument("--weights", default="", help="of a Lightning *.ckpt: ema (default) or raw")
   namespace = parser.parse(argv)
   out = epath.Path(namespace.out)
-  if out.exists() and any(out.iterdir()):
-    raise InputError(f"--out={out} is not empty; choose a new directory.")
+  _check_out(out)
   source = places.find_network(namespace.checkpoint)
   family = convert.open_network(source).family
   kept = namespace.dtype if namespace.dtype in family.dtypes else None
@@ -42,21 +43,32 @@ dlm-jax convert --checkpoint=data/idlm/last.ckpt --tokenizer=data/gpt2 --out=mod
     denoiser.check_vocabulary(source, tokenizer, network.process)
   extra = {key: value for key, value in network.facts.items() if key != "process"}
   extra["tokenizer_fingerprint"] = tokenizer.fingerprint
-  params = network.params  # read before anything is written
-  make_workdir(out)
-  with remote.publish(out) as fresh:
-    convert.save(
-      fresh,
-      network.model,
-      params,
-      network.process,
-      dtype=namespace.dtype,
-      extra=extra,
-      block_length=network.block_length,
-    )
-    tokenizer.save(fresh)
+  convert.save(
+    namespace.out,
+    network.model,
+    network.params,
+    network.process,
+    dtype=namespace.dtype,
+    extra=extra,
+    block_length=network.block_length,
+    tokenizer=tokenizer,
+  )
   size = sum(file.stat().length for file in out.glob("*.safetensors")) / 1e6
   print(f"{out}: {size:.1f} MB, {namespace.dtype}")
+
+
+def _check_out(out: epath.Path) -> None:
+  """Refuse a place that is not new or cannot be written, before anything is read."""
+  if remote.is_remote(out):
+    if out.exists() and any(out.iterdir()):
+      raise InputError(f"--out={out} is not empty; choose a new directory.")
+    make_workdir(out)
+    return
+  folder = pathlib.Path(out)
+  disk.check_folder(folder)
+  with disk.writing(folder), disk.fresh(folder):
+    if folder.exists() and any(folder.iterdir()):
+      raise InputError(f"--out={out} is not empty; choose a new directory.")
 
 
 def _check_rows(source, tokenizer, model):

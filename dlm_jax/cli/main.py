@@ -5,6 +5,7 @@ import importlib
 import os
 import sys
 
+from dlm_jax import disk
 from dlm_jax.errors import InputError, hint
 
 VERBS = {
@@ -46,7 +47,9 @@ def main(argv: list[str] | None = None) -> int:
     print(f"dlm-jax: {verb!r} is no verb; use {known}{hint(verb, VERBS)}.", file=sys.stderr)
     return 2
   try:
-    return importlib.import_module(f"dlm_jax.cli.{verb}").main(rest) or 0
+    code = importlib.import_module(f"dlm_jax.cli.{verb}").main(rest) or 0
+    sys.stdout.flush()  # a full disk behind > is found here
+    return code
   except InputError as error:
     print(f"dlm-jax {verb}: {error}", file=sys.stderr)
     return 2
@@ -55,8 +58,23 @@ def main(argv: list[str] | None = None) -> int:
     print(f"\ndlm-jax {verb}: interrupted{again}.", file=sys.stderr)
     return 130
   except BrokenPipeError:  # … | head
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    _drop_output()
     return 0
+  except Exception as error:
+    if (why := disk.refusal(error)) is None:
+      raise
+    place = getattr(error, "filename", None)
+    print(f"dlm-jax {verb}: {f'{place}: ' if place else ''}{why}.", file=sys.stderr)
+    try:
+      sys.stdout.flush()
+    except OSError:
+      _drop_output()
+    return 2
+
+
+def _drop_output() -> None:
+  """Let what is left to print go nowhere; Python would try again at its end."""
+  os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def run() -> None:

@@ -14,11 +14,10 @@ from dlm_jax.convert.network import (
   load_beside,
   open_network,
   read_config,
-  save,
-  save_beside,
   to_tensors,
   writes,
 )
+from dlm_jax.convert.writing import save, save_beside
 
 __all__ = [
   "Network",

@@ -66,9 +66,12 @@ def read(path: pathlib.Path | str) -> tuple[Mapping[str, Any], list[Any] | None]
 def write(file: pathlib.Path, tensors: Mapping[str, Any]) -> None:
   """Write tensors to a file that is there as a whole or not at all."""
   temporary = file.with_name(file.name + ".tmp")
-  save_file(dict(tensors), str(temporary), metadata={"format": "pt"})
-  temporary.chmod(0o644)  # the library writes it readable by its owner only
-  temporary.replace(file)
+  try:
+    save_file(dict(tensors), str(temporary), metadata={"format": "pt"})
+    temporary.chmod(0o644)  # the library writes it readable by its owner only
+    temporary.replace(file)
+  finally:
+    temporary.unlink(missing_ok=True)
 
 
 def _read_torch(file):

@@ -42,8 +42,9 @@ class Entry(NamedTuple):
   transposed: bool = False
 
 
+@functools.lru_cache(maxsize=64)
 def param_shapes(model: Any) -> Params:
-  """Return the shapes of a network's parameters."""
+  """Return the shapes of a network's parameters; asked again, the same tree: do not change it."""
   return jax.eval_shape(model.init, jax.random.key(0), *model.inputs())["params"]
 
 
@@ -252,12 +253,17 @@ def write(
 ) -> None:
   """Write model.safetensors, or shards and their index; one shard at a time is in memory.
 
+  A kill leaves some of the files: the directory should not be where readers look yet.
+
   Args:
     directory: there already.
     entries: of the network.
     params: its parameters.
     dtype: what tensors are stored in.
     shard_bytes: the most that one file holds.
+
+  Raises:
+    InputError: a number is NaN or infinite in that dtype.
   """
   groups, total = _groups(entries, params, jnp.dtype(dtype).itemsize, shard_bytes)
   count, where = len(groups), {}
@@ -266,6 +272,12 @@ def write(
     if count > 1:
       file = f"model-{number:05d}-of-{count:05d}.safetensors"
     tensors = {entry.name: _tensor(entry, params).astype(dtype) for entry in group}
+    for name, value in tensors.items():
+      if not np.isfinite(np.asarray(value)).all():
+        raise InputError(
+          f"tensor {name} holds numbers that are NaN or infinite in {dtype}; such a network is not "
+          "saved, as it would not be loaded."
+        )
     files.write(directory / file, tensors)
     where |= dict.fromkeys(tensors, file)
   if count > 1:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A checkpoint as a `Network`: opened without weights, loaded, saved. No family is named here."""
+"""A checkpoint as a `Network`: opened without weights, loaded. No family is named here."""
 
 import dataclasses
 import functools
@@ -242,55 +242,6 @@ def load(
   return network.model, network.params, network.process
 
 
-def save(
-  path: pathlib.Path | str,
-  model: Any,
-  params: Params,
-  proc: Process | None = None,
-  *,
-  dtype: str | None = None,
-  extra: Mapping[str, Any] | None = None,
-  block_length: int | None = None,
-  beside: Mapping[str, Any] | None = None,
-  shard_bytes: int = layout.SHARD_BYTES,
-) -> None:
-  """Write a network as `load` reads it: config.json and model.safetensors, or shards.
-
-  Args:
-    path: directory, created if needed.
-    model: the network.
-    params: its parameters.
-    proc: forward process; None for an autoregressive network.
-    dtype: "float32" or "bfloat16"; None: float32, of a decoder what its parameters are kept in.
-    extra: JSON-able facts stored in config.json under "dlm_jax" (tokenizer fingerprint, …);
-      "writes" says how the network writes where its family leaves that open.
-    block_length: tokens of the blocks that it was trained on, stored as block_size.
-    beside: networks with parameters that lie beside it, by name: {"discriminator": critic}.
-    shard_bytes: the most that one file holds; one shard at a time is in memory.
-
-  Raises:
-    InputError: there are no checkpoints of such networks, or the process or its schedule has no
-      name to store.
-  """
-  directory, family = pathlib.Path(path), families.of(model)
-  config, extra = family.describe(model, proc), dict(extra or {})
-  if dtype is None:
-    kept = str(jax.tree.leaves(params)[0].dtype)
-    dtype = kept if kept in family.dtypes else "float32"
-  extra["writes"] = family.way(proc, extra.get("writes"), "extra")
-  for name, network in (beside or {}).items():
-    extra[name] = families.beside()[name].facts(network)
-  config |= {"torch_dtype": dtype, "dlm_jax": {**config.get("dlm_jax", {}), **extra}}
-  if block_length is not None:
-    config["block_size"] = block_length
-  directory.mkdir(parents=True, exist_ok=True)
-  entries = list(family.entries(model))
-  layout.write(directory, entries, params, dtype=dtype, shard_bytes=shard_bytes)
-  (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-  for name, network in (beside or {}).items():
-    save_beside(directory, name, network)
-
-
 def to_tensors(model: Any, params: Params) -> dict[str, jax.Array]:
   """Return a tree like the parameters (gradients too) under public names and orientation."""
   return layout.to_tensors(families.of(model).entries(model), params)
@@ -318,17 +269,6 @@ def from_tensors(
   found = family.match(model, tensors, source)
   shapes = layout.param_shapes(model)
   return layout.read(family.entries(model), found, shapes, dtype=dtype, source=source)
-
-
-def save_beside(path: pathlib.Path | str, name: str, network: Any) -> None:
-  """Write a network that lies beside another into the directory of that one.
-
-  Args:
-    path: directory, with the other network.
-    name: what it is: a file of `convert/families/` that exports `BESIDE`.
-    network: with its parameters, e.g. a `models.Critic`.
-  """
-  families.beside()[name].save(pathlib.Path(path), network)
 
 
 def load_beside(path: pathlib.Path | str, name: str, **overrides) -> Any:

@@ -13,16 +13,15 @@ import json
 import os
 import pathlib
 import shutil
-import uuid
 from collections.abc import Iterator
 
 import numpy as np
 import tensorflow_datasets as tfds
 import tqdm
 
-from dlm_jax import remote
+from dlm_jax import disk, remote
 from dlm_jax.arrays import Record
-from dlm_jax.data import conversations
+from dlm_jax.data import conversations, intact
 from dlm_jax.data.dataset import (
   FEATURES,
   FORMAT,
@@ -140,6 +139,7 @@ def _build(source, tokenizer, wanted: Info, directory: pathlib.Path, progress: b
     lengths_file(directory, split).parent.mkdir(exist_ok=True)
     np.save(lengths_file(directory, split), np.array(counts[split].lengths, np.int32))
   paths = sorted(path for path in directory.rglob("*.*") if path.is_file())
+  paths.append(intact.write(directory, paths))
   files = {path.relative_to(directory).as_posix(): path.stat().st_size for path in paths}
   content = {"format": FORMAT, **info.content(), "files": files}
   text = json.dumps(content, indent=2, ensure_ascii=False)
@@ -232,7 +232,8 @@ def prepare(
   """Tokenise, pack and write both splits of a corpus.
 
   Works in a hidden sibling directory and renames it at the end: `directory` is complete or absent,
-  also after an error or an interrupt. Called again with the same settings it does nothing.
+  also after an error, an interrupt or a kill, of which the next call removes what is left. Called
+  again with the same settings it does nothing.
 
   Args:
     source: the corpus, see `sources.open_source`.
@@ -285,24 +286,20 @@ def prepare(
     features=features_of(packing, block_length),
     pad_id=tokenizer.pad_id if packing == "documents" else None,
   )
-  temporary = None
   try:
     if info := _existing(directory, wanted, there):
       return Prepared(directory=str(there or directory), info=info, created=False)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    temporary = directory.parent / f".{directory.name}.{uuid.uuid4().hex[:8]}"
-    temporary.mkdir()
-    info = _build(source, tokenizer, wanted, temporary, progress)
-    if there is not None:
-      remote.upload(temporary, there)
-    else:
-      os.replace(temporary, directory)  # over nothing or over an empty directory
+    with disk.fresh(directory) as temporary:
+      info = _build(source, tokenizer, wanted, temporary, progress)
+      if there is not None:
+        remote.upload(temporary, there)
+      elif faster := _existing(directory, wanted, there):  # of another process
+        return Prepared(directory=str(directory), info=faster, created=False)
+      else:
+        os.replace(temporary, directory)  # over nothing or over an empty directory
   except OSError as error:
     reason = error.strerror or error
     raise InputError(
       f"{directory} cannot be written: {reason}; free space or use another."
     ) from error
-  finally:
-    if temporary is not None:
-      shutil.rmtree(temporary, ignore_errors=True)
   return Prepared(directory=str(there or directory), info=info, created=True)

@@ -7,6 +7,7 @@ A prepared directory holds
                         that say anything; `tfds.builder_from_directory` opens it without us
   tokenizer.json        the tokenizer that made the ids, see `tokenizers.load`
   dataset.json          what it was made from and how much there is, see `Info`
+  checksums.json        of all other files, see `intact`
   lengths/*.npy         of a dataset of documents: every record's number of tokens, by split
 
 TensorFlow is not needed, neither to write nor to read.
@@ -24,16 +25,13 @@ import tensorflow_datasets as tfds
 from jaxtyping import Int
 
 from dlm_jax import remote
-from dlm_jax.data import tokenizers
+from dlm_jax.data import intact, tokenizers
 from dlm_jax.data.tokenizers import Tokenizer
 from dlm_jax.errors import InputError
 
 FORMAT, _BARE = "dlm_jax.packed_tokens/2", "dlm_jax.packed_tokens/1"  # the first held ids alone
 PACKINGS = ("concatenate", "documents", "conversations")
 FEATURES = {"tokens": np.int32, "valid": np.bool_, "position": np.int32, "segment": np.int32}
-# TFDS imports the module of any class that features.json names: these are all that we write.
-_TFDS = "tensorflow_datasets.core.features"
-_CLASSES = (f"{_TFDS}.features_dict.FeaturesDict", f"{_TFDS}.tensor_feature.Tensor")
 Path = str | os.PathLike
 
 
@@ -166,7 +164,7 @@ def open_dataset(dataset: Dataset | Path) -> Dataset:
   Opening a remote one asks its store for every file: open it once and pass it on.
 
   Raises:
-    InputError: it is not one, or files are missing or have another size than when written.
+    InputError: it is not one, or files are missing or are not as they were written.
   """
   if isinstance(dataset, Dataset):
     return dataset
@@ -201,13 +199,17 @@ def open_dataset(dataset: Dataset | Path) -> Dataset:
     if found != size:
       state = "is missing" if found is None else f"has {found} bytes instead of {size}"
       raise InputError(f"{directory} is truncated or changed: {name} {state}; {advice}")
-  _check_classes(directory)
+  folder = directory / "packed_tokens" / "1.0.0"
+  intact.check_features(folder / "features.json")
   try:
-    tfds_builder = tfds.builder_from_directory(directory / "packed_tokens" / "1.0.0")
+    tfds_builder = tfds.builder_from_directory(folder)
     sources = {name: tfds_builder.as_data_source(split=name) for name in info.splits}
-  except Exception as error:  # sizes agree: only a foreign or edited dataset comes here
-    raise InputError(f"{directory} cannot be opened by TFDS: {error}; {advice}") from error
-  return Dataset(directory=str(directory), info=info, splits=sources)
+  except Exception as error:  # sizes agree: only a damaged, foreign or edited dataset comes here
+    why = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+    raise InputError(f"{directory} cannot be opened by TFDS: {why}; {advice}") from error
+  intact.check(directory)
+  splits = {name: intact.Split(directory, name, source) for name, source in sources.items()}
+  return Dataset(directory=str(directory), info=info, splits=splits)
 
 
 def _command(directory: pathlib.Path, content: dict[str, Any]) -> str:
@@ -223,23 +225,3 @@ def _command(directory: pathlib.Path, content: dict[str, Any]) -> str:
   fields["directory"] = directory.with_name(f"{directory.name}_2")
   given = " ".join(shlex.quote(f"--config.data.{key}={value}") for key, value in fields.items())
   return f"dlm-jax prepare --config=NAME {given}"
-
-
-def _check_classes(directory: pathlib.Path) -> None:
-  """Raise InputError if the features are of classes that we do not write; none is imported."""
-  found: list[str] = []
-
-  def note(node):
-    found.extend(value for key, value in node.items() if key == "pythonClassName")
-    return node
-
-  path = directory / "packed_tokens" / "1.0.0" / "features.json"
-  try:
-    json.loads(path.read_text(encoding="utf-8"), object_hook=note)
-  except (OSError, ValueError) as error:
-    raise InputError(f"{directory} cannot be opened by TFDS: {path.name}: {error}.") from error
-  if foreign := sorted(set(found) - set(_CLASSES)):
-    raise InputError(
-      f"{directory} holds features of {', '.join(foreign)}, which is not ours and is not imported; "
-      "prepare it again into a new directory."
-    )

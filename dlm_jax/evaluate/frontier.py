@@ -12,13 +12,14 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
 from tqdm.auto import tqdm
 
+from dlm_jax import disk
 from dlm_jax.errors import InputError, check_counts
 from dlm_jax.evaluate import generative, tables
 from dlm_jax.evaluate._samplers import Sampler, TemplateSampler, numbers, refuse_unless
@@ -125,8 +126,9 @@ def sweep(
     Rows with the keys of `COLUMNS`, by sampler. `seconds` is the time to draw, not to compile.
 
   Raises:
-    InputError: no sampler, no NFE, an NFE or a count below 1, an unreadable `path`, or samples that
-      are given in part and a judge with another tokenizer.
+    InputError: no sampler, no NFE, an NFE or a count below 1, a `path` that cannot be read or
+      written or that another process writes, or samples that are given in part and a judge with
+      another tokenizer.
   """
   nfes = checked_nfes(nfes)
   check_counts(samplers=len(samplers), samples=samples, batch_size=batch_size)
@@ -140,14 +142,15 @@ def sweep(
     return _row(key | measured)
 
   fixed = {"samples": samples, "seed": seed, "context": dict(context or {})}
-  finished, rows = _Finished(path), []
-  for (name, factory), nfe in itertools.product(samplers.items(), nfes):
-    options = dict(getattr(factory, "options", {}))
-    key = _plain(fixed | {"name": name, "nfe": nfe, "options": options})
-    row = finished.find(key) or finished.add(measure(factory, key))
-    rows.append(row)
-    if on_row is not None:
-      on_row(row, len(rows), len(samplers) * len(nfes))
+  rows = []
+  with _finished(path) as finished:
+    for (name, factory), nfe in itertools.product(samplers.items(), nfes):
+      options = dict(getattr(factory, "options", {}))
+      key = _plain(fixed | {"name": name, "nfe": nfe, "options": options})
+      row = finished.find(key) or finished.add(measure(factory, key))
+      rows.append(row)
+      if on_row is not None:
+        on_row(row, len(rows), len(samplers) * len(nfes))
   return rows
 
 
@@ -186,7 +189,7 @@ def write(
     for x, name in pictures.items():
       _plot.save(rows, directory / name, reference, x=x, title=AXES[x])
   except OSError as error:
-    raise InputError(f"{directory} cannot be written ({error.strerror}).") from error
+    raise InputError(f"{directory} cannot be written: {disk.refusal(error) or error}.") from error
   return paths
 
 
@@ -254,32 +257,44 @@ def draw_samples(factory, nfe, samples, batch, seed) -> tuple[np.ndarray, float]
   return np.concatenate(drawn)[:samples], seconds
 
 
+@contextlib.contextmanager
+def _finished(path: str | os.PathLike | None) -> Iterator["_Finished"]:
+  """Hold a file of rows as the only one who writes it."""
+  if path is None:
+    yield _Finished(None)
+    return
+  path = pathlib.Path(path)
+  with disk.writing(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+  with disk.alone(path):
+    yield _Finished(path)
+
+
 class _Finished:
   """Rows already on disk; each new one is flushed before the next is begun."""
 
-  def __init__(self, path: str | os.PathLike | None):
-    self._path = path and pathlib.Path(path)
-    self._rows = []
-    if self._path is None:
+  def __init__(self, path: pathlib.Path | None):
+    self._path, self._rows = path, []
+    if path is None:
       return
-    try:
-      self._path.parent.mkdir(parents=True, exist_ok=True)
-      text = self._path.read_text(encoding="utf-8") if self._path.exists() else ""
-      lines = text.splitlines()
-      for number, line in enumerate(lines, start=1):
-        self._rows += self._parse(line, number, last=number == len(lines))
-      # Rewritten, so that the torn last line of a killed run does not swallow the next row.
-      part = self._path.with_name(self._path.name + ".part")
+    with disk.writing(path):
+      text = path.read_bytes() if path.exists() else b""
+    lines, whole = text.splitlines(), text.endswith(b"\n")
+    for number, line in enumerate(lines, start=1):
+      # A kill in the middle of a row leaves its beginning, and nothing behind it.
+      torn = number == len(lines) and not whole and line.startswith(b"{")
+      self._rows += self._parse(line, number, torn)
+    with disk.writing(path):  # so that a torn line does not swallow the next row
+      part = path.with_name(path.name + ".part")
       part.write_text("".join(json.dumps(row) + "\n" for row in self._rows), encoding="utf-8")
-      part.replace(self._path)
-    except OSError as error:
-      raise InputError(f"{self._path} cannot be used ({error.strerror}).") from error
+      part.replace(path)
 
-  def _parse(self, line, number, last):
+  def _parse(self, line, number, torn):
     try:
-      return [_row({"correlation": 0.0} | json.loads(line))]  # rows of before have none
+      # Rows of before have no correlation.
+      return [_row({"correlation": 0.0} | json.loads(line.decode("utf-8")))]
     except (ValueError, TypeError, KeyError) as error:
-      if last:
+      if torn:
         return []
       raise InputError(
         f"line {number} of {self._path} is no frontier row; move the file away and run again."
@@ -292,7 +307,7 @@ class _Finished:
   def add(self, row: Row) -> Row:
     self._rows.append(row)
     if self._path is not None:
-      with self._path.open("a", encoding="utf-8") as file:
+      with disk.writing(self._path), self._path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
     return row
 

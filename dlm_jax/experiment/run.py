@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run a configured experiment: data, state, loop, evaluation, export."""
 
+import contextlib
 import os
+import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -9,8 +12,8 @@ from etils import epath
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from dlm_jax import convert, remote
-from dlm_jax.convert import places
+from dlm_jax import convert, disk, remote
+from dlm_jax.convert import places, writing
 from dlm_jax.data import builder, loader, tokenizers
 from dlm_jax.errors import InputError
 from dlm_jax.evaluate.judge import check_tokenizer
@@ -58,9 +61,9 @@ def train(
     hosts=built.rows[1],
     together=built.objective.batches,
   )
-  make_workdir(workdir)
-  checkpoint.check_same(workdir, plan.stored)
-  with Checkpoints(workdir / "checkpoints", keep=plan.keep, config=plan.stored) as checkpoints:
+  folder = workdir / "checkpoints"
+  held = _held(workdir, plan.stored)
+  with held, Checkpoints(folder, keep=plan.keep, config=plan.stored) as checkpoints:
     state = loop.start(
       built.objective,
       given,
@@ -128,6 +131,20 @@ def make_workdir(workdir: epath.PathLike) -> None:
     probe.unlink(missing_ok=True)
   except OSError as error:
     raise InputError(f"workdir {workdir} cannot be written: {error.strerror}.") from None
+
+
+@contextlib.contextmanager
+def _held(workdir: epath.Path, stored: dict[str, Any]) -> Iterator[None]:
+  """Hold a workdir as the only run in it, once it can be written and is of the same run."""
+  make_workdir(workdir)
+  for name in ("best", "final"):
+    writing.check_place(workdir / name)
+  checkpoint.check_same(workdir, stored)
+  if remote.is_remote(workdir) or jax.process_index():
+    yield  # a store has no locks
+    return
+  with disk.alone(pathlib.Path(workdir) / "checkpoints"):
+    yield
 
 
 def load_teacher(built: Experiment, tokenizer: tokenizers.Tokenizer) -> Any:
@@ -237,6 +254,5 @@ def export(
     }
     given["extra"] = {**facts, **given.get("extra", {})}
     params, beside = jax.device_get((params, beside))
-    with remote.publish(directory) as fresh:
-      convert.save(fresh, built.model, params, built.process, beside=beside, **given)
-      tokenizer.save(fresh)
+    given |= {"beside": beside, "tokenizer": tokenizer}
+    convert.save(directory, built.model, params, built.process, **given)

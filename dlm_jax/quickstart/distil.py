@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from dlm_jax import remote
 from dlm_jax.convert import families, places
 from dlm_jax.data import builder, loader
 from dlm_jax.errors import InputError
@@ -89,7 +90,8 @@ def run(options: Options, say: Callable[[str], None] = print) -> bool:
       if _train(configs[method], folder) == "interrupted":
         return False
     source = places.network_directory(str(folder))
-    shutil.copytree(source, _student(options, method), dirs_exist_ok=True)
+    with remote.publish(_student(options, method)) as fresh:
+      shutil.copytree(source, fresh, dirs_exist_ok=True)
 
   say("4/4  Frontier: quality of teacher and students against network evaluations")
   config = configs[options.methods[0]]

@@ -10,11 +10,12 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 
 import numpy as np
 import pytest
 
-from dlm_jax.data import builder, sources, tokenizers
+from dlm_jax.data import builder, loader, sources, tokenizers
 from dlm_jax.errors import InputError
 
 DOCUMENTS = [f"document number {i}: " + "abc " * (i % 7) for i in range(60)]
@@ -200,6 +201,108 @@ def test_edited_tfds_metadata(corpus, tmp_path):
     builder.open_dataset(tmp_path / "out")
 
 
+def test_two_prepare_the_same(corpus, tmp_path, monkeypatch):
+  """The slower one finds what the faster one made."""
+  plain = builder._build
+
+  def slow(*given):
+    monkeypatch.setattr(builder, "_build", plain)
+    (tmp_path / "elsewhere").mkdir()
+    made = plain(*given)
+    faster = prepare(corpus, tmp_path / "elsewhere" / "out")
+    (tmp_path / "elsewhere" / "out").rename(tmp_path / "out")
+    assert faster.created
+    return made
+
+  monkeypatch.setattr(builder, "_build", slow)
+  assert not prepare(corpus, tmp_path / "out").created
+  assert not [entry for entry in tmp_path.iterdir() if entry.name.startswith(".")]
+
+
+def _flip(file, place=0.5):
+  content = bytearray(file.read_bytes())
+  content[int(place * len(content))] ^= 4
+  file.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "dataset_info.json"])
+def test_flipped_bits_of_small_files(name, corpus, tmp_path):
+  prepare(corpus, tmp_path / "out")
+  _flip(next((tmp_path / "out").rglob(name)))
+  with pytest.raises(InputError, match=rf"(damaged or changed: {name}|cannot be opened)") as caught:
+    builder.open_dataset(tmp_path / "out")
+  assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("sums", [True, False])
+def test_flipped_bits_of_records(sums, corpus, tmp_path):
+  """Wherever they are read: one line that names the shard; with and without sums to go by."""
+  prepare(corpus, tmp_path / "out")
+  shard = next((tmp_path / "out").rglob("*train.array_record*"))
+  content = bytearray(shard.read_bytes())
+  for place in range(200, 2000, 50):
+    content[place] ^= 255
+  shard.write_bytes(content)
+  if not sums:
+    listed = json.loads((tmp_path / "out" / "dataset.json").read_text())
+    del listed["files"]["checksums.json"]
+    (tmp_path / "out" / "dataset.json").write_text(json.dumps(listed))
+    (tmp_path / "out" / "checksums.json").unlink()
+  dataset = builder.open_dataset(tmp_path / "out")
+  said = rf"out: record \d+ of train cannot be read from {shard.name}: .*; prepare it again"
+  readers = [
+    lambda: list(dataset.splits["train"]),
+    lambda: list(loader.make(dataset, "train", batch_size=2, seed=0, repeat=False)),
+    lambda: loader.evaluation_groups(dataset, "train"),
+    lambda: list(loader.evaluation_batches(dataset, "train", 2)),
+  ]
+  for read in readers:
+    with pytest.raises(InputError, match=said) as caught:
+      read()
+    assert "\n" not in str(caught.value)
+  assert len(list(dataset.splits["validation"])) > 0
+
+
+def _legacy(name):
+  return {"type": name, "content": {}}
+
+
+_HOSTILE = {
+  "name": lambda f: f | {"pythonClassName": "evil.X"},
+  "snake": lambda f: {"python_class_name": "evil.X", "featuresDict": f["featuresDict"]},
+  "legacy": lambda f: _legacy("evil.X"),
+  "inner": lambda f: (
+    f | {"featuresDict": {"features": {"tokens": {"python_class_name": "evil.X"}}}}
+  ),
+  "text": lambda f: {
+    "pythonClassName": f["pythonClassName"],
+    "jsonFeature": {"json": '{"tokens": {"type": "evil\\u002eX", "content": {}}}'},
+  },
+}
+
+
+@pytest.mark.parametrize("how", sorted(_HOSTILE))
+def test_a_dataset_imports_no_module(how, corpus, tmp_path, monkeypatch):
+  """Under every key that TFDS takes for the name of a class."""
+  prepare(corpus, tmp_path / "out")
+  (tmp_path / "evil.py").write_text("raise SystemExit('imported')")
+  monkeypatch.syspath_prepend(tmp_path)
+  features = next((tmp_path / "out").rglob("features.json"))
+  features.write_text(json.dumps(_HOSTILE[how](json.loads(features.read_text()))))
+  for file, key in (("checksums.json", None), ("dataset.json", "files")):
+    path = tmp_path / "out" / file
+    content = json.loads(path.read_text())
+    listed, name = (content[key] if key else content), "packed_tokens/1.0.0/features.json"
+    size = features.stat().st_size if key else zlib.crc32(features.read_bytes())
+    listed[name] = size
+    if key:
+      listed["checksums.json"] = (tmp_path / "out" / "checksums.json").stat().st_size
+    path.write_text(json.dumps(content))
+  with pytest.raises(InputError, match=r"holds features of .*evil.*, which is not ours and is not"):
+    builder.open_dataset(tmp_path / "out")
+  assert "evil" not in sys.modules
+
+
 _STDLIB = """
 import sys
 from dlm_jax.data import builder, loader, sources, tokenizers
@@ -262,6 +365,17 @@ def test_killed_prepare_leaves_no_dataset_and_can_be_repeated(kill, corpus, tmp_
   process.send_signal(kill)
   process.communicate()
   assert not (tmp_path / "sub" / "out").exists()
-  if kill == signal.SIGINT:  # after SIGKILL a hidden sibling may stay
-    assert not list((tmp_path / "sub").iterdir())
+  left = list((tmp_path / "sub").iterdir())
+  assert len(left) == (kill == signal.SIGKILL), "after SIGKILL a hidden sibling stays"
   assert prepare(corpus, tmp_path / "sub" / "out").created
+  assert [entry.name for entry in (tmp_path / "sub").iterdir()] == ["out"]
+
+
+def test_a_prepare_that_goes_on_keeps_its_files(corpus, tmp_path):
+  process = _run(_SLOW, tmp_path / "out")
+  assert process.stdout.readline() == "reading\n"
+  theirs = [entry.name for entry in tmp_path.iterdir() if entry.name.startswith(".out.")]
+  assert len(theirs) == 1 and prepare(corpus, tmp_path / "out").created
+  assert (tmp_path / theirs[0]).exists()
+  process.kill()
+  process.communicate()

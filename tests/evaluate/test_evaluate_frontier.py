@@ -2,15 +2,18 @@
 """Sweeps: what is drawn, what is skipped on a second run, and the files they end in."""
 
 import csv
+import errno
 import json
 import math
+import os
+import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dlm_jax import evaluate
+from dlm_jax import disk, evaluate
 from dlm_jax.errors import InputError
 from dlm_jax.evaluate import frontier
 from dlm_jax.evaluate.judge import JudgeWithTokens
@@ -122,6 +125,42 @@ def test_foreign_file_is_left_alone(tmp_path):
   with pytest.raises(InputError, match=r"line 1 of .* is no frontier row"):
     frontier.sweep({"a": Uniform()}, [2], judge=judge, path=path)
   assert path.read_text() == '{"loss": 1}\n{"loss": 2}\n'
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\n", b"\xff\xfe", b"mine", b'{"loss": 1}\n', b"[]"])
+def test_a_foreign_file_of_one_line_is_no_torn_row(tmp_path, content):
+  path = tmp_path / "rows.jsonl"
+  path.write_bytes(content)
+  with pytest.raises(InputError, match=r"line 1 of .* is no frontier row; move the file away"):
+    frontier.sweep({"a": Uniform()}, [2], judge=judge, path=path)
+  assert path.read_bytes() == content and [p.name for p in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+def test_a_full_disk_loses_no_row(tmp_path, monkeypatch):
+  path = tmp_path / "rows.jsonl"
+  plain, full = pathlib.Path.open, []
+
+  def refuse(self, mode="r", *given, **options):
+    if mode == "a" and full:
+      raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    full.extend([1] if mode == "a" else [])
+    return plain(self, mode, *given, **options)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(pathlib.Path, "open", refuse)
+    with pytest.raises(InputError, match="No space left on device; free space and run the same"):
+      frontier.sweep({"a": Uniform()}, [2, 4], judge=judge, samples=4, path=path)
+  assert len(path.read_text().splitlines()) == 1
+  again = Uniform()
+  assert len(frontier.sweep({"a": again}, [2, 4], judge=judge, samples=4, path=path)) == 2
+  assert again.prepared == [4]
+
+
+def test_two_sweeps_of_one_file(tmp_path):
+  path = tmp_path / "rows.jsonl"
+  with disk.alone(path), pytest.raises(InputError, match=r"rows.jsonl is being written by process"):
+    frontier.sweep({"a": Uniform()}, [2], judge=judge, path=path)
+  assert not list(tmp_path.iterdir())
 
 
 def test_retokenised_judge():

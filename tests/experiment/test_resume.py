@@ -3,6 +3,7 @@
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -15,7 +16,7 @@ import pytest
 import tiny_runs
 from safetensors.numpy import load_file
 
-from dlm_jax import mesh
+from dlm_jax import disk, mesh
 from dlm_jax.errors import InputError
 from dlm_jax.experiment import build, plan, run
 from dlm_jax.experiment.run import train
@@ -188,6 +189,116 @@ def test_truncated_files_are_never_read_as_other_values(straight, tmp_path):
     assert extra == expected[1]
   assert {"extra/metadata", "state/manifest.ocdbt", "state/_METADATA"} <= refused
   assert any(name.startswith("state/d/") for name in refused)
+
+
+def _flip(file, place, bit=2):
+  content = bytearray(file.read_bytes())
+  content[int(place * len(content))] ^= 1 << bit
+  file.write_bytes(content)
+
+
+def _values(step):
+  """Return the files of values of a checkpoint, the largest first."""
+  return sorted((step / "state").rglob("d/*"), key=lambda file: -file.stat().st_size)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of Orbax's readers
+def test_single_bits_are_never_read_as_other_values(straight, tmp_path):
+  """Wherever one is flipped: refused in one line, or the state is the same."""
+  expected, refused = _restore(straight), []
+  step = straight / "checkpoints" / "8"
+  for number, file in enumerate([*_values(step)[:3], step / "extra" / "metadata"]):
+    for place in (0.2, 0.5, 0.8):
+      copy = tmp_path / f"{number} {place}"
+      shutil.copytree(step, copy / "checkpoints" / "8")
+      _flip(copy / "checkpoints" / "8" / file.relative_to(step), place)
+      try:
+        state, extra = _restore(copy)
+      except InputError as error:
+        refused.append(str(error))
+        continue
+      jax.tree.map(np.testing.assert_array_equal, state, expected[0])
+      assert extra == expected[1]
+  assert len(refused) > 6 and not any("\n" in line for line in refused)
+  assert any("its values are not those that were saved" in line for line in refused)
+
+
+def _edit_position(workdir, step):
+  file = workdir / "checkpoints" / str(step) / "extra" / "metadata"
+  content = json.loads(file.read_text())
+  content["saved"]["loader"]["step"] += 1
+  file.write_text(json.dumps(content))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_damaged_checkpoint_is_passed_over(straight, tmp_path, caplog):
+  """The one before it leads to the same end; nothing is removed until there is a new one."""
+  workdir = shutil.copytree(straight, tmp_path / "damaged")
+  _edit_position(workdir, 8)
+  state, _ = _restore(workdir, None)
+  assert int(state.step) == 6 and (workdir / "checkpoints" / "8").exists()
+  result = train(tiny_runs.make().config("idlm", **RUN), workdir)
+  assert (result.step, result.reason) == (8, "finished")
+  assert "checkpoints/8 cannot be restored: its values are not those that were saved" in caplog.text
+  assert "going on from step 6, and the next save removes it" in caplog.text
+  _assert_same(straight, workdir)
+
+
+def test_no_checkpoint_is_left(straight, tmp_path):
+  workdir = shutil.copytree(straight, tmp_path / "damaged")
+  for step in (6, 8):
+    _edit_position(workdir, step)
+  with pytest.raises(InputError) as caught:
+    train(tiny_runs.make().config("idlm", **RUN), workdir)
+  line = str(caught.value)
+  assert f"{workdir}/checkpoints/8 cannot be restored" in line and "nor can 6" in line
+  assert line.endswith(f"remove {workdir}/checkpoints to begin the run anew.")
+  assert (workdir / "checkpoints" / "8").exists() and (workdir / "final").exists()
+
+
+def test_a_full_disk_ends_a_run_that_goes_on_later(tmp_path, monkeypatch):
+  """The files of the checkpoint of step 4 may have 20 kB each; Orbax meets that in a thread."""
+  config = tiny_runs.make().config("teacher", train__steps="4")
+  plain, before = checkpoint.Checkpoints.save, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+  def save(checkpoints, step, state, extra):
+    if step == 4:
+      resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+      plain(checkpoints, step, state, extra)
+      checkpoints.wait()
+    finally:
+      resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(checkpoint.Checkpoints, "save", save)
+    with pytest.raises(InputError) as caught:
+      train(config, tmp_path)
+  line = str(caught.value)
+  assert line.endswith("File too large; free space and run the same command again.")
+  assert "a checkpoint cannot be written, older ones are whole" in line and "\n" not in line
+  assert (tmp_path / "checkpoints" / "2").exists() and not (tmp_path / "checkpoints" / "4").exists()
+  assert train(config, tmp_path).reason == "finished"
+  assert [row["step"] for row in tiny_runs.metrics(tmp_path)] == [1, 2, 3, 4]
+
+
+def test_two_runs_in_one_workdir(straight):
+  config, listing = tiny_runs.make().config("idlm", **RUN), sorted(straight.rglob("*"))
+  said = f"checkpoints is being written by process {os.getpid()} on .*; wait for it, end it or"
+  with disk.alone(straight / "checkpoints"), pytest.raises(InputError, match=said):
+    train(config, straight)
+  assert sorted(straight.rglob("*")) == listing
+
+
+@pytest.mark.parametrize("name", ["final", "best"])
+@pytest.mark.parametrize("kind", ["file", "link"])
+def test_what_is_in_the_place_of_a_network_stays(tmp_path, name, kind):
+  place = tmp_path / name
+  place.write_text("mine") if kind == "file" else place.symlink_to(tmp_path)
+  with pytest.raises(InputError, match=f"{name} is a {kind} and not a folder; move it away"):
+    train(tiny_runs.make().config("teacher"), tmp_path)
+  assert [entry.name for entry in tmp_path.iterdir()] == [name]
+  assert place.is_symlink() or place.read_text() == "mine"
 
 
 @pytest.mark.slow

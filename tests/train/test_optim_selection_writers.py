@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Learning rates by hand, decay, selection of the best student, and what the writer keeps."""
 
+import contextlib
 import importlib
+import io
 import json
 import math
 import types
@@ -10,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tensorboardX.proto import event_pb2
 
 from dlm_jax.errors import InputError
 from dlm_jax.train import optim, progress, selection, writers
@@ -179,6 +182,60 @@ def test_lines_are_readable_while_the_run_goes_on(tmp_path):
   with writers.Writer(tmp_path, tensorboard=False) as writer:
     writer.write(1, {"loss": 2.0})
     assert _lines(tmp_path) == [{"step": 1, "loss": 2.0}]
+
+
+@pytest.mark.parametrize(
+  "name, kind, said",
+  [
+    ("metrics.jsonl", "folder", r"metrics.jsonl cannot be written: Is a directory\."),
+    ("tensorboard", "file", r"tensorboard cannot be written: File exists\."),
+  ],
+)
+def test_what_is_in_the_place_of_its_files_stays(tmp_path, name, kind, said):
+  place = tmp_path / name
+  place.mkdir() if kind == "folder" else place.write_text("mine")
+  with pytest.raises(InputError, match=said):
+    writers.Writer(tmp_path)
+  assert place.is_dir() if kind == "folder" else place.read_text() == "mine"
+
+
+@pytest.fixture
+def full_file():
+  """Return an open file of a disk that is full."""
+  file = open("/dev/full", "wb")  # noqa: SIM115
+  yield file
+  with contextlib.suppress(OSError):
+    file.close()
+
+
+def test_a_full_disk_is_one_line_and_loses_no_line(tmp_path, full_file):
+  full = "metrics.jsonl cannot be written: No space left on device; free space and run the same"
+  with pytest.raises(InputError, match=full), writers.Writer(tmp_path) as writer:
+    writer.write(1, {"loss": 1.0})
+    writer._file = io.TextIOWrapper(full_file)
+    writer.write(2, {"loss": 1.0})
+  assert [line["step"] for line in _lines(tmp_path)] == [1]
+
+
+def test_a_full_disk_of_events_does_not_hang(tmp_path, full_file):
+  full = "tensorboard cannot be written: No space left on device"
+  with pytest.raises(InputError, match=full), writers.Writer(tmp_path) as writer:
+    writer._board._events._py_recordio_writer._writer = full_file
+    for step in range(1, 500):
+      writer.write(step, {"loss": 1.0})
+  assert len(_lines(tmp_path)) > 0
+
+
+def test_a_resumed_board_hides_later_steps(tmp_path):
+  with writers.Writer(tmp_path) as writer:
+    writer.write(7, {"loss": 2.0})
+  (tmp_path / "tensorboard").rename(tmp_path / "before")
+  with writers.Writer(tmp_path, resume_from=3):
+    pass
+  (events,) = (tmp_path / "tensorboard").glob("events*")
+  content = events.read_bytes()
+  mark = event_pb2.Event(step=4, session_log=event_pb2.SessionLog(status=1)).SerializeToString()
+  assert mark in content
 
 
 def test_tensorboard_events(tmp_path):
