@@ -117,17 +117,17 @@ _NESTED = b")" + b"\x85" * 10**5
 BOMBS = {
   "deep key": b"}" + _NESTED + b"Ns.",
   "deep value": b"}K\x00" + _NESTED + b"s.",
-  "deep lists": b"]" * 10**4 + b"a" * (10**4 - 1) + b".",
+  "deep lists": b"]" * 10**3 + b"a" * 999 + b".",
   "doubled key": b"}" + _doubled(b")", 60) + b"Ns.",
   "doubled storage": _doubled(b")", 60) + b"Q.",
   "doubled shape": b"ctorch._utils\n_rebuild_tensor_v2\n(N" + _doubled(b")", 60) + b"))tR.",
   "far slot": b"Nr" + struct.pack("<I", 2**28) + b".",
   "text of lists": b"cbuiltins\nstr\n" + _doubled(b"]", 60, b"q\x000](h\x00h\x00e") + b"\x85R.",
-  "copies": b"](" + b"N" * 10**4 + b"eq\x00" + b"0cbuiltins\nset\nh\x00\x85R" * 10**3 + b".",
+  "copies": b"](" + b"N" * 10**3 + b"eq\x00" + b"0cbuiltins\nset\nh\x00\x85R" * 500 + b".",
   "many marks": b"(" * 10**5 + b".",
   "many slots": b"N" + b"".join(b"r" + struct.pack("<I", n) for n in range(10**5)) + b".",
   "equal hashes": b"}("
-  + b"".join(b"\x8a\x0b" + (n * (2**61 - 1)).to_bytes(11, "little") + b"N" for n in range(2 * 10**4))
+  + b"".join(b"\x8a\x0b" + (n * (2**61 - 1)).to_bytes(11, "little") + b"N" for n in range(10**4))
   + b"u.",
   "long number": b"L" + b"9" * 10**6 + b"L\n.",
   "long text": b"X\xff\xff\xff\x7f.",
@@ -137,7 +137,7 @@ BOMBS = {
 @pytest.mark.parametrize("name", sorted(BOMBS))
 def test_bombs(tmp_path, monkeypatch, name):
   """Read or refused in one line, at once, and within the memory that a description may take."""
-  monkeypatch.setattr(pickles, "_LEAST", 2**21)
+  monkeypatch.setattr(pickles, "_LEAST", 2**18)
   file = _file(tmp_path / "x.ckpt", b"\x80\x02" + BOMBS[name])
   before = time.monotonic()
   tracemalloc.start()
@@ -148,8 +148,8 @@ def test_bombs(tmp_path, monkeypatch, name):
   finally:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-  allowed = max(2**21, file.stat().st_size) + 2 * file.stat().st_size  # it is held, and parsed
-  assert peak < allowed + 2**18 and time.monotonic() - before < 60
+  allowed = max(2**18, file.stat().st_size) + 2 * file.stat().st_size  # it is held, and parsed
+  assert peak < allowed + 2**17 and time.monotonic() - before < 60
 
 
 def _tensor(offset, shape, strides, size=4):
