@@ -49,20 +49,15 @@ def opcodes(value, storages):
     return b"}(" + each(part for item in value.items() for part in item) + b"u"
   array = np.asarray(value)
   storages.append(array.tobytes("A"))  # in memory order: transposed views share it
-  kind = Code(f"ctorch\n{STORAGES[array.dtype.name]}\n".encode())
-  pid = each([("storage", kind, str(len(storages) - 1), "cpu", array.size)]) + b"Q"
+  typed = array.dtype.name in STORAGES
+  kind = f"torch\n{STORAGES[array.dtype.name]}" if typed else "torch.storage\nUntypedStorage"
+  pid = ("storage", Code(f"c{kind}\n".encode()), str(len(storages) - 1), "cpu", array.size)
   strides = tuple(n // array.itemsize for n in array.strides)
-  return bytes(
-    call(
-      "torch._utils._rebuild_tensor_v2",
-      Code(pid),
-      0,
-      array.shape,
-      strides,
-      False,
-      call("collections.OrderedDict"),
-    )
-  )
+  arguments = [Code(each([pid]) + b"Q"), 0, array.shape, strides, False]
+  arguments.append(call("collections.OrderedDict"))
+  if not typed:
+    arguments.append(Code(f"ctorch\n{array.dtype.name}\n".encode()))
+  return bytes(call(f"torch._utils._rebuild_tensor_v{2 if typed else 3}", *arguments))
 
 
 def write(path, value, *, compression=zipfile.ZIP_STORED, extra=()):

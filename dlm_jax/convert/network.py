@@ -186,13 +186,13 @@ def open_network(
     writes=family.way(process, stored, f"{path}/config.json"),
     source=path,
     config=config,
-    weights=Weights(functools.partial(_read, family, model, path, weights, dtype, mesh)),
+    weights=Weights(functools.partial(_read, family, model, path, config, weights, dtype, mesh)),
   )
 
 
-def _read(family, model, path, weights, dtype, mesh):
+def _read(family, model, path, config, weights, dtype, mesh):
   """Return the parameters of a checkpoint; every tensor must be used or explained, and fit."""
-  tensors, shadows = files.read(path)
+  tensors, shadows = files.read(path, config)
   if weights == "ema" and shadows is None:
     raise InputError(f"{path} keeps no moving average; leave out weights='ema'.")
   found = family.match(model, tensors, path)

@@ -89,7 +89,8 @@ def match(model: GPT2, tensors: Mapping[str, Any], source: pathlib.Path | str) -
     bare = name.removeprefix(_PREFIX)
     if bare not in stored:
       raise InputError(
-        f"{source}: tensor {bare!r} is missing; is this a complete GPT-2 checkpoint?"
+        f"{source}: {layout.absent(bare, stored.values())[:-1]}; is this a complete GPT-2 "
+        "checkpoint?"
       )
     found[name] = tensors[stored.pop(bare)]
     if found[name].shape != shape:

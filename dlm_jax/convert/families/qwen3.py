@@ -253,7 +253,7 @@ def match(
         "embedding."
       )
   shard = getattr(tensors, "source", lambda _: source)
-  layout.check(lambda name: shard(name) if name else source, names, tensors, wanted)
+  layout.check(lambda name: (name and shard(name)) or source, names, tensors, wanted)
   return tensors
 
 
