@@ -14,7 +14,7 @@ import jax
 from jax.sharding import Mesh
 
 from dlm_jax.arrays import Params
-from dlm_jax.convert import families, files, layout
+from dlm_jax.convert import families, files, layout, places
 from dlm_jax.convert.family import Family
 from dlm_jax.errors import InputError
 from dlm_jax.process import Process
@@ -101,6 +101,7 @@ class Network:
     """Tokens of a block, of a network of blocks: config.json's block_size, else the suffix -bN.
 
     Public files seldom have the former, and names of checkpoints of four tokens no suffix: None.
+    The name is the given one, that of what it links to, or that of a Hugging Face cache.
 
     Raises:
       InputError: block_size is no length.
@@ -109,8 +110,8 @@ class Network:
       return None
     given = self.config.get("block_size")
     if given is None:
-      suffix = re.search(r"-b(\d+)$", self.source.resolve().name)
-      return int(suffix[1]) if suffix else None
+      found = (re.search(r"-b([1-9]\d{0,8})$", name) for name in places.names(self.source))
+      return next((int(suffix[1]) for suffix in found if suffix), None)
     if isinstance(given, bool) or not isinstance(given, int) or given < 1:
       raise InputError(
         f"{self.source}/config.json: block_size={given!r} is not a number of tokens."
