@@ -197,6 +197,7 @@ _SHAPE = (
   "head_dim",
   "mlp_dim",
   "rope_theta",
+  "yarn",
   "eps",
   "tied",
   "experts",

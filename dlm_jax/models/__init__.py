@@ -9,6 +9,7 @@ from dlm_jax.models.discriminator import Critic, Discriminator
 from dlm_jax.models.dit import DiT, DiTConfig
 from dlm_jax.models.gpt2 import GPT2, GPT2Config
 from dlm_jax.models.storage import STORAGES, default_storage, regroup
+from dlm_jax.models.yarn import Yarn
 
 __all__ = [
   "GPT2",
@@ -25,6 +26,7 @@ __all__ = [
   "DiTConfig",
   "Discriminator",
   "GPT2Config",
+  "Yarn",
   "commit",
   "default_storage",
   "next_token_logits",
