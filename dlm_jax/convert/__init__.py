@@ -6,7 +6,6 @@ An architecture is a file of `families/`; what this package exports knows none o
 
 from dlm_jax.convert.network import (
   Network,
-  Weights,
   block_length,
   fingerprint,
   from_tensors,
@@ -19,6 +18,7 @@ from dlm_jax.convert.network import (
   to_tensors,
   writes,
 )
+from dlm_jax.convert.weights import Weights
 
 __all__ = [
   "Network",

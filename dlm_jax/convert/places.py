@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from etils import epath
 
 from dlm_jax import remote
+from dlm_jax.convert import adapters
 from dlm_jax.errors import InputError
 
 
@@ -29,7 +30,7 @@ def network_directory(path: str) -> pathlib.Path:
   """
   folder = epath.Path(shipped(path))
   for candidate in (folder, folder / "best", folder / "final"):
-    if remote.exists(candidate / "config.json"):
+    if any(remote.exists(candidate / name) for name in ("config.json", adapters.CONFIG)):
       return remote.fetch(candidate)
   raise InputError(
     f"{path} holds no network: expected config.json and model.safetensors in it, in best/ or in "
