@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Networks. Linen lives in this folder and nowhere else."""
 
+from dlm_jax.models.block_dit import BlockDiT, BlockDiTConfig
 from dlm_jax.models.cache import KV, Cache, commit, refill
 from dlm_jax.models.causal import Causal, CausalConfig, next_token_logits
 from dlm_jax.models.decoder import Decoder, DecoderConfig
@@ -15,6 +16,8 @@ __all__ = [
   "GPT2",
   "KV",
   "STORAGES",
+  "BlockDiT",
+  "BlockDiTConfig",
   "Cache",
   "Causal",
   "CausalConfig",

@@ -24,11 +24,13 @@ _ABSORBING = process.Absorbing(vocab_size=11, mask_id=10)
 _DECODER = models.Decoder(
   models.DecoderConfig(**_SIZES, kv_heads=1, head_dim=4, mlp_dim=8, dtype="float32")
 )
+_BLOCKS = models.BlockDiT(models.BlockDiTConfig(**_SIZES, cond_dim=4))
 _GPT2 = models.GPT2(models.GPT2Config(vocab_size=11, n_positions=6, n_embd=8, n_layer=2, n_head=2))
 # Family -> (network, process, how it writes); a new file of the folder needs a row.
 NETWORKS = {
   "causal": [(models.Causal(models.CausalConfig(**_SIZES)), None, "next")],
   "dit": [(_DIT, _ABSORBING, "grid"), (_DIT, process.Uniform(vocab_size=11), "grid")],
+  "dit_blocks": [(_BLOCKS, _ABSORBING, "blocks")],
   "gpt2": [(_GPT2, None, "next")],
   "qwen3": [(_DECODER, _ABSORBING, "blocks"), (_DECODER, None, "next")],
 }
