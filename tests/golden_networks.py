@@ -3,7 +3,15 @@
 
 from dlm_jax import convert
 from dlm_jax.convert.families import discriminator as public
-from dlm_jax.models import Decoder, DecoderConfig, Discriminator, DiT, DiTConfig
+from dlm_jax.models import (
+  BlockDiT,
+  BlockDiTConfig,
+  Decoder,
+  DecoderConfig,
+  Discriminator,
+  DiT,
+  DiTConfig,
+)
 
 _SIZES = {"vocab_size": "V", "dim": "H", "heads": "nh"}
 _DIT = _SIZES | {"layers": "nb", "cond_dim": "cond", "length": "L"}
@@ -40,6 +48,12 @@ def dit(vectors, config, *prefixes, **fields):
   """Return a file's DiT and the parameters stored below each prefix."""
   model = DiT(dit_config(config, **fields))
   return model, *(params(model, vectors, prefix) for prefix in prefixes)
+
+
+def block_dit(vectors, config):
+  """Return a file's DiT of blocks and its parameters."""
+  model = BlockDiT(BlockDiTConfig(**_fields(config, _DIT)))
+  return model, params(model, vectors)
 
 
 def decoder(vectors, config, prefix="params", **fields):

@@ -183,6 +183,8 @@ def make_decoder(read: plan.Plan) -> Cached:
   """
   model = build.make_model(read, build.vocabulary(read))
   if "blocks" not in read.model.family.writes:
-    known = " or ".join(repr(f.name) for f in families.found().values() if "blocks" in f.writes)
+    known = " or ".join(
+      repr(f.name) for f in families.found().values() if f.name and "blocks" in f.writes
+    )
     raise InputError(f"model.name={read.model.name!r} is not {known}; choose such a config.")
   return model

@@ -6,7 +6,6 @@ An architecture is a file of `families/`; what this package exports knows none o
 
 from dlm_jax.convert.network import (
   Network,
-  Weights,
   block_length,
   fingerprint,
   from_tensors,
@@ -17,6 +16,7 @@ from dlm_jax.convert.network import (
   to_tensors,
   writes,
 )
+from dlm_jax.convert.weights import Weights
 from dlm_jax.convert.writing import save, save_beside
 
 __all__ = [

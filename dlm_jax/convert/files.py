@@ -8,7 +8,7 @@ from typing import Any
 
 from safetensors.flax import save_file
 
-from dlm_jax.convert import torch_file
+from dlm_jax.convert import stored, torch_file
 from dlm_jax.convert.tensors import Tensors
 from dlm_jax.errors import InputError
 
@@ -20,7 +20,7 @@ def find(path: pathlib.Path | str) -> list[pathlib.Path]:
 
   Args:
     path: the file itself, or a directory. There, the first of these counts: model.safetensors, its
-      shards, pytorch_model.bin, the only *.ckpt.
+      shards, pytorch_model.bin, its shards, the only *.ckpt.
 
   Raises:
     InputError: there is none, or there are several *.ckpt.
@@ -28,11 +28,10 @@ def find(path: pathlib.Path | str) -> list[pathlib.Path]:
   path = pathlib.Path(path)
   if path.is_file():
     return [path]
-  files = shards(path)
-  if files[0].name != "model.safetensors" or files[0].is_file():
-    return files
-  if (path / "pytorch_model.bin").is_file():
-    return [path / "pytorch_model.bin"]
+  for name in ("model.safetensors", "pytorch_model.bin"):
+    files = shards(path, name)
+    if files[0].name != name or files[0].is_file():
+      return files
   checkpoints = sorted(path.glob("*.ckpt"))
   if len(checkpoints) > 1:
     names = ", ".join(file.name for file in checkpoints)
@@ -40,27 +39,38 @@ def find(path: pathlib.Path | str) -> list[pathlib.Path]:
   if not checkpoints:
     raise InputError(
       f"{path / 'model.safetensors'} cannot be read: there is none, and no shards, "
-      "pytorch_model.bin or *.ckpt instead."
+      "pytorch_model.bin, shards of that or *.ckpt instead."
     )
   return checkpoints
 
 
-def read(path: pathlib.Path | str) -> tuple[Mapping[str, Any], list[Any] | None]:
+def read(
+  path: pathlib.Path | str, config: Mapping[str, Any] | None = None
+) -> tuple[Mapping[str, Any], list[Any] | None]:
   """Return the tensors by name and, if a Lightning checkpoint keeps one, their moving average.
 
   They are read when `numpy.asarray` asks for them: safetensors are mapped from disk. Everything
   else in a checkpoint (optimiser, callbacks, loops, hyper-parameters, averages of other networks)
-  is the state of its training and is not read.
+  is the state of its training and is not read. What wrappers of a module put into names is taken
+  out, and eight-bit floats are multiplied by the scales beside them; see `stored`.
+
+  Args:
+    path: as for `find`.
+    config: config.json, which may say how eight-bit floats are scaled.
 
   Raises:
-    InputError: a file is missing, damaged, unsafe or of another kind, or two shards hold one name.
+    InputError: a file is missing, damaged, unsafe or of another kind, two tensors have one name, or
+      one of eight bits has no scale.
   """
-  files = find(path)
+  files, average = find(path), None
   if files[0].suffix in _TORCH:
-    return _read_torch(files[0])
-  if files[0].suffix != ".safetensors":
+    tensors, average = _read_torch(files)
+  elif files[0].suffix == ".safetensors":
+    tensors = Tensors(files)
+  else:
     raise InputError(f"{files[0]}: weights are *.safetensors or {', '.join(_TORCH)}.")
-  return Tensors(files), None
+  source = files[0] if len(files) == 1 else path
+  return stored.dequantised(stored.unwrapped(tensors, source), source, config), average
 
 
 def write(file: pathlib.Path, tensors: Mapping[str, Any]) -> None:
@@ -74,7 +84,18 @@ def write(file: pathlib.Path, tensors: Mapping[str, Any]) -> None:
     temporary.unlink(missing_ok=True)
 
 
-def _read_torch(file):
+def _read_torch(files):
+  tensors, average, where = {}, None, {}
+  for file in files:
+    found, average = _read_one(file)
+    for name in found:
+      if name in tensors:
+        raise InputError(f"{file}: tensor {name} is in {where[name].name} as well.")
+      tensors[name], where[name] = found[name], file
+  return tensors, average if len(files) == 1 else None
+
+
+def _read_one(file):
   content = torch_file.read(file)
   if not isinstance(content, Mapping):
     raise InputError(f"{file} holds a {type(content).__name__}, not tensors by name.")
@@ -86,16 +107,16 @@ def _read_torch(file):
       raise InputError(f"{file}: {name!r} is no tensor; expected tensors by name or a state_dict.")
   average = content.get("ema") if tensors is not content else None
   if average is None:
-    return dict(tensors), None
+    return tensors, None
   average = average.get("shadow_params") if isinstance(average, Mapping) else None
   if not isinstance(average, list) or not all(isinstance(x, torch_file.Tensor) for x in average):
     raise InputError(f"{file}: its ema has no list of tensors shadow_params.")
-  return dict(tensors), average
+  return tensors, average
 
 
-def shards(directory: pathlib.Path) -> list[pathlib.Path]:
-  """Return model.safetensors, or the files that its index names; the former may be missing."""
-  single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+def shards(directory: pathlib.Path, name: str = "model.safetensors") -> list[pathlib.Path]:
+  """Return a file of weights, or the files that its index names; the former may be missing."""
+  single, index = directory / name, directory / f"{name}.index.json"
   if single.exists() or not index.exists():
     return [single]
   names = read_json(index).get("weight_map")
@@ -104,6 +125,8 @@ def shards(directory: pathlib.Path) -> list[pathlib.Path]:
   for name in names.values():
     if not isinstance(name, str) or pathlib.PurePath(name).name != name:
       raise InputError(f"{index} names {name!r}; shards must lie beside it.")
+    if pathlib.PurePath(name).suffix != single.suffix:
+      raise InputError(f"{index} names {name!r}; its shards are *{single.suffix}.")
   return [directory / name for name in sorted(set(names.values()))]
 
 

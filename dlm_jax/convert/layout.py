@@ -83,7 +83,7 @@ def check(
   """
   for name, shape in wanted.items():
     if name not in names:
-      raise InputError(f"{source('')}: tensor {missing}{name} is missing.")
+      raise InputError(f"{source('')}: {absent(name, names.values(), missing)}")
     value = tensors[names[name]]
     if not jnp.issubdtype(value.dtype, jnp.floating):
       raise InputError(
@@ -100,6 +100,24 @@ def check(
       f"{source(strangers[0])}: unknown tensor {strangers[0]}{hint(strangers[0], wanted)}; the "
       "network has none."
     )
+
+
+def absent(name: str, stored: Iterable[str], prefix: str = "") -> str:
+  """Return the sentence about a tensor that is not there, or is there under more than its name.
+
+  Args:
+    name: of the network.
+    stored: names in the file.
+    prefix: what the file writes before the network's names.
+  """
+  longer = next((found for found in stored if found.endswith(f".{name}")), None)
+  if longer is None:
+    return f"tensor {prefix}{name} is missing."
+  more = longer.removesuffix(name)
+  return (
+    f"tensor {name} is there as {longer}, and {more!r} is no prefix that is known; take it off the "
+    "names."
+  )
 
 
 def sharding_of(mesh: Mesh | None, model: Any, shapes: Params) -> Params | None:

@@ -69,7 +69,7 @@ _OTHER_TREES = ("fake_model.", "teacher.", "student_ema.", "discriminator.")
 _UNUSED = {"reward_baseline"}  # a scalar that DiDi-Instruct's trainer registers and never reads
 
 
-def denoiser_entries(model: models.DiT) -> Iterator[Entry]:
+def denoiser_entries(model: models.DiT | models.BlockDiT) -> Iterator[Entry]:
   """Yield where a denoiser's tensors lie, in the order of the public modules."""
   return _entries(model, _EMBED + _TIME, _BLOCK + _MODULATION, _OUTPUT)
 
@@ -176,7 +176,7 @@ def _check_rotary(source, name, stored, config):
 
 
 def average(
-  model: models.DiT | models.Causal,
+  model: models.DiT | models.BlockDiT | models.Causal,
   entries: Iterable[Entry],
   shadows: Sequence[Any],
   source: pathlib.Path | str,

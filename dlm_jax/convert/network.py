@@ -7,52 +7,18 @@ import hashlib
 import json
 import pathlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
 from dlm_jax.arrays import Params
-from dlm_jax.convert import families, files, layout
+from dlm_jax.convert import adapters, families, files, layout, places
 from dlm_jax.convert.family import Family
+from dlm_jax.convert.weights import Weights
 from dlm_jax.errors import InputError
 from dlm_jax.process import Process
-
-
-class Weights:
-  """Own what is read from disk: once, when first asked for, until `free`.
-
-  Example:
-    >>> weights = Weights(lambda: 3)
-    >>> weights.read(), weights.held
-    (3, True)
-  """
-
-  def __init__(self, reader: Callable[[], Any]):
-    self._reader, self._content = reader, []
-
-  @property
-  def held(self) -> bool:
-    """Whether they are in memory."""
-    return bool(self._content)
-
-  def read(self) -> Any:
-    """Return them.
-
-    Raises:
-      InputError: a tensor is missing, unknown, misshapen or unreadable.
-    """
-    if not self._content:
-      self._content.append(self._reader())
-    return self._content[0]
-
-  def free(self) -> None:
-    """Let them go; asked again they are read again."""
-    self._content.clear()
-
-  def __repr__(self) -> str:
-    return f"Weights({'in memory' if self._content else 'not read'})"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
@@ -67,6 +33,7 @@ class Network:
     source: directory or file of the weights.
     config: its config.json.
     weights: own the parameters; read when they are first asked for.
+    adapter: directory of a low-rank adapter that is added to the weights; None: there is none.
   """
 
   model: Any
@@ -76,6 +43,7 @@ class Network:
   source: pathlib.Path
   config: dict[str, Any]
   weights: Weights
+  adapter: pathlib.Path | None = None
 
   def __repr__(self) -> str:
     return f"Network({str(self.source)!r}: {self.kind}, writes {self.writes}, {self.weights!r})"
@@ -101,6 +69,7 @@ class Network:
     """Tokens of a block, of a network of blocks: config.json's block_size, else the suffix -bN.
 
     Public files seldom have the former, and names of checkpoints of four tokens no suffix: None.
+    The name is the given one, that of what it links to, or that of a Hugging Face cache.
 
     Raises:
       InputError: block_size is no length.
@@ -109,8 +78,9 @@ class Network:
       return None
     given = self.config.get("block_size")
     if given is None:
-      suffix = re.search(r"-b(\d+)$", self.source.resolve().name)
-      return int(suffix[1]) if suffix else None
+      known = [name for x in (self.adapter, self.source) if x for name in places.names(x)]
+      found = (re.search(r"-b([1-9]\d{0,8})$", name) for name in known)
+      return next((int(suffix[1]) for suffix in found if suffix), None)
     if isinstance(given, bool) or not isinstance(given, int) or given < 1:
       raise InputError(
         f"{self.source}/config.json: block_size={given!r} is not a number of tokens."
@@ -124,7 +94,7 @@ def read_config(path: pathlib.Path | str) -> dict[str, Any]:
   Raises:
     InputError: it is missing, unreadable or names no model_type.
   """
-  path = pathlib.Path(path)
+  path = adapters.locate(path).source
   known = ", ".join(families.model_types())
   file = (path.parent if path.is_file() else path) / "config.json"
   try:
@@ -163,7 +133,8 @@ def open_network(
   Raises:
     InputError: unknown model type, a config that contradicts itself, or a choice it does not have.
   """
-  path, config = pathlib.Path(path), read_config(path)
+  place = adapters.locate(path)
+  path, config = place.source, read_config(place.source)
   family = families.find(config, path)
   dtype = params_dtype or family.dtypes[0]
   if dtype not in family.dtypes:
@@ -186,13 +157,19 @@ def open_network(
     writes=family.way(process, stored, f"{path}/config.json"),
     source=path,
     config=config,
-    weights=Weights(functools.partial(_read, family, model, path, weights, dtype, mesh)),
+    weights=Weights(functools.partial(_read, family, model, place, config, weights, dtype, mesh)),
+    adapter=place.adapter,
   )
 
 
-def _read(family, model, path, weights, dtype, mesh):
+def _read(family, model, place, config, weights, dtype, mesh):
   """Return the parameters of a checkpoint; every tensor must be used or explained, and fit."""
-  tensors, shadows = files.read(path)
+  path = place.weights
+  tensors, shadows = files.read(path, config)
+  if place.adapter is not None:
+    if shadows is not None and weights != "raw":
+      raise InputError(f"{path} keeps a moving average, which adapters are not for; weights='raw'.")
+    tensors = adapters.merged(tensors, place.adapter)
   if weights == "ema" and shadows is None:
     raise InputError(f"{path} keeps no moving average; leave out weights='ema'.")
   found = family.match(model, tensors, path)
@@ -220,7 +197,8 @@ def load(
   latter two are read without torch and without running anything they contain.
 
   Args:
-    path: directory in the Hugging Face layout, or the file of weights next to a config.json.
+    path: directory in the Hugging Face layout, or the file of weights next to a config.json; or the
+      directory of a LoRA adapter, see `adapters`.
     weights: of a Lightning checkpoint: "raw", or "ema" for the moving average; None: the average
       if there is one.
     params_dtype: of a decoder: "bfloat16" keeps public weights as they are; None: float32.
@@ -282,20 +260,24 @@ def load_beside(path: pathlib.Path | str, name: str, **overrides) -> Any:
   Raises:
     InputError: unknown model type; missing, extra, misshapen or unreadable tensors.
   """
-  return families.beside()[name].load(pathlib.Path(path), read_config(path), overrides)
+  source = adapters.locate(path).source
+  return families.beside()[name].load(source, read_config(source), overrides)
 
 
 def fingerprint(path: pathlib.Path | str) -> str:
   """Return a hash of a model directory's weights, for recording what a number belongs to.
 
-  What lies beside them counts: a discriminator guides samples.
+  What lies beside them counts: a discriminator guides samples, an adapter is added.
 
   Raises:
     InputError: there are none.
   """
   digest = hashlib.sha256()
-  others = [pathlib.Path(path) / f"{name}.safetensors" for name in families.beside()]
-  for file in (*files.find(path), *(file for file in others if file.is_file())):
+  place = adapters.locate(path)
+  others = [place.source / f"{name}.safetensors" for name in families.beside()]
+  if place.adapter is not None:
+    others += [place.adapter / adapters.CONFIG, adapters.weights_of(place.adapter)]
+  for file in (*files.find(place.weights), *(file for file in others if file.is_file())):
     with file.open("rb") as stream:
       while block := stream.read(2**22):
         digest.update(block)

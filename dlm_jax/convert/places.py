@@ -2,10 +2,12 @@
 """What a path to a network means: shipped, a workdir's best or final one, a directory, a file."""
 
 import pathlib
+from collections.abc import Iterator
 
 from etils import epath
 
 from dlm_jax import remote
+from dlm_jax.convert import adapters
 from dlm_jax.errors import InputError
 
 
@@ -28,7 +30,7 @@ def network_directory(path: str) -> pathlib.Path:
   """
   folder = epath.Path(shipped(path))
   for candidate in (folder, folder / "best", folder / "final"):
-    if remote.exists(candidate / "config.json"):
+    if any(remote.exists(candidate / name) for name in ("config.json", adapters.CONFIG)):
       return remote.fetch(candidate)
   raise InputError(
     f"{path} holds no network: expected config.json and model.safetensors in it, in best/ or in "
@@ -45,3 +47,21 @@ def find_network(path: str | pathlib.Path) -> pathlib.Path:
   if remote.is_remote(path) or not pathlib.Path(path).is_file():
     return network_directory(str(path))
   return pathlib.Path(path)
+
+
+def names(path: pathlib.Path | str) -> Iterator[str]:
+  """Yield what a directory may be called: as given, as each link says, as it is, by the cache.
+
+  A cache of Hugging Face keeps a network in models--ORGANISATION--NAME/snapshots/REVISION, to which
+  directories are linked: the name is in one of these, and seldom in the last one.
+  """
+  place = pathlib.Path(path).absolute()
+  links = [place]
+  while links[-1].is_symlink() and len(links) < 40:
+    links.append(links[-1].parent / links[-1].readlink())
+  for link in (*links, place.resolve()):
+    yield link.name
+  for link in (*links, place.resolve()):
+    for folder in link.parents:
+      if folder.name.startswith("models--"):
+        yield folder.name.rpartition("--")[2]

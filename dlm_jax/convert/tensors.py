@@ -17,6 +17,9 @@ _DTYPES = {
   "F32": np.float32,
   "F16": np.float16,
   "BF16": jnp.bfloat16,
+  "F8_E4M3": jnp.float8_e4m3fn,
+  "F8_E5M2": jnp.float8_e5m2,
+  "F8_E8M0": jnp.float8_e8m0fnu,
   "I64": np.int64,
   "I32": np.int32,
   "I16": np.int16,
@@ -33,7 +36,7 @@ class Tensors(Mapping[str, np.ndarray]):
   held in memory.
 
   Raises:
-    InputError: a file is missing or damaged, or two hold one name.
+    InputError: a file is missing or damaged, or two tensors have one name.
   """
 
   def __init__(self, files: Sequence[pathlib.Path]):
@@ -66,7 +69,7 @@ def _entries(file: pathlib.Path):
       pass
     with file.open("rb") as stream:
       size = int.from_bytes(stream.read(8), "little")
-      header = json.loads(stream.read(size))
+      header = json.loads(stream.read(size), object_pairs_hook=list)
     mapped = np.memmap(file, np.uint8, "r")[8 + size :]
   except FileNotFoundError:
     raise InputError(f"{file} is missing; fetch the checkpoint again.") from None
@@ -74,9 +77,14 @@ def _entries(file: pathlib.Path):
     raise InputError(
       f"{file} cannot be read: it is not a readable safetensors file ({error}); fetch it again."
     ) from None
-  for name, entry in header.items():
+  seen = set()
+  for name, entry in header:
+    if name in seen:
+      raise InputError(f"{file}: tensor {name} is there twice; which one is meant is not said.")
+    seen.add(name)
     if name == "__metadata__":
       continue
+    entry = dict(entry)
     if entry["dtype"] not in _DTYPES:
       raise InputError(f"{file}: tensor {name} is {entry['dtype']}; known: {', '.join(_DTYPES)}.")
     begin, end = entry["data_offsets"]

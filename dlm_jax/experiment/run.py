@@ -213,6 +213,7 @@ _SHAPE = (
   "head_dim",
   "mlp_dim",
   "rope_theta",
+  "yarn",
   "eps",
   "tied",
   "experts",

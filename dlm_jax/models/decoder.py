@@ -19,6 +19,7 @@ from dlm_jax.models.experts import Experts, GatedMLP
 from dlm_jax.models.grouped_attention import GroupedAttention
 from dlm_jax.models.layers import Embedding, Linear, Network, RMSNorm, rotary_at
 from dlm_jax.models.storage import STORAGES, Layers
+from dlm_jax.models.yarn import Yarn
 
 _SIZES = (
   "vocab_size",
@@ -47,6 +48,7 @@ class DecoderConfig:
     mlp_dim: width of the gated feed-forward layer; unused with experts.
     length: maximum number of positions.
     rope_theta: rotary base.
+    yarn: how positions are stretched beyond the trained length; None: they are not.
     eps: of every RMSNorm.
     tied: the head is the embedding.
     experts: 0, or the number of feed-forward experts per layer.
@@ -69,6 +71,7 @@ class DecoderConfig:
   mlp_dim: int
   length: int = 32768
   rope_theta: float = 1e6
+  yarn: Yarn | None = None
   eps: float = 1e-6
   tied: bool = False
   experts: int = 0
@@ -220,7 +223,8 @@ class Decoder(Network):
     if positions_BQ is None:
       positions_BQ = jnp.arange(tokens_BQ.shape[1])[None]
       positions_BQ += 0 if cache is None else cache.length_B[:, None]
-    rope = rotary_at(positions_BQ, cfg.head_dim, cfg.rope_theta)
+    rotary = rotary_at if cfg.yarn is None else cfg.yarn.rotary_at
+    rope = rotary(positions_BQ, cfg.head_dim, cfg.rope_theta)
     past = seen_BS = None
     if cache is not None:
       past = (cache.k_NBSGC, cache.v_NBSGC)

@@ -131,7 +131,8 @@ class TimeEmbedding(nn.Module):
     return nn.silu(Linear(self.dim, (None, None), use_bias=True, name="contract")(nn.silu(x)))
 
 
-def _modulation(features: int, name: str) -> Linear:
+def modulation(features: int, name: str) -> Linear:
+  """Return the layer that makes shifts, scales and gates; it starts at 0."""
   return Linear(features, (None, "embed"), use_bias=True, zeros=True, name=name)
 
 
@@ -146,8 +147,8 @@ class Block(nn.Module):
     dtype = jnp.dtype(cfg.dtype)
     x_BLD = split_batch(x_BLD)
     # [1 or B, 1, D] each: a constant modulation costs nothing per sequence
-    modulation = _modulation(6 * cfg.dim, "modulation")(c_BC)[:, None, :]
-    shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(modulation, 6, axis=-1)
+    terms = modulation(6 * cfg.dim, "modulation")(c_BC)[:, None, :]
+    shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(terms, 6, axis=-1)
 
     h = LayerNorm(name="norm1")(x_BLD, shift1, scale1)
     h = Attention(cfg.heads, dtype, implementation=cfg.attention, name="attention")(h, rope)
@@ -167,7 +168,7 @@ class Head(nn.Module):
   @nn.compact
   def __call__(self, hidden_BLD, c_BC):
     cfg = self.config
-    shift, scale = jnp.split(_modulation(2 * cfg.dim, "modulation")(c_BC)[:, None, :], 2, axis=-1)
+    shift, scale = jnp.split(modulation(2 * cfg.dim, "modulation")(c_BC)[:, None, :], 2, axis=-1)
     h = LayerNorm(name="norm")(hidden_BLD, shift, scale)
     project = Linear(
       cfg.vocab_size,

@@ -58,13 +58,16 @@ def regroup(model: Any, params: Params, storage: str, *, consume: bool = False):
   Args:
     model: a `Decoder` whose parameters are stacked.
     params: its parameters, arrays of any dtype.
-    storage: see the module; "stacked" returns what was given.
+    storage: see the module; "stacked" returns what was given, as does a network that knows no
+      other.
     consume: free each stacked array as soon as its layers exist, so that memory holds the
       parameters once and their largest array twice. `params` cannot be used afterwards.
 
   Raises:
     ValueError: the storage is unknown, or the parameters are not stacked.
   """
+  if not hasattr(model.config, "storage"):
+    return model, params
   if model.config.storage != "stacked":
     raise ValueError(f"parameters are kept as {model.config.storage!r} already; give stacked ones.")
   regrouped = model.clone(config=dataclasses.replace(model.config, storage=storage))

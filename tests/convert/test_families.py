@@ -24,11 +24,13 @@ _ABSORBING = process.Absorbing(vocab_size=11, mask_id=10)
 _DECODER = models.Decoder(
   models.DecoderConfig(**_SIZES, kv_heads=1, head_dim=4, mlp_dim=8, dtype="float32")
 )
+_BLOCKS = models.BlockDiT(models.BlockDiTConfig(**_SIZES, cond_dim=4))
 _GPT2 = models.GPT2(models.GPT2Config(vocab_size=11, n_positions=6, n_embd=8, n_layer=2, n_head=2))
 # Family -> (network, process, how it writes); a new file of the folder needs a row.
 NETWORKS = {
   "causal": [(models.Causal(models.CausalConfig(**_SIZES)), None, "next")],
   "dit": [(_DIT, _ABSORBING, "grid"), (_DIT, process.Uniform(vocab_size=11), "grid")],
+  "dit_blocks": [(_BLOCKS, _ABSORBING, "blocks")],
   "gpt2": [(_GPT2, None, "next")],
   "qwen3": [(_DECODER, _ABSORBING, "blocks"), (_DECODER, None, "next")],
 }
@@ -150,26 +152,6 @@ def test_weights_are_owned():
   assert not weights.held and weights.read() == 2
 
 
-@pytest.mark.parametrize("wrong", [np.nan, -np.inf])
-@pytest.mark.parametrize("name, model, proc, writes", _ROWS[1::2])
-@pytest.mark.parametrize("compiled", [False, True])
-def test_numbers_that_are_none_are_found(
-  tmp_path, monkeypatch, name, model, proc, writes, wrong, compiled
-):
-  """One in one tensor is enough; the line names it. On a host and where it has to be compiled."""
-  params = random_params(model)
-  convert.save(tmp_path, model, params, proc)
-  file = tmp_path / "model.safetensors"
-  tensors = load_file(file)
-  victim = sorted(tensors)[-1]
-  tensors[victim].flat[-1] = wrong
-  save_file(tensors, file)
-  if compiled:
-    monkeypatch.setattr(layout, "_finite", layout._all_finite)
-  with pytest.raises(InputError, match=f"tensor {victim} holds 1 of .* NaN or infinite in float32"):
-    convert.load(tmp_path)
-
-
 # --- what a config asks of a family ---------------------------------------------------------------
 
 
@@ -210,3 +192,23 @@ def test_sizes_left_at_0_follow_others():
   assert complete(sizes) == given and sizes["mlp_dim"] == 0
   assert complete({**sizes, "kv_heads": 1, "mlp_dim": 7}) == given | {"kv_heads": 1, "mlp_dim": 7}
   assert families.named("dit").complete(sizes) == sizes
+
+
+@pytest.mark.parametrize("wrong", [np.nan, -np.inf])
+@pytest.mark.parametrize("name, model, proc, writes", _ROWS[1::2])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_numbers_that_are_none_are_found(
+  tmp_path, monkeypatch, name, model, proc, writes, wrong, compiled
+):
+  """One in one tensor is enough; the line names it. On a host and where it has to be compiled."""
+  params = random_params(model)
+  convert.save(tmp_path, model, params, proc)
+  file = tmp_path / "model.safetensors"
+  tensors = load_file(file)
+  victim = sorted(tensors)[-1]
+  tensors[victim].flat[-1] = wrong
+  save_file(tensors, file)
+  if compiled:
+    monkeypatch.setattr(layout, "_finite", layout._all_finite)
+  with pytest.raises(InputError, match=f"tensor {victim} holds 1 of .* NaN or infinite in float32"):
+    convert.load(tmp_path)

@@ -159,7 +159,7 @@ def test_damaged_tensors_are_named(copy, family, prefix, damage, said):
     ("mdlm", {"dlm_jax": {"process": {"name": "uniform", "schedule": {}}}}, "contradicts itself"),
     ("mdlm", {"dlm_jax": {"process": {"name": "gaussian"}}}, "is unknown; known: absorbing"),
     ("mdlm", {"time_conditioning": "no"}, "neither true nor false"),
-    ("mdlm", {"model_type": "bd3lm"}, "'bd3lm' is unknown; known: mdlm, DUO, didi-instruct-dit"),
+    ("mdlm", {"model_type": "mdml"}, "'mdml' is unknown; known: mdlm, DUO, didi-instruct-dit"),
     ("didi_instruct", {"time_conditioning": True}, "contradicts itself"),
   ],
 )

@@ -226,7 +226,7 @@ def test_tensors_are_matched_strictly(copy, tensors, message):
     ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported; it must be 'silu'"),
     ({"attention_bias": True}, "attention_bias=True is not supported"),
     ({"use_sliding_window": True}, "use_sliding_window=True is not supported"),
-    ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "of type 'yarn' are not supported"),
+    ({"rope_scaling": {"rope_type": "linear", "factor": 4.0}}, "type 'linear' are not supported"),
     ({"tie_word_embeddings": 1}, "tie_word_embeddings=1 is neither true nor false"),
     ({"mask_token_id": "63"}, "mask_token_id='63' is not a whole number"),
     ({"model_type": "sdar_moe"}, "lacks 'num_experts'"),
@@ -316,3 +316,51 @@ def test_command_line(tmp_path, capsys):
   convert.save(source, *tiny.make(), process.Absorbing(vocab_size=tiny.V, mask_id=39))
   with pytest.raises(InputError, match="the tokenizer has 257 tokens and the network 40 rows"):
     cli.main(["--checkpoint", str(source), "--out", str(tmp_path / "more")])
+
+
+# --- stretched positions --------------------------------------------------------------------------
+
+_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+
+
+@pytest.mark.parametrize(
+  "config, yarn, length",
+  [
+    ({"rope_scaling": _YARN}, {}, 128),
+    ({"rope_scaling": {**_YARN, "beta_fast": 16, "beta_slow": 2}}, {}, 128),
+    ({"rope_scaling": {**_YARN, "attention_factor": 1.5, "truncate": False}}, {}, 128),
+    ({"rope_scaling": {**_YARN, "mscale": 0.7, "mscale_all_dim": 0.7}}, {"attention": 1.0}, 128),
+    ({"rope_scaling": {"type": "yarn", "factor": 4, "beta_slow": None}}, {}, None),
+    ({"rope_parameters": {**_YARN, "rope_theta": 5e5}}, {}, 128),
+  ],
+)
+def test_yarn_of_a_config(copy, tmp_path, config, yarn, length):
+  scaling = next(iter(config.values()))
+  drop = ("rope_theta", "rope_scaling") if "rope_parameters" in config else ()
+  model, params, proc = convert.load(copy(config=config, drop=drop))
+  found = model.config.yarn
+  assert found.factor == 4 and found.beta_fast == scaling.get("beta_fast", 32)
+  assert found.beta_slow == (scaling.get("beta_slow") or 1)
+  assert found.attention == scaling.get("attention_factor", yarn.get("attention"))
+  assert found.truncate == scaling.get("truncate", True)
+  assert found.original_length == scaling.get("original_max_position_embeddings", 512)
+  assert model.config.length == max(length or 4 * 512, 512)
+  convert.save(tmp_path / "out", model, params, proc)
+  assert convert.open_network(tmp_path / "out").model == model
+
+
+@pytest.mark.parametrize(
+  "config, message",
+  [
+    ({"rope_scaling": "yarn"}, "rope_scaling='yarn' is no object"),
+    ({"rope_parameters": [1]}, r"rope_parameters=\[1\] is no object"),
+    ({"rope_scaling": {"rope_type": "yarn"}}, "lacks 'factor' of yarn"),
+    ({"rope_scaling": {**_YARN, "factor": 0.5}}, "yarn: factor=0.5 must be at least 1"),
+    ({"rope_scaling": {**_YARN, "factor": "4"}}, "factor='4' is not a number"),
+    ({"rope_scaling": {**_YARN, "long_factor": [1]}}, "'long_factor' is unknown to yarn"),
+    ({"rope_scaling": {**_YARN, "truncate": 1}}, "truncate=1 is neither"),
+    ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "type 'dynamic' are not supported"),
+  ],
+)
+def test_stretches_that_are_refused(copy, config, message):
+  _refused(copy(config=config), message)

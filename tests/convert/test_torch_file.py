@@ -7,90 +7,21 @@ import os
 import pathlib
 import pickle
 import shutil
-import struct
 import zipfile
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch_files
 from safetensors.numpy import load_file
+from torch_files import Code, call, opcodes, write
 
 from dlm_jax import convert
 from dlm_jax.convert import mdlm_layout, torch_file
 from dlm_jax.errors import InputError
 
 CHECKPOINTS = pathlib.Path(__file__).parent.parent / "golden" / "checkpoints"
-_STORAGES = {
-  "float32": "FloatStorage",
-  "float64": "DoubleStorage",
-  "float16": "HalfStorage",
-  "bfloat16": "BFloat16Storage",
-  "int64": "LongStorage",
-  "int32": "IntStorage",
-  "int16": "ShortStorage",
-  "int8": "CharStorage",
-  "uint8": "ByteStorage",
-  "bool": "BoolStorage",
-}
-
-
-class Code(bytes):
-  """Opcodes to copy as they are."""
-
-
-def call(name, *arguments):
-  """Return opcodes that call a global: what a pickle may ask for, also of what is not there."""
-  module, _, function = name.rpartition(".")
-  return Code(f"c{module}\n{function}\n".encode() + _opcodes(arguments, []) + b"R")
-
-
-def _opcodes(value, storages):
-  """Return protocol-2 opcodes, as torch.save writes them; arrays go to `storages`."""
-  each = lambda values: b"".join(_opcodes(v, storages) for v in values)  # noqa: E731
-  if isinstance(value, Code):
-    return bytes(value)
-  if value is None or isinstance(value, bool):
-    return {None: b"N", True: b"\x88", False: b"\x89"}[value]
-  if isinstance(value, int):
-    return b"J" + struct.pack("<i", value)
-  if isinstance(value, str):
-    return b"X" + struct.pack("<I", len(value.encode())) + value.encode()
-  if isinstance(value, tuple):
-    return b"(" + each(value) + b"t"
-  if isinstance(value, list):
-    return b"](" + each(value) + b"e"
-  if isinstance(value, dict):
-    return b"}(" + each(part for item in value.items() for part in item) + b"u"
-  array = np.asarray(value)
-  storages.append(array.tobytes("A"))  # in memory order: transposed views share it
-  kind = Code(f"ctorch\n{_STORAGES[array.dtype.name]}\n".encode())
-  pid = each([("storage", kind, str(len(storages) - 1), "cpu", array.size)]) + b"Q"
-  strides = tuple(n // array.itemsize for n in array.strides)
-  return bytes(
-    call(
-      "torch._utils._rebuild_tensor_v2",
-      Code(pid),
-      0,
-      array.shape,
-      strides,
-      False,
-      call("collections.OrderedDict"),
-    )
-  )
-
-
-def write(path, value, *, compression=zipfile.ZIP_STORED, extra=()):
-  """Write a file as torch.save would."""
-  storages = []
-  description = b"\x80\x02" + _opcodes(value, storages) + b"."
-  with zipfile.ZipFile(path, "w", compression) as archive:
-    archive.writestr("archive/data.pkl", description)
-    for number, data in enumerate(storages):
-      archive.writestr(f"archive/data/{number}", data)
-    for name, data in extra:
-      archive.writestr(f"archive/{name}", data)
-  return path
 
 
 class _Hostile:
@@ -106,7 +37,7 @@ class _Hostile:
 # --- the format -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", sorted(_STORAGES))
+@pytest.mark.parametrize("dtype", sorted(torch_files.STORAGES))
 def test_every_dtype_and_orientation(tmp_path, dtype):
   array = np.arange(12).reshape(3, 4).astype(jnp.dtype(dtype))
   content = {"a": array, "t": array.T, "scalar": array[2, 1], "none": [None, True, 3, ("x",)]}
@@ -120,7 +51,7 @@ def test_every_dtype_and_orientation(tmp_path, dtype):
 
 def test_what_frameworks_store_beside_the_weights_is_not_built(tmp_path):
   built = call("omegaconf.dictconfig.DictConfig")
-  state = Code(bytes(built) + _opcodes({"a": 1}, []) + b"b")  # BUILD: sets a state
+  state = Code(bytes(built) + opcodes({"a": 1}, []) + b"b")  # BUILD: sets a state
   items = Code(bytes(call("collections.defaultdict", 1)) + b"(X\x01\0\0\0kK\x01u")  # SETITEMS
   raw = call("_codecs.encode", "abc", "latin1")
   content = {"hyper_parameters": [state, items, raw], "x": np.ones(2, np.float32)}
@@ -159,7 +90,6 @@ def test_a_hostile_file_is_refused_and_not_run(tmp_path, zipped, protocol):
     "torch.load",
     "torch.hub.load",
     "torch.storage._load_from_bytes",
-    "functools.partial",
     "dlm_jax.convert.save",
     "operator.attrgetter",
   ],
@@ -170,7 +100,7 @@ def test_unknown_globals_are_named(tmp_path, name):
 
 
 def _tensor(offset, shape, strides, key="0", kind="FloatStorage"):
-  pid = Code(_opcodes(("storage", Code(f"ctorch\n{kind}\n".encode()), key, "cpu", 4), []) + b"Q")
+  pid = Code(opcodes(("storage", Code(f"ctorch\n{kind}\n".encode()), key, "cpu", 4), []) + b"Q")
   return call("torch._utils._rebuild_tensor_v2", pid, offset, shape, strides, False, {})
 
 

@@ -13,7 +13,7 @@ import pytest
 import scipy.stats
 from compiled import at_most
 
-from dlm_jax import sample
+from dlm_jax import models, sample
 from dlm_jax.decode import select
 
 
@@ -158,6 +158,24 @@ def test_cached_decode_equals_uncached(name):
   generated = np.concatenate([tokens[r, len(p) :] for r, p in enumerate(PROMPTS)])
   assert len(np.unique(generated)) > 4  # not vacuous
   assert toy.MASK not in np.asarray(tokens)
+
+
+def test_a_dit_of_blocks_is_decoded_as_decoders_are():
+  """Public BD3-LMs: other layers, the same rounds; cached equals uncached."""
+  config = models.BlockDiTConfig(
+    vocab_size=toy.V, dim=16, cond_dim=8, layers=2, heads=2, length=64, dtype="float32"
+  )
+  model, rng = models.BlockDiT(config), np.random.default_rng(3)
+  shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+  params = jax.tree.map(lambda x: jnp.asarray(0.5 * rng.normal(size=x.shape), x.dtype), shapes)
+  options = _options(**CASES["static"])
+  tokens, info = _decode(model, params, options, PROMPTS[:2], jax.random.key(5))
+  for row, prompt in enumerate(PROMPTS[:2]):
+    key = jax.random.fold_in(jax.random.key(5), row)
+    expected, steps, *_ = toy.decode_uncached(model, params, options, prompt, key, WINDOW)
+    np.testing.assert_array_equal(tokens[row, : len(expected)], expected)
+    np.testing.assert_array_equal(info.step_BL[row, : len(expected)], steps)
+  assert len(np.unique(tokens)) > 3
 
 
 @pytest.mark.slow

@@ -78,3 +78,10 @@ def test_what_is_refused(tmp_path):
     dataclasses.replace(tiny.DENSE, remat="full", storage="layers")
   with pytest.raises(InputError, match="regroup the parameters after loading"):
     convert.save(tmp_path / "out", *other)
+
+
+def test_a_network_that_knows_no_other_storage():
+  config = models.BlockDiTConfig(vocab_size=5, dim=4, cond_dim=2, layers=1, heads=1, length=4)
+  model, params = models.BlockDiT(config), {"blocks": jnp.ones(3)}
+  for storage in models.STORAGES:
+    assert models.regroup(model, params, storage) == (model, params)

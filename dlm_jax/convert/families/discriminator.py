@@ -43,9 +43,9 @@ def load(source: pathlib.Path, config: dict[str, Any], overrides: dict[str, Any]
   directory = source.parent if source.is_file() else source
   file = directory / _FILE
   if file.is_file() and source.suffix != ".ckpt":
-    (tensors, _), source = files.read(file), file
+    (tensors, _), source = files.read(file, config), file
   else:
-    found, _ = files.read(source)
+    found, _ = files.read(source, config)
     tensors = {name.removeprefix(_TREE): found[name] for name in found if name.startswith(_TREE)}
     if not tensors:
       return None

@@ -88,9 +88,8 @@ def match(model: GPT2, tensors: Mapping[str, Any], source: pathlib.Path | str) -
   for name, shape in wanted.items():
     bare = name.removeprefix(_PREFIX)
     if bare not in stored:
-      raise InputError(
-        f"{source}: tensor {bare!r} is missing; is this a complete GPT-2 checkpoint?"
-      )
+      said = layout.absent(bare, stored.values()).replace(bare, repr(bare), 1)
+      raise InputError(f"{source}: {said[:-1]}; is this a complete GPT-2 checkpoint?")
     found[name] = tensors[stored.pop(bare)]
     if found[name].shape != shape:
       raise InputError(
