@@ -115,6 +115,7 @@ def read(
   *,
   dtype: str = "float32",
   shardings: Params | None = None,
+  source: Any = "checkpoint",
 ) -> Params:
   """Return parameters from tensors under public names.
 
@@ -127,6 +128,10 @@ def read(
     shapes: of the parameters.
     dtype: what they are kept in.
     shardings: None: the first device.
+    source: where they come from, for messages.
+
+  Raises:
+    InputError: a number is NaN or infinite in the parameters' dtype.
   """
   columns: dict[str, list[Entry]] = {}
   for entry in entries:
@@ -141,7 +146,35 @@ def read(
     else:
       value = _one_by_one(column, tensors, shape, dtype, sharding)
     trees.write(params, path, value)
+  sound = jax.device_get({path: _finite(trees.read(params, path)) for path in columns})
+  for path in (path for path, finite in sound.items() if not finite):
+    _report(columns[path], tensors, dtype, source)
   return params
+
+
+def _finite(value):
+  """Return whether all numbers are finite, found where they are."""
+  on_host = all(device.platform == "cpu" for device in value.sharding.device_set)
+  if on_host and value.is_fully_addressable:
+    return np.isfinite(np.asarray(value)).all()  # nothing to compile
+  return _all_finite(value)
+
+
+@jax.jit
+def _all_finite(value):
+  return jnp.all(jnp.isfinite(value))
+
+
+def _report(column, tensors, dtype, source):
+  """Raise for the tensor with a number that is none."""
+  wrong = lambda entry: ~np.isfinite(np.asarray(tensors[entry.name]).astype(jnp.dtype(dtype)))  # noqa: E731
+  entry = next((entry for entry in column if wrong(entry).any()), column[0])
+  found = wrong(entry)
+  raise InputError(
+    f"{source}: tensor {entry.name} holds {found.sum()} of {found.size} numbers that are NaN or "
+    f"infinite in {dtype}, so nothing the network says would mean anything; fetch or train it "
+    "again."
+  )
 
 
 def _together(column, tensors, shape, dtype):

@@ -202,7 +202,8 @@ def _read(family, model, path, weights, dtype, mesh):
     found = family.average(model, shadows, path)
   shapes = layout.param_shapes(model)
   shardings = layout.sharding_of(mesh, model, shapes)
-  return layout.read(family.entries(model), found, shapes, dtype=dtype, shardings=shardings)
+  entries = family.entries(model)
+  return layout.read(entries, found, shapes, dtype=dtype, shardings=shardings, source=path)
 
 
 def load(
@@ -315,7 +316,8 @@ def from_tensors(
   """
   family = families.of(model)
   found = family.match(model, tensors, source)
-  return layout.read(family.entries(model), found, layout.param_shapes(model), dtype=dtype)
+  shapes = layout.param_shapes(model)
+  return layout.read(family.entries(model), found, shapes, dtype=dtype, source=source)
 
 
 def save_beside(path: pathlib.Path | str, name: str, network: Any) -> None:

@@ -142,7 +142,7 @@ def _settle(draft_BK, best_BK, bonus_B, open_BK, first_B, fill):
   size = draft_BK.shape[1]
   at_BK, first_B1 = jnp.arange(size)[None, :], first_B[:, None]
   passed_BK = open_BK & (at_BK < first_B1)
-  accepted_B, failed_B = passed_BK.sum(axis=1), first_B < size
+  accepted_B, failed_B = passed_BK.sum(axis=1, dtype=jnp.int32), first_B < size
   tokens_BK = jnp.where(at_BK == first_B1, bonus_B[:, None], draft_BK)
   kept_BK = open_BK & (at_BK <= first_B1)
   if fill == "truncate_no_bonus":

@@ -22,6 +22,7 @@ from dlm_jax.errors import InputError
 
 STOP_WIDTH = 16  # stop ids that a row of an empty batch has room for
 NO_LIMIT = 2**31 - 1
+COLD = 1e-6  # temperatures below are 0: logits are no finer, and over less they overflow
 NO_ID = -1  # fills up rows of stop ids; no token has it
 LAWS = ("greedy", "drawn", "any")  # each has what those before it have
 
@@ -57,8 +58,8 @@ class RowOptions:
   not: asking the device is a round trip to the host, which small networks notice.
 
   Attributes:
-    temperature_B: divides the logits; 0 takes the most probable token, and confidence is then that
-      of temperature 1.
+    temperature_B: divides the logits; 0, or less than 1e-6, takes the most probable token, and
+      confidence is then that of temperature 1.
     top_k_B: draw from the k most probable tokens and their ties; 0: all.
     top_p_B: draw from the smallest set of this mass; 1: all.
     threshold_B: of the strategy "low_confidence_dynamic"; above 1 it is the static one.
@@ -131,7 +132,7 @@ class RowOptions:
   @property
   def draws_B(self) -> Bool[Array, "B"]:
     """Rows whose tokens are drawn, not the most probable ones."""
-    return self.temperature_B > 0
+    return self.temperature_B >= COLD
 
   @property
   def truncates_B(self) -> Bool[Array, "B"]:
@@ -209,6 +210,7 @@ def row_keys(rng: Array, rows: int) -> Key[Array, "B"]:
 
 
 def _holds(test, given):
+  """Return whether values pass, as far as they are known; what is no number does not."""
   return not known(given) or bool(np.all(test(np.asarray(given))))
 
 
@@ -217,7 +219,8 @@ def _least_law(temperature, top_k, top_p, minimum):
   says = lambda given, value: known(given) and bool(np.all(np.asarray(given) == value))  # noqa: E731
   if not (says(top_k, 0) and says(top_p, 1) and says(minimum, 0)):
     return "any"
-  return "greedy" if says(temperature, 0) else "drawn"
+  cold = known(temperature) and bool(np.all(np.asarray(temperature) < COLD))
+  return "greedy" if cold else "drawn"
 
 
 def _check_law(temperature, top_k, top_p):

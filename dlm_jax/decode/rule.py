@@ -19,7 +19,7 @@ from dlm_jax.decode import law, select
 from dlm_jax.decode.interfaces import LAWS, RowOptions
 from dlm_jax.errors import InputError, check_choice
 
-CONFIDENCES = ("unfiltered", "filtered")
+CONFIDENCES = ("unfiltered", "filtered", "untempered")
 _HITTING_TIME = 2**31 - 1  # no step has this number: a child of the position's key of its own
 
 
@@ -43,7 +43,8 @@ class BlockRule:
     entropy_bound: of "entropy_bounded", nats.
     factor: of "factor".
     confidence: "unfiltered": probabilities after temperature, before top-k and top-p. "filtered":
-      after them, as SDAR's generate.py has it.
+      after them, as SDAR's generate.py has it. Both go to 1 with the temperature to 0, which has
+      the order of temperature 1; "untempered": that at any temperature.
     budget: "remaining", see `steps`; "block": K / T, rounded up in the first K mod T steps, as in
       the SDAR release.
     count_mask: the mask's probability counts in confidences and entropies, as in the SDAR release.
@@ -176,7 +177,7 @@ def reveal(
 def _asked(rule, options, block):
   """Return the number of the least law that the batch needs in this pass."""
   truncates_B = options.truncates_B
-  if rule.confidence == "unfiltered":
+  if rule.confidence != "filtered":
     truncates_B &= options.draws_B
   narrows = jnp.any(truncates_B) | jnp.any(block.early_BK)
   return jnp.where(narrows, 2, jnp.any(options.draws_B).astype(jnp.int32))
@@ -197,8 +198,13 @@ def _view(rule, options, block, logits_BKV, step_B, *, draws, narrows):
     drawn_BK = jnp.argmax(drawable_BKV, axis=-1).astype(jnp.int32)
   plain_BKV = tempered_BKV if rule.count_mask else drawable_BKV
   log_prob_BK = _log_prob(plain_BKV, drawn_BK)
-  filtered = rule.confidence == "filtered"
-  weighed_BK = _log_prob(truncated_BKV, drawn_BK) if filtered else log_prob_BK
+  weighed_BK = log_prob_BK
+  if rule.confidence == "filtered":
+    weighed_BK = _log_prob(truncated_BKV, drawn_BK)
+  if rule.confidence == "untempered":
+    plain = logits_BKV.astype(jnp.float32)
+    plain = plain if rule.count_mask else law.without_mask(rule.mask_id, plain)
+    weighed_BK = _log_prob(plain, drawn_BK)
   bounded = rule.strategy == "entropy_bounded"
   entropy_BK = _entropy(plain_BKV) if bounded else jnp.zeros_like(log_prob_BK)
   return _View(drawn_BK, log_prob_BK, jnp.exp(weighed_BK), entropy_BK)
@@ -235,7 +241,7 @@ def _choose(rule, options, block, view, step_B):
   if rule.strategy == "factor":
     return select.factor(masked_BK, confidence_BK, count_B, rule.factor)
   times_BK = jax.vmap(hitting_times)(options.rng_B, block.position_BK)
-  return select.best(masked_BK, times_BK, count_B)
+  return select.best(masked_BK, times_BK, count_B, tie=0.0)  # a draw, and not rounded
 
 
 def hitting_times(rng: RngKey, position_K: Int[Array, "K"]) -> Float[Array, "K"]:

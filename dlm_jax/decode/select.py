@@ -18,6 +18,7 @@ STRATEGIES = (
   "first_hitting",
 )
 BUDGETS = ("remaining", "block")
+TIE = 1e-5  # of the score: what is nearer than rounding of a float32 network counts as equal
 
 
 def budget(
@@ -36,7 +37,7 @@ def budget(
     size = masked.shape[-1]
     return size // steps + (step < size % steps)
   left = jnp.maximum(steps - step, 1)
-  return (jnp.sum(masked, axis=-1) + left - 1) // left
+  return (jnp.sum(masked, axis=-1, dtype=jnp.int32) + left - 1) // left
 
 
 def ranks(
@@ -51,17 +52,31 @@ def ranks(
   mine, other = score[..., :, None], score[..., None, :]
   number = jnp.arange(score.shape[-1])
   left = (number[None, :] < number[:, None]).reshape((1,) * (score.ndim - 1) + (number.size,) * 2)
-  return jnp.sum((other > mine) | ((other == mine) & left), axis=-1)
+  return jnp.sum((other > mine) | ((other == mine) & left), axis=-1, dtype=jnp.int32)
 
 
-def best(masked, score, count):
-  """Reveal the `count` masked positions of highest score."""
-  return masked & (ranks(masked, score) < count[..., None])
+def best(masked, score, count, tie=TIE):
+  """Reveal the `count` masked positions of highest score, of equal ones the leftmost.
+
+  Equal to the last one chosen is what differs from it by `tie` of it at most, so that passes that
+  round in other ways choose the same. A score that is no number comes last: there are always
+  `count`, if so many are masked.
+  """
+  least = jnp.finfo(score.dtype).min
+  score = jnp.where(masked, jnp.where(jnp.isnan(score), least, score), -jnp.inf)
+  last = jnp.where(ranks(masked, score) == count[..., None] - 1, score, least)
+  last = jnp.max(last, axis=-1, keepdims=True)
+  slack = tie * jnp.abs(last)
+  above = score > last + slack
+  equal = masked & ~above & (score >= last - slack)
+  left = count[..., None] - jnp.sum(above, axis=-1, keepdims=True, dtype=jnp.int32)
+  leftmost = equal & (jnp.cumsum(equal, axis=-1, dtype=jnp.int32) <= left)
+  return (above & (count[..., None] > 0)) | leftmost
 
 
 def sequential(masked, count):
   """Reveal the leftmost `count` masked positions."""
-  return masked & (jnp.cumsum(masked, axis=-1) <= count[..., None])
+  return masked & (jnp.cumsum(masked, axis=-1, dtype=jnp.int32) <= count[..., None])
 
 
 def dynamic(masked, confidence, count, threshold):
@@ -76,7 +91,7 @@ def entropy_bounded(masked, entropy, count, bound):
   """
   ascending = jnp.sort(jnp.where(masked, entropy, jnp.inf), axis=-1)
   total = jnp.cumsum(ascending, axis=-1)
-  fitting = jnp.sum(total < bound, axis=-1)
+  fitting = jnp.sum(total < bound, axis=-1, dtype=jnp.int32)
   return best(masked, -entropy, jnp.maximum(fitting, count))
 
 
@@ -88,4 +103,4 @@ def factor(masked, confidence, count, limit):
   rank = ranks(masked, confidence)
   passing = masked & ((rank + 2) * (1 - confidence) < limit)
   first_failing = jnp.min(jnp.where(masked & ~passing, rank, masked.shape[-1]), axis=-1)
-  return masked & (rank < jnp.maximum(first_failing, count)[..., None])
+  return best(masked, confidence, jnp.maximum(first_failing, count))

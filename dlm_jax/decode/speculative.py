@@ -34,7 +34,7 @@ from dlm_jax.decode import law
 from dlm_jax.decode.accept import greedy_match, rejection
 from dlm_jax.decode.block import BlockState, block_decoder, done
 from dlm_jax.decode.draft import propose
-from dlm_jax.decode.interfaces import STOP_WIDTH, Rounds
+from dlm_jax.decode.interfaces import COLD, STOP_WIDTH, Rounds
 from dlm_jax.decode.passes import Bound, block_at
 from dlm_jax.decode.progress import advance, at_positions, record
 from dlm_jax.decode.rule import Block, reveal
@@ -180,7 +180,7 @@ def _draft_rows(options, rows, rng_B):
   if options.draft_temperature is None:
     return rows
   temperature_B = jnp.full_like(rows.temperature_B, options.draft_temperature)
-  plain = "drawn" if options.draft_temperature else "greedy"
+  plain = "greedy" if options.draft_temperature < COLD else "drawn"
   law = "any" if rows.law == "any" else plain
   return rows.replace(temperature_B=temperature_B, law=law)
 
@@ -241,7 +241,8 @@ def _replay(target, state, before, options, rows, draft, block):
     time_BNK == number_1N[..., None] + 1, out.revealed_BK & same_BNK, ~out.revealed_BK
   )
   agree_BN = used_BN & jnp.all(same_BNK, axis=-1)
-  agreed_B = jnp.cumprod(agree_BN, axis=1).sum(axis=1)  # steps, from the first
+  whole = {"axis": 1, "dtype": jnp.int32}  # also where numbers have 64 bits: what loops carry
+  agreed_B = jnp.sum(jnp.cumprod(agree_BN, axis=1), **whole)  # steps, from the first
   taken_BN = used_BN & (number_1N <= agreed_B[:, None])
   taken_BNK = taken_BN[..., None] & out.revealed_BK  # a position is in one state at most
 
@@ -254,8 +255,8 @@ def _replay(target, state, before, options, rows, draft, block):
     tokens_BK=merge(out.tokens_BK),
     step_BK=merge(jnp.broadcast_to(step_BN[..., None], time_BNK.shape)),
     log_prob_BK=merge(out.log_prob_BK),
-    settled_B=state.step_B + taken_BN.sum(axis=1),
-    accepted_B=confirmed_BK.sum(axis=1),
+    settled_B=state.step_B + jnp.sum(taken_BN, **whole),
+    accepted_B=jnp.sum(confirmed_BK, **whole),
     before=found.before,
     finished=found.finished,
     agreed_B=jnp.all(confirmed_BK == block.masked_BK, axis=1),
@@ -340,7 +341,12 @@ def _settle(options, state, draft, out, block, pending_B):
     reused_B = full_B & out.agreed_B
     cache = models.commit(cache, out.finished, jnp.where(reused_B, size, 0))
   drafted_BK = block.masked_BK & draft.drafted_BK
-  added = (took_part_B, draft.passes_B, jnp.sum(drafted_BK, axis=1), out.accepted_B)
+  added = (
+    took_part_B,
+    draft.passes_B,
+    jnp.sum(drafted_BK, axis=1, dtype=jnp.int32),
+    out.accepted_B,
+  )
   return SpeculativeState(
     progress=progress,
     target_cache=cache,

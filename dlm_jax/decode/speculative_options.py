@@ -4,6 +4,7 @@
 import dataclasses
 
 from dlm_jax.decode.accept import FILLS
+from dlm_jax.decode.interfaces import COLD
 from dlm_jax.decode.rule import BlockRule
 from dlm_jax.errors import InputError, check_choice
 from dlm_jax.models import masks
@@ -62,10 +63,10 @@ class SpeculativeOptions:
     if temperature is not None and not temperature >= 0:
       raise InputError(f"draft_temperature={temperature} must be 0 or more.")
     if not self.exact:
-      if temperature == 0:
+      if temperature is not None and temperature < COLD:
         raise InputError(
-          "draft_temperature=0 with verify='simsd': rows above temperature 0 accept by rejection, "
-          "which needs drawn tokens; take one above 0, or leave it out."
+          f"draft_temperature={temperature:g} with verify='simsd': rows above temperature 0 accept "
+          "by rejection, which needs drawn tokens; take one above 0, or leave it out."
         )
       return
     for name in _OF_SIMSD:

@@ -246,6 +246,7 @@ class TextDecoder:
         options=plan.options,
         on_round=follow,
       )
+    self._check_logits(info)
     rows = _rows(tokens_BL, info.prompt_B, info.lengths_B)
     texts = list(map(self._text, rows, plan.stop_ids))
     if follow is not None:
@@ -259,6 +260,18 @@ class TextDecoder:
       draft_passes=int(np.sum(drafted_B)),
       mode=plan.mode,
     )
+
+  def _check_logits(self, info: sample.Info) -> None:
+    """Refuse a text whose log-probabilities are no numbers: nor were the logits it came from."""
+    wrong_BL = np.isnan(np.asarray(info.log_prob_BL))
+    if wrong_BL.any():
+      row, place = (int(axis[0]) for axis in np.nonzero(wrong_BL))
+      exact = self.model.config.dtype == "float32"
+      raise InputError(
+        f"{self.source}: the logits of token {place + 1} of text {row + 1} are NaN or infinite, "
+        "though its weights are finite; "
+        + ("fetch or train it again." if exact else "try dtype='float32'.")
+      )
 
   def _text(self, ids: Sequence[int], stop_ids: Sequence[int]) -> str:
     """Return the text of decided ids; rows that no token has show as nothing."""

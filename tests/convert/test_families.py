@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from dlm_jax import convert, mesh, models, process
 from dlm_jax.convert import families, layout
@@ -147,6 +148,26 @@ def test_weights_are_owned():
   assert weights.read() == weights.read() == 1 and weights.held
   weights.free()
   assert not weights.held and weights.read() == 2
+
+
+@pytest.mark.parametrize("wrong", [np.nan, -np.inf])
+@pytest.mark.parametrize("name, model, proc, writes", _ROWS[1::2])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_numbers_that_are_none_are_found(
+  tmp_path, monkeypatch, name, model, proc, writes, wrong, compiled
+):
+  """One in one tensor is enough; the line names it. On a host and where it has to be compiled."""
+  params = random_params(model)
+  convert.save(tmp_path, model, params, proc)
+  file = tmp_path / "model.safetensors"
+  tensors = load_file(file)
+  victim = sorted(tensors)[-1]
+  tensors[victim].flat[-1] = wrong
+  save_file(tensors, file)
+  if compiled:
+    monkeypatch.setattr(layout, "_finite", layout._all_finite)
+  with pytest.raises(InputError, match=f"tensor {victim} holds 1 of .* NaN or infinite in float32"):
+    convert.load(tmp_path)
 
 
 # --- what a config asks of a family ---------------------------------------------------------------

@@ -270,3 +270,12 @@ def test_drafts_must_have_the_same_tokens(pipe):
 
 def test_public_names():
   assert TextDecoder.generate and requests.VERIFY == ("stacked", "simsd", "none")
+
+
+def test_logits_that_overflow_are_said(pipe):
+  """Finite weights do not make finite logits; no text is made of those."""
+  model, params = pipe.loaded
+  huge = jax.tree.map(lambda x: x * 1e10, params)
+  broken = dataclasses.replace(pipe, weights=convert.Weights(lambda: (model, huge)), draft=None)
+  with pytest.raises(InputError, match="of text . are NaN or infinite, though its weights"):
+    broken.generate(PROMPTS, max_new_tokens=2, stop=())

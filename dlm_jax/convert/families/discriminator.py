@@ -77,7 +77,7 @@ def from_tensors(
   entries = list(mdlm_layout.discriminator_entries(model))
   shapes = mdlm_layout.discriminator_shapes(model)
   found = mdlm_layout.match(entries, shapes, model.config, tensors, source)
-  params, spectral = discriminator.split(model, layout.read(entries, found, shapes))
+  params, spectral = discriminator.split(model, layout.read(entries, found, shapes, source=source))
   return Critic(model=model, params=params, spectral=spectral)
 
 
