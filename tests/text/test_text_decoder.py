@@ -277,5 +277,5 @@ def test_logits_that_overflow_are_said(pipe):
   model, params = pipe.loaded
   huge = jax.tree.map(lambda x: x * 1e10, params)
   broken = dataclasses.replace(pipe, weights=convert.Weights(lambda: (model, huge)), draft=None)
-  with pytest.raises(InputError, match="of text . are NaN or infinite, though its weights"):
+  with pytest.raises(InputError, match=r"of text . are NaN or infinite, though its weights"):
     broken.generate(PROMPTS, max_new_tokens=2, stop=())
