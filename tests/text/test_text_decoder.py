@@ -15,6 +15,7 @@ from dlm_jax.data import tokenizers
 from dlm_jax.errors import InputError
 from dlm_jax.text import decoder, load, requests
 from dlm_jax.text.decoder import TextDecoder
+from dlm_jax.text.follow import Follow
 
 PROMPTS = ["Janet has", "a", ""]
 NEW = 9
@@ -74,14 +75,21 @@ def test_streamed_pieces_add_up(pipe, alone):
   assert len(told) > len(PROMPTS)
 
 
+def _info(count):
+  """Return what is known about one row of so many tokens without a prompt."""
+  known = {"step_BL": np.zeros((1, count)), "log_prob_BL": np.ones((1, count))}
+  numbers = {"lengths_B": count, "prompt_B": 0, "passes_B": count, "reason_B": 2}
+  return sample.Info(**known, **{name: np.asarray([one]) for name, one in numbers.items()})
+
+
 def test_unfinished_characters_wait(pipe):
   """Two bytes of one character come in two rounds: nothing is told before the second."""
   plan, told = pipe.plan("", max_new_tokens=3, stop=()), []
-  follow = decoder._Follow(pipe, plan, lambda *piece: told.append(piece))
+  follow = Follow(pipe._text, plan, lambda *piece: told.append(piece))
   rows = np.asarray([[*pipe.tokenizer.encode("é"), *pipe.tokenizer.encode("x")]])
   for length in (1, 2, 3):
     follow(rows, np.asarray([length]))
-  follow.finish(["éx"])
+  follow.finish(rows.tolist(), _info(3))
   assert told == [(0, "é", False), (0, "x", True)]
 
 
@@ -192,7 +200,7 @@ _REQUESTS = [
   ({"block_length": 8}, "block_length=8, but .* was trained with 4"),
   ({"stop": [300]}, "stop=300 is no token"),
   ({"stop": [tiny_sdar.MASK]}, "is no token"),
-  ({"stop": ["two words"]}, "is 9 tokens"),
+  ({"stop": ["a<|im_end|>"]}, "joins a token that is not shown, id 258, to text"),
   ({"verify": "stackd"}, "did you mean 'stacked'"),
   ({"layout": "published"}, "layout='published' is of verify='simsd'"),
   ({"prompts": "a <|MASK|> b"}, r"prompt 1 contains the mask \(<|MASK|>\)"),
