@@ -304,8 +304,8 @@ def _known(request):
     if name in _ELSEWHERE:
       raise InputError(
         f"{name} is an option of denoisers on a grid, and this network decodes blocks; it takes "
-        "steps, num, seed, prompt, chat, system, thinking, tools, max_new_tokens, min_new_tokens, "
-        "stop, block_length, strategy, threshold, temperature, top_k, top_p, verify and layout."
+        "steps, num, seed, prompt, chat, max_new_tokens, min_new_tokens, stop, system, thinking, "
+        "tools, block_length, strategy, threshold, temperature, top_k, top_p, verify and layout."
       )
   return {name: value for name, value in request.items() if name != "steps" or value is not None}
 

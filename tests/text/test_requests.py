@@ -180,6 +180,18 @@ def test_forms_of_stops(pipe, stop, ids, texts):
   assert plan.watched == any(len(text) > 1 for text in texts)
 
 
+def test_stops_beside_the_network(pipe, tmp_path):
+  """Its tokenizer lies elsewhere; what generation_config.json says there counts, too."""
+  tiny_sdar.write(tmp_path / "network", layers=1)
+  (tmp_path / "network" / "generation_config.json").write_text('{"eos_token_id": [258, 65]}')
+  opened = load.open_decoder(tmp_path / "network", pipe.source)
+  assert opened.plan("a").stop_ids == ((END, TEXT, 65),)
+  assert opened.tokenizer.fingerprint == pipe.tokenizer.fingerprint
+  (tmp_path / "network" / "generation_config.json").write_text('{"eos_token_id": 999}')
+  with pytest.raises(InputError, match="names the eos_token_id 999"):
+    load.open_decoder(tmp_path / "network", pipe.source)
+
+
 def test_stops_of_each_prompt(pipe):
   plan = pipe.plan(["a", "b", "c"], stop=[None, "so", [5, "no"]])
   assert plan.stop_ids == ((END, TEXT), (), (5,))

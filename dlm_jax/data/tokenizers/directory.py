@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 from dlm_jax.data.tokenizers.base import EOS
@@ -134,7 +134,7 @@ class Directory:
     if "eos_token" in self.named:
       return self.named["eos_token"]
     by_id = {number: text for text, number in words.items()}
-    for number in self._generation_ids(by_id):
+    for number in self.generation_ids(by_id):
       return by_id[number]
     for eos in _KNOWN_EOS:
       if eos in words:
@@ -152,17 +152,25 @@ class Directory:
     """
     found = [self._text(file, "eos_token") for file in (_CONFIG, _MAP)]
     ids = [words[text] for text in found if text is not None]
-    ids += self._generation_ids({number: text for text, number in words.items()})
+    ids += self.generation_ids(words.values())
     return tuple(number for number in dict.fromkeys(ids) if number != words[eos])
 
-  def _generation_ids(self, by_id):
+  def generation_ids(self, known: Container[int]) -> list[int]:
+    """Return the ids that generation_config.json lets end a text.
+
+    Args:
+      known: ids of the vocabulary.
+
+    Raises:
+      InputError: one is none of these.
+    """
     given = self._read(_GENERATION).get("eos_token_id")
     ids = [] if given is None else given if isinstance(given, list) else [given]
     for number in ids:
-      if isinstance(number, bool) or not isinstance(number, int) or number not in by_id:
+      if isinstance(number, bool) or not isinstance(number, int) or number not in known:
         raise InputError(
           f"tokenizer: {self.path / _GENERATION} names the eos_token_id {number!r}, which is no id "
-          "of the vocabulary beside it; correct one of the two."
+          "of the vocabulary; correct one of the two."
         )
     return ids
 
