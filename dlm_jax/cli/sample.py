@@ -253,6 +253,12 @@ dlm-jax sample --checkpoint=SDAR-8B-Chat-b8 --draft=SDAR-1.7B-Chat-b8 --chat --p
   add("--noise_removal", metavar="HOW", help="ancestral, greedy or none")
   add("--precision", help="exact, or legacy: the public fp32 race")
   add("--show_steps", action="store_true", help="show the denoising of text 1")
+  _add_blocks(parser)
+  return parser
+
+
+def _add_blocks(parser: flags.Parser) -> None:
+  """Add what only decoders of blocks have."""
   add = parser.add_argument_group("of decoders of blocks").add_argument
   add("--chat", action="store_true", help="a prompt is what a user says to a chat model")
   add("--system", metavar="TEXT", help="or @FILE; what the system says before a conversation")
@@ -274,4 +280,3 @@ dlm-jax sample --checkpoint=SDAR-8B-Chat-b8 --draft=SDAR-1.7B-Chat-b8 --chat --p
   add("--verify", help="stacked (exact), simsd (not exact) or none")
   add("--layout", help="of simsd: unified or published")
   add("--stream", action="store_true", help="print as it is decided; on a terminal always")
-  return parser

@@ -29,8 +29,9 @@ class Generation:
   """What prompts were continued with.
 
   Attributes:
-    texts: of each prompt, without the prompt and without the stop token.
-    tokens: of each prompt, ids after the prompt, the stop token included.
+    texts: of each prompt, without the prompt, up to what ends it; ends of turns and of documents
+      are not shown anywhere.
+    tokens: of each prompt, ids after the prompt, the stop token, or those of a stop text, included.
     info: what `sample.decode` knows about them, reveal steps and log-probabilities included.
     target_passes: of the network, summed over prompts; those over the prompts are not counted.
     draft_passes: of the draft, likewise.

@@ -99,6 +99,19 @@ def test_a_draft_changes_nothing_when_stacked(pipe, alone):
   assert stacked.draft_passes > 0 and stacked.target_passes <= alone.target_passes
 
 
+def test_stop_texts_end_rows_of_drafts(pipe, alone):
+  """The host sees the same prefixes, whoever decided them."""
+  ids = [i for i in alone.tokens[0] if i < tiny_sdar.MASK]
+  stop = pipe._text(ids[3:5], ())
+  ask = {"max_new_tokens": NEW, "stop": stop}
+  told = []
+  drafted = pipe.generate(PROMPTS[0], **ask, on_text=lambda *piece: told.append(piece))
+  plain = pipe.generate(PROMPTS[0], **ask, verify="none")
+  assert drafted.tokens == plain.tokens and drafted.texts == plain.texts
+  assert stop in pipe._text(plain.tokens[0], ()) and len(plain.tokens[0]) < NEW
+  assert "".join(piece for _, piece, _ in told) == plain.texts[0] and stop not in plain.texts[0]
+
+
 @pytest.mark.slow
 def test_simsd_says_that_it_is_not_exact(pipe):
   simsd = pipe.generate(PROMPTS, max_new_tokens=NEW, stop=(), verify="simsd", layout="published")
