@@ -8,8 +8,6 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from dlm_jax.data import tokenizers
 from dlm_jax.data.tokenizers import chat as chats
 from dlm_jax.data.tokenizers.base import check_text
@@ -56,9 +54,18 @@ class Talk:
     return None
 
 
+def unwrapped(given: Any) -> Any:
+  """Return the numbers of arrays, in lists; anything else as it is."""
+  if hasattr(given, "tolist"):
+    return given.tolist()
+  if isinstance(given, (list, tuple)):
+    return [one.tolist() if hasattr(one, "tolist") else one for one in given]
+  return given
+
+
 def is_whole(number: Any) -> bool:
   """Tell whether something is a whole number; True and 2.0 are none."""
-  return isinstance(number, numbers.Integral) and not isinstance(number, (bool, np.bool_))
+  return isinstance(number, numbers.Integral) and not isinstance(number, bool)
 
 
 def each(prompts: Any) -> list[Any]:
@@ -67,8 +74,7 @@ def each(prompts: Any) -> list[Any]:
   Raises:
     InputError: it is nothing of that.
   """
-  if hasattr(prompts, "tolist"):  # an array
-    prompts = prompts.tolist()
+  prompts = unwrapped(prompts)
   if isinstance(prompts, str):
     return [prompts]
   if isinstance(prompts, Mapping):
@@ -114,8 +120,7 @@ def encode(
   """
   found = []
   for number, prompt in enumerate(prompts, start=1):
-    if hasattr(prompt, "tolist"):
-      prompt = prompt.tolist()
+    prompt = unwrapped(prompt)
     speaks = _is_conversation(prompt) or (talk.chat and isinstance(prompt, str))
     if (speaks or talk.chat) and not isinstance(words, chats.ChatBPE):
       raise InputError(f"{source} has no tokenizer of a chat model; leave chat out.")
@@ -167,7 +172,7 @@ def _check_ids(number, prompt, row, mask_id, rows_of_network):
   if isinstance(prompt, str):
     spelt = chats.MASK in prompt
   else:
-    spelt = _is_conversation(prompt) and any(chats.MASK in str(one["content"]) for one in prompt)
+    spelt = _is_conversation(prompt) and any(chats.MASK in str(one) for one in prompt)
   if mask_id in row or spelt:
     what = chats.MASK if spelt else f"id {mask_id}"
     raise InputError(

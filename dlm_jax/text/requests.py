@@ -13,7 +13,7 @@ from jaxtyping import Array, Key
 
 from dlm_jax import sample
 from dlm_jax.errors import InputError, hint
-from dlm_jax.text.prompts import is_whole
+from dlm_jax.text.prompts import is_whole, unwrapped
 
 VERIFY = ("stacked", "simsd", "none")
 OF_ROWS = ("temperature", "top_k", "top_p", "threshold")  # these may differ from text to text
@@ -153,7 +153,7 @@ _LARGEST = float(np.finfo(np.float32).max)
 
 def _check_option(name, given):
   """Refuse what is no number, switch or name; ranges are checked where they are known."""
-  parts = given.tolist() if hasattr(given, "tolist") else given
+  parts = unwrapped(given)
   several = name in OF_ROWS and isinstance(parts, (list, tuple))
   for one in parts if several else [parts]:
     if name in _SWITCHES:
@@ -204,7 +204,7 @@ def whole_numbers(name: str, given: Any, count: int) -> list[int]:
   Raises:
     InputError: one is none, or there is another number of them.
   """
-  given = given.tolist() if hasattr(given, "tolist") else given
+  given = unwrapped(given)
   found = list(given) if isinstance(given, (list, tuple)) else [given] * count
   if not all(map(is_whole, found)):
     raise InputError(

@@ -10,7 +10,7 @@ from typing import Any
 from dlm_jax.data import tokenizers
 from dlm_jax.data.tokenizers.base import check_text
 from dlm_jax.errors import InputError
-from dlm_jax.text.prompts import is_whole
+from dlm_jax.text.prompts import is_whole, unwrapped
 
 Ids, Texts = tuple[tuple[int, ...], ...], tuple[tuple[str, ...], ...]
 
@@ -38,8 +38,7 @@ def read(
   Raises:
     InputError: something is neither a text nor an id, or there is another number of lists.
   """
-  if hasattr(stop, "tolist"):  # an array
-    stop = stop.tolist()
+  stop = unwrapped(stop)
   if isinstance(stop, str) or is_whole(stop):
     stop = [stop]
   if stop is not None and not isinstance(stop, (list, tuple)):

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dlm_jax.data import conversations, tokenizers
-from dlm_jax.data.tokenizers import chat_template, qwen3
+from dlm_jax.data.tokenizers import chat, chat_template, qwen3
 from dlm_jax.data.tokenizers.chat_template import Template
 from dlm_jax.errors import InputError
 
@@ -266,6 +266,7 @@ def test_a_template_without_thoughts():
   "messages, message",
   [
     ([], "a conversation has no messages"),
+    ([{**ASK, "more": {1: 2, "a": {1, 2}}}], "message 0 holds something that is no JSON"),
     ([{"role": "robot", "content": "a"}], "message 0 has the role 'robot'; use system, user"),
     ([ASK, {"role": "assistant"}], "message 1, of the assistant, has a NoneType as its content"),
     ([{"role": "user", "content": [1]}], "has a list as its content; use a text"),
@@ -278,3 +279,18 @@ def test_no_conversations(tokenizer, messages, message):
   with pytest.raises(InputError, match=message) as error:
     tokenizer().encode_chat(messages)
   assert "\n" not in str(error.value)
+  with pytest.raises(InputError, match="tools holds something that is no JSON"):
+    tokenizer().encode_chat([ASK], tools=[{1, 2}])
+
+
+@pytest.mark.parametrize(
+  "messages, message",
+  [
+    (ASK, "is a list of messages, not a dict"),
+    ("hi", "is a list of messages, not a str"),
+    (["hi"], "message 0 is a str; write"),
+  ],
+)
+def test_other_types(messages, message):
+  with pytest.raises(InputError, match=message):
+    chat.checked(messages)

@@ -50,6 +50,8 @@ def test_forms_of_prompts(pipe):
     ([TALK, [ASK], "a"], [chat(TALK), chat([ASK]), encode("a")]),
   ):
     assert _rows(pipe.plan(given)) == rows, given
+  called = {"role": "assistant", "tool_calls": [{"name": "add"}]}
+  assert "add" in pipe.tokenizer.decode(_rows(pipe.plan([ASK, called]))[0])
 
 
 def test_conversations(pipe):
@@ -339,6 +341,7 @@ def test_numbers_of_arrays(pipe):
   plan = pipe.plan(["a", "b"], **asked, threshold=np.asarray([0.5, 0.25]))
   assert plan.limits_B.tolist() == [4, 4] and plan.options.threshold_B.tolist() == [0.5, 0.25]
   assert pipe.plan(["a", "b"], max_new_tokens=np.asarray([1, 2])).limits_B.tolist() == [2, 3]
+  assert pipe.plan(["a"], top_k=[jax.numpy.int32(2)]).options.top_k_B.tolist() == [2]
 
 
 def test_seeds_of_64_bits():

@@ -200,7 +200,7 @@ class ChatBPE(BPE):
     Where a message spells a special token, or a "|" that might become part of one, a character that
     nobody uses stands before it while the template works, and tells its words from the template's.
     """
-    messages, tools = checked(messages), options.pop("tools", None) or None
+    messages, tools = checked(messages), _as_json(options.pop("tools", None) or None, "tools")
     if not self.has_turns:
       raise InputError(f"tokenizer: it has no {START} and {END}; use a chat model's.")
     spelt = canonical([messages, tools])
@@ -237,32 +237,36 @@ def checked(messages: Any) -> list[dict[str, Any]]:
   Raises:
     InputError: it is empty, a role is unknown, a content is no text, or UTF-8 cannot hold it.
   """
+  if not isinstance(messages, (list, tuple)):
+    raise InputError(f"a conversation is a list of messages, not a {type(messages).__name__}.")
   if not messages:
     raise InputError("a conversation has no messages; give at least one.")
   found = []
   for number, message in enumerate(messages):
+    where = f"message {number}"
+    if not isinstance(message, Mapping):
+      raise InputError(f"{where} is a {type(message).__name__}; write {{'role': …, 'content': …}}.")
     role, content = message.get("role"), message.get("content")
+    if role not in ROLES:
+      raise InputError(f"{where} has the role {role!r}; use {', '.join(ROLES)}.")
     if content is None and message.get("tool_calls"):
       content = ""
-    if role not in ROLES or not isinstance(content, str):
+    if not isinstance(content, str):
       raise InputError(
-        f"message {number} has the role {role!r}; use {', '.join(ROLES)}, with a text as its "
-        "content."
-        if role not in ROLES
-        else f"message {number}, of the {role}, has a {type(content).__name__} as its content; use "
-        "a text."
+        f"{where}, of the {role}, has a {type(content).__name__} as its content; use a text."
       )
-    try:
-      where = f"message {number}"
-      _each(
-        json.loads(json.dumps(message)), lambda text, where=where: check_text(text, where) or text
-      )
-    except (TypeError, ValueError, RecursionError) as error:
-      if isinstance(error, InputError):
-        raise
-      raise InputError(f"message {number} holds something that is no JSON: {message!r}.") from None
-    found.append({**message, "content": content})
+    found.append(_as_json({**message, "content": content}, where))
   return found
+
+
+def _as_json(value, where):
+  """Return what a JSON file would hold."""
+  try:
+    copy = json.loads(json.dumps(value))
+  except (TypeError, ValueError, RecursionError):
+    raise InputError(f"{where} holds something that is no JSON: {str(value)[:100]}.") from None
+  _each(copy, lambda text: check_text(text, where) or text)
+  return copy
 
 
 def _each(value, change):

@@ -110,7 +110,7 @@ class Directory:
     found = set(self.named.values())
     for content in (self.config, self._read(_MAP)):
       for token in content.get("additional_special_tokens") or []:
-        found.add(token.get("content") if isinstance(token, dict) else token)
+        found.add(str(token.get("content") if isinstance(token, dict) else token))
     return found
 
   def eos(self, words: Mapping[str, int]) -> str:
@@ -184,7 +184,7 @@ class Directory:
     file, given = self.path / _TEMPLATE, self.config.get("chat_template")
     if file.is_file():
       try:
-        given = file.read_text(encoding="utf-8")
+        given = file.read_text(encoding="utf-8-sig")
       except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"tokenizer: {file} is not readable UTF-8 text: {error}.") from None
     if given is None:
