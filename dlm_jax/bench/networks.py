@@ -16,7 +16,7 @@ from dlm_jax.evaluate import likelihood
 from dlm_jax.evaluate.judge import load_judge
 from dlm_jax.experiment import build, plan
 from dlm_jax.models.protocols import Cached
-from dlm_jax.text import load, requests
+from dlm_jax.text import load, prompts
 
 
 class Task(NamedTuple):
@@ -119,7 +119,7 @@ def _judge(path, tokenizer, length):
 
 
 def _lines(file):
-  lines = requests.read_text(file, f"--prompts={file}").splitlines()
+  lines = prompts.read_text(file, f"--prompts={file}").splitlines()
   return [line for line in lines if line.strip()]
 
 

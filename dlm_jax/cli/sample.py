@@ -12,12 +12,16 @@ from dlm_jax import assets, convert
 from dlm_jax.cli import flags
 from dlm_jax.convert import places
 from dlm_jax.errors import InputError, hint
-from dlm_jax.text import denoiser, load, requests, viz
+from dlm_jax.text import denoiser, load, prompts, requests, viz
 
 # Flags of one way of writing alone; what is not given is left to the network.
 _GRID = ("num", "length", "sampler", "option", "noise_removal", "precision", "show_steps")
 _BLOCKS = (
   "chat",
+  "system",
+  "messages",
+  "thinking",
+  "no_thinking",
   "max_new_tokens",
   "stop",
   "block_length",
@@ -38,7 +42,9 @@ def main(argv: list[str]) -> None:
   given = {name: value for name, value in given.items() if not (value is None or value is False)}
   path = _source(given.pop("checkpoint", ""), given.pop("model", ""))
   tokenizer = given.pop("tokenizer", None)
-  given["prompt"] = [_text(prompt) for prompt in given.get("prompt", [])]
+  given["prompt"] = [_text(prompt, "prompt") for prompt in given.get("prompt", [])]
+  if "system" in given:
+    given["system"] = _text(given["system"], "system")
   source = places.find_network(path)
   network = convert.open_network(source)
   decodes = load.decodes(network)
@@ -62,10 +68,10 @@ def _continue(path, tokenizer, options):
 
 def _one_prompt(options):
   """Return the options of a call from those of networks that take one prompt."""
-  prompts = options.pop("prompt")
-  if len(prompts) > 1:
+  texts = options.pop("prompt")
+  if len(texts) > 1:
     raise InputError("several --prompt are for decoders of blocks; give one.")
-  return options | {"prompt": "".join(prompts), **dict(options.pop("option", []))}
+  return options | {"prompt": "".join(texts), **dict(options.pop("option", []))}
 
 
 def _print(texts, as_json):
@@ -95,23 +101,41 @@ def _decode(path, tokenizer, options):
   if "verify" in options and options["verify"] != "none" and "draft" not in options:
     raise InputError(f"--verify={options['verify']} needs --draft=DIR, a smaller network.")
   as_json, stream = options.pop("json", False), options.pop("stream", False)
-  prompts, seed = options.pop("prompt") or [""], options.pop("seed", 0)
+  asked, seed = _asked(options), options.pop("seed", 0)
   if "nucleus" in options:
     options["top_p"] = options.pop("nucleus")
   if "stop" in options:
     options["stop"] = [_stop(one) for one in options["stop"] if one != "none"]
   pipe = load.open_decoder(path, tokenizer, draft=options.pop("draft", None))
-  plan = pipe.plan(prompts, **options)
+  plan = pipe.plan(asked, **options)
+  requests.seeds(seed, len(asked))
   pipe.load_weights()
   print(plan.mode, file=sys.stderr)
-  live = None if as_json or not (stream or sys.stdout.isatty()) else _Live(len(prompts))
+  live = None if as_json or not (stream or sys.stdout.isatty()) else _Live(len(asked))
   start = time.perf_counter()
   result = pipe.run(plan, seed=seed, on_text=live)
   seconds = time.perf_counter() - start
   if live is None:
     for number, text in enumerate(result.texts, start=1):
-      print(json.dumps(text) if as_json else _header(number, len(prompts)) + text)
+      print(json.dumps(text) if as_json else _header(number, len(asked)) + text)
   print(_summary(result, seconds), file=sys.stderr)
+
+
+def _asked(options):
+  """Return prompts or conversations; leave in the options what says how they are written."""
+  texts, file = options.pop("prompt"), options.pop("messages", "")
+  if "thinking" in options and "no_thinking" in options:
+    raise InputError("both --thinking and --no_thinking given; give one.")
+  if options.pop("no_thinking", False):
+    options["thinking"] = False
+  if not file:
+    return texts or [""]
+  if texts or "chat" in options:
+    raise InputError(f"--messages={file} holds whole conversations; leave --prompt and --chat out.")
+  found, tools = prompts.read_messages(file, f"--messages={file}")
+  if tools is not None:
+    options["tools"] = tools
+  return found
 
 
 class _Live:
@@ -153,13 +177,21 @@ def _summary(result, seconds):
   )
 
 
-def _text(prompt: str) -> str:
-  """Return a prompt, or what the file behind an @ holds."""
-  return requests.read_text(prompt[1:], f"--prompt={prompt}") if prompt.startswith("@") else prompt
+def _text(given: str, flag: str) -> str:
+  """Return what is given, or what the file behind an @ holds."""
+  return prompts.read_text(given[1:], f"--{flag}={given}") if given.startswith("@") else given
 
 
 def _stop(text: str) -> int | str:
-  return int(text) if text.isdecimal() else text
+  """Return an id, or a text; in quotes it is a text whatever it spells, with escapes as in JSON."""
+  if text.isdecimal() and text.isascii():
+    return int(text)
+  if len(text) > 1 and text[0] == text[-1] == '"':
+    try:
+      return json.loads(text)
+    except ValueError as error:
+      raise InputError(f"--stop={text} is no text in quotes: {error}.") from None
+  return text
 
 
 def _source(checkpoint: str, model: str) -> str:
@@ -221,10 +253,25 @@ dlm-jax sample --checkpoint=SDAR-8B-Chat-b8 --draft=SDAR-1.7B-Chat-b8 --chat --p
   add("--noise_removal", metavar="HOW", help="ancestral, greedy or none")
   add("--precision", help="exact, or legacy: the public fp32 race")
   add("--show_steps", action="store_true", help="show the denoising of text 1")
+  _add_blocks(parser)
+  return parser
+
+
+def _add_blocks(parser: flags.Parser) -> None:
+  """Add what only decoders of blocks have."""
   add = parser.add_argument_group("of decoders of blocks").add_argument
   add("--chat", action="store_true", help="a prompt is what a user says to a chat model")
+  add("--system", metavar="TEXT", help="or @FILE; what the system says before a conversation")
+  add("--messages", metavar="FILE", help="JSON of a conversation, or of a list of them")
+  add("--thinking", action="store_true", help="switch thoughts on, where the chat template can")
+  add("--no_thinking", action="store_true", help="switch them off; default: the template's")
   add("--max_new_tokens", type=int, metavar="N", help="per prompt (128)")
-  add("--stop", action="append", metavar="TOKEN", help="text or id of a last token, or none")
+  add(
+    "--stop",
+    action="append",
+    metavar="TEXT",
+    help="end before a text (5 is an id, '\"5\"' a text), or none",
+  )
   add("--block_length", type=int, metavar="N", help="default: what the checkpoint names")
   add("--strategy", help="low_confidence_dynamic (default), low_confidence_static, sequential, …")
   add("--threshold", type=float, help="of low_confidence_dynamic (0.9)")
@@ -233,4 +280,3 @@ dlm-jax sample --checkpoint=SDAR-8B-Chat-b8 --draft=SDAR-1.7B-Chat-b8 --chat --p
   add("--verify", help="stacked (exact), simsd (not exact) or none")
   add("--layout", help="of simsd: unified or published")
   add("--stream", action="store_true", help="print as it is decided; on a terminal always")
-  return parser

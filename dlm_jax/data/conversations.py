@@ -14,10 +14,10 @@ from dlm_jax.data._files import (
   reading,
 )
 from dlm_jax.data.tokenizers import ChatBPE, Tokenizer
+from dlm_jax.data.tokenizers.chat import ROLES
 from dlm_jax.errors import InputError
 
-Messages = Sequence[Mapping[str, str]]  # {"role": "system", "user" or "assistant", "content": text}
-_ROLES = ("system", "user", "assistant")
+Messages = Sequence[Mapping[str, Any]]  # {"role": one of ROLES, "content": text, …}
 
 
 @runtime_checkable
@@ -91,7 +91,7 @@ class Chat(Chosen):
     good = isinstance(messages, list) and all(map(_is_message, messages))
     if not good or not any(message["role"] == "assistant" for message in messages):
       raise InputError(
-        f"{where} is no conversation: messages are {{'role': {', '.join(_ROLES)}; 'content': text}}"
+        f"{where} is no conversation: messages are {{'role': {', '.join(ROLES)}; 'content': text}}"
         ", one of the assistant at least."
       )
     for message in messages:
@@ -109,7 +109,7 @@ def _pair(record, prompt, answer):
 def _is_message(message) -> bool:
   return (
     isinstance(message, dict)
-    and message.get("role") in _ROLES
+    and message.get("role") in ROLES
     and isinstance(message.get("content"), str)
   )
 
@@ -117,13 +117,13 @@ def _is_message(message) -> bool:
 def encode(messages: Messages, tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
   """Return a conversation's ids, and which of them are learnt: answers with what ends them.
 
-  A tokenizer of chat models frames turns as these do, see `ChatBPE.encode_turns`. Any other writes
-  the separator, every prompt and a line end, every answer and the separator:
+  A tokenizer of chat models writes them by its template, see `ChatBPE.encode_turns`. Any other
+  writes the separator, every prompt and a line end, every answer and the separator:
 
     <|endoftext|> prompt ⏎ answer <|endoftext|> prompt ⏎ answer <|endoftext|>
 
   Args:
-    messages: in order; the roles are system, user and assistant.
+    messages: in order; the roles are system, user, assistant and tool.
     tokenizer: of text.
 
   Example:

@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from dlm_jax import convert, process, sample
@@ -19,10 +18,10 @@ from dlm_jax.arrays import Params
 from dlm_jax.data import tokenizers
 from dlm_jax.errors import InputError
 from dlm_jax.models.protocols import Cached
-from dlm_jax.text import requests
+from dlm_jax.text import prompts as read
+from dlm_jax.text import requests, stops
+from dlm_jax.text.follow import Follow, rows_of
 from dlm_jax.text.requests import Plan
-
-_UNFINISHED = "\ufffd"  # a character of which not all bytes are there
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,8 +29,9 @@ class Generation:
   """What prompts were continued with.
 
   Attributes:
-    texts: of each prompt, without the prompt and without the stop token.
-    tokens: of each prompt, ids after the prompt, the stop token included.
+    texts: of each prompt, without the prompt, up to what ends it; ends of turns and of documents
+      are not shown anywhere.
+    tokens: of each prompt, ids after the prompt, the stop token, or those of a stop text, included.
     info: what `sample.decode` knows about them, reveal steps and log-probabilities included.
     target_passes: of the network, summed over prompts; those over the prompts are not counted.
     draft_passes: of the draft, likewise.
@@ -94,10 +94,10 @@ class TextDecoder:
   def __call__(
     self,
     *,
-    steps: int | None = None,
-    num: int = 1,
-    seed: int = 0,
-    prompt: str | Sequence[str] = "",
+    steps: Any = None,
+    num: Any = 1,
+    seed: Any = 0,
+    prompt: Any = "",
     **request: Any,
   ) -> list[str]:
     """Return `num` texts behind a prompt, or behind each of several.
@@ -114,7 +114,8 @@ class TextDecoder:
 
     Example:
       >>> pipe = load("models/SDAR-8B-Chat-b8")  # doctest: +SKIP
-      >>> print(pipe(prompt="2 + 2?", chat=True)[0])  # doctest: +SKIP
+      >>> asked = [{"role": "user", "content": "2 + 2?"}]  # doctest: +SKIP
+      >>> print(pipe(prompt=asked, thinking=False)[0])  # doctest: +SKIP
     """
     return self.generate(prompt, steps=steps, num=num, seed=seed, **request).texts
 
@@ -140,21 +141,23 @@ class TextDecoder:
 
   def generate(
     self,
-    prompts: str | Sequence[str | Sequence[int]] = "",
+    prompts: Any = "",
     *,
-    num: int = 1,
-    seed: int | Sequence[int] = 0,
+    num: Any = 1,
+    seed: Any = 0,
     on_text: Callable[[int, str, bool], None] | None = None,
     **request: Any,
   ) -> Generation:
     """Continue prompts.
 
     Args:
-      prompts: texts, or token ids as they are; one text is one prompt.
+      prompts: a text, token ids as they are, a conversation, or a list of these. A conversation is
+        a list of messages {"role": "system", "user", "assistant" or "tool", "content": text}; the
+        checkpoint's own chat template writes it and opens the answer.
       num: texts per prompt, those of one prompt together; what is given one for each, seeds too, is
         then given for each text.
-      seed: text i of a seed is the same whatever else is in the batch. One seed for each gives what
-        each would get as the only one.
+      seed: a whole number of 64 bits. Text i of a seed is the same whatever else is in the batch.
+        One seed for each gives what each would get as the only one.
       on_text: called as (number of the prompt, piece, whether that was all) whenever more of its
         text is certain; pieces of a prompt add up to its text. The loop then runs on the host, one
         round per step.
@@ -173,14 +176,16 @@ class TextDecoder:
 
   def plan(
     self,
-    prompts: str | Sequence[str | Sequence[int]],
+    prompts: Any,
     *,
-    chat: bool = False,
-    max_new_tokens: int | Sequence[int] = 128,
-    min_new_tokens: int | Sequence[int] = 0,
-    stop: Sequence[Any] | None = None,
-    verify: str | None = None,
-    layout: str | None = None,
+    chat: Any = False,
+    system: Any = None,
+    thinking: Any = None,
+    max_new_tokens: Any = 128,
+    min_new_tokens: Any = 0,
+    stop: Any = None,
+    verify: Any = None,
+    layout: Any = None,
     **options: Any,
   ) -> Plan:
     """Check a request; nothing is loaded or compiled.
@@ -188,69 +193,72 @@ class TextDecoder:
     Args:
       prompts: as for `generate`. A text follows the separator of documents, unless the tokenizer
         is that of a chat model.
-      chat: each prompt is what a user says; its turn is closed and the answer's opened.
+      chat: each text is what a user says; its turn is closed and the answer's opened.
+      system: what the system says before conversations.
+      thinking: True or False where the chat template can switch thoughts on and off; None: as it
+        does by itself.
       max_new_tokens: the most tokens per prompt; one number, or one for each.
-      min_new_tokens: so many tokens are no stop tokens; likewise.
-      stop: ids, or texts of one token, that end a text; None: the tokenizer's; (): nothing does. Or
-        a list of such for each prompt.
+      min_new_tokens: so many tokens do not end a text; likewise.
+      stop: a text or an id that ends a text, or a list of such; None: the tokenizer's ids; ():
+        nothing does. Or a list of such for each prompt. A text may be of several tokens, and what
+        is written is cut before it; the loop then runs on the host, as for `on_text`.
       verify: with a draft: "stacked", "simsd", or "none" to leave it aside; None: "stacked" up to
         eight tokens per block. See `sample.SpeculativeOptions`.
       layout: of "simsd": "unified" (default) or "published".
-      **options: of `sample.BlockRule`: strategy, steps and others; block_length is the checkpoint's
-        by default. Of rows, one value or one for each prompt: temperature, by default 0, the most
-        probable tokens; top_k, top_p and threshold. Other values of these, of stop and of numbers
-        of tokens compile nothing new, except that there is a program for temperature 0 only, one
-        for any temperature, and one for top_k, top_p and min_new_tokens.
+      **options: tools, JSON schemas for the chat template. Of `sample.BlockRule`: strategy, steps
+        and others; block_length is the checkpoint's by default. Of rows, one value or one for each
+        prompt: temperature, by default 0, the most probable tokens; top_k, top_p and threshold.
+        Other values of these, of stop and of numbers of tokens compile nothing new, except that
+        there is a program for temperature 0 only, one for any temperature, and one for top_k, top_p
+        and min_new_tokens.
 
     Raises:
       InputError: the request cannot be met.
     """
     here, mask_id = (self.source, self.tokenizer), self.process.mask_id
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    asked = options.pop("block_length", None)
+    prompts, asked = read.each(prompts), options.pop("block_length", None)
+    tools = options.pop("tools", None)
+    talk = read.Talk.make(chat=chat, system=system, thinking=thinking, tools=tools)
     length = requests.block_length(self.source, self.block_length, asked)
-    stop_ids = requests.stop_ids(*here, mask_id, stop, len(prompts))
+    stop_ids, stop_texts, watched = stops.read(*here, mask_id, stop, len(prompts))
     most, fewest = requests.counts(max_new_tokens, min_new_tokens, len(prompts))
     rule, rows = requests.rule(length, mask_id, stop_ids, fewest, options)
     speculative = requests.speculative(self.draft is not None, rule, verify, layout)
-    ids = requests.encode(*here, prompts, chat, mask_id, self.model.config.vocab_size)
+    ids = read.encode(*here, prompts, talk, mask_id, self.model.config.vocab_size)
     laid = requests.lay_out(self.source, ids, most, self.model.config)
     rows = rows.replace(limit_B=laid.pop("limit_B"))
-    return Plan(rule=rule, speculative=speculative, options=rows, stop_ids=stop_ids, **laid)
+    ends = {"stop_ids": stop_ids, "stop_texts": stop_texts, "watched": watched}
+    return Plan(rule=rule, speculative=speculative, options=rows, **ends, **laid)
 
   def run(
     self,
     plan: Plan,
     *,
-    seed: int | Sequence[int] = 0,
+    seed: Any = 0,
     on_text: Callable[[int, str, bool], None] | None = None,
   ) -> Generation:
     """Decode what `plan` returned; arguments as for `generate`."""
+    rng_B = requests.keys(seed, len(plan.stop_ids))
     draft = self.draft if plan.speculative is not None else None
     model, params = self.loaded
     if draft is not None:
       params = {"target": params, "draft": draft.params}
     draft_model = None if draft is None else draft.loaded[0]
     program = _program(model, draft_model, plan.speculative or plan.rule, plan.window)
-    rng_B = _keys(seed, len(plan.stop_ids))
     arguments = (params, plan.prompt_BP, rng_B, plan.lengths_B, plan.options)
-    if on_text is None:
-      follow = None
+    follow = Follow(self._text, plan, on_text)
+    if on_text is None and not plan.watched:
       tokens_BL, info = program.whole(*arguments)
     else:
-      follow = _Follow(self, plan, on_text)
       tokens_BL, info = sample.decode(
-        program.rounds,
+        program.rounds._replace(done=follow.done(program.rounds.done)),
         *arguments[:3],
         lengths=plan.lengths_B,
         options=plan.options,
         on_round=follow,
       )
     self._check_logits(info)
-    rows = _rows(tokens_BL, info.prompt_B, info.lengths_B)
-    texts = list(map(self._text, rows, plan.stop_ids))
-    if follow is not None:
-      follow.finish(texts)
+    rows, texts, info = follow.finish(rows_of(tokens_BL, info.prompt_B, info.lengths_B), info)
     drafted_B = info.counts.get("draft_passes", np.zeros(1, np.int32))
     return Generation(
       texts=texts,
@@ -274,18 +282,18 @@ class TextDecoder:
       )
 
   def _text(self, ids: Sequence[int], stop_ids: Sequence[int]) -> str:
-    """Return the text of decided ids; rows that no token has show as nothing."""
+    """Return the text of decided ids; rows that no token has, and ends, show as nothing."""
     if ids and ids[-1] in stop_ids:
       ids = ids[:-1]
-    return self.tokenizer.decode([i for i in ids if i < self.tokenizer.vocab_size])
+    silent, size = stops.silent_ids(self.tokenizer), self.tokenizer.vocab_size
+    return self.tokenizer.decode([i for i in ids if i < size and i not in silent])
 
 
 def _repeated(prompts, num):
   """Return every prompt `num` times."""
-  if num < 1:
-    raise InputError(f"num={num}: there must be at least 1 text.")
-  prompts = [prompts] if isinstance(prompts, str) else prompts
-  return [prompt for prompt in prompts for _ in range(num)]
+  if not read.is_whole(num) or num < 1:
+    raise InputError(f"num={num!r}: there must be at least 1 text, a whole number of them.")
+  return [prompt for prompt in read.each(prompts) for _ in range(num)]
 
 
 _ELSEWHERE = ("grid", "length", "noise_removal", "nucleus", "precision", "sampler")
@@ -297,8 +305,8 @@ def _known(request):
     if name in _ELSEWHERE:
       raise InputError(
         f"{name} is an option of denoisers on a grid, and this network decodes blocks; it takes "
-        "steps, num, seed, prompt, chat, max_new_tokens, stop, block_length, strategy, threshold, "
-        "temperature, top_k, top_p, verify and layout."
+        "steps, num, seed, prompt, chat, max_new_tokens, min_new_tokens, stop, system, thinking, "
+        "tools, block_length, strategy, threshold, temperature, top_k, top_p, verify and layout."
       )
   return {name: value for name, value in request.items() if name != "steps" or value is not None}
 
@@ -321,54 +329,3 @@ def _program(model, draft_model, rule, window: int) -> _Program:
   if draft_model is None:
     return _Program(sample.block_decoder(model, rule, window))
   return _Program(sample.speculative_decoder(model, draft_model, rule, window))
-
-
-def _keys(seed, rows):
-  """Return a key per row: children of one seed's, or the first child of each row's own."""
-  if not isinstance(seed, Sequence):
-    seeds = [(seed, row) for row in range(rows)]
-  elif len(seed) == rows:
-    seeds = [(one, 0) for one in seed]
-  else:
-    raise InputError(f"seed has {len(seed)} numbers; give one, or one for each of {rows} prompts.")
-  return jnp.stack([jax.random.fold_in(jax.random.key(one), child) for one, child in seeds])
-
-
-def _rows(tokens_BL, prompt_B, lengths_B) -> list[list[int]]:
-  return [
-    tokens_L[start:stop].tolist()
-    for tokens_L, start, stop in zip(
-      *map(np.asarray, (tokens_BL, prompt_B, lengths_B)), strict=True
-    )
-  ]
-
-
-class _Follow:
-  """Reports decided text piece by piece; an unfinished character waits for its other bytes."""
-
-  def __init__(self, decoder: TextDecoder, plan: Plan, on_text: Callable[[int, str, bool], None]):
-    self._decoder, self._plan, self._on_text = decoder, plan, on_text
-    self._told, self._ended = [""] * len(plan.lengths_B), [False] * len(plan.lengths_B)
-
-  def __call__(self, tokens_BL, lengths_B) -> None:
-    limits_B = np.asarray(self._plan.limits_B)
-    rows = _rows(tokens_BL, self._plan.lengths_B, lengths_B)
-    for number, (row, stop_ids) in enumerate(zip(rows, self._plan.stop_ids, strict=True)):
-      ended = lengths_B[number] >= limits_B[number] or bool(row and row[-1] in stop_ids)
-      self._tell(number, self._decoder._text(row, stop_ids), bool(ended))
-
-  def finish(self, texts: Sequence[str]) -> None:
-    """Report what is left."""
-    for number, text in enumerate(texts):
-      self._tell(number, text, True)
-
-  def _tell(self, number, text, ended):
-    if self._ended[number]:
-      return
-    if not ended:
-      text = text.rstrip(_UNFINISHED)
-    told = self._told[number]
-    piece = text[len(told) :] if text.startswith(told) else ""
-    if piece or ended:
-      self._told[number], self._ended[number] = told + piece, ended
-      self._on_text(number, piece, ended)

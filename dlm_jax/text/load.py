@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Strings in three lines: `load` opens whatever writes, and what it returns has one face."""
 
+import dataclasses
 import pathlib
 from typing import Any, Protocol, runtime_checkable
 
 from dlm_jax import convert, models
 from dlm_jax.convert import places
 from dlm_jax.data import tokenizers
+from dlm_jax.data.tokenizers.directory import Directory
 from dlm_jax.errors import InputError
 from dlm_jax.text.decoder import TextDecoder
 from dlm_jax.text.denoiser import Pipeline, default_dtype, load_denoiser, load_tokenizer
@@ -209,4 +211,8 @@ def _load_tokenizer(network, path):
     )
   if network.facts.get("tokenizer_fingerprint") not in (None, tokenizer.fingerprint):
     raise InputError(f"{source} was trained with another tokenizer; leave tokenizer out.")
-  return tokenizer
+  if path is None or not isinstance(tokenizer, tokenizers.BPE):
+    return tokenizer
+  # What ends a text may lie beside the network alone.
+  beside = Directory(source).generation_ids(range(tokenizer.vocab_size))
+  return dataclasses.replace(tokenizer, stops=(*tokenizer.stops, *beside)) if beside else tokenizer

@@ -1,18 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is asked of a decoder, checked: block length, stop tokens, draft, prompts, room."""
+"""What is asked of a decoder, checked: block length, numbers, seeds, draft, room."""
 
 import dataclasses
-import functools
+import numbers
 import pathlib
-from collections.abc import Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Key
 
 from dlm_jax import sample
-from dlm_jax.data import tokenizers
-from dlm_jax.data.tokenizers import chat as chats
 from dlm_jax.errors import InputError, hint
+from dlm_jax.text.prompts import is_whole, unwrapped
 
 VERIFY = ("stacked", "simsd", "none")
 OF_ROWS = ("temperature", "top_k", "top_p", "threshold")  # these may differ from text to text
@@ -29,6 +30,8 @@ class Plan:
     lengths_B: tokens of each prompt.
     options: of every row; without keys.
     stop_ids: of every row, those in the options.
+    stop_texts: of every row; found in decided text, where they may be parts of tokens.
+    watched: whether one of these is several tokens, which only a host sees in time.
     window: tokens of the longest possible row.
     rule: how the network decides a block.
     speculative: how the draft is verified; None: there is none.
@@ -41,6 +44,8 @@ class Plan:
   window: int
   rule: sample.BlockRule
   speculative: sample.SpeculativeOptions | None = None
+  stop_texts: tuple[tuple[str, ...], ...] = ()
+  watched: bool = False
 
   @property
   def limits_B(self) -> Any:
@@ -58,12 +63,14 @@ class Plan:
     return f"verify=simsd, layout={layout}: not exact, an approximation of the target's text"
 
 
-def block_length(source: pathlib.Path, trained: int | None, asked: int | None) -> int:
+def block_length(source: pathlib.Path, trained: int | None, asked: Any) -> int:
   """Return the block length: what is asked must be what the checkpoint was trained with.
 
   Raises:
     InputError: it is another one, or neither is known.
   """
+  if asked is not None and not is_whole(asked):
+    raise InputError(f"block_length={asked!r} is a {type(asked).__name__}; give a whole number.")
   if asked is None and trained is None:
     raise InputError(
       f"{source} does not say its block length; give what it was trained with: block_length=4 for "
@@ -75,50 +82,6 @@ def block_length(source: pathlib.Path, trained: int | None, asked: int | None) -
       "checkpoint of that length."
     )
   return trained if asked is None else asked
-
-
-def stop_ids(
-  source: pathlib.Path,
-  words: tokenizers.Tokenizer,
-  mask_id: int,
-  stop: Sequence[Any] | None,
-  count: int,
-) -> tuple[tuple[int, ...], ...]:
-  """Return what ends each text: as asked, else a chat model's end of turn and the separator.
-
-  Args:
-    source: of the network, for messages.
-    words: its tokenizer.
-    mask_id: its mask.
-    stop: ids or texts of one token; or such a list, or None, for each text.
-    count: texts.
-
-  Raises:
-    InputError: something is no token, or there is another number of lists.
-  """
-  several = stop is not None and any(one is None or isinstance(one, (list, tuple)) for one in stop)
-  lists = list(stop) if several else [stop] * count
-  if len(lists) != count:
-    raise InputError(f"stop has {len(lists)} lists; give one, or one for each of {count} prompts.")
-  default = tuple(getattr(words, "stop_ids", (words.eos_id,)))
-  one = functools.partial(_stop_id, source, words, mask_id)
-  return tuple(default if asked is None else tuple(map(one, asked)) for asked in lists)
-
-
-def _stop_id(source, words, mask_id, stop):
-  if isinstance(stop, str):
-    ids = words.encode(stop, specials=True)
-    if len(ids) != 1:
-      raise InputError(
-        f"stop={stop!r} is {len(ids)} tokens of {source}'s tokenizer; give the text of one token, "
-        "or its id."
-      )
-    (stop,) = ids
-  if not 0 <= stop < words.vocab_size or stop == mask_id:
-    raise InputError(
-      f"stop={stop} is no token of {source}'s tokenizer; ids are 0 … {words.vocab_size - 1}."
-    )
-  return int(stop)
 
 
 def rule(
@@ -146,6 +109,7 @@ def rule(
   for name in options:
     if name not in static | set(OF_ROWS):
       raise InputError(f"{name} is no option of decoding{hint(name, static | set(OF_ROWS))}.")
+    _check_option(name, options[name])
   shaping = {name: value for name, value in options.items() if name in static}
   asked = {name: value for name, value in options.items() if name not in static}
   width = max(_FEWEST_STOPS, 1 << (max(map(len, stops), default=0) - 1).bit_length())
@@ -160,7 +124,7 @@ def rule(
 
 
 def speculative(
-  drafted: bool, block: sample.BlockRule, verify: str | None, layout: str | None
+  drafted: bool, block: sample.BlockRule, verify: Any, layout: Any
 ) -> sample.SpeculativeOptions | None:
   """Return how a draft is verified; None: there is none, or it is left aside.
 
@@ -168,9 +132,10 @@ def speculative(
     InputError: an option is unknown or needs another one.
   """
   if verify is not None and verify not in VERIFY:
-    raise InputError(
-      f"verify={verify!r} is unknown{hint(verify, VERIFY)}; use {', '.join(VERIFY)}."
-    )
+    near = hint(verify, VERIFY) if isinstance(verify, str) else ""
+    raise InputError(f"verify={verify!r} is unknown{near}; use {', '.join(VERIFY)}.")
+  if layout is not None and not isinstance(layout, str):
+    raise InputError(f"layout={layout!r} is a {type(layout).__name__}; give unified or published.")
   if not drafted and verify not in (None, "none"):
     raise InputError(f"verify={verify!r} needs a draft; name a smaller network as draft.")
   if layout is not None and not (drafted and verify == "simsd"):
@@ -181,95 +146,115 @@ def speculative(
   return sample.SpeculativeOptions(target=block, verify=verify, **more)
 
 
-def read_text(path: str, flag: str) -> str:
-  """Return the text of a file of prompts.
-
-  Args:
-    path: of the file.
-    flag: how it was named, for the message.
-
-  Raises:
-    InputError: it cannot be read, or is not UTF-8.
-  """
-  try:
-    return pathlib.Path(path).read_text(encoding="utf-8")
-  except OSError as error:
-    raise InputError(f"{flag} cannot be read: {error.strerror}.") from None
-  except UnicodeDecodeError:
-    raise InputError(f"{flag} is not UTF-8 text.") from None
+_WHOLE, _SWITCHES = ("top_k", "steps"), ("fold", "count_mask")
+_CHOICES = ("strategy", "confidence", "budget")
+_LARGEST = float(np.finfo(np.float32).max)
 
 
-def encode(
-  source: pathlib.Path,
-  words: tokenizers.Tokenizer,
-  prompts: Sequence[str | Sequence[int]],
-  chat: bool,
-  mask_id: int,
-  rows_of_network: int,
-) -> list[list[int]]:
-  """Return the ids of every prompt.
-
-  Raises:
-    InputError: one holds the mask or an id that the network lacks, or turns cannot be framed.
-  """
-  if chat and not isinstance(words, chats.ChatBPE):
-    raise InputError(f"{source} has no tokenizer of a chat model; leave chat out.")
-  return [
-    _encode(words, number, prompt, chat, mask_id, rows_of_network)
-    for number, prompt in enumerate(prompts, start=1)
-  ]
-
-
-def _encode(words, number, prompt, chat, mask_id, rows_of_network):
-  given = isinstance(prompt, str)
-  if given and chat:
-    row = words.encode_chat([{"role": "user", "content": prompt}])
-  elif given:
-    start = [] if isinstance(words, chats.ChatBPE) else [words.eos_id]
-    row = [*start, *words.encode(prompt)]
-  else:
-    row = [int(i) for i in prompt]
-  if mask_id in row or (given and chats.MASK in prompt):
-    what = chats.MASK if given else f"id {mask_id}"
-    raise InputError(
-      f"prompt {number} contains the mask ({what}), which stands for what is to be generated; take "
-      "it out: text goes on behind the prompt."
-    )
-  for i in row:
-    if not 0 <= i < rows_of_network:
-      raise InputError(
-        f"prompt {number} has the id {i}; the network has 0 … {rows_of_network - 1}."
-      )
-  return row
+def _check_option(name, given):
+  """Refuse what is no number, switch or name; ranges are checked where they are known."""
+  parts = unwrapped(given)
+  several = name in OF_ROWS and isinstance(parts, (list, tuple))
+  for one in parts if several else [parts]:
+    if name in _SWITCHES:
+      good, what = isinstance(one, bool), "True or False"
+    elif name in _CHOICES:
+      good, what = isinstance(one, str), "a name"
+    elif name in _WHOLE:
+      good = (is_whole(one) and abs(one) < 2**31) or (name == "steps" and one is None)
+      what = "a whole number"
+    else:
+      real = isinstance(one, numbers.Real) and not isinstance(one, bool)
+      good, what = real and abs(one) <= _LARGEST, "a finite number"
+    if not good:
+      more = ", or one for each prompt" if name in OF_ROWS else ""
+      raise InputError(f"{name}={given!r} cannot be used; give {what}{more}.")
 
 
-def counts(
-  max_new_tokens: int | Sequence[int], min_new_tokens: int | Sequence[int], count: int
-) -> tuple[list[int], list[int]]:
+def counts(max_new_tokens: Any, min_new_tokens: Any, count: int) -> tuple[list[int], list[int]]:
   """Return the most and the fewest new tokens of each of so many texts.
 
+  Args:
+    max_new_tokens: a whole number, or one for each text.
+    min_new_tokens: likewise.
+    count: texts.
+
   Raises:
-    InputError: one is out of range, or there is another number of them.
+    InputError: one is no whole number or out of range, or there is another number of them.
   """
   found = []
   for name, given, least in (
     ("max_new_tokens", max_new_tokens, 1),
     ("min_new_tokens", min_new_tokens, 0),
   ):
-    several = isinstance(given, Sequence)
-    numbers = [int(one) for one in given] if several else [int(given)] * count
-    if len(numbers) != count:
-      raise InputError(
-        f"{name} has {len(numbers)} numbers; give one, or one for each of {count} prompts."
-      )
-    if min(numbers, default=least) < least:
+    asked = whole_numbers(name, given, count)
+    if min(asked, default=least) < least:
       raise InputError(f"{name}={given} must be at least {least}.")
-    found.append(numbers)
+    found.append(asked)
   if any(fewest > most for most, fewest in zip(*found, strict=True)):
     raise InputError(
       f"min_new_tokens={min_new_tokens} must be at most max_new_tokens={max_new_tokens}."
     )
   return found[0], found[1]
+
+
+def whole_numbers(name: str, given: Any, count: int) -> list[int]:
+  """Return a whole number for each of so many texts.
+
+  Raises:
+    InputError: one is none, or there is another number of them.
+  """
+  given = unwrapped(given)
+  found = list(given) if isinstance(given, (list, tuple)) else [given] * count
+  if not all(map(is_whole, found)):
+    raise InputError(
+      f"{name}={given!r} cannot be used; give a whole number, or one for each prompt."
+    )
+  if len(found) != count:
+    raise InputError(
+      f"{name} has {len(found)} numbers; give one, or one for each of {count} prompts."
+    )
+  return list(map(int, found))
+
+
+def seeds(seed: Any, rows: int) -> list[int]:
+  """Return a seed for each of so many texts.
+
+  Args:
+    seed: a whole number of 64 bits, negative or not, or one for each text.
+    rows: texts.
+
+  Raises:
+    InputError: one is none, or there is another number of them.
+  """
+  found = whole_numbers("seed", seed, rows)
+  if any(not -(2**63) <= one < 2**63 for one in found):
+    raise InputError(f"seed={seed} must be in -2^63 … 2^63 - 1.")
+  return found
+
+
+def keys(seed: Any, rows: int) -> Key[Array, "B"]:
+  """Return a key per row: children of one seed's, or the first child of each row's own.
+
+  Args:
+    seed: as for `seeds`.
+    rows: how many.
+
+  Raises:
+    InputError: see `seeds`.
+  """
+  given = seeds(seed, rows)
+  several = isinstance(seed, (list, tuple)) or getattr(seed, "ndim", 0)
+  children = [0] * rows if several else range(rows)
+  made = [jax.random.fold_in(_key(one), child) for one, child in zip(given, children, strict=True)]
+  return jnp.stack(made)
+
+
+def _key(seed):
+  """Return the key of a seed of 64 bits; those of 32 have the key that jax gives them."""
+  low, high = seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
+  key = jax.random.key(np.uint32(low))
+  return key if -(2**31) <= seed < 2**32 else jax.random.fold_in(key, np.uint32(high))
 
 
 def lay_out(

@@ -121,6 +121,35 @@ def test_flags_reach_the_request(folder, monkeypatch, tmp_path, capsys):
   }
 
 
+def test_conversations_reach_the_request(folder, monkeypatch, tmp_path):
+  """Of a file, with tools; thoughts switched off; a text in quotes; the system from a file."""
+  seen = {}
+
+  def plan(self, prompts, **request):
+    seen.update(request, prompts=prompts)
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(TextDecoder, "plan", plan)
+  talk = [{"role": "user", "content": "é"}]
+  (tmp_path / "talk.json").write_text(json.dumps({"messages": talk, "tools": [{}]}))
+  (tmp_path / "kind.txt").write_bytes(b"\xef\xbb\xbfBe kind.")
+  checkpoint = f"--checkpoint={folder / 'target'}"
+  asked = [f"--messages={tmp_path / 'talk.json'}", f"--system=@{tmp_path / 'kind.txt'}"]
+  main(
+    ["sample", checkpoint, *asked, "--no_thinking", '--stop="1"', '--stop="\\n"', "--stop=two s"]
+  )
+  assert seen == {
+    "prompts": [talk],
+    "tools": [{}],
+    "system": "Be kind.",
+    "thinking": False,
+    "stop": ["1", "\n", "two s"],
+  }
+  seen.clear()
+  main(["sample", checkpoint, "--prompt=a", "--chat", "--thinking"])
+  assert seen == {"prompts": ["a"], "chat": True, "thinking": True}
+
+
 @pytest.mark.slow
 def test_json(run):
   out, _ = run("--prompt=It was", "--prompt=", *FEW, "--json")
@@ -149,7 +178,9 @@ _FLAGS = [
   (["--block_length=8"], "was trained with 4"),
   ([f"--prompt={'a' * 300}"], "cache of 256 positions"),
   (["--stop=300"], "stop=300 is no token"),
-  (["--stop=two words"], "give the text of one token"),
+  (["--stop=a<|im_end|>"], "give the two as two stops"),
+  (['--stop=""'], "stop='' ends every text"),
+  (['--stop="\\x"'], "is no text in quotes"),
   (["--prompt=a <|MASK|> b"], "contains the mask"),
   (["--verify=simsd"], "--verify=simsd needs --draft"),
   (["--layout=unified"], "layout='unified' is of verify='simsd'"),
@@ -157,6 +188,16 @@ _FLAGS = [
   (["--num=2"], "--num does not apply"),
   (["--sampler=psi"], "--sampler does not apply"),
   (["--prompt=@/nowhere.txt"], "cannot be read: No such file"),
+  (["--messages=/nowhere.json"], "cannot be read: No such file"),
+  (["--messages=/dev/null"], "is not JSON"),
+  (["--messages=a.json", "--prompt=b"], "holds whole conversations; leave --prompt and --chat out"),
+  (["--thinking", "--no_thinking"], "both --thinking and --no_thinking given"),
+  (["--system=a", "--prompt=b"], "system is for conversations, and prompt 1 is none"),
+  (["--no_thinking", "--prompt=b"], "thinking is for conversations"),
+  (["--prompt=\udcff"], "prompt 1 holds the byte 0xff at character 1, which is not UTF-8"),
+  (["--temperature=nan"], "temperature=nan cannot be used; give a finite number"),
+  (["--threshold=nan"], "threshold=nan cannot be used"),
+  (["--seed=9223372036854775808"], "seed=9223372036854775808 must be in -2^63"),
   (["--temperature=-1"], "temperature=-1.0 must be 0 or more"),
   (["--top_p=0"], "top_p=0.0"),
   (["--strategy=low_confidence_statik"], "did you mean 'low_confidence_static'"),

@@ -116,6 +116,21 @@ def test_messages_and_turns_of_chat_models(tmp_path):
   assert ids[: len(opened)] == opened and not any(learnt[len(opened) - 4 : len(opened)])
 
 
+def test_results_of_tools_are_given(tmp_path):
+  """They share a user's turn; the call before them is learnt."""
+  tokenizer = tokenizers.load(tiny_sdar.write(tmp_path / "network", layers=1))
+  line = {"messages": [{"role": "user", "content": "2+2"}, {"role": "assistant", "content": "add"}]}
+  line["messages"] += [{"role": "tool", "content": "4"}, {"role": "assistant", "content": "so 4"}]
+  (tmp_path / "a.jsonl").write_text(json.dumps(line))
+  corpus = sources.open_source(f"chat:{tmp_path}/a.jsonl", validation=f"{tmp_path}/a.jsonl")
+  (talk,) = corpus.conversations("validation")
+  ids, learnt = conversations.encode(talk, tokenizer)
+  assert ids == tokenizer.encode_chat(talk, start=False)
+  assert "<tool_response>\n4\n</tool_response>" in tokenizer.decode(ids)
+  told = tokenizer.decode([i for i, on in zip(ids, learnt, strict=True) if on])
+  assert told == "add<|im_end|><think>\n\n</think>\n\nso 4<|im_end|>"
+
+
 @pytest.mark.parametrize(
   "line, message",
   [

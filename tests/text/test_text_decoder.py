@@ -15,6 +15,7 @@ from dlm_jax.data import tokenizers
 from dlm_jax.errors import InputError
 from dlm_jax.text import decoder, load, requests
 from dlm_jax.text.decoder import TextDecoder
+from dlm_jax.text.follow import Follow
 
 PROMPTS = ["Janet has", "a", ""]
 NEW = 9
@@ -74,14 +75,21 @@ def test_streamed_pieces_add_up(pipe, alone):
   assert len(told) > len(PROMPTS)
 
 
+def _info(count):
+  """Return what is known about one row of so many tokens without a prompt."""
+  known = {"step_BL": np.zeros((1, count)), "log_prob_BL": np.ones((1, count))}
+  numbers = {"lengths_B": count, "prompt_B": 0, "passes_B": count, "reason_B": 2}
+  return sample.Info(**known, **{name: np.asarray([one]) for name, one in numbers.items()})
+
+
 def test_unfinished_characters_wait(pipe):
   """Two bytes of one character come in two rounds: nothing is told before the second."""
   plan, told = pipe.plan("", max_new_tokens=3, stop=()), []
-  follow = decoder._Follow(pipe, plan, lambda *piece: told.append(piece))
+  follow = Follow(pipe._text, plan, lambda *piece: told.append(piece))
   rows = np.asarray([[*pipe.tokenizer.encode("é"), *pipe.tokenizer.encode("x")]])
   for length in (1, 2, 3):
     follow(rows, np.asarray([length]))
-  follow.finish(["éx"])
+  follow.finish(rows.tolist(), _info(3))
   assert told == [(0, "é", False), (0, "x", True)]
 
 
@@ -89,6 +97,19 @@ def test_a_draft_changes_nothing_when_stacked(pipe, alone):
   stacked = pipe.generate(PROMPTS, max_new_tokens=NEW, stop=())
   assert stacked.tokens == alone.tokens and "exact" in stacked.mode and "not" not in stacked.mode
   assert stacked.draft_passes > 0 and stacked.target_passes <= alone.target_passes
+
+
+def test_stop_texts_end_rows_of_drafts(pipe, alone):
+  """The host sees the same prefixes, whoever decided them."""
+  ids = [i for i in alone.tokens[0] if i < tiny_sdar.MASK]
+  stop = pipe._text(ids[3:5], ())
+  ask = {"max_new_tokens": NEW, "stop": stop}
+  told = []
+  drafted = pipe.generate(PROMPTS[0], **ask, on_text=lambda *piece: told.append(piece))
+  plain = pipe.generate(PROMPTS[0], **ask, verify="none")
+  assert drafted.tokens == plain.tokens and drafted.texts == plain.texts
+  assert stop in pipe._text(plain.tokens[0], ()) and len(plain.tokens[0]) < NEW
+  assert "".join(piece for _, piece, _ in told) == plain.texts[0] and stop not in plain.texts[0]
 
 
 @pytest.mark.slow
@@ -192,7 +213,7 @@ _REQUESTS = [
   ({"block_length": 8}, "block_length=8, but .* was trained with 4"),
   ({"stop": [300]}, "stop=300 is no token"),
   ({"stop": [tiny_sdar.MASK]}, "is no token"),
-  ({"stop": ["two words"]}, "is 9 tokens"),
+  ({"stop": ["a<|im_end|>"]}, "joins a token that is not shown, id 258, to text"),
   ({"verify": "stackd"}, "did you mean 'stacked'"),
   ({"layout": "published"}, "layout='published' is of verify='simsd'"),
   ({"prompts": "a <|MASK|> b"}, r"prompt 1 contains the mask \(<|MASK|>\)"),

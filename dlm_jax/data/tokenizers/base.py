@@ -21,6 +21,28 @@ def canonical(value) -> str:
   return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
 
 
+def check_text(text: str, what: str = "the text") -> None:
+  """Refuse text that UTF-8 cannot hold: half a surrogate pair, or a byte that was no UTF-8.
+
+  Args:
+    text: any string.
+    what: it is, for the message.
+
+  Raises:
+    InputError: it is no such text.
+  """
+  try:
+    text.encode()
+  except UnicodeEncodeError as error:
+    code = ord(text[error.start])
+    # Command lines and file names hand undecodable bytes over as U+DC80 … U+DCFF.
+    kind = f"the byte 0x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else f"\\u{code:04x}"
+    why = "which is not UTF-8" if "byte" in kind else "half a surrogate pair, which is not text"
+    raise InputError(
+      f"{what} holds {kind} at character {error.start + 1}, {why}; take it out or convert it."
+    ) from None
+
+
 class Base:
   """What follows from `vocab_size`, `eos_id`, `eos_text`, `serialised`, `_ids` and `_text`."""
 
@@ -48,7 +70,11 @@ class Base:
     Args:
       text: any string.
       specials: read the separator's literal text as `eos_id` instead of as ordinary text.
+
+    Raises:
+      InputError: it is no text that UTF-8 can hold.
     """
+    check_text(text)
     if not specials:
       return self._ids([text])[0]
     ids = []

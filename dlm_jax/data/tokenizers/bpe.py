@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Byte-level BPE: any tokenizer.json, GPT-2's two files, or trained here."""
 
+import contextlib
 import dataclasses
 import functools
 import json
+import os
+import pathlib
 from collections.abc import Iterable, Iterator
 
 from dlm_jax.data.tokenizers.base import EOS, Base, canonical
@@ -20,10 +23,12 @@ class BPE(Base):
   Attributes:
     serialised: canonical tokenizer.json: sorted keys, no white space.
     eos_text: the separator's text; must be in the vocabulary.
+    stops: ids that end a text besides the separator.
   """
 
   serialised: str = dataclasses.field(repr=False)
   eos_text: str = EOS
+  stops: tuple[int, ...] = ()
 
   @functools.cached_property
   def _backend(self):
@@ -45,11 +50,38 @@ class BPE(Base):
     """The id of `eos_text`."""
     return self._backend.token_to_id(self.eos_text)
 
+  @functools.cached_property
+  def stop_ids(self) -> tuple[int, ...]:
+    """What ends a text: the separator, and what the files name besides."""
+    return tuple(dict.fromkeys((self.eos_id, *self.stops)))
+
+  def save(self, directory: str | os.PathLike) -> None:
+    """Write what `tokenizers.load` reads: besides `Base.save` the stops, if there are any."""
+    super().save(directory)
+    if self.stops:
+      file = pathlib.Path(directory) / "generation_config.json"
+      file.write_text(json.dumps({"eos_token_id": list(self.stop_ids)}), encoding="utf-8")
+
   def _ids(self, texts: list[str]) -> list[list[int]]:
-    return [e.ids for e in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+    with splitting():
+      return [e.ids for e in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
 
   def _text(self, ids: list[int]) -> str:
     return self._backend.decode(ids, skip_special_tokens=False)
+
+
+@contextlib.contextmanager
+def splitting() -> Iterator[None]:
+  """Say in one line that a tokenizer's own regular expression gave up."""
+  try:
+    yield
+  except BaseException as error:  # a panic of the library is no Exception
+    if type(error).__name__ != "PanicException":
+      raise
+    raise InputError(
+      f"tokenizer: its regular expression cannot split this text: {str(error)[:200]!r}; take the "
+      "tokenizer.json that the network was trained with."
+    ) from None
 
 
 def byte_level(vocab: dict[str, int], merges: list, eos: str) -> BPE:

@@ -1,66 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
 """Find out what kind of tokenizer lies somewhere, and load it."""
 
-import json
 import os
 import pathlib
 
 from dlm_jax import remote
 from dlm_jax.data.tokenizers import bytes, chat, esm
-from dlm_jax.data.tokenizers.base import EOS, canonical
+from dlm_jax.data.tokenizers.base import canonical
 from dlm_jax.data.tokenizers.bpe import BPE, byte_level
 from dlm_jax.data.tokenizers.bytes import Bytes
+from dlm_jax.data.tokenizers.directory import Directory, read_json, vocabulary
 from dlm_jax.data.tokenizers.esm import Esm
 from dlm_jax.errors import InputError
 
 Tokenizer = Bytes | BPE | Esm
-_KNOWN_EOS = (EOS, "</s>", "<eos>", "<|end_of_text|>", "[EOS]", "[SEP]")
 _LAYOUTS = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
 
 
-def _read_json(path: pathlib.Path) -> dict:
-  try:
-    value = json.loads(path.read_text(encoding="utf-8"))
-  except (OSError, ValueError) as error:
-    raise InputError(f"tokenizer: {path} is not readable JSON: {error}.") from error
-  if not isinstance(value, dict):
-    raise InputError(f"tokenizer: {path} holds a {type(value).__name__}, not a JSON object.")
-  return value
-
-
-def _read_config(directory: pathlib.Path) -> dict:
-  config = directory / "tokenizer_config.json"
-  return _read_json(config) if config.exists() else {}
-
-
-def _find_eos(directory: pathlib.Path, content: dict) -> str:
-  """Return the separator: what tokenizer_config.json says, else the first usual name."""
-  try:
-    tokens = set(content["model"]["vocab"])
-  except (KeyError, TypeError):
-    tokens = set()
-  tokens |= {token["content"] for token in content.get("added_tokens") or []}
-  config = _read_config(directory)
-  tokens |= {token["content"] for token in config.get("added_tokens_decoder", {}).values()}
-  named = config.get("eos_token")
-  named = named.get("content") if isinstance(named, dict) else named
-  for eos in ([named] if named else []) + list(_KNOWN_EOS):
-    if eos in tokens:
-      return eos
-  raise InputError(
-    f"tokenizer: {directory} names no document separator: none of {', '.join(_KNOWN_EOS)} is in "
-    'the vocabulary; put {"eos_token": "..."} into tokenizer_config.json beside it.'
-  )
-
-
 def _load_file(path: pathlib.Path) -> Tokenizer:
-  content = _read_json(path)
+  content = read_json(path)
   if content in (bytes.CONTENT, esm.CONTENT):
     return Bytes() if content == bytes.CONTENT else Esm()
+  directory = Directory(path.parent)
   try:
-    eos = _find_eos(path.parent, content)
-    chats = chat.holds(_read_config(path.parent))
-    tokenizer = chat.from_json(content, eos) if chats else BPE(canonical(content), eos)
+    if chat.holds(directory):
+      tokenizer = chat.from_json(content, directory)
+    else:
+      words = vocabulary(content)
+      eos = directory.eos(words)
+      tokenizer = BPE(canonical(content), eos, directory.stops(words, eos))
     tokenizer.encode("a")
   except InputError:
     raise
@@ -72,16 +40,19 @@ def _load_file(path: pathlib.Path) -> Tokenizer:
 
 
 def _load_merges(vocab_path: pathlib.Path, merges_path: pathlib.Path) -> BPE:
-  vocab = _read_json(vocab_path)
-  eos = _find_eos(vocab_path.parent, {"model": {"vocab": vocab}})
+  vocab, directory = read_json(vocab_path), Directory(vocab_path.parent)
   try:
     lines = merges_path.read_text(encoding="utf-8").split("\n")
     merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
-    chats = chat.holds(config := _read_config(vocab_path.parent))
-    tokenizer = (
-      chat.from_merges(vocab, merges, config, eos) if chats else byte_level(vocab, merges, eos)
-    )
+    if chat.of_qwen(directory):
+      tokenizer = chat.from_merges(vocab, merges, directory)
+    else:
+      words = vocab | {token["content"]: token["id"] for token in directory.added}
+      eos = directory.eos(words)
+      tokenizer = byte_level({**vocab, eos: words[eos]}, merges, eos)
     tokenizer.encode("a")
+  except InputError:
+    raise
   except Exception as error:
     raise InputError(
       f"tokenizer: {merges_path} does not belong to {vocab_path.name}: {error}."
@@ -95,7 +66,8 @@ def load(path: str | os.PathLike) -> Tokenizer:
   Args:
     path: "bytes"; "esm", for proteins; a tokenizer.json file; or a directory that holds
       tokenizer.json, or GPT-2's vocab.json + merges.txt, or encoder.json + vocab.bpe (byte-level
-      BPE with GPT-2's word splitting; Qwen's, see `chat`, if tokenizer_config.json says so). One
+      BPE with GPT-2's word splitting; Qwen's, see `chat`, if tokenizer_config.json says so). What
+      ends a text and how a conversation is written is read from the files beside it. One
       vocabulary read from tokenizer.json and from merges gives the same ids but not always the
       same fingerprint.
 
