@@ -13,6 +13,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from dlm_jax import fields, json_file
 from dlm_jax.arrays import Params
 from dlm_jax.convert import families, files, layout
 from dlm_jax.convert.family import Family
@@ -93,8 +94,7 @@ class Network:
   @property
   def facts(self) -> dict[str, Any]:
     """What we stored of it: tokenizer fingerprint, objective, step, …; {} of public files."""
-    stored = self.config.get("dlm_jax")
-    return stored if isinstance(stored, dict) else {}
+    return self.config.get("dlm_jax", {})
 
   @property
   def block_length(self) -> int | None:
@@ -107,15 +107,13 @@ class Network:
     """
     if "blocks" not in self.family.writes:
       return None
-    given = self.config.get("block_size")
-    if given is None:
+    where, most = f"{self.source}/config.json", self.model.config.length
+    kind = fields.Optional(fields.Whole(1, most))
+    given = fields.read(where, self.config, {"block_size": kind}, {"block_size": None})
+    if given["block_size"] is None:
       suffix = re.search(r"-b(\d+)$", self.source.resolve().name)
       return int(suffix[1]) if suffix else None
-    if isinstance(given, bool) or not isinstance(given, int) or given < 1:
-      raise InputError(
-        f"{self.source}/config.json: block_size={given!r} is not a number of tokens."
-      )
-    return given
+    return given["block_size"]
 
 
 def read_config(path: pathlib.Path | str) -> dict[str, Any]:
@@ -128,7 +126,7 @@ def read_config(path: pathlib.Path | str) -> dict[str, Any]:
   known = ", ".join(families.model_types())
   file = (path.parent if path.is_file() else path) / "config.json"
   try:
-    config = json.loads(file.read_text(encoding="utf-8"))
+    config = json_file.read(file)
   except FileNotFoundError:
     if path.is_file():
       raise InputError(
@@ -137,9 +135,12 @@ def read_config(path: pathlib.Path | str) -> dict[str, Any]:
       ) from None
     raise InputError(f"{path} is not a checkpoint: it has no config.json.") from None
   except (OSError, ValueError) as error:
-    raise InputError(f"{file} cannot be read as JSON: {error}") from None
+    problem = getattr(error, "strerror", None) or error
+    raise InputError(f"{file} cannot be read as JSON: {problem}; fetch it again.") from None
   if not isinstance(config, dict) or "model_type" not in config:
     raise InputError(f"{file} names no model_type; is this a model directory? Known: {known}.")
+  fields.read(file, config, {"model_type": fields.Text()})
+  fields.part(file, config, "dlm_jax")
   return config
 
 
@@ -177,8 +178,7 @@ def open_network(
   if weights not in (None, "ema", "raw"):
     raise InputError(f"weights={weights!r} is unknown; use 'ema' or 'raw'.")
   model, process = family.read(path, config, overrides)
-  stored = config.get("dlm_jax")
-  stored = stored.get("writes") if isinstance(stored, dict) else None
+  stored = config.get("dlm_jax", {}).get("writes")
   return Network(
     model=model,
     process=process,

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tensors of safetensors files by name, mapped from disk: read when and where they are needed."""
 
-import json
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -10,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from dlm_jax import json_file
 from dlm_jax.errors import InputError
 
 _DTYPES = {
@@ -66,7 +66,7 @@ def _entries(file: pathlib.Path):
       pass
     with file.open("rb") as stream:
       size = int.from_bytes(stream.read(8), "little")
-      header = json.loads(stream.read(size))
+      header = json_file.parse(stream.read(size))
     mapped = np.memmap(file, np.uint8, "r")[8 + size :]
   except FileNotFoundError:
     raise InputError(f"{file} is missing; fetch the checkpoint again.") from None

@@ -18,6 +18,7 @@ import jax
 import numpy as np
 from tqdm.auto import tqdm
 
+from dlm_jax import json_file
 from dlm_jax.errors import InputError, check_counts
 from dlm_jax.evaluate import generative, tables
 from dlm_jax.evaluate._samplers import Sampler, TemplateSampler
@@ -272,7 +273,7 @@ class _Finished:
 
   def _parse(self, line, number, last):
     try:
-      return [_row(json.loads(line))]
+      return [_row(json_file.parse(line, finite=False))]
     except (ValueError, TypeError, KeyError) as error:
       if last:
         return []
@@ -302,7 +303,7 @@ def _plain(key: Row) -> Row:
   def encode(value):
     return np.asarray(value).tolist() if hasattr(value, "__array__") else repr(value)
 
-  return json.loads(json.dumps(key, default=encode))
+  return json_file.plain(key, encode)
 
 
 def _write_json(rows, path, reference):

@@ -8,14 +8,13 @@ data or the devices, in `build`.
 
 import dataclasses
 import importlib
-import json
 import pkgutil
 from types import ModuleType
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from dlm_jax import objectives, process, schedules
+from dlm_jax import json_file, objectives, process, schedules
 from dlm_jax.configs.base import base
 from dlm_jax.convert import families
 from dlm_jax.convert.family import Family
@@ -180,7 +179,7 @@ def read(config: ConfigDict, label: str = "") -> Plan:
     teacher=c["teacher"]["path"],
     start=c["start"]["path"],
     mesh=c["mesh"],
-    stored=json.loads(config.to_json()),
+    stored=json_file.parse(config.to_json()),
   )
 
 

@@ -5,7 +5,6 @@ A checkpoint becomes visible by a rename when it is complete: a run killed in th
 finds the one before it. Arrays are stored unsharded in meaning: any device count can restore them.
 """
 
-import json
 import os
 from typing import Any
 
@@ -13,7 +12,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from dlm_jax import remote
+from dlm_jax import json_file, remote
 from dlm_jax.errors import InputError
 
 _ITEMS = ("state", "extra")
@@ -127,11 +126,11 @@ def read_config(directory: epath.PathLike) -> dict:
   """
   path = epath.Path(directory) / "config.json"
   try:
-    return json.loads(path.read_text())
+    return json_file.read_object(path)
   except (OSError, ValueError) as error:
     raise InputError(
       f"{directory} is not a checkpoint directory of dlm_jax: no readable config.json "
-      f"({_first_line(error)})"
+      f"({_first_line(error)}); choose another --workdir."
     ) from None
 
 

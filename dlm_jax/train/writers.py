@@ -7,7 +7,7 @@ import math
 import jax
 from etils import epath
 
-from dlm_jax import remote
+from dlm_jax import json_file, remote
 
 SYNC_SECONDS = 30.0  # between copies to a remote workdir
 
@@ -88,6 +88,6 @@ class Writer:
 def _step(line: bytes) -> int:
   """Return a line's step; a line cut off by a crash counts as never written."""
   try:
-    return int(json.loads(line)["step"])
+    return int(json_file.parse(line)["step"])
   except (ValueError, KeyError, TypeError):
     return 2**62

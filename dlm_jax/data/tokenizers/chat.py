@@ -15,6 +15,7 @@ import os
 import pathlib
 from collections.abc import Mapping, Sequence
 
+from dlm_jax import json_file
 from dlm_jax.data.tokenizers.base import canonical
 from dlm_jax.data.tokenizers.bpe import BPE
 from dlm_jax.errors import InputError
@@ -122,7 +123,7 @@ class ChatBPE(BPE):
     """Write `tokenizer.json` and `tokenizer_config.json` for `tokenizers.load`."""
     super().save(directory)
     file = pathlib.Path(directory) / "tokenizer_config.json"
-    config = json.loads(file.read_text(encoding="utf-8"))
+    config = json_file.read_object(file)
     config |= {"bos_token": None, "tokenizer_class": _CLASSES[0]}
     file.write_text(json.dumps(config), encoding="utf-8")
 
@@ -208,7 +209,7 @@ def from_merges(vocab: Mapping[str, int], merges: Sequence, config: Mapping, eos
     KeyError, TypeError, ValueError: these are not such files.
   """
   added = []
-  for number, token in sorted(config.get("added_tokens_decoder", {}).items(), key=_by_id):
+  for number, token in sorted((config.get("added_tokens_decoder") or {}).items(), key=_by_id):
     flags = {flag: bool(token.get(flag, False)) for flag in _FLAGS}
     added.append({"id": int(number), "content": token["content"], **flags})
   byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Find out what kind of tokenizer lies somewhere, and load it."""
 
-import json
 import os
 import pathlib
 
-from dlm_jax import remote
+from dlm_jax import fields, json_file, remote
 from dlm_jax.data.tokenizers import bytes, chat, esm
 from dlm_jax.data.tokenizers.base import EOS, canonical
 from dlm_jax.data.tokenizers.bpe import BPE, byte_level
@@ -15,22 +14,29 @@ from dlm_jax.errors import InputError
 
 Tokenizer = Bytes | BPE | Esm
 _KNOWN_EOS = (EOS, "</s>", "<eos>", "<|end_of_text|>", "[EOS]", "[SEP]")
+# What is read here of tokenizer.json and of tokenizer_config.json; any of it may be missing.
+_TOKEN = fields.Object({"content": fields.Text()})
+_CONTENT = {"added_tokens": fields.Optional(fields.Items(_TOKEN))}
+_CONFIG = {
+  "added_tokens_decoder": fields.Optional(fields.Objects(_TOKEN)),
+  "eos_token": fields.Optional(fields.Either((fields.Text(), fields.Object()))),
+}
 _LAYOUTS = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
 
 
 def _read_json(path: pathlib.Path) -> dict:
   try:
-    value = json.loads(path.read_text(encoding="utf-8"))
+    return json_file.read_object(path)
   except (OSError, ValueError) as error:
-    raise InputError(f"tokenizer: {path} is not readable JSON: {error}.") from error
-  if not isinstance(value, dict):
-    raise InputError(f"tokenizer: {path} holds a {type(value).__name__}, not a JSON object.")
-  return value
+    problem = getattr(error, "strerror", None) or error
+    raise InputError(f"tokenizer: {path} is not readable JSON: {problem}.") from error
 
 
 def _read_config(directory: pathlib.Path) -> dict:
-  config = directory / "tokenizer_config.json"
-  return _read_json(config) if config.exists() else {}
+  file = directory / "tokenizer_config.json"
+  config = _read_json(file) if file.exists() else {}
+  fields.read(f"tokenizer: {file}", config, _CONFIG, dict.fromkeys(_CONFIG))
+  return config
 
 
 def _find_eos(directory: pathlib.Path, content: dict) -> str:
@@ -41,7 +47,7 @@ def _find_eos(directory: pathlib.Path, content: dict) -> str:
     tokens = set()
   tokens |= {token["content"] for token in content.get("added_tokens") or []}
   config = _read_config(directory)
-  tokens |= {token["content"] for token in config.get("added_tokens_decoder", {}).values()}
+  tokens |= {token["content"] for token in (config.get("added_tokens_decoder") or {}).values()}
   named = config.get("eos_token")
   named = named.get("content") if isinstance(named, dict) else named
   for eos in ([named] if named else []) + list(_KNOWN_EOS):
@@ -55,6 +61,7 @@ def _find_eos(directory: pathlib.Path, content: dict) -> str:
 
 def _load_file(path: pathlib.Path) -> Tokenizer:
   content = _read_json(path)
+  fields.read(f"tokenizer: {path}", content, _CONTENT, dict.fromkeys(_CONTENT))
   if content in (bytes.CONTENT, esm.CONTENT):
     return Bytes() if content == bytes.CONTENT else Esm()
   try:
@@ -73,6 +80,8 @@ def _load_file(path: pathlib.Path) -> Tokenizer:
 
 def _load_merges(vocab_path: pathlib.Path, merges_path: pathlib.Path) -> BPE:
   vocab = _read_json(vocab_path)
+  id_ = fields.Whole(0, fields.MOST)
+  fields.read(f"tokenizer: {vocab_path}", vocab, dict.fromkeys(vocab, id_))
   eos = _find_eos(vocab_path.parent, {"model": {"vocab": vocab}})
   try:
     lines = merges_path.read_text(encoding="utf-8").split("\n")
