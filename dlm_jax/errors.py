@@ -15,9 +15,8 @@ class InputError(ValueError):
 def check_choice(name: str, given: str, allowed: Sequence[str]) -> None:
   """Raise InputError unless the option called `name` is one of those allowed."""
   if given not in allowed:
-    raise InputError(
-      f"{name}={given!r} is unknown; use one of {', '.join(allowed)}{hint(given, allowed)}."
-    )
+    near = hint(given, allowed) if isinstance(given, str) else ""
+    raise InputError(f"{name}={given!r} is unknown; use one of {', '.join(allowed)}{near}.")
 
 
 def check_counts(**counts: int) -> None:

@@ -25,7 +25,7 @@ import numpy as np
 from dlm_jax.errors import InputError, check_choice
 
 MOST = 2**31 - 1  # of counts, lengths and ids: arrays are indexed by int32
-WORD = 2**63 - 1  # of seeds and bytes
+WORD = 2**63 - 1  # of bytes
 _SHOWN = 60  # characters of a value in a message
 
 
@@ -67,6 +67,10 @@ class Whole(Kind):
     if found > self.most:
       raise InputError(f"{name}={shown(found)} must be at most {self.most}.")
     return found
+
+
+# Keys are made of 32 bits: a seed beyond them would draw what a smaller one does.
+SEED = Whole(-(2**31), 2**32 - 1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from dlm_jax import fields, json_file
 from dlm_jax.arrays import Params
-from dlm_jax.convert import families, files, layout
+from dlm_jax.convert import families, files, layout, places
 from dlm_jax.convert.family import Family
 from dlm_jax.errors import InputError
 from dlm_jax.process import Process
@@ -122,7 +122,7 @@ def read_config(path: pathlib.Path | str) -> dict[str, Any]:
   Raises:
     InputError: it is missing, unreadable or names no model_type.
   """
-  path = pathlib.Path(path)
+  path = places.as_path(path)
   known = ", ".join(families.model_types())
   file = (path.parent if path.is_file() else path) / "config.json"
   try:
@@ -164,7 +164,7 @@ def open_network(
   Raises:
     InputError: unknown model type, a config that contradicts itself, or a choice it does not have.
   """
-  path, config = pathlib.Path(path), read_config(path)
+  path, config = places.as_path(path), read_config(path)
   family = families.find(config, path)
   dtype = params_dtype or family.dtypes[0]
   if dtype not in family.dtypes:

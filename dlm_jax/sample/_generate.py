@@ -3,7 +3,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +12,10 @@ from jaxtyping import Array, Bool, Int
 
 from dlm_jax.arrays import IntBL, RngKey
 from dlm_jax.errors import InputError, check_choice, hint
+from dlm_jax.fields import Switch, Whole
 from dlm_jax.mesh import split_batch
-from dlm_jax.process import Absorbing, Uniform, has_mask
-from dlm_jax.sample import _rgas
+from dlm_jax.process import Absorbing, Process, Uniform, has_mask
+from dlm_jax.sample import _checks, _rgas
 from dlm_jax.sample._analytic import Analytic
 from dlm_jax.sample._ancestral import Ancestral, FirstHitting
 from dlm_jax.sample._legacy import Legacy
@@ -105,10 +107,11 @@ def generate(
     >>> sample.generate(denoiser, proc, jax.random.key(1), batch=2, length=4, steps=2).shape
     (2, 4)
   """
-  for name, count in (("batch", batch), ("length", length), ("steps", steps)):
-    if count < 1:
-      raise InputError(f"{name}={count}: sampling needs at least 1.")
-  run = _choose(sampler, proc, sampler_options)
+  batch, length, steps = _checks.sizes(batch, length, steps)
+  _checks.arguments(denoiser, proc, rng)
+  return_trace = Switch().check("return_trace", return_trace)
+  _checks.given(prompt, frozen, proc.vocab_size)
+  run = choose(sampler, proc, sampler_options)
   rng_B = split_batch(jax.vmap(lambda i: jax.random.fold_in(rng, i))(jnp.arange(batch)))
   rng_prior_B, rng_B = _split_each(rng_B)
   x_BL, frozen_BL = map(split_batch, _start(proc, rng_prior_B, length, prompt, frozen))
@@ -124,8 +127,14 @@ def _split_each(rng_B):
   return keys[:, 0], keys[:, 1]
 
 
-def _choose(sampler, proc, options):
-  """Return a function of a request: the sampler with its options, which are checked here."""
+def choose(
+  sampler: str | Callable, proc: Process, options: Mapping[str, Any]
+) -> Callable[[Request], Int[Array, "K B L"]]:
+  """Return a function of a request: the sampler with its options, which are checked here.
+
+  Raises:
+    InputError: an option is unknown or out of range, or the process has no such sampler.
+  """
   if callable(sampler):
     return functools.partial(sampler, **options)
   known = next((k for process, k in SAMPLERS.items() if isinstance(proc, process)), {})
@@ -202,6 +211,7 @@ def evaluations(sampler: str = "ancestral", *, steps: int, **sampler_options) ->
     >>> evaluations("rgas", steps=8, candidates=4)
     {'student': 8, 'discriminator_forward': 16, 'discriminator_backward': 4}
   """
+  steps = Whole(1).check("steps", steps)
   if sampler != "rgas":
     return {"student": steps, "discriminator_forward": 0, "discriminator_backward": 0}
   given = {

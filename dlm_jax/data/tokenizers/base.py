@@ -21,6 +21,19 @@ def canonical(value) -> str:
   return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
 
 
+def check_text(text: str) -> None:
+  """Raise InputError for what is no text, and for half a surrogate pair: no tokenizer reads it."""
+  if not isinstance(text, str):
+    raise InputError(f"a tokenizer reads text, got a {type(text).__name__}.")
+  try:
+    text.encode()
+  except UnicodeEncodeError as error:
+    raise InputError(
+      f"the text is not Unicode: character {error.start + 1} is \\u{ord(text[error.start]):04x}, "
+      "half a surrogate pair or a byte of another encoding; give UTF-8."
+    ) from None
+
+
 class Base:
   """What follows from `vocab_size`, `eos_id`, `eos_text`, `serialised`, `_ids` and `_text`."""
 
@@ -49,6 +62,7 @@ class Base:
       text: any string.
       specials: read the separator's literal text as `eos_id` instead of as ordinary text.
     """
+    check_text(text)
     if not specials:
       return self._ids([text])[0]
     ids = []
