@@ -4,6 +4,8 @@
 import difflib
 from collections.abc import Iterable, Sequence
 
+MOST = 2**31 - 1  # of counts, lengths and ids: arrays are indexed by int32
+
 
 class InputError(ValueError):
   """Input that cannot be used. Its message is one line: what was asked, got, allowed, what to do.
@@ -20,10 +22,10 @@ def check_choice(name: str, given: str, allowed: Sequence[str]) -> None:
 
 
 def check_counts(**counts: int) -> None:
-  """Raise an InputError that names the first count below 1."""
+  """Raise an InputError that names the first count below 1, or more than arrays have places."""
   for name, count in counts.items():
-    if count < 1:
-      raise InputError(f"{name}={count} must be at least 1.")
+    if not 1 <= count <= MOST:
+      raise InputError(f"{name}={count} must be at {'least 1' if count < 1 else f'most {MOST}'}.")
 
 
 def hint(name: str, known: Iterable[str]) -> str:

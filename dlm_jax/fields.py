@@ -22,9 +22,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from dlm_jax.errors import InputError, check_choice
+from dlm_jax.errors import MOST, InputError, check_choice
 
-MOST = 2**31 - 1  # of counts, lengths and ids: arrays are indexed by int32
 WORD = 2**63 - 1  # of bytes
 _SHOWN = 60  # characters of a value in a message
 
@@ -259,7 +258,7 @@ def part(where: Any, content: Mapping[str, Any], name: str) -> dict[str, Any]:
   return read(where, content, {name: Object()}, {name: {}})[name]
 
 
-def check_types(record: Any, prefix: str = "") -> None:
+def check_types(record: Any, prefix: str = "", most: int = WORD) -> None:
   """Check every field of a dataclass by its annotation, in its `__post_init__`.
 
   Numbers must be finite; ranges are the class' own. Fields of other types, arrays and what is
@@ -268,6 +267,7 @@ def check_types(record: Any, prefix: str = "") -> None:
   Args:
     record: a dataclass, frozen or not.
     prefix: of the names in messages.
+    most: that whole numbers may be.
 
   Raises:
     InputError: a field is of another type.
@@ -275,25 +275,25 @@ def check_types(record: Any, prefix: str = "") -> None:
   for field in dataclasses.fields(record):
     value = getattr(record, field.name)
     if not isinstance(value, jax.core.Tracer):
-      checked = annotated(field.type).check(prefix + field.name, value)
+      checked = annotated(field.type, most).check(prefix + field.name, value)
       if checked is not value:
         object.__setattr__(record, field.name, checked)
 
 
 @functools.cache
-def annotated(annotation: Any) -> Kind:
+def annotated(annotation: Any, most: int = WORD) -> Kind:
   """Return the kind that an annotation means; of other classes than plain ones, anything."""
-  plain = {bool: Switch(), int: Whole(-WORD, WORD), float: Number(), str: Text()}
+  plain = {bool: Switch(), int: Whole(-most, most), float: Number(), str: Text()}
   if annotation in plain:
     return plain[annotation]
   parts = typing.get_args(annotation)
   if typing.get_origin(annotation) is tuple and parts:
     endless = parts[-1] is ...
-    return Items(annotated(parts[0]), None if endless else len(parts))
+    return Items(annotated(parts[0], most), None if endless else len(parts))
   if typing.get_origin(annotation) is dict:
     return Object()
   if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-    kinds = tuple(annotated(part) for part in parts if part is not types.NoneType)
+    kinds = tuple(annotated(part, most) for part in parts if part is not types.NoneType)
     kind = kinds[0] if len(kinds) == 1 else Either(kinds)
     return Optional(kind) if types.NoneType in parts else kind
   return Kind()

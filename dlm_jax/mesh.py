@@ -109,15 +109,16 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def memory() -> int | None:
-  """Return the bytes that arrays can have here, on devices or in the machine; None: unknown."""
+  """Return the bytes that arrays can have, on the devices of all hosts; None: unknown."""
   found = 0
   for device in jax.local_devices():
     limit = (device.memory_stats() or {}).get("bytes_limit") if device.platform != "cpu" else None
     if limit is None:
       names = {"SC_PAGE_SIZE", "SC_PHYS_PAGES"} <= set(getattr(os, "sysconf_names", ()))
-      return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if names else None
+      found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if names else None
+      break
     found += limit
-  return found
+  return found and found * jax.process_count()
 
 
 def check_room(what: str, needed: int) -> None:

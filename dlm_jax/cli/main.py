@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
   try:
     return importlib.import_module(f"dlm_jax.cli.{verb}").main(rest) or 0
   except InputError as error:
-    print(f"dlm-jax {verb}: {error}", file=sys.stderr)
+    print(f"dlm-jax {verb}: {' '.join(str(error).splitlines())}", file=sys.stderr)
     return 2
   except KeyboardInterrupt:
     print(f"\ndlm-jax {verb}: interrupted.", file=sys.stderr)

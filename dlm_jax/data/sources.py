@@ -22,6 +22,7 @@ from typing import ClassVar, Protocol, runtime_checkable
 from dlm_jax.data._files import (
   COMPRESSED,
   Chosen,
+  check_options,
   check_split,
   check_text,
   decode,
@@ -92,6 +93,9 @@ class Stdlib:
   validation_fraction: float = 0.08
   tests: bool = False
   root: str = dataclasses.field(default_factory=lambda: sysconfig.get_path("stdlib"))
+
+  def __post_init__(self):
+    check_options(self)
 
   def files(self) -> list[pathlib.PurePosixPath]:
     """Return the selected files relative to `root`; some may still prove not to be UTF-8."""
@@ -213,6 +217,9 @@ class Tfds:
   validation_fraction: float = 0.08
   data_dir: str | None = None
 
+  def __post_init__(self):
+    check_options(self)
+
   def _open(self, split: str):
     import tensorflow_datasets as tfds
 
@@ -292,7 +299,4 @@ def open_source(spec: str, **options) -> Source:
     raise InputError(
       f"source={spec!r} has no option {', '.join(unknown)}; it has {', '.join(sorted(allowed))}."
     )
-  fraction = options.get("validation_fraction", 0.08)
-  if not 0 < fraction < 1:
-    raise InputError(f"validation_fraction={fraction} is outside (0, 1); use e.g. 0.08.")
   return make(**required, **options)

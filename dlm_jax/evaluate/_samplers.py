@@ -12,6 +12,8 @@ import numpy as np
 
 from dlm_jax.errors import InputError
 
+_OURS = ("batch", "denoiser", "frozen", "length", "proc", "prompt", "return_trace", "rng", "steps")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampler:
@@ -30,6 +32,13 @@ class Sampler:
   length: int
   options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   critic: Any = None
+
+  def __post_init__(self):
+    for name in _OURS:
+      if name in self.options:
+        raise InputError(
+          f"{name} is no option of a sampler here: it follows from what is measured."
+        )
 
   def __call__(self, batch: int, nfe: int) -> Callable[[jax.Array], jax.Array]:
     """Compile sampling of `batch` sequences in `nfe` steps.

@@ -231,6 +231,7 @@ def checked_nfes(nfes: Sequence) -> list[int]:
       good = False
     if not good:
       raise InputError(f"NFE {nfe!r} is not a whole number of at least 1; e.g. 4,8,16.")
+  check_counts(**{"the largest NFE": max(map(operator.index, nfes))})
   return list(dict.fromkeys(operator.index(nfe) for nfe in nfes))
 
 

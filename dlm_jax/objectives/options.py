@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dlm_jax.errors import InputError, hint
+from dlm_jax.fields import MOST, check_types
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,6 +29,7 @@ class MethodOptions:
   ema_decay: float | None = 0.9999
 
   def __post_init__(self):
+    check_types(self, "objective.", most=MOST)
     decay = self.ema_decay
     if decay is not None and not 0 <= decay < 1:
       raise InputError(f"objective.ema_decay={decay} must be in [0, 1); 0: no average.")

@@ -12,7 +12,7 @@ from jaxtyping import Int
 
 from dlm_jax import convert, fields, json_file
 from dlm_jax.convert import places
-from dlm_jax.errors import InputError
+from dlm_jax.errors import InputError, check_counts
 from dlm_jax.evaluate import frontier
 from dlm_jax.evaluate.frontier import sweep_progress
 from dlm_jax.evaluate.judge import JudgeWithTokens, load_judge
@@ -60,6 +60,7 @@ def check_sizes(nfes: tuple[int, ...], samples: int, shown: int) -> None:
   frontier.checked_nfes(nfes)
   if samples < 1 or shown < 1:
     raise InputError("--samples and --shown must be at least 1.")
+  check_counts(samples=samples, shown=shown)
 
 
 def write(

@@ -133,8 +133,10 @@ def _configs(options: Options) -> dict:
     }
     shared = {k: v for k, v in options.overrides.items() if _reaches(k, name)}
     configs[name] = load_config(f"quickstart_{name}:cpu", fields | shared)
-  for config in configs.values():
-    plan.read(config)  # what is wrong with one is said now
+  for name, config in configs.items():
+    read = plan.read(config)  # what is wrong with one is said now
+    if options.from_scratch or name in options.methods:
+      build.experiment(read, build.vocabulary(read))
   return configs
 
 
