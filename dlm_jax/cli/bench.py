@@ -22,7 +22,7 @@ _BLOCKS = (4, 8, 16, 32)  # block lengths of public checkpoints
 def main(argv: list[str]) -> None:
   """Parse flags, measure, print a table."""
   options = _parser().parse(argv)
-  counted = ("steps", "repeats", "num_prompts", "prompt_length", "new_tokens", "max_new_tokens")
+  counted = ("steps", "repeats", "cache_length", "prompt_length")
   check_counts(**{name: getattr(options, name) for name in counted})
   _check_file(options.json)
   if not options.batch_size or min(options.batch_size) < 1:
@@ -232,8 +232,8 @@ dlm-jax bench decode --checkpoint=SDAR-8B-Chat-b8 --draft=SDAR-1.7B-Chat-b8 --pr
   add("--new_tokens", type=int, default=128, metavar="N", help="emitted in timed runs")
   add("--max_new_tokens", type=int, default=256, metavar="N", help="in runs that may stop")
   add("--block_length", type=int, metavar="N", help="default: what checkpoint or config names")
-  add("--temperature", type=flags.number, default=0.0, metavar="T")
-  add("--threshold", type=flags.number, default=0.9, metavar="P", help="of the dynamic arm")
+  add("--temperature", type=float, default=0.0, metavar="T")
+  add("--threshold", type=float, default=0.9, metavar="P", help="of the dynamic arm")
   add("--judge", default="", metavar="PATH", help="next-token network that reads the texts")
   add(
     "--dtype",

@@ -168,7 +168,8 @@ def _text(prompt: str) -> str:
 
 
 def _stop(text: str) -> int | str:
-  return int(text) if text.isascii() and text.isdecimal() and len(text) < 12 else text
+  number = text.isascii() and text.isdecimal() and len(text) < 12
+  return int(text) if number else text
 
 
 def _source(checkpoint: str, model: str) -> str:
