@@ -20,6 +20,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jaxtyping
 import numpy as np
 
 from dlm_jax.errors import MOST, InputError, check_choice
@@ -94,6 +95,17 @@ class Number(Kind):
       if not (above and below):
         raise InputError(f"{name}={shown(value)} must be in {self.interval}.")
     return number
+
+
+class AnyArray(Kind):
+  """An array; where a number may be one, the class that takes it says of which shape."""
+
+  phrase = "an array"
+
+  def check(self, name: str, value: Any) -> Any:
+    if not hasattr(value, "shape") or not hasattr(value, "dtype"):
+      raise self.refuse(name, value)
+    return value
 
 
 class Switch(Kind):
@@ -187,7 +199,7 @@ class Either(Kind):
 
   @property
   def phrase(self) -> str:
-    return " or ".join(kind.phrase for kind in self.kinds)
+    return " or ".join(kind.phrase for kind in self.kinds if not isinstance(kind, AnyArray))
 
   def check(self, name: str, value: Any) -> Any:
     for kind in self.kinds:
@@ -258,16 +270,36 @@ def part(where: Any, content: Mapping[str, Any], name: str) -> dict[str, Any]:
   return read(where, content, {name: Object()}, {name: {}})[name]
 
 
-def check_types(record: Any, prefix: str = "", most: int = WORD) -> None:
-  """Check every field of a dataclass by its annotation, in its `__post_init__`.
+def make(cls: type, given: Mapping[str, Any], prefix: str = "", most: int = WORD) -> Any:
+  """Return a dataclass of options that are checked by its annotations before it is made.
 
-  Numbers must be finite; ranges are the class' own. Fields of other types, arrays and what is
-  being traced are left alone; lists become tuples.
+  Numbers must be finite; ranges are the class' own, and so are options that it does not know.
+  Fields of other types and what is being traced are left alone; lists become tuples.
+
+  Args:
+    cls: the dataclass.
+    given: its arguments.
+    prefix: of the names in messages.
+    most: that whole numbers may be.
+
+  Raises:
+    InputError: an option is of another type, or see the class.
+  """
+  kinds, checked = {f.name: annotated(f.type, most) for f in dataclasses.fields(cls)}, dict(given)
+  for name, value in given.items():
+    if name in kinds and not isinstance(value, jax.core.Tracer):
+      checked[name] = kinds[name].check(prefix + name, value)
+  return cls(**checked)
+
+
+def check_types(record: Any, prefix: str = "") -> None:
+  """Check every field of a dataclass that users make themselves, in its `__post_init__`.
+
+  As `make` does, which is for those that are made of options by name.
 
   Args:
     record: a dataclass, frozen or not.
     prefix: of the names in messages.
-    most: that whole numbers may be.
 
   Raises:
     InputError: a field is of another type.
@@ -275,7 +307,7 @@ def check_types(record: Any, prefix: str = "", most: int = WORD) -> None:
   for field in dataclasses.fields(record):
     value = getattr(record, field.name)
     if not isinstance(value, jax.core.Tracer):
-      checked = annotated(field.type, most).check(prefix + field.name, value)
+      checked = annotated(field.type).check(prefix + field.name, value)
       if checked is not value:
         object.__setattr__(record, field.name, checked)
 
@@ -286,6 +318,8 @@ def annotated(annotation: Any, most: int = WORD) -> Kind:
   plain = {bool: Switch(), int: Whole(-most, most), float: Number(), str: Text()}
   if annotation in plain:
     return plain[annotation]
+  if isinstance(annotation, type) and issubclass(annotation, jaxtyping.AbstractArray):
+    return AnyArray()
   parts = typing.get_args(annotation)
   if typing.get_origin(annotation) is tuple and parts:
     endless = parts[-1] is ...

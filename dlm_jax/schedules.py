@@ -139,4 +139,4 @@ def make(name: str = "log_linear", **options) -> Schedule:
     raise ValueError(
       f"schedule={name!r} has no option {unknown[0]!r}; it has {', '.join(sorted(known))}."
     )
-  return NAMES[name](**options)
+  return fields.make(NAMES[name], options)

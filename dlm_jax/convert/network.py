@@ -178,12 +178,13 @@ def open_network(
   if weights not in (None, "ema", "raw"):
     raise InputError(f"weights={weights!r} is unknown; use 'ema' or 'raw'.")
   model, process = family.read(path, config, overrides)
-  stored = config.get("dlm_jax", {}).get("writes")
+  kinds, where = {"writes": fields.Optional(fields.Text())}, f"{path}/config.json"
+  stored = fields.read(f"{where}: dlm_jax", config.get("dlm_jax", {}), kinds, {"writes": None})
   return Network(
     model=model,
     process=process,
     family=family,
-    writes=family.way(process, stored, f"{path}/config.json"),
+    writes=family.way(process, stored["writes"], where),
     source=path,
     config=config,
     weights=Weights(functools.partial(_read, family, model, path, weights, dtype, mesh)),

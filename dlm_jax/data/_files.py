@@ -16,7 +16,6 @@ from typing import Any, BinaryIO, ClassVar
 
 from dlm_jax import json_file, remote
 from dlm_jax.errors import InputError
-from dlm_jax.fields import check_types
 
 SPLITS = ("train", "validation")
 COMPRESSED = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
@@ -111,28 +110,12 @@ def reading(path: str) -> Iterator[BinaryIO]:
     raise InputError(f"{path} cannot be read: {error.strerror or error}.") from error
 
 
-def check_options(source: Any) -> None:
-  """Check the fields of a source, a dataclass: their types, and that it leaves both splits some.
-
-  Raises:
-    InputError: one is of another type or out of range.
-  """
-  check_types(source)
-  if not 0 < source.validation_fraction < 1:
-    raise InputError(
-      f"validation_fraction={source.validation_fraction} is outside (0, 1); use e.g. 0.08."
-    )
-
-
 class Chosen:
   """Files chosen by a glob: what the sources that are dataclasses with these fields share."""
 
   kind: ClassVar[str]  # of the source: what precedes its glob
   pattern: str
   validation: str | None
-
-  def __post_init__(self):
-    check_options(self)
 
   def files(self, split: str) -> list[str]:
     """Return the sorted paths that `split` reads.

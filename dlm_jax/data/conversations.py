@@ -52,7 +52,6 @@ class Chat(Chosen):
   validation_fraction: float = 0.08
 
   def __post_init__(self):
-    super().__post_init__()
     if (self.prompt is None) != (self.answer is None):
       raise InputError(
         f"chat:{self.pattern}: prompt={self.prompt!r} and answer={self.answer!r} name fields "

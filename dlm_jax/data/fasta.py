@@ -46,7 +46,6 @@ class Fasta(Chosen):
   max_length: int | None = None
 
   def __post_init__(self):
-    super().__post_init__()
     if self.min_length < 1 or (self.max_length or self.min_length) < self.min_length:
       raise InputError(
         f"min_length={self.min_length} and max_length={self.max_length} leave no sequence; use "

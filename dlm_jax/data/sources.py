@@ -19,10 +19,10 @@ import sysconfig
 from collections.abc import Iterator
 from typing import ClassVar, Protocol, runtime_checkable
 
+from dlm_jax import fields
 from dlm_jax.data._files import (
   COMPRESSED,
   Chosen,
-  check_options,
   check_split,
   check_text,
   decode,
@@ -93,9 +93,6 @@ class Stdlib:
   validation_fraction: float = 0.08
   tests: bool = False
   root: str = dataclasses.field(default_factory=lambda: sysconfig.get_path("stdlib"))
-
-  def __post_init__(self):
-    check_options(self)
 
   def files(self) -> list[pathlib.PurePosixPath]:
     """Return the selected files relative to `root`; some may still prove not to be UTF-8."""
@@ -217,9 +214,6 @@ class Tfds:
   validation_fraction: float = 0.08
   data_dir: str | None = None
 
-  def __post_init__(self):
-    check_options(self)
-
   def _open(self, split: str):
     import tensorflow_datasets as tfds
 
@@ -299,4 +293,9 @@ def open_source(spec: str, **options) -> Source:
     raise InputError(
       f"source={spec!r} has no option {', '.join(unknown)}; it has {', '.join(sorted(allowed))}."
     )
-  return make(**required, **options)
+  source = fields.make(make, {**required, **options})
+  if not 0 < source.validation_fraction < 1:
+    raise InputError(
+      f"validation_fraction={source.validation_fraction} is outside (0, 1); use e.g. 0.08."
+    )
+  return source

@@ -36,9 +36,7 @@ class Sampler:
   def __post_init__(self):
     for name in _OURS:
       if name in self.options:
-        raise InputError(
-          f"{name} is no option of a sampler here: it follows from what is measured."
-        )
+        raise InputError(f"{name} is no option here: it follows from what is measured.")
 
   def __call__(self, batch: int, nfe: int) -> Callable[[jax.Array], jax.Array]:
     """Compile sampling of `batch` sequences in `nfe` steps.

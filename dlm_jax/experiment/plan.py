@@ -19,7 +19,7 @@ from dlm_jax.configs.base import base
 from dlm_jax.convert import families
 from dlm_jax.convert.family import Family
 from dlm_jax.errors import InputError, check_choice, hint
-from dlm_jax.fields import MOST, SEED, WORD, Items, Number, Switch, Text, Whole, shown
+from dlm_jax.fields import MOST, SEED, Items, Number, Switch, Text, Whole, shown
 from dlm_jax.models.dit import SIZES
 from dlm_jax.sample._request import NOISE_REMOVALS
 from dlm_jax.train.loop import LoopConfig
@@ -164,7 +164,7 @@ def read(config: ConfigDict, label: str = "") -> Plan:
   Raises:
     InputError: a name is unknown, a number impossible, or a field would do nothing.
   """
-  c = _checked(config)
+  data, c = read_data(config), _checked(config)
   model, train = c["model"], dict(c["train"])
   family, keep = families.named(model["name"]), train.pop("keep")
   known = network_fields(family)
@@ -178,7 +178,7 @@ def read(config: ConfigDict, label: str = "") -> Plan:
   )
   return Plan(
     seed=c["seed"],
-    data=read_data(config),
+    data=data,
     model=Network(
       name=model["name"],
       family=family,
@@ -253,7 +253,7 @@ def _checked(config) -> dict[str, Any]:
 
 def _typed(group: str, given: dict[str, Any], known: ConfigDict) -> dict[str, Any]:
   """Return a group with every field of the type that it has in `base`."""
-  kinds = {bool: Switch(), int: Whole(-WORD, WORD), float: Number(), str: Text(), tuple: Items()}
+  kinds = {bool: Switch(), int: Whole(-MOST), float: Number(), str: Text(), tuple: Items()}
   found = dict(given)
   for name, default in known.items():
     if type(default) in kinds and (group not in _FREE or given[name] is not None):

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dlm_jax.errors import InputError, hint
-from dlm_jax.fields import MOST, check_types
+from dlm_jax.fields import MOST, make
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,6 @@ class MethodOptions:
   ema_decay: float | None = 0.9999
 
   def __post_init__(self):
-    check_types(self, "objective.", most=MOST)
     decay = self.ema_decay
     if decay is not None and not 0 <= decay < 1:
       raise InputError(f"objective.ema_decay={decay} must be in [0, 1); 0: no average.")
@@ -51,7 +50,7 @@ class MethodOptions:
           f"objective.{name} is no option of this method{hint(name, known)}; it has "
           f"{', '.join(known)}."
         )
-    return cls(**given)
+    return make(cls, given, "objective.", most=MOST)
 
   @property
   def updates(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Int
 
 from dlm_jax.arrays import IntBL, RngKey
 from dlm_jax.errors import InputError, check_choice, hint
-from dlm_jax.fields import Switch, Whole
+from dlm_jax.fields import Switch, Whole, make
 from dlm_jax.mesh import split_batch
 from dlm_jax.process import Absorbing, Process, Uniform, has_mask
 from dlm_jax.sample import _checks, _rgas
@@ -162,7 +162,7 @@ def choose(
       raise InputError(
         f"sampler={sampler!r} has no option {name!r}{hint(name, fields)}; it has {fields}."
       )
-  return made(**options).run
+  return make(made, options).run
 
 
 def _start(proc, rng_B, length, prompt, frozen):

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 from dlm_jax import draw
 from dlm_jax.arrays import BoolBL, FloatB, IntBL, KeyB, Scalar
 from dlm_jax.errors import InputError
-from dlm_jax.fields import Number, check_types
+from dlm_jax.fields import Number
 from dlm_jax.sample import grids
 
 NOISE_REMOVALS = ("ancestral", "greedy", "none")
@@ -102,7 +102,6 @@ class GridOptions:
   noise_removal: str = "ancestral"
 
   def __post_init__(self):
-    check_types(self)
     if self.noise_removal not in NOISE_REMOVALS:
       raise InputError(
         f"noise_removal={self.noise_removal!r} is unknown; use one of {', '.join(NOISE_REMOVALS)}."
@@ -149,7 +148,6 @@ class Truncation:
   top_k: int = 0
 
   def __post_init__(self):
-    check_types(self)
     known = lambda x: not isinstance(x, jax.core.Tracer)  # noqa: E731
     for name in ("temperature", "nucleus"):
       if known(getattr(self, name)):

@@ -288,13 +288,15 @@ def load_denoiser(
   tokenizer = load_tokenizer(source, tokenizer)
   network = convert.open_network(source, dtype=dtype, weights=weights)
   check_vocabulary(source, tokenizer, network.process)
+  facts = {"buckets": fields.Items(fields.Whole(3))}
+  facts = fields.read(f"{source}: dlm_jax", network.facts, facts, {"buckets": ()})
   guide = functools.partial(convert.load_beside, source, "discriminator", dtype=dtype)
   return Pipeline(
     denoiser=models.Denoiser(network.model, network.params).cast(jnp.dtype(dtype)),
     process=network.process,
     tokenizer=tokenizer,
     length=network.model.config.length,
-    buckets=tuple(network.facts.get("buckets", ())),
+    buckets=facts["buckets"],
     source=source,
     guide=convert.Weights(guide),
   )

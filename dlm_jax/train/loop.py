@@ -62,7 +62,6 @@ class LoopConfig:
   label: str = "train"
 
   def __post_init__(self):
-    fields.check_types(self, "train.")
     for name in ("steps", "log_every", "checkpoint_every"):
       fields.Whole(1).check(f"train.{name}", getattr(self, name))
     fields.Whole(0).check("evaluate.every", self.evaluate_every)

@@ -9,7 +9,7 @@ import jax
 import optax
 
 from dlm_jax.errors import InputError, check_choice, hint
-from dlm_jax.fields import Number, Whole, check_types
+from dlm_jax.fields import Number, Whole, make
 
 _MATRICES = ("kernel", "embedding", "gate", "up", "down")  # the latter three: of experts
 SCHEDULES = ("constant", "cosine", "linear")
@@ -51,7 +51,6 @@ class OptimConfig:
   clip: float = 0.0
 
   def __post_init__(self):
-    check_types(self, "optim.")
     for name, interval in _RANGES.items():
       Number(interval).check(f"optim.{name}", getattr(self, name))
     Whole(0).check("optim.warmup", self.warmup)
@@ -73,7 +72,8 @@ def per_tree(fields: dict[str, Any], trees: Iterable[str]) -> dict[str, OptimCon
       )
     if unknown := sorted(set(changes) - set(fields)):
       raise InputError(f"optim.{name}.{unknown[0]} is no field of optim{hint(unknown[0], fields)}.")
-  return {tree: OptimConfig(**{**fields, **groups.get(tree, {})}) for tree in trees}
+  given = {tree: {**fields, **groups.get(tree, {})} for tree in trees}
+  return {tree: make(OptimConfig, fields, "optim.") for tree, fields in given.items()}
 
 
 def for_trees(
