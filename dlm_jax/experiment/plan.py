@@ -21,7 +21,7 @@ from dlm_jax.convert.family import Family
 from dlm_jax.errors import InputError, check_choice, hint
 from dlm_jax.fields import MOST, SEED, Items, Number, Switch, Text, Whole, shown
 from dlm_jax.models.dit import SIZES
-from dlm_jax.sample._request import NOISE_REMOVALS
+from dlm_jax.sample import NOISE_REMOVALS
 from dlm_jax.train.loop import LoopConfig
 
 MEASURES = ("samples", "likelihood")

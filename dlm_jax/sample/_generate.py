@@ -111,7 +111,7 @@ def generate(
   _checks.arguments(denoiser, proc, rng)
   return_trace = Switch().check("return_trace", return_trace)
   _checks.given(prompt, frozen, proc.vocab_size)
-  run = choose(sampler, proc, sampler_options)
+  run = _choose(sampler, proc, sampler_options)
   rng_B = split_batch(jax.vmap(lambda i: jax.random.fold_in(rng, i))(jnp.arange(batch)))
   rng_prior_B, rng_B = _split_each(rng_B)
   x_BL, frozen_BL = map(split_batch, _start(proc, rng_prior_B, length, prompt, frozen))
@@ -127,14 +127,17 @@ def _split_each(rng_B):
   return keys[:, 0], keys[:, 1]
 
 
-def choose(
-  sampler: str | Callable, proc: Process, options: Mapping[str, Any]
-) -> Callable[[Request], Int[Array, "K B L"]]:
-  """Return a function of a request: the sampler with its options, which are checked here.
+def check_options(sampler: str | Callable, proc: Process, options: Mapping[str, Any]) -> None:
+  """Check options as `generate` does, before anything is traced; of one's own sampler any will do.
 
   Raises:
     InputError: an option is unknown or out of range, or the process has no such sampler.
   """
+  _choose(sampler, proc, options)
+
+
+def _choose(sampler, proc, options):
+  """Return a function of a request: the sampler with its options, which are checked here."""
   if callable(sampler):
     return functools.partial(sampler, **options)
   known = next((k for process, k in SAMPLERS.items() if isinstance(proc, process)), {})

@@ -163,7 +163,8 @@ class Pipeline:
     options = {name: _constant(value) for name, value in options.items()}
     asked = {name: value for name, value in options.items() if name != "return_trace"}
     sampler = asked.pop("sampler", "ancestral")
-    sample.choose(sampler, self.process, asked if critic is None else {**asked, "critic": critic})
+    guided = asked if critic is None else {**asked, "critic": critic}
+    sample.check_options(sampler, self.process, guided)
     for name, value in options.items():
       try:
         hash(value)
