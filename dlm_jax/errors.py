@@ -4,6 +4,8 @@
 import difflib
 from collections.abc import Iterable, Sequence
 
+MOST = 2**31 - 1  # of counts, lengths and ids: arrays are indexed by int32
+
 
 class InputError(ValueError):
   """Input that cannot be used. Its message is one line: what was asked, got, allowed, what to do.
@@ -15,16 +17,15 @@ class InputError(ValueError):
 def check_choice(name: str, given: str, allowed: Sequence[str]) -> None:
   """Raise InputError unless the option called `name` is one of those allowed."""
   if given not in allowed:
-    raise InputError(
-      f"{name}={given!r} is unknown; use one of {', '.join(allowed)}{hint(given, allowed)}."
-    )
+    near = hint(given, allowed) if isinstance(given, str) else ""
+    raise InputError(f"{name}={given!r} is unknown; use one of {', '.join(allowed)}{near}.")
 
 
 def check_counts(**counts: int) -> None:
-  """Raise an InputError that names the first count below 1."""
+  """Raise an InputError that names the first count below 1, or more than arrays have places."""
   for name, count in counts.items():
-    if count < 1:
-      raise InputError(f"{name}={count} must be at least 1.")
+    if not 1 <= count <= MOST:
+      raise InputError(f"{name}={count} must be at {'least 1' if count < 1 else f'most {MOST}'}.")
 
 
 def hint(name: str, known: Iterable[str]) -> str:

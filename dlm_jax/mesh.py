@@ -108,6 +108,37 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
 
 
+def memory() -> int | None:
+  """Return the bytes that arrays can have, on the devices of all hosts; None: unknown."""
+  found = 0
+  for device in jax.local_devices():
+    limit = (device.memory_stats() or {}).get("bytes_limit") if device.platform != "cpu" else None
+    if limit is None:
+      names = {"SC_PAGE_SIZE", "SC_PHYS_PAGES"} <= set(getattr(os, "sysconf_names", ()))
+      found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if names else None
+      break
+    found += limit
+  return found and found * jax.process_count()
+
+
+def check_room(what: str, needed: int) -> None:
+  """Refuse what needs more memory than there is, before any is taken.
+
+  Args:
+    what: it is, for the message.
+    needed: bytes, at the least.
+
+  Raises:
+    InputError: it does not fit.
+  """
+  most = memory()
+  if most is not None and needed > most:
+    raise InputError(
+      f"{what} need {needed / 2**30:.3g} GiB at least, and there are {most / 2**30:.3g}; ask for "
+      "less at a time."
+    )
+
+
 def check_batch(mesh: Mesh, batch_size: int, accumulate: int = 1) -> None:
   """Check that micro-batches divide over the mesh.
 

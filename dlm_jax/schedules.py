@@ -16,6 +16,8 @@ import dataclasses
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from dlm_jax import fields
+
 Times = Float[Array, "*shape"] | float
 
 
@@ -45,6 +47,9 @@ class LogLinear(Schedule):
 
   eps: float = 1e-3
 
+  def __post_init__(self):
+    _check(self)
+
   def alpha(self, t: Times) -> Float[Array, "*shape"]:
     return 1 - (1 - self.eps) * jnp.asarray(t)
 
@@ -70,6 +75,9 @@ class Cosine(Schedule):
 
   eps: float = 1e-3
 
+  def __post_init__(self):
+    _check(self)
+
   def _angle(self, t):
     return jnp.pi / 2 * (1 - (1 - self.eps) * jnp.asarray(t))
 
@@ -90,6 +98,10 @@ class Polynomial(Schedule):
   power: float = 2.0
   eps: float = 1e-3
 
+  def __post_init__(self):
+    _check(self)
+    fields.Number("(0, ∞)").check("power", self.power)
+
   def alpha(self, t: Times) -> Float[Array, "*shape"]:
     return 1 - (1 - self.eps) * jnp.asarray(t) ** self.power
 
@@ -103,6 +115,12 @@ class Polynomial(Schedule):
     return ((1 - jnp.asarray(a)) / (1 - self.eps)) ** (1 / self.power)
 
 
+def _check(schedule) -> None:
+  """Complain about a number out of range, of a schedule with `eps`."""
+  fields.check_types(schedule)
+  fields.Number("[0, 1)").check("eps", schedule.eps)
+
+
 NAMES = {"log_linear": LogLinear, "cosine": Cosine, "polynomial": Polynomial}
 
 
@@ -110,8 +128,15 @@ def make(name: str = "log_linear", **options) -> Schedule:
   """Build a schedule from its name: "log_linear", "cosine" or "polynomial".
 
   Raises:
-    ValueError: the name is unknown.
+    ValueError: the name or an option is unknown, or a number out of range.
   """
-  if name not in NAMES:
-    raise ValueError(f"schedule={name!r} is unknown; use one of {', '.join(sorted(NAMES))}.")
-  return NAMES[name](**options)
+  if not isinstance(name, str) or name not in NAMES:
+    raise ValueError(
+      f"schedule={fields.shown(name)} is unknown; use one of {', '.join(sorted(NAMES))}."
+    )
+  known = [field.name for field in dataclasses.fields(NAMES[name])]
+  if unknown := sorted(set(options) - set(known)):
+    raise ValueError(
+      f"schedule={name!r} has no option {unknown[0]!r}; it has {', '.join(sorted(known))}."
+    )
+  return fields.make(NAMES[name], options)

@@ -20,6 +20,8 @@ FLOORS = {
   "arrays": 0,
   "disk": 0,
   "errors": 0,
+  "fields": 0,
+  "json_file": 0,
   "mesh": 0,
   "remote": 0,
   "schedules": 0,
@@ -193,6 +195,17 @@ def test_every_draw_is_exact():
       if isinstance(node, ast.Attribute) and ast.unparse(node).endswith("random.categorical"):
         offences.append(f"{name}:{node.lineno}")
   assert not offences, "\n".join(offences)
+
+
+def test_json_has_one_reader():
+  """Of depth, doubles, pipes and wrong shapes one file knows: `json_file`."""
+  offences = [
+    f"{name}:{node.lineno}"
+    for path, name in _package_files()
+    for node in ast.walk(_tree(path))
+    if isinstance(node, ast.Attribute) and ast.unparse(node) in ("json.load", "json.loads")
+  ]
+  assert offences and all(place.startswith("json_file.py:") for place in offences), offences
 
 
 def test_no_bare_assert_and_no_not_implemented():

@@ -5,6 +5,7 @@ import hashlib
 import json
 import pathlib
 
+from dlm_jax import json_file
 from dlm_jax.errors import InputError, hint
 
 _HERE = pathlib.Path(__file__).parent
@@ -68,4 +69,4 @@ def write_hashes() -> None:
 
 def _hashes() -> dict[str, str]:
   """Return the SHA-256 of every shipped file by its path below this folder."""
-  return json.loads((_HERE / "sha256.json").read_text())
+  return json_file.read_object(_HERE / "sha256.json")

@@ -3,6 +3,7 @@
 
 import dataclasses
 import json
+import os
 import pathlib
 from typing import Any
 
@@ -21,7 +22,9 @@ _BLOCKS = (4, 8, 16, 32)  # block lengths of public checkpoints
 def main(argv: list[str]) -> None:
   """Parse flags, measure, print a table."""
   options = _parser().parse(argv)
-  check_counts(steps=options.steps, repeats=options.repeats)
+  counted = ("steps", "repeats", "cache_length", "prompt_length")
+  check_counts(**{name: getattr(options, name) for name in counted})
+  _check_file(options.json)
   if not options.batch_size or min(options.batch_size) < 1:
     raise InputError("--batch_size must be positive: one number, or several as in 8,32.")
   if options.option and options.what != "sample":
@@ -50,6 +53,14 @@ def main(argv: list[str]) -> None:
       pathlib.Path(options.json).write_text(json.dumps(content, indent=2) + "\n")
     except OSError as error:
       raise InputError(f"{options.json} cannot be written ({error.strerror}).") from error
+
+
+def _check_file(path: str) -> None:
+  """Complain before anything is measured if a file cannot be written."""
+  file = pathlib.Path(path)
+  if path and (file.is_dir() or not os.access(file.parent, os.W_OK)):
+    reason = "it is a directory" if file.is_dir() else "its directory cannot be written"
+    raise InputError(f"--json={path} cannot be written: {reason}.")
 
 
 def _programs(options, config, device) -> dict[str, Any]:

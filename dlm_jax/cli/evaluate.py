@@ -3,7 +3,7 @@
 
 import dataclasses
 import json
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -14,7 +14,7 @@ from dlm_jax.data import builder, loader, templates
 from dlm_jax.decode.passes import Bound
 from dlm_jax.errors import InputError, check_counts
 from dlm_jax.evaluate import blocks, frontier, generative, likelihood, proteins
-from dlm_jax.evaluate.judge import check_tokenizer, load_judge
+from dlm_jax.evaluate.judge import JudgeWithTokens, check_tokenizer, load_judge
 from dlm_jax.text import denoiser
 
 
@@ -49,22 +49,29 @@ dlm-jax evaluate --checkpoint=runs/novels_idlm --judge=runs/novels_judge --steps
     help="of a decoder with a mask; 0: what it was trained with. The first token is not scored",
   )
   parser.add_argument("--batch_size", type=int, default=32)
-  parser.add_argument("--seed", type=int, default=0)
+  parser.add_argument("--seed", type=flags.seed, default=0)
   parser.add_argument("--json", action="store_true")
   flags_ = parser.parse(argv)
   if not flags_.data and not flags_.judge:
     parser.error("say what to measure: --data for likelihood, --judge for samples, or both")
   scores: dict[str, Any] = {}
   dataset = builder.open_dataset(flags_.data) if flags_.data else None
-  if dataset is not None:
-    scores |= _likelihood(flags_, dataset)
-  if dataset is not None and dataset.info.packing == "documents":
+  if dataset is not None and min(flags_.batch_size, flags_.sequences) < 1:
+    raise InputError("--sequences and --batch_size must be positive.")
+  proteins_, writer = dataset is not None and dataset.info.packing == "documents", None
+  if proteins_:
     network = convert.open_network(places.network_directory(flags_.checkpoint))
     if flags_.samples and network.writes == "grid":
-      scores |= _proteins(flags_, dataset)
+      check_counts(samples=flags_.samples, training=flags_.training)
+      writer = _open(flags_, dataset)
   elif flags_.judge:
+    check_counts(samples=flags_.samples, batch_size=flags_.batch_size)
     packed = dataset is not None and dataset.info.packing == "conversations"
-    scores |= _samples(flags_, dataset if packed else None)
+    writer = _open(flags_, dataset if packed else None)
+  if dataset is not None:  # what is wrong with samples is said before this takes its time
+    scores |= _likelihood(flags_, dataset)
+  if writer is not None:
+    scores |= _proteins(flags_, writer, dataset) if proteins_ else _samples(flags_, writer)
   if flags_.json:
     print(json.dumps(scores))
 
@@ -75,8 +82,6 @@ def _likelihood(flags_, dataset) -> dict[str, float]:
   network = convert.open_network(directory, **dtype)
   check_tokenizer(network, dataset.tokenizer())
   size = min(flags_.batch_size, flags_.sequences)
-  if size < 1:
-    raise InputError("--sequences and --batch_size must be positive.")
   groups = loader.evaluation_groups(dataset, "validation", flags_.sequences)
   tokens, valid = loader.features(groups, "tokens", "valid")
   shared = {
@@ -111,10 +116,10 @@ def _scores(flags_, network, tokens, shared):
   return blocks.block_elbo(Bound(model, params), proc, tokens, rng, **shared)
 
 
-def _proteins(flags_, dataset) -> dict[str, Any]:
+def _proteins(flags_, writer, dataset) -> dict[str, Any]:
   """Draw proteins as long as the first validation records; compare them with the dataset."""
-  check_counts(samples=flags_.samples, training=flags_.training)
-  pipe, judge, tokens_NL, valid_NL = _draw(flags_, dataset)
+  pipe, judge = writer.pipe, writer.judge
+  tokens_NL, valid_NL = writer.draw(flags_)
 
   def texts(split):
     groups = loader.evaluation_groups(dataset, split, flags_.training)
@@ -137,23 +142,36 @@ def _proteins(flags_, dataset) -> dict[str, Any]:
   return {name: value for name, value in scores.items() if value is not None}
 
 
-def _draw(flags_, data):
-  """Return the model, its judge if one is named, samples like `data`, and where they are drawn."""
+class _Writer(NamedTuple):
+  """A model, its judge if one is named, how it samples, and the data whose templates it fills."""
+
+  pipe: denoiser.Pipeline
+  judge: JudgeWithTokens | None
+  sampler: frontier.Sampler
+  data: Any
+
+  def draw(self, flags_):
+    """Return samples, and where they are drawn; None: everywhere."""
+    count, batch = flags_.samples, min(flags_.batch_size, flags_.samples)
+    tokens_NL, _ = frontier.draw_samples(self.sampler, flags_.steps, count, batch, flags_.seed)
+    if not self.data:
+      return tokens_NL, None
+    return tokens_NL, templates.like_validation(self.data, count, batch).valid_NL
+
+
+def _open(flags_, data) -> _Writer:
+  """Open what samples are drawn and judged with; complain about options before that is done."""
+  check_counts(steps=flags_.steps)
   pipe = denoiser.load_denoiser(flags_.checkpoint)
   judge = load_judge(flags_.judge, pipe.tokenizer) if flags_.judge else None
   sampler = pipe.sampler(data or "", **dict(flags_.option))
-  batch = min(flags_.batch_size, flags_.samples)
-  tokens_NL, _ = frontier.draw_samples(sampler, flags_.steps, flags_.samples, batch, flags_.seed)
-  valid_NL = None
-  if data:
-    valid_NL = templates.like_validation(data, flags_.samples, batch).valid_NL
-  return pipe, judge, tokens_NL, valid_NL
+  sampler.check()
+  return _Writer(pipe, judge, sampler, data)
 
 
-def _samples(flags_, data) -> dict[str, float | int]:
-  check_counts(samples=flags_.samples, batch_size=flags_.batch_size)
-  _, judge, tokens_BL, valid_NL = _draw(flags_, data)
-  quality = judge.quality(tokens_BL, flags_.batch_size, valid_NL)
+def _samples(flags_, writer) -> dict[str, float | int]:
+  tokens_BL, valid_NL = writer.draw(flags_)
+  quality = writer.judge.quality(tokens_BL, flags_.batch_size, valid_NL)
   if not flags_.json:
     print(f"{flags_.steps} steps: {quality}")
   return {"steps": flags_.steps, **dataclasses.asdict(quality)}

@@ -7,6 +7,8 @@ import re
 import sys
 from typing import Any
 
+from dlm_jax import fields
+from dlm_jax.errors import InputError
 from dlm_jax.experiment import config as experiments
 
 _OUTER_COMMA = re.compile(r",(?![^()]*\))")
@@ -85,6 +87,22 @@ def load_config(namespace: argparse.Namespace):
   return config
 
 
+def seed(text: str) -> int:
+  """Parse a seed."""
+  try:
+    return fields.SEED.check("a seed", int(text))
+  except InputError as error:
+    raise argparse.ArgumentTypeError(str(error).rstrip(".")) from None
+
+
+def number(text: str) -> float:
+  """Parse a finite number: "nan" and "inf" are none."""
+  try:
+    return fields.Number().check("", float(text))
+  except ValueError:
+    raise argparse.ArgumentTypeError(f"{text!r} is not a finite number") from None
+
+
 def integers(text: str) -> list[int]:
   """Parse "1,2,4"."""
   return _list(text, int, "1,2,4")
@@ -92,13 +110,13 @@ def integers(text: str) -> list[int]:
 
 def numbers(text: str) -> list[float]:
   """Parse "0.8,1"."""
-  return _list(text, float, "0.8,1,1.2")
+  return _list(text, number, "0.8,1,1.2")
 
 
 def _list(text, kind, example):
   try:
     return [kind(part) for part in text.split(",") if part.strip()]
-  except ValueError:
+  except (ValueError, argparse.ArgumentTypeError):
     raise argparse.ArgumentTypeError(f"{text!r} is not a list like {example}") from None
 
 

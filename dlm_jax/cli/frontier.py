@@ -125,7 +125,7 @@ dlm-jax frontier --model a=runs/s --model b=runs/s,nucleus=0.9 --judge=gpt2 --wo
   parser.add_argument("--nfes", type=flags.integers, default=[1, 2, 4, 8, 16, 32, 64, 128])
   parser.add_argument("--samples", type=int, default=512)
   parser.add_argument("--batch_size", type=int, default=64)
-  parser.add_argument("--seed", type=int, default=0)
+  parser.add_argument("--seed", type=flags.seed, default=0)
   parser.add_argument(
     "--x",
     type=_axes,
@@ -141,7 +141,9 @@ dlm-jax frontier --model a=runs/s --model b=runs/s,nucleus=0.9 --judge=gpt2 --wo
     help="also compare at matched entropy, interpolated between these temperatures",
   )
   parser.add_argument(
-    "--entropy", type=float, help="nats to match; default: at every NFE what all models reach"
+    "--entropy",
+    type=flags.number,
+    help="nats to match; default: at every NFE what all models reach",
   )
   return parser
 

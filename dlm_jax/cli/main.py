@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     sys.stdout.flush()  # a full disk behind > is found here
     return code
   except InputError as error:
-    print(f"dlm-jax {verb}: {error}", file=sys.stderr)
+    print(f"dlm-jax {verb}: {' '.join(str(error).splitlines())}", file=sys.stderr)
     return 2
   except KeyboardInterrupt:
     again = "; the same command goes on from what it finished" if verb in _RESUME else ""

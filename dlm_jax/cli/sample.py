@@ -35,6 +35,9 @@ _BLOCKS = (
 )
 
 
+_OURS = (*_GRID, *_BLOCKS, "prompt", "steps", "seed", "return_trace")  # no options of a sampler
+
+
 def main(argv: list[str]) -> None:
   """Parse flags, sample, print."""
   given = vars(_parser().parse(argv))
@@ -71,7 +74,11 @@ def _one_prompt(options):
   texts = options.pop("prompt")
   if len(texts) > 1:
     raise InputError("several --prompt are for decoders of blocks; give one.")
-  return options | {"prompt": "".join(texts), **dict(options.pop("option", []))}
+  given = dict(options.pop("option", []))
+  for name in given:
+    if name in _OURS:
+      raise InputError(f"--option {name}=…: write --{name}, or leave it out.")
+  return options | {"prompt": "".join(texts), **given}
 
 
 def _print(texts, as_json):
@@ -184,7 +191,7 @@ def _text(given: str, flag: str) -> str:
 
 def _stop(text: str) -> int | str:
   """Return an id, or a text; in quotes it is a text whatever it spells, with escapes as in JSON."""
-  if text.isdecimal() and text.isascii():
+  if text.isdecimal() and text.isascii() and len(text) < 12:
     return int(text)
   if len(text) > 1 and text[0] == text[-1] == '"':
     try:
@@ -232,12 +239,12 @@ dlm-jax sample --checkpoint=SDAR-8B-Chat-b8 --draft=SDAR-1.7B-Chat-b8 --chat --p
   add("--steps", type=int, help="evaluations per text (16); of a decoder per block (its length)")
   add(
     "--temperature",
-    type=float,
+    type=flags.number,
     metavar="T",
     help="default 1; of a decoder 0, the most probable tokens",
   )
-  add("--nucleus", "--top_p", type=float, metavar="P", help="draw from the top of this mass")
-  add("--seed", type=int)
+  add("--nucleus", "--top_p", type=flags.number, metavar="P", help="draw from the top of this mass")
+  add("--seed", type=flags.seed)
   add("--json", action="store_true", help="one JSON string per line")
   add = parser.add_argument_group("of denoisers; --num and --length of judges too").add_argument
   add("--num", type=int, help="number of texts")
@@ -274,7 +281,7 @@ def _add_blocks(parser: flags.Parser) -> None:
   )
   add("--block_length", type=int, metavar="N", help="default: what the checkpoint names")
   add("--strategy", help="low_confidence_dynamic (default), low_confidence_static, sequential, …")
-  add("--threshold", type=float, help="of low_confidence_dynamic (0.9)")
+  add("--threshold", type=flags.number, help="of low_confidence_dynamic (0.9)")
   add("--top_k", type=int, help="draw from the k most probable tokens")
   add("--draft", metavar="PATH", help="a smaller network that drafts")
   add("--verify", help="stacked (exact), simsd (not exact) or none")

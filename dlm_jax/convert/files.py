@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Find the weights of a model directory and read them by name."""
 
-import json
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 from safetensors.flax import save_file
 
+from dlm_jax import json_file
 from dlm_jax.convert import stored, torch_file
 from dlm_jax.convert.tensors import Tensors
 from dlm_jax.errors import InputError
@@ -137,7 +137,7 @@ def read_json(path: pathlib.Path) -> dict:
     InputError: it is missing, unreadable or something else.
   """
   try:
-    content = json.loads(path.read_text(encoding="utf-8"))
+    return json_file.read_object(path)
   except OSError as error:
     raise InputError(
       f"{path} cannot be read ({error.strerror}); give a directory that holds config.json and "
@@ -145,6 +145,3 @@ def read_json(path: pathlib.Path) -> dict:
     ) from error
   except ValueError as error:
     raise InputError(f"{path} is not valid JSON ({error}); fetch it again.") from error
-  if not isinstance(content, dict):
-    raise InputError(f"{path} holds a JSON {type(content).__name__}, not an object.")
-  return content

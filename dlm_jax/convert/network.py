@@ -4,7 +4,6 @@
 import dataclasses
 import functools
 import hashlib
-import json
 import pathlib
 import re
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from dlm_jax import fields, json_file
 from dlm_jax.arrays import Params
 from dlm_jax.convert import adapters, families, files, layout, places
 from dlm_jax.convert.family import Family
@@ -61,8 +61,7 @@ class Network:
   @property
   def facts(self) -> dict[str, Any]:
     """What we stored of it: tokenizer fingerprint, objective, step, …; {} of public files."""
-    stored = self.config.get("dlm_jax")
-    return stored if isinstance(stored, dict) else {}
+    return self.config.get("dlm_jax", {})
 
   @property
   def block_length(self) -> int | None:
@@ -76,16 +75,14 @@ class Network:
     """
     if "blocks" not in self.family.writes:
       return None
-    given = self.config.get("block_size")
-    if given is None:
-      known = [name for x in (self.adapter, self.source) if x for name in places.names(x)]
-      found = (re.search(r"-b([1-9]\d{0,8})$", name) for name in known)
-      return next((int(suffix[1]) for suffix in found if suffix), None)
-    if isinstance(given, bool) or not isinstance(given, int) or given < 1:
-      raise InputError(
-        f"{self.source}/config.json: block_size={given!r} is not a number of tokens."
-      )
-    return given
+    where, most = f"{self.source}/config.json", self.model.config.length
+    kind = fields.Optional(fields.Whole(1, most))
+    given = fields.read(where, self.config, {"block_size": kind}, {"block_size": None})
+    if given["block_size"] is not None:
+      return given["block_size"]
+    known = [name for x in (self.adapter, self.source) if x for name in places.names(x)]
+    found = (re.search(r"-b([1-9]\d{0,8})$", name) for name in known)
+    return next((int(suffix[1]) for suffix in found if suffix), None)
 
 
 def read_config(path: pathlib.Path | str) -> dict[str, Any]:
@@ -94,11 +91,11 @@ def read_config(path: pathlib.Path | str) -> dict[str, Any]:
   Raises:
     InputError: it is missing, unreadable or names no model_type.
   """
-  path = adapters.locate(path).source
+  path = adapters.locate(places.as_path(path)).source
   known = ", ".join(families.model_types())
   file = (path.parent if path.is_file() else path) / "config.json"
   try:
-    config = json.loads(file.read_text(encoding="utf-8"))
+    config = json_file.read(file)
   except FileNotFoundError:
     if path.is_file():
       raise InputError(
@@ -107,9 +104,12 @@ def read_config(path: pathlib.Path | str) -> dict[str, Any]:
       ) from None
     raise InputError(f"{path} is not a checkpoint: it has no config.json.") from None
   except (OSError, ValueError) as error:
-    raise InputError(f"{file} cannot be read as JSON: {error}") from None
+    problem = getattr(error, "strerror", None) or error
+    raise InputError(f"{file} cannot be read as JSON: {problem}; fetch it again.") from None
   if not isinstance(config, dict) or "model_type" not in config:
     raise InputError(f"{file} names no model_type; is this a model directory? Known: {known}.")
+  fields.read(file, config, {"model_type": fields.Text()})
+  fields.part(file, config, "dlm_jax")
   return config
 
 
@@ -133,7 +133,7 @@ def open_network(
   Raises:
     InputError: unknown model type, a config that contradicts itself, or a choice it does not have.
   """
-  place = adapters.locate(path)
+  place = adapters.locate(places.as_path(path))
   path, config = place.source, read_config(place.source)
   family = families.find(config, path)
   dtype = params_dtype or family.dtypes[0]
@@ -148,13 +148,13 @@ def open_network(
   if weights not in (None, "ema", "raw"):
     raise InputError(f"weights={weights!r} is unknown; use 'ema' or 'raw'.")
   model, process = family.read(path, config, overrides)
-  stored = config.get("dlm_jax")
-  stored = stored.get("writes") if isinstance(stored, dict) else None
+  kinds, where = {"writes": fields.Optional(fields.Text())}, f"{path}/config.json"
+  stored = fields.read(f"{where}: dlm_jax", config.get("dlm_jax", {}), kinds, {"writes": None})
   return Network(
     model=model,
     process=process,
     family=family,
-    writes=family.way(process, stored, f"{path}/config.json"),
+    writes=family.way(process, stored["writes"], where),
     source=path,
     config=config,
     weights=Weights(functools.partial(_read, family, model, place, config, weights, dtype, mesh)),

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a path to a network means: shipped, a workdir's best or final one, a directory, a file."""
 
+import os
 import pathlib
 from collections.abc import Iterator
 
@@ -9,6 +10,7 @@ from etils import epath
 from dlm_jax import remote
 from dlm_jax.convert import adapters
 from dlm_jax.errors import InputError
+from dlm_jax.fields import shown
 
 
 def shipped(path: str) -> str:
@@ -18,6 +20,13 @@ def shipped(path: str) -> str:
   from dlm_jax import assets
 
   return str(assets.path(path.removeprefix("shipped:")))
+
+
+def as_path(path: str | os.PathLike) -> pathlib.Path:
+  """Return a path; raise InputError for what is none."""
+  if not isinstance(path, str | os.PathLike):
+    raise InputError(f"path={shown(path)} is not a path; give the directory of a network.")
+  return pathlib.Path(path)
 
 
 def network_directory(path: str) -> pathlib.Path:
@@ -44,6 +53,7 @@ def find_network(path: str | pathlib.Path) -> pathlib.Path:
   Raises:
     InputError: there is none.
   """
+  as_path(path)
   if remote.is_remote(path) or not pathlib.Path(path).is_file():
     return network_directory(str(path))
   return pathlib.Path(path)

@@ -4,7 +4,7 @@
 import dataclasses
 from typing import Any
 
-from dlm_jax import process, schedules
+from dlm_jax import fields, process, schedules
 from dlm_jax.errors import InputError
 from dlm_jax.process import Process
 
@@ -20,7 +20,7 @@ def read(where: str, stored: Any, vocab_size: int) -> Process:
   Raises:
     InputError: it is unknown, incomplete or impossible.
   """
-  name = name_of(where, stored)
+  name, before = name_of(where, stored), f"{where}: process"
   known = {field.name for field in dataclasses.fields(process.NAMES[name])} - {"vocab_size"}
   given = {key: value for key, value in stored.items() if key != "name"}
   optional = {"blocked"}  # written where there are any
@@ -28,13 +28,15 @@ def read(where: str, stored: Any, vocab_size: int) -> Process:
   for problem, names in (("lacks", lacking), ("has unknown", set(given) - known)):
     if names:
       raise InputError(f"{where}: the process {name} {problem} {', '.join(sorted(names))}.")
+  token = fields.Whole(0, vocab_size - 1)
+  kinds = {"schedule": fields.Object({"name": fields.Text()}), "mask_id": token}
+  kinds |= {"blocked": fields.Items(token)}
+  given = fields.read(before, given, {key: kinds[key] for key in given})
   try:
     given["schedule"] = schedules.make(**given["schedule"])
-    if "blocked" in given:
-      given["blocked"] = tuple(int(i) for i in given["blocked"])
     return process.NAMES[name](vocab_size=vocab_size, **given)
-  except (TypeError, ValueError) as error:
-    raise InputError(f"{where}: process: {error}") from None
+  except ValueError as error:
+    raise InputError(f"{before}: {error}") from None
 
 
 def name_of(where: str, stored: Any) -> str:
@@ -44,8 +46,10 @@ def name_of(where: str, stored: Any) -> str:
     InputError: it has none, or it is unknown.
   """
   name = stored.get("name") if isinstance(stored, dict) else None
-  if name not in process.NAMES:
-    raise InputError(f"{where}: process {stored!r} is unknown; known: {', '.join(process.NAMES)}.")
+  if not isinstance(name, str) or name not in process.NAMES:
+    raise InputError(
+      f"{where}: process {fields.shown(stored)} is unknown; known: {', '.join(process.NAMES)}."
+    )
   return name
 
 

@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, BinaryIO, ClassVar
 
-from dlm_jax import remote
+from dlm_jax import json_file, remote
 from dlm_jax.errors import InputError
 
 SPLITS = ("train", "validation")
@@ -46,7 +46,7 @@ def json_lines(file: Iterable[bytes], path: str) -> Iterator[tuple[int, Any]]:
     if not text.strip():
       continue
     try:
-      yield number, json.loads(text)
+      yield number, json_file.parse(text, finite=False)
     except ValueError as error:
       raise InputError(f"{path}:{number} is not JSON: {error}.") from error
 

@@ -19,7 +19,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 import tqdm
 
-from dlm_jax import disk, remote
+from dlm_jax import disk, json_file, remote
 from dlm_jax.arrays import Record
 from dlm_jax.data import conversations, intact
 from dlm_jax.data.dataset import (
@@ -164,7 +164,7 @@ def _existing(directory: pathlib.Path, wanted: Info, there: Path | None) -> Info
     raise InputError(f"{directory} exists and is not a prepared dataset; use a new directory.")
   info = open_dataset(directory).info
   # Through JSON, as the stored settings went: tuples become lists.
-  wanted, found = json.loads(json.dumps(wanted.settings())), info.settings()
+  wanted, found = json_file.plain(wanted.settings()), info.settings()
   if differing := [key for key in wanted | found if wanted.get(key) != found.get(key)]:
     differences = ", ".join(f"{k}={found.get(k)!r} not {wanted.get(k)!r}" for k in differing)
     raise InputError(f"{directory} was prepared with {differences}; use another directory.")

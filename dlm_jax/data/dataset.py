@@ -14,7 +14,6 @@ TensorFlow is not needed, neither to write nor to read.
 """
 
 import dataclasses
-import json
 import os
 import pathlib
 import shlex
@@ -24,7 +23,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from jaxtyping import Int
 
-from dlm_jax import remote
+from dlm_jax import fields, json_file, remote
 from dlm_jax.data import intact, tokenizers
 from dlm_jax.data.tokenizers import Tokenizer
 from dlm_jax.errors import InputError
@@ -124,11 +123,6 @@ def _without_defaults(record) -> dict[str, Any]:
   return {k: v for k, v in content.items() if k not in empty or v != empty[k]}
 
 
-def _tuples(content: dict[str, Any]) -> dict[str, Any]:
-  """Return parsed JSON with the lists of a dataclass as tuples again."""
-  return {k: tuple(v) if isinstance(v, list) else v for k, v in content.items()}
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Dataset:
   """An opened prepared directory.
@@ -170,29 +164,7 @@ def open_dataset(dataset: Dataset | Path) -> Dataset:
     return dataset
   directory = remote.fetch(dataset)
   advice = "prepare it again into a new directory."
-  try:
-    content = json.loads((directory / "dataset.json").read_text(encoding="utf-8"))
-    form = content.pop("format")
-    if form == _BARE:
-      raise InputError(
-        f"{directory} was prepared by an earlier version, without masks; make a new one: "
-        f"{_command(directory, content)} (NAME: the config of your run)."
-      )
-    if form != FORMAT:
-      raise ValueError("its format is not " + FORMAT)
-    files = content.pop("files")
-    splits = {name: SplitInfo(**_tuples(s)) for name, s in content.pop("splits").items()}
-    info = Info(**_tuples(content), splits=splits)
-  except OSError as error:
-    raise InputError(
-      f"{directory} is not a prepared dataset: dataset.json: {error.strerror}; {advice}"
-    ) from error
-  except InputError:
-    raise
-  except (ValueError, KeyError, TypeError, AttributeError) as error:
-    raise InputError(
-      f"{directory} is not a prepared dataset: dataset.json is not ours ({error}); {advice}"
-    ) from error
+  info, files = _read_info(directory, advice)
   for name, size in files.items():
     path = directory / name
     found = path.stat().st_size if path.is_file() else None
@@ -212,16 +184,51 @@ def open_dataset(dataset: Dataset | Path) -> Dataset:
   return Dataset(directory=str(directory), info=info, splits=splits)
 
 
+def _read_info(directory: pathlib.Path, advice: str) -> tuple[Info, dict[str, int]]:
+  """Return what dataset.json holds: the description, and the sizes of the files."""
+  try:
+    content = json_file.read_object(directory / "dataset.json")
+    form = content.pop("format", None)
+    if form == FORMAT:
+      return _parsed(content)
+    if form != _BARE:
+      raise ValueError("its format is not " + FORMAT)
+    command = _command(directory, content)
+  except OSError as error:
+    raise InputError(
+      f"{directory} is not a prepared dataset: dataset.json: {error.strerror}; {advice}"
+    ) from error
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
+    raise InputError(
+      f"{directory} is not a prepared dataset: dataset.json is not ours ({error}); {advice}"
+    ) from error
+  raise InputError(
+    f"{directory} was prepared by an earlier version, without masks; make a new one: {command} "
+    "(NAME: the config of your run)."
+  )
+
+
+def _parsed(content: dict[str, Any]) -> tuple[Info, dict[str, int]]:
+  files = fields.part("", content, "files")
+  fields.read("", files, dict.fromkeys(files, fields.Whole(0, fields.WORD)))
+  splits = {
+    name: fields.build(SplitInfo, f"splits.{name}", one)
+    for name, one in fields.part("", content, "splits").items()
+  }
+  rest = {name: value for name, value in content.items() if name not in ("files", "splits")}
+  return fields.build(Info, "", rest, splits=splits), files
+
+
 def _command(directory: pathlib.Path, content: dict[str, Any]) -> str:
   """Return the command that prepares the same corpus again, beside an old dataset."""
   source = dict(content["source"])
-  fields = {"source": source.pop("spec"), "tokenizer": directory, "length": content["length"]}
-  fields["packing"] = content.get("packing", "concatenate")
+  asked = {"source": source.pop("spec"), "tokenizer": directory, "length": content["length"]}
+  asked["packing"] = content.get("packing", "concatenate")
   if buckets := content.get("buckets"):
-    fields["buckets"] = ",".join(map(str, buckets))
+    asked["buckets"] = ",".join(map(str, buckets))
   known = ("field", "document_separator", "validation", "validation_fraction", "tests")
   known += ("validation_tail", "min_length", "max_length")
-  fields |= {f"options.{k}": source[k] for k in known if source.get(k) is not None}
-  fields["directory"] = directory.with_name(f"{directory.name}_2")
-  given = " ".join(shlex.quote(f"--config.data.{key}={value}") for key, value in fields.items())
+  asked |= {f"options.{k}": source[k] for k in known if source.get(k) is not None}
+  asked["directory"] = directory.with_name(f"{directory.name}_2")
+  given = " ".join(shlex.quote(f"--config.data.{key}={value}") for key, value in asked.items())
   return f"dlm-jax prepare --config=NAME {given}"

@@ -14,6 +14,7 @@ from typing import Any, SupportsIndex
 
 import numpy as np
 
+from dlm_jax import json_file
 from dlm_jax.errors import InputError
 
 FILE = "checksums.json"
@@ -54,8 +55,8 @@ def check_features(file: pathlib.Path) -> None:
     InputError: it names others, or cannot be read.
   """
   try:
-    content = json.loads(file.read_text(encoding="utf-8"))
-  except (OSError, ValueError, RecursionError) as error:
+    content = json_file.read(file)
+  except (OSError, ValueError) as error:
     why = getattr(error, "strerror", None) or str(error).partition("\n")[0]
     raise InputError(f"{file.parents[2]} cannot be opened by TFDS: {file.name}: {why}.") from error
   foreign = {t for t in _texts(content) if t not in _TEXTS and not re.fullmatch(r"-?\d+", t)}
@@ -120,10 +121,10 @@ def _texts(node: Any) -> Iterator[str]:
 def _sums(directory) -> dict[str, int]:
   """Return the sums by file; none of a dataset of before they were written."""
   try:
-    content = json.loads((directory / FILE).read_text(encoding="utf-8"))
+    content = json_file.read(directory / FILE)
   except FileNotFoundError:
     return {}
-  except (OSError, ValueError, RecursionError) as error:
+  except (OSError, ValueError) as error:
     raise InputError(f"{directory} is damaged or changed: {FILE}; {ADVICE}") from error
   if not isinstance(content, dict) or any(pathlib.PurePath(n).is_absolute() for n in content):
     raise InputError(f"{directory} is damaged or changed: {FILE}; {ADVICE}")

@@ -19,6 +19,7 @@ import sysconfig
 from collections.abc import Iterator
 from typing import ClassVar, Protocol, runtime_checkable
 
+from dlm_jax import fields
 from dlm_jax.data._files import (
   COMPRESSED,
   Chosen,
@@ -326,7 +327,9 @@ def open_source(spec: str, **options) -> Source:
     raise InputError(
       f"source={spec!r} has no option {', '.join(unknown)}; it has {', '.join(sorted(allowed))}."
     )
-  fraction = options.get("validation_fraction", 0.08)
-  if not 0 < fraction < 1:
-    raise InputError(f"validation_fraction={fraction} is outside (0, 1); use e.g. 0.08.")
-  return make(**required, **options)
+  source = fields.make(make, {**required, **options})
+  if not 0 < source.validation_fraction < 1:
+    raise InputError(
+      f"validation_fraction={source.validation_fraction} is outside (0, 1); use e.g. 0.08."
+    )
+  return source

@@ -14,6 +14,8 @@ from jaxtyping import Array, Bool
 
 from dlm_jax.errors import InputError
 
+_OURS = ("batch", "denoiser", "frozen", "length", "proc", "prompt", "return_trace", "rng", "steps")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampler:
@@ -32,6 +34,11 @@ class Sampler:
   length: int
   options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   critic: Any = None
+
+  def __post_init__(self):
+    for name in _OURS:
+      if name in self.options:
+        raise InputError(f"{name} is no option here: it follows from what is measured.")
 
   def __call__(self, batch: int, nfe: int) -> Callable[[jax.Array], jax.Array]:
     """Compile sampling of `batch` sequences in `nfe` steps.

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from tqdm.auto import tqdm
 
-from dlm_jax import disk
+from dlm_jax import disk, json_file
 from dlm_jax.errors import InputError, check_counts
 from dlm_jax.evaluate import generative, tables
 from dlm_jax.evaluate._samplers import Sampler, TemplateSampler, numbers, refuse_unless
@@ -238,6 +238,7 @@ def checked_nfes(nfes: Sequence) -> list[int]:
       good = False
     if not good:
       raise InputError(f"NFE {nfe!r} is not a whole number of at least 1; e.g. 4,8,16.")
+  check_counts(**{"the largest NFE": max(map(operator.index, nfes))})
   return list(dict.fromkeys(operator.index(nfe) for nfe in nfes))
 
 
@@ -292,7 +293,7 @@ class _Finished:
   def _parse(self, line, number, torn):
     try:
       # Rows of before have no correlation.
-      return [_row({"correlation": 0.0} | json.loads(line.decode("utf-8")))]
+      return [_row({"correlation": 0.0} | json_file.parse(line, finite=False))]
     except (ValueError, TypeError, KeyError) as error:
       if torn:
         return []
@@ -322,7 +323,7 @@ def _plain(key: Row) -> Row:
   def encode(value):
     return np.asarray(value).tolist() if hasattr(value, "__array__") else repr(value)
 
-  return json.loads(json.dumps(key, default=encode))
+  return json_file.plain(key, encode)
 
 
 def _write_json(rows, path, reference):

@@ -15,18 +15,16 @@ from dlm_jax import mesh, objectives, process, remote
 from dlm_jax.convert import places
 from dlm_jax.data import builder, sources, tokenizers
 from dlm_jax.errors import InputError
-from dlm_jax.experiment.plan import Data, Plan
+from dlm_jax.experiment.plan import Data, Plan, bpe_size
 from dlm_jax.train import optim
 
 
 def make_tokenizer(data: Data, source: sources.Source) -> tokenizers.Tokenizer:
   """Return the tokenizer that the data names; "bpe:SIZE" trains one on the corpus."""
   name = data.tokenizer
-  if not name.startswith("bpe:"):
+  if (size := bpe_size(name)) is None:
     return tokenizers.load(places.shipped(name))
-  if not name[4:].isdigit():
-    raise InputError(f"data.tokenizer={name!r}: write bpe:SIZE, e.g. bpe:4096.")
-  return tokenizers.train_bpe(source.documents("train"), int(name[4:]))
+  return tokenizers.train_bpe(source.documents("train"), size)
 
 
 def prepare(data: Data, progress: bool = True) -> builder.Prepared:
@@ -54,8 +52,8 @@ def vocabulary(plan: Plan) -> int:
   if plan.model.vocab_size:
     more = family.pad_row or family.has_mask_row(plan.process.name)
     return mask_id if mask_id >= 0 else plan.model.vocab_size - more
-  if data.tokenizer.startswith("bpe:"):
-    return int(data.tokenizer[4:])
+  if (size := bpe_size(data.tokenizer)) is not None:
+    return size
   return tokenizers.load(places.shipped(data.tokenizer)).vocab_size
 
 

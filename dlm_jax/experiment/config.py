@@ -80,9 +80,9 @@ def _run(path: str) -> ModuleType:
   module = importlib.util.module_from_spec(spec)
   try:
     spec.loader.exec_module(module)
-  except Exception as error:
+  except (Exception, SystemExit) as error:
     raise _located(path, error) from error
-  if not hasattr(module, "get_config"):
+  if not callable(getattr(module, "get_config", None)):
     raise InputError(f"--config={path}: the file defines no get_config().")
   return module
 
@@ -109,7 +109,7 @@ def _call(name: str, module: ModuleType, variant: str | None) -> ConfigDict:
     raise InputError(f"--config={name} is no variant of {stem}{near}; choose one of {listed}.")
   try:
     config = module.get_config() if variant is None else module.get_config(variant)
-  except Exception as error:
+  except (Exception, SystemExit) as error:
     raise _located(stem if stem.endswith(".py") else module.__file__, error) from error
   if not isinstance(config, ConfigDict):
     got = type(config).__name__
@@ -117,7 +117,7 @@ def _call(name: str, module: ModuleType, variant: str | None) -> ConfigDict:
   return config
 
 
-def _located(path: str, error: Exception) -> InputError:
+def _located(path: str, error: BaseException) -> InputError:
   """Return an error of a config file as one line that names file and line."""
   file = os.path.abspath(path)  # as the interpreter calls it
   frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == file]
@@ -222,8 +222,8 @@ def parse_literal(text: str) -> Any:
     return special[text.lower()]
   try:
     return ast.literal_eval(text)
-  except (ValueError, SyntaxError):
-    return text
+  except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+    return text  # {[]: 1} is a TypeError, a thousand brackets are the latter two
 
 
 def _fields(node) -> list[str]:

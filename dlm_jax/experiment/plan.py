@@ -8,26 +8,45 @@ data or the devices, in `build`.
 
 import dataclasses
 import importlib
-import json
 import pkgutil
 from types import ModuleType
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from dlm_jax import objectives, process, schedules
+from dlm_jax import json_file, objectives, process, schedules
 from dlm_jax.configs.base import base
 from dlm_jax.convert import families
 from dlm_jax.convert.family import Family
-from dlm_jax.errors import InputError, check_choice, check_counts, hint
+from dlm_jax.errors import InputError, check_choice, hint
+from dlm_jax.fields import MOST, SEED, Items, Number, Switch, Text, Whole, shown
+from dlm_jax.models.dit import SIZES
+from dlm_jax.sample import NOISE_REMOVALS
 from dlm_jax.train.loop import LoopConfig
 
 MEASURES = ("samples", "likelihood")
-_COUNTS = {  # fields that are at least 1
-  "train": ("steps", "log_every", "checkpoint_every", "keep"),
-  "objective": ("accumulate",),
-  "evaluate": ("samples", "batch_size", "patience"),
+_COUNT = Whole(1)
+_RANGES = {  # fields whose types alone do not say what they may be; others, what they belong to
+  "train": {
+    "steps": _COUNT,
+    "log_every": _COUNT,
+    "checkpoint_every": _COUNT,
+    "keep": _COUNT,
+    "max_seconds": Number("[0, ∞)"),
+  },
+  "objective": {"accumulate": _COUNT},
+  "evaluate": {
+    "every": Whole(0),
+    "nfes": Items(Whole(-MOST)),
+    "noise_removal": Text(NOISE_REMOVALS),
+    "samples": _COUNT,
+    "batch_size": _COUNT,
+    "patience": _COUNT,
+  },
+  "loader": {"batch_size": Whole(-MOST)},
 }
+_FREE = ("objective", "optim")  # groups with fields of their own, which their classes check
+BPE_MOST = 2**20  # tokens of a vocabulary that is trained here; public ones have a quarter of it
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -145,11 +164,7 @@ def read(config: ConfigDict, label: str = "") -> Plan:
   Raises:
     InputError: a name is unknown, a number impossible, or a field would do nothing.
   """
-  c = config.to_dict()
-  for group, counts in _COUNTS.items():
-    check_counts(**{f"{group}.{name}": c[group][name] for name in counts})
-  if c["evaluate"]["every"] < 0:
-    raise InputError(f"evaluate.every={c['evaluate']['every']} is negative; 0 evaluates never.")
+  data, c = read_data(config), _checked(config)
   model, train = c["model"], dict(c["train"])
   family, keep = families.named(model["name"]), train.pop("keep")
   known = network_fields(family)
@@ -163,7 +178,7 @@ def read(config: ConfigDict, label: str = "") -> Plan:
   )
   return Plan(
     seed=c["seed"],
-    data=read_data(config),
+    data=data,
     model=Network(
       name=model["name"],
       family=family,
@@ -180,13 +195,70 @@ def read(config: ConfigDict, label: str = "") -> Plan:
     teacher=c["teacher"]["path"],
     start=c["start"]["path"],
     mesh=c["mesh"],
-    stored=json.loads(config.to_json()),
+    stored=json_file.parse(config.to_json()),
   )
 
 
 def read_data(config: ConfigDict) -> Data:
-  """Read `config.data` alone: to prepare a corpus takes nothing else."""
-  return Data(**config.data.to_dict())
+  """Read `config.data` alone: to prepare a corpus takes nothing else.
+
+  Raises:
+    InputError: a field of another type or out of range.
+  """
+  data = _typed("data", config.data.to_dict(), base().data)
+  SIZES["length"].check("data.length", data["length"])
+  Whole(0, SIZES["length"].most).check("data.block_length", data["block_length"])
+  Items(SIZES["length"]).check("data.buckets", data["buckets"])
+  bpe_size(data["tokenizer"])
+  return Data(**data)
+
+
+def bpe_size(tokenizer: str) -> int | None:
+  """Return the size of a vocabulary that is to be trained, "bpe:SIZE"; None: it is another one.
+
+  Raises:
+    InputError: the size is none, or too large.
+  """
+  kind, _, size = tokenizer.partition(":")
+  if kind != "bpe":
+    return None
+  if not (size.isascii() and size.isdecimal()):
+    raise InputError(f"data.tokenizer={shown(tokenizer)}: write bpe:SIZE, e.g. bpe:4096.")
+  if len(size) > len(str(BPE_MOST)) or int(size) > BPE_MOST:
+    raise InputError(f"data.tokenizer={shown(tokenizer)}: a BPE has at most {BPE_MOST} tokens.")
+  return int(size)
+
+
+def _checked(config) -> dict[str, Any]:
+  """Return the fields of a configuration, of the types that `base` gives them, and in range."""
+  c, known = config.to_dict(), base()
+  Whole(0, SEED.most).check("seed", c["seed"])
+  for group, given in c.items():
+    if group not in ("seed", "data"):
+      c[group] = _typed(group, given, known[group])
+  for group, kinds in _RANGES.items():
+    for name, kind in kinds.items():
+      kind.check(f"{group}.{name}", c[group][name])
+  for name, rows, length in (
+    ("loader.batch_size", c["loader"]["batch_size"], c["data"]["length"]),
+    ("evaluate.batch_size", c["evaluate"]["batch_size"], c["data"]["length"]),
+  ):
+    if isinstance(length, int) and rows * length > MOST:
+      raise InputError(
+        f"{name}={rows} × data.length={length} are more than {MOST} tokens; use at most "
+        f"{MOST // length}."
+      )
+  return c
+
+
+def _typed(group: str, given: dict[str, Any], known: ConfigDict) -> dict[str, Any]:
+  """Return a group with every field of the type that it has in `base`."""
+  kinds = {bool: Switch(), int: Whole(-MOST), float: Number(), str: Text(), tuple: Items()}
+  found = dict(given)
+  for name, default in known.items():
+    if type(default) in kinds and (group not in _FREE or given[name] is not None):
+      found[name] = kinds[type(default)].check(f"{group}.{name}", given[name])
+  return found
 
 
 def _noise(c, family) -> Noise:
@@ -219,8 +291,15 @@ def _method(c) -> Method:
   if "." in name:
     try:
       module = importlib.import_module(name)
-    except ImportError as error:
-      raise InputError(f"objective.name={name!r} cannot be imported: {error}.") from None
+    except Exception as error:  # whatever the user's module raises
+      told = str(error) if isinstance(error, ImportError) else f"{type(error).__name__}: {error}"
+      told = " ".join(told.split()).rstrip(".")
+      raise InputError(f"objective.name={name!r} cannot be imported: {told}.") from None
+    if not callable(getattr(module, "make", None)) or not hasattr(module, "TRAINED"):
+      raise InputError(
+        f"objective.name={name!r} is no training method: it has no make and TRAINED; see the files "
+        "of dlm_jax/objectives."
+      )
     return Method(name=name, module=module, options=options)
   known = list_objectives()
   if name not in known:
@@ -234,7 +313,8 @@ def _method(c) -> Method:
 
 def _measures(c) -> tuple[str, ...]:
   """Return what is measured: `evaluate.measure`, else what suits the method."""
-  asked, teacher = tuple(c["evaluate"]["measure"]), c["teacher"]["path"]
+  measure = Items(Text()).check("evaluate.measure", c["evaluate"]["measure"])
+  asked, teacher = measure, c["teacher"]["path"]
   if not asked:
     return ("samples",) if teacher else ("likelihood",)
   for name in asked:

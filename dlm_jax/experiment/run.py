@@ -2,6 +2,8 @@
 """Run a configured experiment: data, state, loop, evaluation, export."""
 
 import contextlib
+import importlib.util
+import math
 import os
 import pathlib
 from collections.abc import Iterator
@@ -12,7 +14,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from dlm_jax import convert, disk, remote
+from dlm_jax import convert, disk, mesh, remote
 from dlm_jax.convert import places, writing
 from dlm_jax.data import builder, loader, tokenizers
 from dlm_jax.errors import InputError
@@ -44,10 +46,15 @@ def train(
     InputError: anything the user can fix; nothing is left half-written.
   """
   workdir = epath.Path(workdir)
+  if wandb and importlib.util.find_spec("wandb") is None:
+    raise InputError(
+      f"--wandb_project={wandb} needs the package wandb; install it or leave it out."
+    )
   plan = plans.read(config, label)
   dataset = open_data(plan.data)
   tokenizer = dataset.tokenizer()
   built = build.experiment(plan, tokenizer.vocab_size, blocked=tokenizer.given_ids)
+  _check_room(built)
   given = load_start(built, tokenizer)
   if given is None:
     given = load_teacher(built, tokenizer)
@@ -89,6 +96,16 @@ def train(
   if result.reason != "interrupted":
     export(workdir / "final", built, result.state, result.step, tokenizer)
   return result
+
+
+def _check_room(built: Experiment) -> None:
+  """Refuse a run whose state, or whose smallest batch, is more than the memory there is."""
+  size = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(built.shapes))
+  mesh.check_room(f"model.dim={built.model.config.dim} and the other sizes of model", size)
+  accumulate, length = built.plan.objective.options["accumulate"], built.plan.data.length
+  rows = built.plan.batch_size // accumulate
+  what = f"loader.batch_size={built.plan.batch_size} sequences of data.length={length}"
+  mesh.check_room(what, 4 * rows * length * built.model.config.dim)
 
 
 def open_data(data: plans.Data) -> builder.Dataset:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from dlm_jax.arrays import FloatBKD, FloatBKV, FloatBLD, FloatBLV, IntBL
+from dlm_jax.fields import Number
 from dlm_jax.mesh import split_batch
 from dlm_jax.models.cache import KV, Cache
 from dlm_jax.models.dit import check_fields, scan_layers
@@ -21,17 +22,7 @@ from dlm_jax.models.layers import Embedding, Linear, Network, RMSNorm, rotary_at
 from dlm_jax.models.storage import STORAGES, Layers
 from dlm_jax.models.yarn import Yarn
 
-_SIZES = (
-  "vocab_size",
-  "dim",
-  "layers",
-  "heads",
-  "kv_heads",
-  "head_dim",
-  "mlp_dim",
-  "length",
-  "unroll",
-)
+_MOST_EXPERTS = 2**18  # of all layers: each has tensors of its own in a file
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,7 +75,9 @@ class DecoderConfig:
   storage: str = "stacked"
 
   def __post_init__(self):
-    check_fields(self, _SIZES)
+    check_fields(self)
+    for name in ("rope_theta", "eps"):
+      Number("(0, ∞)").check(f"model.{name}", getattr(self, name))
     if self.storage not in STORAGES:
       raise ValueError(f"model.storage={self.storage!r} is unknown; use {', '.join(STORAGES)}.")
     if self.storage != "stacked" and self.remat != "none":
@@ -93,7 +86,11 @@ class DecoderConfig:
       raise ValueError(f"model.kv_heads={self.kv_heads} must divide model.heads={self.heads}.")
     if self.head_dim % 2:
       raise ValueError(f"model.head_dim={self.head_dim} must be even.")
-    if self.experts < 0 or (self.experts and self.expert_dim < 1):
+    if self.layers * self.experts > _MOST_EXPERTS:
+      raise ValueError(
+        f"model.experts={self.experts} in model.layers={self.layers} are more than {_MOST_EXPERTS}."
+      )
+    if self.experts and self.expert_dim < 1:
       raise ValueError(
         f"model.experts={self.experts} of width model.expert_dim={self.expert_dim} must be at "
         "least 1 each; experts=0 is none."

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dlm_jax.arrays import FloatB, FloatBKD, FloatBKV, FloatBLD, FloatBLV, KeyB, Params
+from dlm_jax.fields import Number, Whole, check_types
 from dlm_jax.mesh import split_batch
 from dlm_jax.models.attention import IMPLEMENTATIONS, Attention
 from dlm_jax.models.layers import (
@@ -28,7 +29,24 @@ _CHOICES = {
   "remat": ("none", "dots", "full"),
   "embedding_gradient": ("auto", "scatter", "matmul", "segment"),
 }
-_SIZES = ("vocab_size", "dim", "cond_dim", "layers", "heads", "length", "mlp_ratio", "unroll")
+# How large a size may be, of any of our networks: beyond what anyone trains, and far below what
+# would take minutes to list or memory to describe.
+SIZES = {
+  "vocab_size": Whole(1, 2**24),
+  "dim": Whole(1, 2**20),
+  "cond_dim": Whole(1, 2**20),
+  "layers": Whole(1, 2**13),
+  "heads": Whole(1, 2**14),
+  "kv_heads": Whole(1, 2**14),
+  "head_dim": Whole(1, 2**16),
+  "mlp_ratio": Whole(1, 2**10),
+  "mlp_dim": Whole(1, 2**24),
+  "length": Whole(1, 2**24),
+  "unroll": Whole(1, 2**13),
+  "experts": Whole(0, 2**13),
+  "experts_per_token": Whole(0, 2**13),
+  "expert_dim": Whole(0, 2**24),
+}
 
 
 def check_config(config) -> None:
@@ -37,24 +55,24 @@ def check_config(config) -> None:
   Raises:
     ValueError: a size below 1, an unknown choice, a rate outside [0, 1), heads that do not fit.
   """
-  check_fields(config, _SIZES)
-  if not 0 <= config.dropout < 1:
-    raise ValueError(f"model.dropout={config.dropout} must be at least 0 and below 1.")
+  check_fields(config)
+  Number("[0, 1)").check("model.dropout", config.dropout)
   if config.dim % config.heads or (config.dim // config.heads) % 2:
     raise ValueError(
       f"model.heads={config.heads} must divide model.dim={config.dim} into an even number."
     )
 
 
-def check_fields(config, sizes: tuple[str, ...]) -> None:
-  """Check sizes, and the choices that a config has of those that our Transformers share.
+def check_fields(config) -> None:
+  """Check types, sizes, and the choices that a config has of those that our Transformers share.
 
   Raises:
-    ValueError: a size below 1, or an unknown choice.
+    ValueError: a field of another type, a size out of range, or an unknown choice.
   """
-  for field in sizes:
-    if getattr(config, field, 1) < 1:
-      raise ValueError(f"model.{field}={getattr(config, field)} must be at least 1.")
+  check_types(config, "model.")
+  for field, kind in SIZES.items():
+    if hasattr(config, field):
+      kind.check(f"model.{field}", getattr(config, field))
   for field, allowed in _CHOICES.items():
     value = getattr(config, field, allowed[0])
     if value not in allowed:

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 
 from dlm_jax.arrays import BoolBL, FloatBLD, FloatBLV, IntBL
 from dlm_jax.errors import InputError
+from dlm_jax.fields import Number, check_types
+from dlm_jax.models.dit import SIZES
 from dlm_jax.models.layers import Network
 
 Mask = IntBL | BoolBL
@@ -20,6 +22,14 @@ _ACTIVATIONS = {
   "gelu": functools.partial(nn.gelu, approximate=False),
   "relu": nn.relu,
 }
+_SIZES = {  # ours of the same meaning
+  "vocab_size": "vocab_size",
+  "n_positions": "length",
+  "n_embd": "dim",
+  "n_layer": "layers",
+  "n_head": "heads",
+  "n_inner": "mlp_dim",
+}
 # Published numbers are float32; the default on some accelerators would be a 10-bit mantissa.
 _EXACT = jax.lax.Precision.HIGHEST
 
@@ -29,7 +39,7 @@ class GPT2Config:
   """Shape of a GPT-2; the fields carry their names in a Hugging Face `config.json`.
 
   Raises:
-    InputError: the heads do not divide the width, or the activation is unknown.
+    InputError: a size is none, the heads do not divide the width, or the activation is unknown.
   """
 
   vocab_size: int = 50257
@@ -47,6 +57,11 @@ class GPT2Config:
     return self.n_positions
 
   def __post_init__(self):
+    check_types(self)
+    for name, ours in _SIZES.items():
+      if getattr(self, name) is not None:
+        SIZES[ours].check(name, getattr(self, name))
+    Number("(0, ∞)").check("layer_norm_epsilon", self.layer_norm_epsilon)
     if self.n_embd % self.n_head:
       raise InputError(f"n_head={self.n_head} does not divide n_embd={self.n_embd}.")
     if self.activation_function not in _ACTIVATIONS:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dlm_jax.arrays import FloatB, FloatBL, IntBL, KeyB, Metrics, Params
+from dlm_jax.fields import Whole
 from dlm_jax.models import DiT
 from dlm_jax.objectives import rounds
 from dlm_jax.objectives.batch import Batch, counted, split_each, token_mean
@@ -150,6 +151,7 @@ class Options(ChunkedOptions):
     super().__post_init__()
     rounds.check_divergence(self.divergence, DIVERGENCES)
     rounds.check_round(self.update_teacher_every)
+    Whole(1).check("objective.num_steps", self.num_steps)
 
 
 def make(*, model: DiT, process: Uniform, optimizers: Optimizers, **options: Any) -> Objective:

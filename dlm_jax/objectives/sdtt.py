@@ -29,6 +29,7 @@ from dlm_jax.arrays import (
   Params,
 )
 from dlm_jax.errors import InputError
+from dlm_jax.fields import Number
 from dlm_jax.models import DiT
 from dlm_jax.objectives import rounds
 from dlm_jax.objectives.batch import Batch, split_each
@@ -217,6 +218,7 @@ class Options(ChunkedOptions):
     super().__post_init__()
     rounds.check_divergence(self.divergence, rounds.DIVERGENCES)
     rounds.check_round(self.update_teacher_every)
+    Number("[0, 1)").check("objective.eps", self.eps)
     if self.num_distill_steps < 1:
       raise InputError(f"objective.num_distill_steps={self.num_distill_steps} must be at least 1.")
     if not 1 <= self.min_num_steps <= self.num_steps_original:

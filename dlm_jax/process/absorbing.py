@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from dlm_jax.arrays import NEG_INF, FloatL, FloatLV, IntL, RngKey, Scalar
+from dlm_jax.fields import check_types
 from dlm_jax.schedules import LogLinear, Schedule
 
 
@@ -35,6 +36,7 @@ class Absorbing:
   blocked: tuple[int, ...] = ()
 
   def __post_init__(self):
+    check_types(self)
     if not 0 <= self.mask_id < self.vocab_size:
       raise ValueError(f"mask_id={self.mask_id} is outside the vocabulary of {self.vocab_size}.")
     if wrong := [i for i in self.blocked if not 0 <= i < self.vocab_size or i == self.mask_id]:

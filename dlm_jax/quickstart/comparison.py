@@ -3,7 +3,6 @@
 
 import contextlib
 import dataclasses
-import json
 import pathlib
 import time
 from collections.abc import Callable
@@ -11,9 +10,9 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Int
 
-from dlm_jax import convert
+from dlm_jax import convert, fields, json_file
 from dlm_jax.convert import places
-from dlm_jax.errors import InputError
+from dlm_jax.errors import InputError, check_counts
 from dlm_jax.evaluate import frontier
 from dlm_jax.evaluate.frontier import sweep_progress
 from dlm_jax.evaluate.judge import JudgeWithTokens, load_judge
@@ -61,6 +60,7 @@ def check_sizes(nfes: tuple[int, ...], samples: int, shown: int) -> None:
   frontier.checked_nfes(nfes)
   if samples < 1 or shown < 1:
     raise InputError("--samples and --shown must be at least 1.")
+  check_counts(samples=samples, shown=shown)
 
 
 def write(
@@ -160,7 +160,14 @@ class Clock:
 
   def __init__(self, path: pathlib.Path):
     self._path = path
-    self.seconds: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
+    self.seconds: dict[str, float] = {}
+    if path.exists():
+      try:
+        content, parts = json_file.read(path), fields.Objects(fields.Number("[0, ∞)"))
+        self.seconds = parts.check("it", content)
+      except (OSError, ValueError) as error:
+        problem = getattr(error, "strerror", None) or error
+        raise InputError(f"{path} holds no seconds ({problem}); remove it.") from None
 
   @contextlib.contextmanager
   def measure(self, name: str):

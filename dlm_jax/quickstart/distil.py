@@ -2,14 +2,13 @@
 """The whole job on one machine: data → teacher and judge → students → frontier → report."""
 
 import dataclasses
-import json
 import pathlib
 import shutil
 from collections.abc import Callable
 
 import numpy as np
 
-from dlm_jax import remote
+from dlm_jax import fields, json_file, remote
 from dlm_jax.convert import families, places
 from dlm_jax.data import builder, loader
 from dlm_jax.errors import InputError
@@ -135,8 +134,10 @@ def _configs(options: Options) -> dict:
     }
     shared = {k: v for k, v in options.overrides.items() if _reaches(k, name)}
     configs[name] = load_config(f"quickstart_{name}:cpu", fields | shared)
-  for config in configs.values():
-    plan.read(config)  # what is wrong with one is said now
+  for name, config in configs.items():
+    read = plan.read(config)  # what is wrong with one is said now
+    if options.from_scratch or name in options.methods:
+      build.experiment(read, build.vocabulary(read))
   return configs
 
 
@@ -160,9 +161,9 @@ def _meant(options: Options, method: str) -> dict[str, str]:
 
 def _train(config, workdir: pathlib.Path) -> str:
   """Train unless it is finished; return how it ended."""
-  done, resolved = workdir / "done.json", json.loads(config.to_json())
+  done, resolved = workdir / "done.json", json_file.parse(config.to_json())
   if done.exists():
-    finished = json.loads(done.read_text())
+    finished = _finished(done)
     if finished["config"] != resolved:
       raise InputError(f"{workdir} was finished with other options; choose another --workdir.")
     return finished["reason"]
@@ -170,6 +171,17 @@ def _train(config, workdir: pathlib.Path) -> str:
   if result.reason != "interrupted":
     write_json(done, {"reason": result.reason, "step": result.step, "config": resolved})
   return result.reason
+
+
+def _finished(file: pathlib.Path) -> dict:
+  """Return what `_train` wrote at the end."""
+  advice = "move it away, and run again to finish that part once more"
+  try:
+    content = json_file.read_object(file)
+    return fields.read("", content, {"config": fields.Object(), "reason": fields.Text()})
+  except (OSError, ValueError) as error:
+    problem = getattr(error, "strerror", None) or error
+    raise InputError(f"{file} is not what a finished part leaves ({problem}); {advice}.") from None
 
 
 def _compared(options: Options, config) -> comparison.Comparison:

@@ -5,9 +5,19 @@ from dlm_jax import decode as _rounds
 from dlm_jax import draw
 from dlm_jax.decode import *  # noqa: F403
 from dlm_jax.sample import grids
-from dlm_jax.sample._generate import SAMPLERS, evaluations, generate
+from dlm_jax.sample._generate import SAMPLERS, check_options, evaluations, generate
 from dlm_jax.sample._logits import from_logits
-from dlm_jax.sample._request import Request
+from dlm_jax.sample._request import NOISE_REMOVALS, Request
 
-__all__ = ["SAMPLERS", "Request", "draw", "evaluations", "from_logits", "generate", "grids"]
+__all__ = [
+  "NOISE_REMOVALS",
+  "SAMPLERS",
+  "Request",
+  "check_options",
+  "draw",
+  "evaluations",
+  "from_logits",
+  "generate",
+  "grids",
+]
 __all__ += _rounds.__all__

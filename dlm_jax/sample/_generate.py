@@ -3,7 +3,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +12,10 @@ from jaxtyping import Array, Bool, Int
 
 from dlm_jax.arrays import IntBL, RngKey
 from dlm_jax.errors import InputError, check_choice, hint
+from dlm_jax.fields import Switch, Whole, make
 from dlm_jax.mesh import split_batch
-from dlm_jax.process import Absorbing, Uniform, has_mask
-from dlm_jax.sample import _rgas
+from dlm_jax.process import Absorbing, Process, Uniform, has_mask
+from dlm_jax.sample import _checks, _rgas
 from dlm_jax.sample._analytic import Analytic
 from dlm_jax.sample._ancestral import Ancestral, FirstHitting
 from dlm_jax.sample._legacy import Legacy
@@ -105,9 +107,10 @@ def generate(
     >>> sample.generate(denoiser, proc, jax.random.key(1), batch=2, length=4, steps=2).shape
     (2, 4)
   """
-  for name, count in (("batch", batch), ("length", length), ("steps", steps)):
-    if count < 1:
-      raise InputError(f"{name}={count}: sampling needs at least 1.")
+  batch, length, steps = _checks.sizes(batch, length, steps)
+  _checks.arguments(denoiser, proc, rng)
+  return_trace = Switch().check("return_trace", return_trace)
+  _checks.given(prompt, frozen, proc.vocab_size)
   run = _choose(sampler, proc, sampler_options)
   rng_B = split_batch(jax.vmap(lambda i: jax.random.fold_in(rng, i))(jnp.arange(batch)))
   rng_prior_B, rng_B = _split_each(rng_B)
@@ -124,6 +127,15 @@ def _split_each(rng_B):
   return keys[:, 0], keys[:, 1]
 
 
+def check_options(sampler: str | Callable, proc: Process, options: Mapping[str, Any]) -> None:
+  """Check options as `generate` does, before anything is traced; of one's own sampler any will do.
+
+  Raises:
+    InputError: an option is unknown or out of range, or the process has no such sampler.
+  """
+  _choose(sampler, proc, options)
+
+
 def _choose(sampler, proc, options):
   """Return a function of a request: the sampler with its options, which are checked here."""
   if callable(sampler):
@@ -136,7 +148,7 @@ def _choose(sampler, proc, options):
       raise InputError(
         f"sampler={sampler!r} has no option {name!r}{hint(name, fields)}; it has {fields}."
       )
-  return made(**options).run
+  return make(made, options).run
 
 
 def _sampler(name, proc, precision):
@@ -228,6 +240,7 @@ def evaluations(
     >>> evaluations(steps=8, proc=Uniform(vocab_size=9))["student"]
     9
   """
+  steps = Whole(1).check("steps", steps)
   alone = {"student": steps, "discriminator_forward": 0, "discriminator_backward": 0}
   if callable(sampler):
     return alone

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from dlm_jax import draw
 from dlm_jax.arrays import NEG_INF, FloatBLV, FloatLV
+from dlm_jax.errors import check_choice
 from dlm_jax.process import Absorbing
 from dlm_jax.sample._request import GridOptions, Request, walk
 
@@ -41,6 +42,10 @@ class Legacy(GridOptions):
 
   removes_always: ClassVar[bool] = True
   logits_dtype: str = "bfloat16"
+
+  def __post_init__(self):
+    super().__post_init__()
+    check_choice("logits_dtype", self.logits_dtype, ("float32", "bfloat16", "float16"))
 
   def run(self, request: Request) -> Int[Array, "K B L"]:
     """Return the states after every step; the last one is the sample."""

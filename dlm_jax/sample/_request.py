@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 from dlm_jax import draw
 from dlm_jax.arrays import BoolBL, FloatB, IntBL, KeyB, Scalar
 from dlm_jax.errors import InputError
+from dlm_jax.fields import Number
 from dlm_jax.sample import grids
 
 NOISE_REMOVALS = ("ancestral", "greedy", "none")
@@ -150,6 +151,9 @@ class Truncation:
 
   def __post_init__(self):
     known = lambda x: not isinstance(x, jax.core.Tracer)  # noqa: E731
+    for name in ("temperature", "nucleus"):
+      if known(getattr(self, name)):
+        Number().check(name, getattr(self, name))
     cold = known(self.temperature) and self.temperature <= 0
     if cold or (known(self.nucleus) and not 0 < self.nucleus <= 1):
       raise InputError(

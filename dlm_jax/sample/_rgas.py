@@ -30,6 +30,7 @@ from jaxtyping import Array, Float, Int
 
 from dlm_jax.arrays import BoolBL, FloatB, FloatBKD, FloatBKV, FloatBLD, IntBL
 from dlm_jax.errors import InputError
+from dlm_jax.fields import Number, Whole
 from dlm_jax.sample._request import GridSampler, Request, walk
 from dlm_jax.sample._reveal import Revealer, capacity_for
 
@@ -241,12 +242,11 @@ def _check(critic, h, candidates, ratio, reward):
       "sampler='rgas' needs a discriminator: give critic=…; `dlm-jax sample` finds the one that a "
       "DiDi-Instruct run leaves beside its student."
     )
-  number = lambda x: isinstance(x, int | float) and not isinstance(x, bool)  # noqa: E731
-  if not isinstance(h, tuple | list) or len(h) != 2 or not all(number(x) and x >= 0 for x in h):
+  if not all(callable(getattr(critic, part, None)) for part in ("embedded", "body")):
+    raise InputError(f"critic is a {type(critic).__name__}; give a models.Critic.")
+  if min(h) < 0:
     raise InputError(f"h={h} must be two numbers ≥ 0, of the first and the last tilted step.")
-  if not isinstance(candidates, int) or candidates < 1:
-    raise InputError(f"candidates={candidates} must be a whole number of at least 1.")
-  if not number(ratio) or not 0 <= ratio <= 1:
-    raise InputError(f"ratio={ratio} must be in [0, 1].")
+  Whole(1, 2**16).check("candidates", candidates)
+  Number("[0, 1]").check("ratio", ratio)
   if reward not in REWARDS:
     raise InputError(f"reward={reward!r} is unknown; use one of {', '.join(REWARDS)}.")

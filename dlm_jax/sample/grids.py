@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dlm_jax.errors import InputError
+from dlm_jax.fields import shown
 
 END = 1e-5  # where the published samplers stop; leftover masks there are left to noise removal
 
@@ -24,8 +25,8 @@ _NAMES = {"uniform": uniform, "cosine": cosine}
 
 def check(name: str) -> None:
   """Raise InputError unless a grid has this name."""
-  if name not in _NAMES:
-    raise InputError(f"grid={name!r} is unknown; use one of {', '.join(sorted(_NAMES))}.")
+  if not isinstance(name, str) or name not in _NAMES:
+    raise InputError(f"grid={shown(name)} is unknown; use one of {', '.join(sorted(_NAMES))}.")
 
 
 def make(name: str, steps: int, end: float = END) -> Float[Array, "K"]:

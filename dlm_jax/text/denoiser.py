@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from dlm_jax import convert, models, process, sample
+from dlm_jax import convert, fields, mesh, models, process, sample
 from dlm_jax.convert import places
 from dlm_jax.data import dataset, templates, tokenizers
 from dlm_jax.errors import InputError
@@ -141,14 +141,47 @@ class Pipeline:
 
     A protein's are its start, residues, end, and padding up to the bucket that it was trained in.
     """
+    steps, num = (
+      fields.Whole(-fields.MOST).check(*one) for one in (("steps", steps), ("num", num))
+    )
+    seed = fields.SEED.check("seed", seed)
     given, frozen, length = self._start(prompt, options.pop("length", None))
-    run = _generate(self.process, num, length, steps, tuple(sorted(options.items())))
     critic = self.critic if options.get("sampler") == "rgas" else None
+    run = _generate(self.process, num, length, steps, self._key(options, critic))
+    self._check_room(num, length, steps)
     return run(self.denoiser, critic, jax.random.key(seed), given, frozen)
+
+  def _key(self, options: dict[str, Any], critic: models.Critic | None) -> tuple:
+    """Return options that were checked as they name a program: 2 and 2.0 are not the same one."""
+    for name, instead in _OURS.items():
+      if name in options:
+        raise InputError(f"{name} is no option of a model with its tokenizer; {instead}.")
+    options = {name: _constant(value) for name, value in options.items()}
+    asked = {name: value for name, value in options.items() if name != "return_trace"}
+    sampler = asked.pop("sampler", "ancestral")
+    guided = asked if critic is None else {**asked, "critic": critic}
+    sample.check_options(sampler, self.process, guided)
+    for name, value in options.items():
+      try:
+        hash(value)
+      except TypeError:
+        raise InputError(
+          f"{name}={fields.shown(value)} names a program, so it must be hashable; give numbers, "
+          "texts or tuples, or call sample.generate."
+        ) from None
+    return tuple((name, value, type(value)) for name, value in sorted(options.items()))
+
+  def _check_room(self, num: int, length: int, steps: int) -> None:
+    """Complain about samples that the memory of this machine cannot hold."""
+    config = getattr(getattr(self.denoiser, "model", None), "config", None)
+    width = getattr(config, "dim", 1)
+    floats = num * length * (_KEPT * width + max(steps, 1))
+    mesh.check_room(f"num={num} × length={length} tokens in {steps} steps", 4 * floats)
 
   def _start(self, prompt: str, length: int | None):
     """Return what is given, where it is, and how many positions there are in all."""
-    tokenizer = self.tokenizer
+    tokenizer, prompt = self.tokenizer, fields.Text().check("prompt", prompt)
+    length = fields.Optional(fields.Whole(-fields.MOST)).check("length", length)
     if not tokenizer.framed:
       if not prompt:
         return None, None, self.length if length is None else length
@@ -166,6 +199,16 @@ class Pipeline:
 
 
 _STEPS = 16
+_KEPT = 4  # arrays as wide as the network that a pass holds at least
+_OURS = {  # arguments of `sample.generate` that follow from others here
+  "batch": "ask for num texts",
+  "critic": "the discriminator beside the network is taken",
+  "denoiser": "it has one",
+  "frozen": "the prompt is what stays; other tokens are for sample.generate",
+  "proc": "it has one",
+  "rng": "give a seed",
+}
+_GUIDED = ("h", "candidates", "ratio", "reward")  # of sampler="rgas": they decide its evaluations
 _ELSEWHERE = (
   "block_length",
   "chat",
@@ -194,6 +237,13 @@ def _check_options(options):
       )
 
 
+def _constant(value):
+  """Return lists as tuples and arrays without axes as numbers: what can name a program."""
+  if isinstance(value, list | tuple):
+    return tuple(map(_constant, value))
+  return value.item() if isinstance(value, np.ndarray | jax.Array) and not value.ndim else value
+
+
 @functools.lru_cache(maxsize=32)
 def _generate(proc, batch, length, steps, options):
   """Return a compiled sampler; the cache makes the second call of a notebook cell fast."""
@@ -210,7 +260,7 @@ def _generate(proc, batch, length, steps, options):
       prompt=prompt,
       frozen=frozen,
       **guide,
-      **dict(options),
+      **{name: value for name, value, _ in options},
     )
 
   return jax.jit(run)
@@ -229,19 +279,21 @@ def load_denoiser(
     InputError: what is there is no denoiser, or see `load`.
   """
   source = places.find_network(path)
-  dtype = dtype or default_dtype()
+  dtype = default_dtype() if dtype is None else dtype
   if (opened := convert.open_network(source)).writes != "grid":
     raise InputError(f"{source} is a {opened.kind} network; sampling needs a denoiser.")
   tokenizer = load_tokenizer(source, tokenizer)
   network = convert.open_network(source, dtype=dtype, weights=weights)
   check_vocabulary(source, tokenizer, network.process)
+  facts = {"buckets": fields.Items(fields.Whole(3))}
+  facts = fields.read(f"{source}: dlm_jax", network.facts, facts, {"buckets": ()})
   guide = functools.partial(convert.load_beside, source, "discriminator", dtype=dtype)
   return Pipeline(
     denoiser=models.Denoiser(network.model, network.params).cast(jnp.dtype(dtype)),
     process=network.process,
     tokenizer=tokenizer,
     length=network.model.config.length,
-    buckets=tuple(network.facts.get("buckets", ())),
+    buckets=facts["buckets"],
     source=source,
     guide=convert.Weights(guide),
   )

@@ -115,7 +115,9 @@ def open_continuation(
     InputError: it reads proteins, or another tokenizer's tokens; or see `load`.
   """
   source = places.find_network(path)
-  network = convert.open_network(source, dtype=dtype or default_dtype(), weights=weights)
+  network = convert.open_network(
+    source, dtype=default_dtype() if dtype is None else dtype, weights=weights
+  )
   words = _load_tokenizer(network, tokenizer)
   if words.given_ids:
     raise InputError(f"{source} is a judge of proteins; to write them load a denoiser.")
@@ -149,7 +151,7 @@ def open_decoder(
     InputError: one of them is no such network, or has no mask, fewer rows than the tokenizer has
       tokens or another tokenizer, or the two do not fit each other.
   """
-  dtype = dtype or default_dtype()
+  dtype = default_dtype() if dtype is None else dtype
   storage = storage or models.default_storage()
   if storage not in models.STORAGES:
     raise InputError(f"storage={storage!r} is unknown; use {', '.join(models.STORAGES)}.")

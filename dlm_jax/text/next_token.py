@@ -13,7 +13,9 @@ import numpy as np
 from dlm_jax import draw
 from dlm_jax.arrays import Params
 from dlm_jax.data import tokenizers
-from dlm_jax.errors import InputError, check_counts
+from dlm_jax.errors import InputError
+from dlm_jax.fields import MOST, SEED, Number, Text, Whole
+from dlm_jax.mesh import check_room
 from dlm_jax.models import next_token_logits
 from dlm_jax.models.protocols import NextToken
 from dlm_jax.text.denoiser import Samples
@@ -42,6 +44,11 @@ class TextContinuation:
 
   def __repr__(self) -> str:
     return f"TextContinuation({str(self.source)!r}: {self.length} tokens, one after the other)"
+
+  @property
+  def _width(self) -> int:
+    """Numbers per position that a pass holds at least: its logits."""
+    return self.model.config.vocab_size
 
   def __call__(
     self, *, steps: int | None = None, num: int = 1, seed: int = 0, prompt: str = "", **options: Any
@@ -88,13 +95,18 @@ class TextContinuation:
         f"{next(iter(others), 'steps')} is no option of a network that writes one token after the "
         "other; it takes num, seed, prompt, length, temperature, nucleus and top_k."
       )
+    prompt, num = Text().check("prompt", prompt), Whole(1).check("num", num)
+    seed, top_k = SEED.check("seed", seed), Whole(-MOST).check("top_k", top_k)
+    length = self.length if length is None else Whole(-MOST).check("length", length)
+    temperature, nucleus = (
+      Number().check(*one) for one in (("temperature", temperature), ("nucleus", nucleus))
+    )
     given = [self.tokenizer.eos_id, *self.tokenizer.encode(prompt)]
-    length = self.length if length is None else length
-    check_counts(num=num)
     _check(len(given), length, self.length, temperature, nucleus, top_k)
+    check_room(f"num={num} × length={length} tokens", 4 * num * length * self._width)
     tokens_BL = np.full((num, length), self.tokenizer.eos_id, np.int32)
     tokens_BL[:, : len(given)] = given
-    arguments = (tokens_BL, len(given), jax.random.key(seed), float(temperature), float(nucleus))
+    arguments = (tokens_BL, len(given), jax.random.key(seed), temperature, nucleus)
     rows = self.tokenizer.vocab_size
     written_BL = np.asarray(_write(self.model, rows, top_k, self.params, *arguments))
     return Samples(

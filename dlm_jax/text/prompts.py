@@ -2,12 +2,12 @@
 """What a decoder goes on behind: texts, token ids and conversations, checked and as ids."""
 
 import dataclasses
-import json
 import numbers
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dlm_jax import json_file
 from dlm_jax.data import tokenizers
 from dlm_jax.data.tokenizers import chat as chats
 from dlm_jax.data.tokenizers.base import check_text
@@ -215,8 +215,8 @@ def read_messages(path: str, flag: str) -> tuple[list[Any], list[Any] | None]:
     InputError: it cannot be read, or holds something else.
   """
   try:
-    content = json.loads(read_text(path, flag))
-  except (ValueError, RecursionError) as error:
+    content = json_file.parse(read_text(path, flag))
+  except ValueError as error:
     if isinstance(error, InputError):
       raise
     raise InputError(f"{flag} is not JSON: {str(error)[:100]}.") from None

@@ -10,7 +10,6 @@ processor 2 seconds per GB, measured on one core of a busy machine.
 """
 
 import contextlib
-import json
 import os
 import sys
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 
-from dlm_jax import disk, remote
+from dlm_jax import disk, json_file, remote
 from dlm_jax import mesh as meshes
 from dlm_jax.errors import InputError
 from dlm_jax.train import checksums
@@ -216,11 +215,11 @@ def read_config(directory: epath.PathLike) -> dict:
   """
   path = epath.Path(directory) / "config.json"
   try:
-    return json.loads(path.read_text())
+    return json_file.read_object(path)
   except (OSError, ValueError) as error:
     raise InputError(
       f"{directory} is not a checkpoint directory of dlm_jax: no readable config.json "
-      f"({_first_line(error)})"
+      f"({_first_line(error)}); choose another --workdir."
     ) from None
 
 

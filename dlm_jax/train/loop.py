@@ -16,6 +16,7 @@ import numpy as np
 from absl import logging
 from jax.sharding import Mesh, NamedSharding
 
+from dlm_jax import fields
 from dlm_jax import mesh as meshes
 from dlm_jax.arrays import Record
 from dlm_jax.errors import InputError
@@ -47,6 +48,9 @@ class LoopConfig:
     seed: of corruption noise, times and dropout.
     max_seconds: wall-clock after which the run ends early, as if `steps` were reached; 0 is never.
     label: shown in the progress line.
+
+  Raises:
+    InputError: a number out of range.
   """
 
   steps: int
@@ -57,6 +61,13 @@ class LoopConfig:
   seed: int = 0
   max_seconds: float = 0.0
   label: str = "train"
+
+  def __post_init__(self):
+    for name in ("steps", "log_every", "checkpoint_every"):
+      fields.Whole(1).check(f"train.{name}", getattr(self, name))
+    fields.Whole(0).check("evaluate.every", self.evaluate_every)
+    fields.Number("[0, ∞)").check("train.max_seconds", self.max_seconds)
+    fields.SEED.check("seed", self.seed)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -8,10 +8,20 @@ from typing import Any
 import jax
 import optax
 
-from dlm_jax.errors import InputError, hint
+from dlm_jax.errors import InputError, check_choice, hint
+from dlm_jax.fields import Number, Whole, make
 
 _MATRICES = ("kernel", "embedding", "gate", "up", "down")  # the latter three: of experts
 SCHEDULES = ("constant", "cosine", "linear")
+_RANGES = {
+  "lr": "(0, ∞)",
+  "final": "[0, 1]",
+  "b1": "[0, 1)",
+  "b2": "[0, 1)",
+  "eps": "(0, ∞)",
+  "weight_decay": "[0, ∞)",
+  "clip": "[0, ∞)",
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,6 +35,9 @@ class OptimConfig:
     final: last learning rate over the peak.
     b1, b2, eps, weight_decay: of AdamW. Decay acts on matrices only.
     clip: largest global gradient norm; 0 clips nothing.
+
+  Raises:
+    InputError: a field of another type, a number out of range or an unknown schedule.
   """
 
   lr: float = 3e-4
@@ -38,11 +51,10 @@ class OptimConfig:
   clip: float = 0.0
 
   def __post_init__(self):
-    if self.lr <= 0 or self.warmup < 0 or self.clip < 0 or self.weight_decay < 0:
-      raise InputError(
-        f"optim: lr={self.lr} must be positive; warmup={self.warmup}, clip={self.clip} and "
-        f"weight_decay={self.weight_decay} must not be negative."
-      )
+    for name, interval in _RANGES.items():
+      Number(interval).check(f"optim.{name}", getattr(self, name))
+    Whole(0).check("optim.warmup", self.warmup)
+    check_choice("optim.schedule", self.schedule, SCHEDULES)
 
 
 def per_tree(fields: dict[str, Any], trees: Iterable[str]) -> dict[str, OptimConfig]:
@@ -60,7 +72,8 @@ def per_tree(fields: dict[str, Any], trees: Iterable[str]) -> dict[str, OptimCon
       )
     if unknown := sorted(set(changes) - set(fields)):
       raise InputError(f"optim.{name}.{unknown[0]} is no field of optim{hint(unknown[0], fields)}.")
-  return {tree: OptimConfig(**{**fields, **groups.get(tree, {})}) for tree in trees}
+  given = {tree: {**fields, **groups.get(tree, {})} for tree in trees}
+  return {tree: make(OptimConfig, fields, "optim.") for tree, fields in given.items()}
 
 
 def for_trees(
@@ -72,10 +85,6 @@ def for_trees(
 
 def learning_rate(config: OptimConfig, steps: int) -> optax.Schedule:
   """Return the rate at each update, for a run of `steps` updates."""
-  if config.schedule not in SCHEDULES:
-    raise InputError(
-      f"optim.schedule={config.schedule!r} is unknown; use one of {', '.join(SCHEDULES)}."
-    )
   after = max(steps - config.warmup, 1)
   if config.schedule == "constant":
     main = optax.constant_schedule(config.lr)

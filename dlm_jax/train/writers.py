@@ -9,7 +9,7 @@ import time
 import jax
 from etils import epath
 
-from dlm_jax import disk, remote
+from dlm_jax import disk, json_file, remote
 from dlm_jax.errors import InputError
 
 SYNC_SECONDS = 30.0  # between copies to a remote workdir
@@ -138,6 +138,6 @@ class _Board:
 def _step(line: bytes) -> int:
   """Return a line's step; a line cut off by a crash counts as never written."""
   try:
-    return int(json.loads(line)["step"])
+    return int(json_file.parse(line)["step"])
   except (ValueError, KeyError, TypeError):
     return 2**62

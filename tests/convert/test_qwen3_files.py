@@ -220,7 +220,7 @@ def test_tensors_are_matched_strictly(copy, tensors, message):
     ({"hidden_size": None}, "lacks 'hidden_size'"),
     ({"hidden_size": "64"}, "hidden_size='64' is not a whole number"),
     ({"num_hidden_layers": 2.5}, "num_hidden_layers=2.5 is not a whole number"),
-    ({"num_hidden_layers": 0}, "num_hidden_layers=0 must be above 0"),
+    ({"num_hidden_layers": 0}, "num_hidden_layers=0 must be at least 1"),
     ({"num_hidden_layers": 1}, "unknown tensor model.layers.1"),
     ({"num_key_value_heads": 3}, "model.kv_heads=3 must divide"),
     ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported; it must be 'silu'"),

@@ -76,7 +76,7 @@ def test_a_start_is_measured():
     ("quickstart_idlm", {"process.name": "none"}, "process.name='none' is unknown"),
     ("quickstart_idlm", {"process.schedule": "linear"}, "process.schedule='linear' is unknown"),
     ("quickstart_idlm", {"train.keep": "0"}, "train.keep=0 must be at least 1"),
-    ("quickstart_idlm", {"evaluate.every": "-1"}, "evaluate.every=-1 is negative"),
+    ("quickstart_idlm", {"evaluate.every": "-1"}, "evaluate.every=-1 must be at least 0"),
     ("quickstart_idlm", {"evaluate.patience": "0"}, "evaluate.patience=0 must be at least 1"),
     ("quickstart_idlm", {"objective.accumulate": "0"}, "objective.accumulate=0 must be at least"),
   ],

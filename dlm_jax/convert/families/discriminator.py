@@ -10,7 +10,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from dlm_jax import models
+from dlm_jax import fields, models
 from dlm_jax.convert import files, layout, mdlm_layout
 from dlm_jax.convert.families import dit
 from dlm_jax.convert.family import Beside
@@ -53,12 +53,10 @@ def load(source: pathlib.Path, config: dict[str, Any], overrides: dict[str, Any]
   if config["model_type"].lower() not in map(str.lower, dit.FAMILY.model_types):
     raise InputError(f"{source}: a discriminator needs the sizes of a denoiser.")
   sizes = dit.read_model(where, config, overrides).config
-  ours = config.get("dlm_jax")
-  stored = ours.get("discriminator", {}) if isinstance(ours, dict) else {}
-  trained = stored.get("trained_layers", min(4, sizes.layers))
-  if not isinstance(trained, int) or not 1 <= trained <= sizes.layers:
-    raise InputError(f"{where}: trained_layers={trained!r} must be in 1 … {sizes.layers}.")
-  return from_tensors(models.Discriminator(sizes, trained_layers=trained), tensors, source)
+  stored = fields.part(f"{where}: dlm_jax", config.get("dlm_jax", {}), "discriminator")
+  kinds = {"trained_layers": fields.Whole(1, sizes.layers)}
+  facts = fields.read(where, stored, kinds, {"trained_layers": min(4, sizes.layers)})
+  return from_tensors(models.Discriminator(sizes, **facts), tensors, source)
 
 
 def from_tensors(

@@ -13,6 +13,9 @@ from dlm_jax import models, process
 from dlm_jax.convert import mdlm_layout, processes
 from dlm_jax.convert.family import Family
 from dlm_jax.errors import InputError
+from dlm_jax.fields import Number, Switch, shown
+from dlm_jax.fields import read as read_fields
+from dlm_jax.models.dit import SIZES
 from dlm_jax.process import Process
 
 
@@ -74,8 +77,7 @@ def read(
   model = read_model(where, config, overrides)
   name = config["model_type"]
   known, size = _kind(config).processes, model.config.vocab_size
-  ours = config.get("dlm_jax", {})
-  stored = ours.get("process") if isinstance(ours, dict) else ours
+  stored = config.get("dlm_jax", {}).get("process")
   if stored is None:
     mask = {} if known[0] == "uniform" else {"mask_id": size - 1}
     return model, process.NAMES[known[0]](vocab_size=size, **mask)
@@ -97,9 +99,8 @@ def read_model(where: str, config: dict[str, Any], overrides: dict[str, Any]) ->
   fields = numbers(where, config, keys)
   fields["time_conditioning"] = _time_conditioning(where, config, kind)
   if config.get("causal", False):
-    raise InputError(
-      f"{where}: causal={config['causal']!r}; only causal false loads as {config['model_type']}."
-    )
+    given = shown(config["causal"])
+    raise InputError(f"{where}: causal={given}; only causal false loads as {config['model_type']}.")
   try:
     return models.DiT(models.DiTConfig(**fields, **overrides))
   except ValueError as error:
@@ -110,15 +111,12 @@ def numbers(where: str, config: dict[str, Any], keys: dict[str, str]) -> dict[st
   """Return our fields from a config's; `keys` are public key -> ours.
 
   Raises:
-    InputError: one is missing or no number.
+    InputError: one is missing, no number, or out of range.
   """
-  for key in keys:
-    if key not in config:
-      raise InputError(f"{where} lacks {key!r}.")
-    if isinstance(config[key], bool) or not isinstance(config[key], int | float):
-      raise InputError(f"{where}: {key}={config[key]!r} is not a number.")
-  fields = {ours: config[public] for public, ours in keys.items()}
-  return {**fields, "mlp_ratio": config.get("mlp_ratio", 4)}
+  keys = {**keys, "mlp_ratio": "mlp_ratio"}
+  kinds = {public: SIZES.get(ours, Number("[0, 1)")) for public, ours in keys.items()}
+  found = read_fields(where, config, kinds, {"mlp_ratio": 4})
+  return {ours: found[public] for public, ours in keys.items()}
 
 
 def _kind(config):
@@ -128,9 +126,8 @@ def _kind(config):
 
 def _time_conditioning(where, config, kind):
   fixed = kind.time_conditioning
-  given = config.get("time_conditioning", bool(fixed))
-  if not isinstance(given, bool):
-    raise InputError(f"{where}: time_conditioning={given!r} is neither true nor false.")
+  name, absent = "time_conditioning", bool(fixed)
+  given = read_fields(where, config, {name: Switch()}, {name: absent})[name]
   if fixed is not None and given != fixed:
     raise InputError(
       f"{where} contradicts itself: model_type {config['model_type']} has time_conditioning "

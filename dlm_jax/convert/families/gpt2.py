@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from dlm_jax import fields
 from dlm_jax.convert import layout
 from dlm_jax.convert.family import Family
 from dlm_jax.convert.layout import Entry
@@ -43,12 +44,14 @@ def read(
     raise InputError(f"{where}: {strange[0]} is no choice of a GPT-2.")
   for key, value in _REQUIRED.items():
     if config.get(key, value) != value:
-      raise InputError(f"{where}: {key}={config[key]!r} is not supported; it must be {value!r}.")
-  names = {field.name for field in dataclasses.fields(GPT2Config)}
+      given = fields.shown(config[key])
+      raise InputError(f"{where}: {key}={given} is not supported; it must be {value!r}.")
+  ours = dataclasses.fields(GPT2Config)
+  given = {field.name: fields.annotated(field.type) for field in ours if field.name in config}
   try:
-    return GPT2(GPT2Config(**{key: value for key, value in config.items() if key in names})), None
-  except TypeError as error:
-    raise InputError(f"{where} is not a GPT-2 configuration: {error}.") from error
+    return GPT2(GPT2Config(**fields.read("", config, given))), None
+  except ValueError as error:
+    raise InputError(f"{where}: {error}") from None
 
 
 def describe(model: GPT2, proc: None) -> dict[str, Any]:

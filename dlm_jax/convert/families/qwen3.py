@@ -17,6 +17,9 @@ from dlm_jax.convert import files, layout
 from dlm_jax.convert.family import Family
 from dlm_jax.convert.layout import Entry
 from dlm_jax.errors import InputError
+from dlm_jax.fields import Items, Number, Object, Objects, Optional, Switch, Text, Whole, shown
+from dlm_jax.fields import read as read_fields
+from dlm_jax.models.dit import SIZES
 from dlm_jax.process import Process
 
 # (public name, our path, transposed).
@@ -35,7 +38,8 @@ _LAYER = (
   ("post_attention_layernorm", "norm2/scale", False),
 )
 _PARTS = ("gate", "up", "down")
-_MASK = "<|MASK|>"
+_MASK, _ID = "<|MASK|>", "mask_token_id"
+_POSITIVE = Number("(0, ∞)")
 _FIELDS = {  # public key -> ours
   "vocab_size": "vocab_size",
   "hidden_size": "dim",
@@ -94,40 +98,35 @@ def _read_model(source, config, overrides):
   where = source / "config.json"
   for key, value in _REQUIRED.items():
     if config.get(key, value) not in (value, None):
-      raise InputError(f"{where}: {key}={config[key]!r} is not supported; it must be {value!r}.")
+      given = shown(config[key])
+      raise InputError(f"{where}: {key}={given} is not supported; it must be {value!r}.")
   keys = dict(_FIELDS)
   if config["model_type"].lower().endswith("_moe"):
     keys |= _EXPERTS
-  fields = {ours: _number(where, config, public) for public, ours in keys.items()}
-  fields["eps"] = _number(where, config, "rms_norm_eps", float)
-  fields["tied"] = _switch(where, config, "tie_word_embeddings", False)
-  if "experts" in fields:
-    fields["normalize_gate"] = _switch(where, config, "norm_topk_prob", None)
-  fields["rope_theta"], yarn = _rotary(where, config)
+  kinds = {public: Whole(1, SIZES[ours].most) for public, ours in keys.items()}
+  kinds |= {"rms_norm_eps": _POSITIVE, "tie_word_embeddings": Switch()}
+  if "num_experts" in keys:
+    kinds["norm_topk_prob"] = Switch()
+  given = {key: value for key, value in config.items() if value is not None}  # null: not said
+  found = read_fields(where, given, kinds, {"tie_word_embeddings": False})
+  keys |= {"rms_norm_eps": "eps", "tie_word_embeddings": "tied", "norm_topk_prob": "normalize_gate"}
+  options = {keys[public]: value for public, value in found.items()}
+  options["rope_theta"], yarn = _rotary(where, config)
   if yarn is not None:
-    fields |= {"yarn": yarn, "length": max(fields["length"], yarn.length)}
+    options |= {"yarn": yarn, "length": max(options["length"], yarn.length)}
   try:
-    return models.Decoder(models.DecoderConfig(**fields, **overrides))
+    return models.Decoder(models.DecoderConfig(**options, **overrides))
   except ValueError as error:
     raise InputError(f"{where}: {error}") from None
 
 
-def _number(where, config, key, kind=int):
-  value = config.get(key)
-  if value is None:
-    raise InputError(f"{where} lacks {key!r}.")
-  if isinstance(value, bool) or not isinstance(value, int | float) or value != kind(value):
-    raise InputError(f"{where}: {key}={value!r} is not {'a whole' if kind is int else 'a'} number.")
-  if value <= 0:
-    raise InputError(f"{where}: {key}={value!r} must be above 0.")
-  return kind(value)
+def _number(where, config, key, kind=float):
+  wanted = _POSITIVE if kind is float else Whole(1)
+  return read_fields(where, config, {key: wanted})[key]
 
 
 def _switch(where, config, key, default):
-  value = config.get(key, default)
-  if not isinstance(value, bool):
-    raise InputError(f"{where}: {key}={value!r} is neither true nor false.")
-  return value
+  return read_fields(where, config, {key: Switch()}, {key: default})[key]
 
 
 def _rotary(where, config):
@@ -193,13 +192,13 @@ def mask_id(source: pathlib.Path | str, config: dict[str, Any]) -> int:
     InputError: neither is there.
   """
   source = pathlib.Path(source)
-  given = config.get("mask_token_id")
+  kind = Optional(Whole())
+  given = read_fields(f"{source}/config.json", config, {_ID: kind}, {_ID: None})[_ID]
   if given is not None:
-    if isinstance(given, bool) or not isinstance(given, int):
-      raise InputError(f"{source}/config.json: mask_token_id={given!r} is not a whole number.")
     return given
   for name in ("tokenizer_config.json", "tokenizer.json", "added_tokens.json"):
-    if (source / name).is_file() and (found := _added(files.read_json(source / name))) is not None:
+    file = source / name
+    if file.is_file() and (found := _added(file, files.read_json(file))) is not None:
       return found
   raise InputError(
     f"{source} names no mask: config.json has no mask_token_id and the tokenizer beside it no "
@@ -207,16 +206,24 @@ def mask_id(source: pathlib.Path | str, config: dict[str, Any]) -> int:
   )
 
 
-def _added(content):
+def _added(file, content):
   """Return the id of the mask in any of the three ways in which files list added tokens."""
-  for number, token in (content.get("added_tokens_decoder") or {}).items():
-    if token.get("content") == _MASK:
+  token = Object({"content": Text()})
+  kinds = {
+    "added_tokens_decoder": Optional(Objects(token)),
+    "added_tokens": Optional(Items(token)),
+    _MASK: Optional(Whole()),
+  }
+  given = read_fields(file, content, kinds, dict.fromkeys(kinds))
+  for number, one in (given["added_tokens_decoder"] or {}).items():
+    if one["content"] == _MASK:
+      if not number.isdecimal():
+        raise InputError(f"{file}: added_tokens_decoder has {number!r}, which is not an id.")
       return int(number)
-  listed = content.get("added_tokens") or []
-  for token in listed if isinstance(listed, list) else []:
-    if token.get("content") == _MASK:
-      return int(token["id"])
-  return content.get(_MASK)
+  for one in given["added_tokens"] or ():
+    if one["content"] == _MASK:
+      return read_fields(file, one, {"id": Whole()})["id"]
+  return given[_MASK]
 
 
 def describe(model: models.Decoder, proc: Process | None) -> dict[str, Any]:

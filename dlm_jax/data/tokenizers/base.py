@@ -31,6 +31,8 @@ def check_text(text: str, what: str = "the text") -> None:
   Raises:
     InputError: it is no such text.
   """
+  if not isinstance(text, str):
+    raise InputError(f"a tokenizer reads text, got a {type(text).__name__}.")
   try:
     text.encode()
   except UnicodeEncodeError as error:

@@ -9,6 +9,7 @@ import os
 import pathlib
 from collections.abc import Iterable, Iterator
 
+from dlm_jax import json_file
 from dlm_jax.data.tokenizers.base import EOS, Base, canonical
 from dlm_jax.errors import InputError
 
@@ -138,7 +139,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPE:
     show_progress=False,
   )
   backend.train_from_iterator(_nonempty(texts), trainer)
-  model = json.loads(backend.to_str())["model"]
+  model = json_file.parse(backend.to_str())["model"]
   vocab = dict(model["vocab"])
   if len(vocab) < vocab_size - 1:
     raise InputError(

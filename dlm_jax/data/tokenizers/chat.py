@@ -19,6 +19,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from dlm_jax import json_file
 from dlm_jax.data.tokenizers import qwen3
 from dlm_jax.data.tokenizers.base import EOS, canonical, check_text
 from dlm_jax.data.tokenizers.bpe import BPE, splitting
@@ -186,7 +187,7 @@ class ChatBPE(BPE):
     """Write what `tokenizers.load` reads, the chat template among it."""
     super().save(directory)
     file = pathlib.Path(directory) / "tokenizer_config.json"
-    config = json.loads(file.read_text(encoding="utf-8"))
+    config = json_file.read_object(file)
     config |= {"bos_token": None, "tokenizer_class": _CLASSES[0]}
     if self.template is not None:
       config |= dict(self.template.tokens)

@@ -7,11 +7,11 @@ a text, how a conversation is written. All are read; what they name must be in t
 
 import dataclasses
 import functools
-import json
 import pathlib
 from collections.abc import Container, Mapping
 from typing import Any
 
+from dlm_jax import json_file
 from dlm_jax.data.tokenizers.base import EOS
 from dlm_jax.errors import InputError
 
@@ -29,12 +29,10 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     InputError: it is unreadable, or holds something else.
   """
   try:
-    value = json.loads(path.read_text(encoding="utf-8"))
-  except (OSError, ValueError, RecursionError) as error:
-    raise InputError(f"tokenizer: {path} is not readable JSON: {error}.") from error
-  if not isinstance(value, dict):
-    raise InputError(f"tokenizer: {path} holds a {type(value).__name__}, not a JSON object.")
-  return value
+    return json_file.read_object(path)
+  except (OSError, ValueError) as error:
+    problem = getattr(error, "strerror", None) or error
+    raise InputError(f"tokenizer: {path} is not readable JSON: {problem}.") from error
 
 
 def vocabulary(content: Mapping[str, Any]) -> dict[str, int]:

@@ -4,7 +4,7 @@
 import os
 import pathlib
 
-from dlm_jax import remote
+from dlm_jax import fields, remote
 from dlm_jax.data.tokenizers import bytes, chat, esm
 from dlm_jax.data.tokenizers.base import canonical
 from dlm_jax.data.tokenizers.bpe import BPE, byte_level
@@ -14,11 +14,15 @@ from dlm_jax.data.tokenizers.esm import Esm
 from dlm_jax.errors import InputError
 
 Tokenizer = Bytes | BPE | Esm
+# What is read here of a tokenizer.json; it may be missing.
+_TOKEN = fields.Object({"content": fields.Text()})
+_CONTENT = {"added_tokens": fields.Optional(fields.Items(_TOKEN))}
 _LAYOUTS = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
 
 
 def _load_file(path: pathlib.Path) -> Tokenizer:
   content = read_json(path)
+  fields.read(f"tokenizer: {path}", content, _CONTENT, dict.fromkeys(_CONTENT))
   if content in (bytes.CONTENT, esm.CONTENT):
     return Bytes() if content == bytes.CONTENT else Esm()
   directory = Directory(path.parent)
@@ -41,6 +45,8 @@ def _load_file(path: pathlib.Path) -> Tokenizer:
 
 def _load_merges(vocab_path: pathlib.Path, merges_path: pathlib.Path) -> BPE:
   vocab, directory = read_json(vocab_path), Directory(vocab_path.parent)
+  id_ = fields.Whole(0, fields.MOST)
+  fields.read(f"tokenizer: {vocab_path}", vocab, dict.fromkeys(vocab, id_))
   try:
     lines = merges_path.read_text(encoding="utf-8").split("\n")
     merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]

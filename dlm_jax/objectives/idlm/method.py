@@ -22,6 +22,7 @@ from jaxtyping import Array, Float
 
 from dlm_jax.arrays import KeyB, Metrics, Params
 from dlm_jax.errors import check_choice
+from dlm_jax.fields import Number
 from dlm_jax.models import DiT
 from dlm_jax.models.dit import head_params
 from dlm_jax.objectives.batch import Batch, counted, split_each, stratified_times
@@ -179,6 +180,7 @@ class Options(ChunkedOptions):
   def __post_init__(self):
     super().__post_init__()
     check_choice("objective.time_coupling", self.time_coupling, TIME_COUPLINGS)
+    Number("(0, ∞)").check("objective.tau", self.tau)
 
 
 def hard_states(model: DiT, process: Absorbing, options: Options) -> HardStates:
