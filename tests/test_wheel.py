@@ -111,7 +111,7 @@ def test_metadata(wheel):
   assert told["Name"] == "dlm_jax" and told["License-Expression"] == "Apache-2.0"
   assert told["Version"] == "0.1.0", "the fallback: a copy has no tags"
   assert told["Requires-Python"] == ">=3.11"
-  extras = {"test", "cuda13", "tpu", "eval", "notebooks", "hub", "serve"}
+  extras = {"test", "cuda13", "tpu", "eval", "notebooks", "hub", "serve", "chat"}
   assert set(told.get_all("Provides-Extra")) == extras
   needed = [line for line in told.get_all("Requires-Dist") if "extra ==" not in line]
   assert len(needed) == 17 and all(">=" in line and "<" not in line for line in needed)
