@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import published_table
 import pytest
 import recorded
 import tiny
@@ -62,6 +63,8 @@ def test_golden_states(golden, variant):
   for time, name in ((pair.t, "t"), (pair.s, "s")):
     np.testing.assert_allclose(schedule.gamma(time), vectors[f"gamma_{name}"], rtol=1e-5)
     alpha = vectors[f"alpha_{name}"][:, 0]
+    looked_up = published_table.alpha(config["V"], vectors[f"gamma_{name}"].ravel())
+    np.testing.assert_allclose(looked_up, alpha, rtol=1e-9)
     np.testing.assert_allclose(schedule.alpha(time), alpha, atol=3e-4)  # a table of 10,000 points
 
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import published_table
 import pytest
 import recorded
 import tiny
@@ -87,6 +88,11 @@ def test_golden_soft_loss(golden, variant):
   setting = Setting(model=model, process=exact, chunk=4)
   each = _token_nll(params, inputs, batch, None, setting=setting)
   recorded.close(each, vectors["nll_per_token"], 2e-5)
+  table = config["V"], vectors["gamma_t"].ravel()
+  np.testing.assert_allclose(published_table.alpha(*table), vectors["alpha_t"].ravel(), rtol=1e-9)
+  width = config["gamma_max"] - config["gamma_min"]
+  slope = published_table.dalpha(table[0], table[1].astype(np.float64), width)
+  np.testing.assert_allclose(slope, vectors["dalpha_t"].ravel(), rtol=1e-9)
   ours = duality.process.schedule  # the recorded table has 10,000 nearest points, α' differences
   np.testing.assert_allclose(ours.alpha(batch["t"]), vectors["alpha_t"], atol=3e-4)
   np.testing.assert_allclose(ours.dalpha(batch["t"]), vectors["dalpha_t"], rtol=0.3)

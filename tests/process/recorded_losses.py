@@ -21,4 +21,4 @@ def check(proc, vectors, nll_name, *, nll_atol, gradient_atol):
   np.testing.assert_allclose(nll, vectors[nll_name], rtol=1e-5, atol=nll_atol)
   wanted = vectors["grad_mean_nll_wrt_logits"]
   atol = gradient_atol * np.abs(wanted).max()
-  np.testing.assert_allclose(gradient, wanted, rtol=1e-4, atol=atol)
+  np.testing.assert_allclose(gradient, wanted, rtol=2e-5, atol=atol)

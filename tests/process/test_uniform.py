@@ -385,21 +385,30 @@ def test_golden_losses(golden, variant):
   np.testing.assert_allclose(network, vectors["network_nll_per_token"], rtol=2e-5, atol=1e-5)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rounded(schedules.LogLinear):
+  """α in float32, as the reference has it where all else is in float64."""
+
+  def alpha(self, t):
+    return super().alpha(t.astype(jnp.float32)).astype(t.dtype)
+
+
 @pytest.mark.parametrize("variant", ["a", pytest.param("b", marks=pytest.mark.slow)])
 def test_golden_posteriors(golden, variant):
   vectors, config = golden(f"udlm_losses__{variant}")
   with jax.enable_x64(True):
-    proc = _uniform(vocab_size=config["V"])
+    # Not compiled: a compiler may round α once where it was rounded twice.
+    proc = process.Uniform(vocab_size=config["V"], schedule=Rounded())
     xt = jnp.asarray(vectors["xt"])
     log_x0 = jnp.asarray(vectors["log_x_theta"], jnp.float64)
     truth = jnp.where(jax.nn.one_hot(vectors["x0"], config["V"]) > 0, 0.0, -1e6)
     s, t = (jnp.asarray(vectors[name], jnp.float64) for name in ("s", "t"))
     posterior = jax.vmap(proc.posterior)
     for ours, name, tolerance in (
-      (posterior(truth, xt, s, t), "posterior_from_onehot_x0", 1e-6),  # α in float32 there
-      (posterior(log_x0, xt, s, t), "posterior_from_x_theta", 1e-6),
-      (posterior(log_x0, xt, s, t), "posterior_from_x_theta_f64", 1e-7),
-      (posterior(log_x0, xt, 0 * s, t), "posterior_to_t0_f64", 1e-7),
+      (posterior(truth, xt, s, t), "posterior_from_onehot_x0", 2e-7),
+      (posterior(log_x0, xt, s, t), "posterior_from_x_theta", 2e-7),
+      (posterior(log_x0, xt, s, t), "posterior_from_x_theta_f64", 1e-9),
+      (posterior(log_x0, xt, 0 * s, t), "posterior_to_t0_f64", 1e-9),
     ):
       np.testing.assert_allclose(ours, vectors[name], rtol=0, atol=tolerance, err_msg=name)
       np.testing.assert_allclose(ours.sum(-1), 1.0, rtol=1e-6)

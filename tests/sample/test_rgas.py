@@ -67,10 +67,11 @@ def test_golden_tilt(recorded, h):
   _close(scores, v[f"tilt_h{h}/discriminator_scores_soft"][..., 0])
   _close(jnp.sum(jnp.where(r.masked, scores, 0)), v[f"tilt_h{h}/reward_sum"], 1e-5)
   tilted, gradient = _tilted(r.critic, logits, r.x, r.masked, r.sigma, h)
-  _close(gradient, v[f"tilt_h{h}/grad_clipped"], 1e-4)
+  _close(gradient, v[f"tilt_h{h}/grad_clipped"])
   masked = np.asarray(r.masked)
-  _close(np.asarray(tilted)[masked], v[f"tilt_h{h}/tilted_logits"][masked], 1e-4)
+  _close(np.asarray(tilted)[masked], v[f"tilt_h{h}/tilted_logits"][masked])
   weights = np.asarray(r.weights(tilted))[masked]
+  _close(weights, v[f"tilt_h{h}/q_xs"][masked])
   np.testing.assert_allclose(weights, v[f"tilt_h{h}/q_xs"][masked], rtol=2e-3, atol=1e-7)
   drawn = draw.race(jnp.asarray(v[f"tilt_h{h}/q_xs"]), jnp.asarray(v["tilt/uniform"]))
   np.testing.assert_array_equal(drawn, v[f"tilt_h{h}/draw"])
@@ -84,9 +85,15 @@ def test_golden_ranking(recorded):
   t_s = r.process.schedule.inverse(jnp.exp(-jnp.asarray(v["rerank/sigma_s"][0])))
   score = jax.jit(lambda x: _guide(r.critic, r.process, x, reward="all").score(x, t_s))
   one = np.stack([score(candidates[:1, m]) for m in range(candidates.shape[1])])
-  _close(one[:, 0], v["rerank/rewards"][0], 1e-4)
+  _close(one[:, 0], v["rerank/rewards"][0])
+  times = [r.process.schedule.inverse(jnp.exp(-jnp.asarray(s))) for s in v["rerank/sigma_s"]]
+  rows = [
+    [_guide(r.critic, r.process, x[None], reward="all").score(x[None], t)[0] for x in row]
+    for row, t in zip(candidates, times, strict=True)
+  ]
+  _close(rows, v["rerank/rewards"])
   probs = jax.nn.softmax(jnp.asarray(v["rerank/rewards"]).T, axis=0)
-  _close(probs.T, v["rerank/probs"], 2e-4)
+  _close(probs.T, v["rerank/probs"])
   choice = draw.race(jnp.asarray(v["rerank/probs"]), jnp.asarray(v["rerank/uniform_choice"]))
   np.testing.assert_array_equal(choice, v["rerank/choice"][:, 0])
 

@@ -304,7 +304,7 @@ def test_golden_probabilities_and_draws(recorded, name, options):
   s_B = jnp.zeros_like(t_B) if options.get("final") else t_B - vectors["dt"]
   alpha = proc.schedule.alpha
   ours = _rows(p, x, alpha(s_B), alpha(t_B), options.get("kappa", 1.0))
-  np.testing.assert_allclose(ours, vectors[f"{name}_probs"], rtol=1e-4, atol=1e-6)
+  np.testing.assert_allclose(ours, vectors[f"{name}_probs"], rtol=2e-5, atol=1e-7)
   drawn = draw.race(ours, jnp.asarray(vectors["uniform"]))
   np.testing.assert_array_equal(drawn, vectors[f"{name}_next"])
 
