@@ -5,6 +5,7 @@ All share the names of Qwen3's tensors; `model_type` tells them apart. SDAR and 
 token; their process is an absorbing one that says which.
 """
 
+import math
 import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from dlm_jax import models, process
-from dlm_jax.convert import files, layout, rotary
+from dlm_jax.convert import files, layout
 from dlm_jax.convert.family import Family
 from dlm_jax.convert.layout import Entry
 from dlm_jax.errors import InputError
@@ -49,6 +50,16 @@ _EXPERTS = {
   "num_experts": "experts",
   "num_experts_per_tok": "experts_per_token",
   "moe_intermediate_size": "expert_dim",
+}
+_ROTARY = ("rope_parameters", "rope_scaling")
+_WEIGHTS = ("mscale", "mscale_all_dim")  # of two factors of attention, one over the other
+_YARN = {  # public key -> ours, "": read apart
+  "factor": "factor",
+  "original_max_position_embeddings": "",
+  "beta_fast": "beta_fast",
+  "beta_slow": "beta_slow",
+  "attention_factor": "attention",
+  **dict.fromkeys((*_WEIGHTS, "truncate", "rope_type", "type", "rope_theta"), ""),
 }
 _DENSE = ("hidden_act", "attention_bias", "use_sliding_window")
 # Variants of the architecture that would change the numbers; absent means the value given here.
@@ -92,7 +103,7 @@ def _read_model(source, config, overrides):
   fields["tied"] = _switch(where, config, "tie_word_embeddings", False)
   if "experts" in fields:
     fields["normalize_gate"] = _switch(where, config, "norm_topk_prob", None)
-  fields["rope_theta"], yarn = rotary.read(where, config)
+  fields["rope_theta"], yarn = _rotary(where, config)
   if yarn is not None:
     fields |= {"yarn": yarn, "length": max(fields["length"], yarn.length)}
   try:
@@ -117,6 +128,49 @@ def _switch(where, config, key, default):
   if not isinstance(value, bool):
     raise InputError(f"{where}: {key}={value!r} is neither true nor false.")
   return value
+
+
+def _rotary(where, config):
+  """Return θ and how positions are stretched; newer files keep both among `rope_parameters`."""
+  nested, scaling = ({} if config.get(key) is None else config[key] for key in _ROTARY)
+  for key, value in zip(_ROTARY, (nested, scaling), strict=True):
+    if not isinstance(value, dict):
+      raise InputError(f"{where}: {key}={value!r} is no object; leave it out, or give its fields.")
+  scaling = scaling or nested
+  base = _number(where, {**nested, **config}, "rope_theta", float)
+  kind = scaling.get("rope_type", scaling.get("type", "default"))
+  if kind == "default":
+    return base, None
+  if kind != "yarn":
+    raise InputError(
+      f"{where}: rotary positions of type {kind!r} are not supported; default and yarn are."
+    )
+  return base, _yarn(where, config, scaling)
+
+
+def _yarn(where, config, scaling):
+  """Return how YaRN stretches positions; what is null is as if it were not there."""
+  given = {key: value for key, value in scaling.items() if value is not None}
+  if strange := sorted(set(given) - set(_YARN)):
+    raise InputError(f"{where}: {strange[0]!r} is unknown to yarn; known: {', '.join(_YARN)}.")
+  original = "original_max_position_embeddings"
+  trained = next((x for x in (given, config) if x.get(original) is not None), None)
+  if trained is None:
+    trained, original = config, "max_position_embeddings"
+  numbers = {
+    ours: _number(where, given, key, float) for key, ours in _YARN.items() if ours and key in given
+  }
+  weights = [_number(where, given, key, float) for key in _WEIGHTS if key in given]
+  if "factor" not in numbers:
+    raise InputError(f"{where} lacks 'factor' of yarn, how many times the length is stretched.")
+  if len(weights) == 2 and "attention" not in numbers:
+    over, under = (0.1 * weight * math.log(max(numbers["factor"], 1)) + 1 for weight in weights)
+    numbers["attention"] = over / under
+  numbers["original_length"] = _number(where, trained, original)
+  try:
+    return models.Yarn(**numbers, truncate=_switch(where, given, "truncate", True))
+  except ValueError as error:
+    raise InputError(f"{where}: {error}") from None
 
 
 def _read_process(source, config, model):
@@ -190,12 +244,18 @@ def describe(model: models.Decoder, proc: Process | None) -> dict[str, Any]:
   config |= {
     "rms_norm_eps": cfg.eps,
     "rope_theta": cfg.rope_theta,
-    "rope_scaling": rotary.describe(cfg.yarn),
+    "rope_scaling": None if cfg.yarn is None else _stretched(cfg.yarn),
     "tie_word_embeddings": cfg.tied,
   }
   if proc is not None:
     config["mask_token_id"] = proc.mask_id
   return config
+
+
+def _stretched(yarn):
+  fields = {key: getattr(yarn, ours) for key, ours in _YARN.items() if ours}
+  fields |= {"original_max_position_embeddings": yarn.original_length, "truncate": yarn.truncate}
+  return {"rope_type": "yarn", **{key: x for key, x in fields.items() if x is not None}}
 
 
 def entries(model: models.Decoder) -> Iterator[Entry]:
