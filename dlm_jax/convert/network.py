@@ -193,8 +193,8 @@ def load(
 ) -> tuple[Any, Params, Process | None]:
   """Load a network from config.json and the weights beside it.
 
-  Weights are model.safetensors or its shards; pytorch_model.bin; or one Lightning *.ckpt. The
-  latter two are read without torch and without running anything they contain.
+  Weights are model.safetensors or pytorch_model.bin, either in shards too, or one Lightning *.ckpt.
+  All but the first are read without torch and without running anything they contain.
 
   Args:
     path: directory in the Hugging Face layout, or the file of weights next to a config.json; or the

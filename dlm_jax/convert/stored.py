@@ -86,7 +86,7 @@ class Scaled:
     if self._block:
       scale = scale.reshape(scale.shape + (1,) * (len(self.shape) - scale.ndim))
       for axis, (size, count) in enumerate(zip(self._block, self.shape, strict=True)):
-        scale = np.repeat(scale, size, axis).take(range(count), axis)
+        scale = np.repeat(scale, min(size, count), axis).take(range(count), axis)
     else:
       scale = scale.reshape((1,) * len(self.shape))
     value = np.asarray(self._value).astype(np.float32) * scale

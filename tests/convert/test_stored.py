@@ -170,6 +170,12 @@ _EIGHT = {
     _by_hand(_SMALL_BLOCKS, 64, 50),
     {"quantization_config": {"weight_block_size": [64, 50]}},
   ),
+  "blocks longer than the tensor": (
+    "_scale_inv",
+    _BLOCKS[:1],
+    _by_hand(_BLOCKS[:1], 10**12, 128),
+    {"quantization_config": {"weight_block_size": [10**12, 128]}},
+  ),
   "rows": ("_scale", _PER_ROW, np.broadcast_to(_PER_ROW, (_ROWS, _COLUMNS)), {}),
   "rows, flat": ("_scale", _PER_ROW[:, 0], np.broadcast_to(_PER_ROW, (_ROWS, _COLUMNS)), {}),
   "one": ("_scale", np.float32(0.25), 0.25, {}),
