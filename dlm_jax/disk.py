@@ -36,12 +36,12 @@ def refusal(error: BaseException) -> str | None:
 
   Libraries that write files themselves raise types of their own, with these words in the text.
   """
-  number = error.errno if isinstance(error, OSError) else None
-  if number is None:
+  number, said = (error.errno, error.strerror) if isinstance(error, OSError) else (None, None)
+  if not number:
     text = str(error)
     number = next((n for n in _REFUSALS if os.strerror(n) in text), None)
-  if number is None:
-    return None
+  if not number:
+    return said
   helps = "; free space and run the same command again" if number in _FULL else ""
   return f"{os.strerror(number)}{helps}"
 

@@ -26,6 +26,9 @@ from dlm_jax.errors import InputError
 from dlm_jax.train import checksums
 
 _ITEMS = ("state", "extra")
+# What says nothing of a checkpoint itself: the same may work later, or on a larger machine.
+_PASSING = ("UNAVAILABLE", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED", "ABORTED", "CANCELLED")
+_PASSING += ("PERMISSION_DENIED", "UNAUTHENTICATED", "Permission denied", "Input/output error")
 # What makes a run this run. Of two groups, fields that change speed or frequency alone are free.
 _IDENTITY = (
   "data",
@@ -160,6 +163,8 @@ class Checkpoints:
       try:
         found = self._restore(like, step)
       except InputError as error:
+        if any(word in str(error.__cause__) for word in _PASSING):
+          raise
         problem = error
       if not meshes.any_host(found is None):  # all hosts take the same one
         self._damaged = steps[: len(problems)]

@@ -51,7 +51,11 @@ class Writer:
         temporary.replace(self._path)
       self._file = self._path.open("a")
     if tensorboard:
-      self._board = _Board(workdir / "tensorboard", resume_from)
+      try:
+        self._board = _Board(workdir / "tensorboard", resume_from)
+      except InputError:
+        self._file.close()
+        raise
     if wandb_project:
       import wandb
 

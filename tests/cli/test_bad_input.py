@@ -284,6 +284,50 @@ def test_workdir_below_a_file(fails, tiny, tmp_path):
   assert (tmp_path / "file").read_text() == "mine"
 
 
+@pytest.mark.parametrize("verb", ["train", "prepare", "sample", "frontier", "quickstart"])
+def test_names_that_are_too_long(fails, tiny, verb, tmp_path):
+  name = tmp_path / ("x" * 5000)
+  arguments = {
+    "train": [*tiny.flags("teacher"), f"--workdir={name}"],
+    "prepare": [*tiny.flags("judge", data__directory=name), "--config.data.options.tests=none"],
+    "sample": [f"--checkpoint={name}"],
+    "frontier": [f"--model=t={name}", f"--judge={tiny.judge}", f"--workdir={tmp_path}/f"],
+    "quickstart": [f"--workdir={name}"],
+  }
+  assert "File name too long" in fails(verb, *arguments[verb])
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+  "name, kind, said",
+  [
+    ("metrics.jsonl", "folder", "metrics.jsonl cannot be written: Is a directory"),
+    ("tensorboard", "file", "tensorboard cannot be written: File exists"),
+    ("checkpoints", "file", "cannot write checkpoints to"),
+    ("final", "file", "final is a file and not a folder; move it away"),
+  ],
+)
+def test_what_lies_in_a_workdir(fails, tiny, tmp_path, name, kind, said):
+  place = tmp_path / name
+  place.mkdir() if kind == "folder" else place.write_text("mine")
+  assert said in fails("train", *tiny.flags("teacher"), f"--workdir={tmp_path}")
+  assert place.is_dir() if kind == "folder" else place.read_text() == "mine"
+
+
+def test_damaged_records_end_a_training(fails, tiny, tmp_path):
+  """The loader reads in threads of its own; the line is the same."""
+  copy = pathlib.Path(shutil.copytree(tiny.data, tmp_path / "data"))
+  shard = next(copy.rglob("*train.array_record*"))
+  content = bytearray(shard.read_bytes())
+  content[::40] = bytes(byte ^ 255 for byte in content[::40])
+  head = shard.read_bytes()[: 2**16]  # the file opens: its ends are whole
+  shard.write_bytes(head + content[2**16 : -(2**17)] + shard.read_bytes()[-(2**17) :])
+  workdir = tmp_path / "run"
+  line = fails("train", *tiny.flags("teacher", data__directory=copy), f"--workdir={workdir}")
+  assert f"of train cannot be read from {shard.name}: " in line and "prepare it again" in line
+  assert not (workdir / "final").exists()
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
   """Return the workdir of a finished run of two steps."""

@@ -244,6 +244,20 @@ def test_a_damaged_checkpoint_is_passed_over(straight, tmp_path, caplog):
   _assert_same(straight, workdir)
 
 
+@pytest.mark.parametrize("why", ["UNAVAILABLE: try again", "RESOURCE_EXHAUSTED: out of memory"])
+def test_what_may_work_later_is_not_damage(straight, tmp_path, monkeypatch, why):
+  workdir, tried = shutil.copytree(straight, tmp_path / "run"), []
+
+  def fail(manager, step, **options):
+    tried.append(step)
+    raise ValueError(why)
+
+  monkeypatch.setattr(checkpoint.ocp.CheckpointManager, "restore", fail)
+  with pytest.raises(InputError, match=f"checkpoints/8 cannot be restored: {why}"):
+    _restore(workdir, None)
+  assert tried == [8] and (workdir / "checkpoints" / "8").exists()
+
+
 def test_no_checkpoint_is_left(straight, tmp_path):
   workdir = shutil.copytree(straight, tmp_path / "damaged")
   for step in (6, 8):
