@@ -17,7 +17,7 @@ import tiny_decoder
 import tiny_runs
 from safetensors import SafetensorError
 
-from dlm_jax import convert, models, process
+from dlm_jax import convert, models, process, schedules
 from dlm_jax.cli import main
 from dlm_jax.convert import files
 from dlm_jax.errors import InputError
@@ -51,6 +51,7 @@ def _one_nan(params):
 _CASES = {
   "dtype": ({"dtype": "int8"}, r"dtype='int8' is unknown; use one of float32, bfloat16"),
   "process": ({"proc": None}, r"a DiT is saved with its process, one of absorbing, .*uniform"),
+  "taken": ({"extra": {"process": None}}, r"extra: 'process' is what is stored of `proc`"),
   "object": ({"extra": {"a": object()}}, r"config.json cannot hold .* \(Object of type object"),
   "nan": ({"extra": {"a": float("nan")}}, r"config.json cannot hold .* not JSON compliant"),
   "block": ({"block_length": "x"}, r"block_length='x' is not a number of tokens; use 1 or more"),
@@ -96,6 +97,15 @@ def test_a_process_that_would_be_lost(tmp_path):
   with pytest.raises(InputError, match=r"block_length=True is not a number|block_size"):
     _save(tmp_path / "network", model, params, noise, block_length=True)
   assert not list(tmp_path.iterdir())
+
+
+def test_of_the_process_of_a_decoder_the_mask_is_kept(tmp_path):
+  """Its schedule is of its training; what is written of it reads back as the default one."""
+  model, params = tiny_decoder.make()
+  noise = {"vocab_size": tiny_decoder.V, "mask_id": 39}
+  trained = process.Absorbing(**noise, schedule=schedules.Polynomial(power=3.0, eps=0.01))
+  convert.save(tmp_path / "network", model, params, trained, block_length=4)
+  assert convert.load(tmp_path / "network")[2] == process.Absorbing(**noise)
 
 
 def test_a_network_is_replaced_and_nothing_else(tmp_path):
