@@ -42,8 +42,8 @@ def save(
 ) -> None:
   """Write a network as `load` reads it: config.json and model.safetensors, or shards.
 
-  The folder appears when it is whole, see `remote.publish`. A network that is there is replaced with
-  all that lies beside it; without `tokenizer`, the one that is there stays. What `load` would
+  The folder appears when it is whole, see `remote.publish`. A network that is there is replaced
+  with all that lies beside it; without `tokenizer`, the one that is there stays. What `load` would
   refuse is refused before anything is written.
 
   Args:
