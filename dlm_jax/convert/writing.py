@@ -17,6 +17,7 @@ from dlm_jax.errors import InputError, check_choice, hint
 from dlm_jax.process import Process
 
 _DTYPES = ("float32", "bfloat16")
+_WEIGHTS = (".safetensors", ".bin", ".ckpt", ".pt")
 
 
 @runtime_checkable
@@ -41,8 +42,9 @@ def save(
 ) -> None:
   """Write a network as `load` reads it: config.json and model.safetensors, or shards.
 
-  The folder appears when it is whole, see `remote.publish`; a network that is there is replaced as
-  a whole, what lies beside it too. What `load` would refuse is refused before anything is written.
+  The folder appears when it is whole, see `remote.publish`. A network that is there is replaced
+  with all that lies beside it; without `tokenizer`, the one that is there stays. What `load` would
+  refuse is refused before anything is written.
 
   Args:
     path: directory, created if needed; gs:// and the like too.
@@ -92,6 +94,8 @@ def save(
       _of_beside(name).save(fresh, network)
     if tokenizer is not None:
       tokenizer.save(fresh)
+    else:
+      _keep_tokenizer(epath.Path(path), fresh)
     (fresh / "config.json").write_text(text, encoding="utf-8")
 
 
@@ -126,6 +130,14 @@ def check_place(path: epath.PathLike) -> None:
       f"{path} holds {sorted(there)[0]} and no network that could be replaced; choose another "
       "directory."
     )
+
+
+def _keep_tokenizer(there: epath.Path, fresh: pathlib.Path) -> None:
+  """Copy what is neither weights nor config from the folder that is replaced."""
+  for file in there.iterdir() if there.is_dir() else ():
+    network = file.name == "config.json" or any(part in file.name for part in _WEIGHTS)
+    if not network and not file.is_dir():
+      file.copy(fresh / file.name)
 
 
 def _of_beside(name):
