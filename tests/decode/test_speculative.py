@@ -6,6 +6,7 @@ import functools
 import itertools
 
 import block_toy as script
+import golden_networks
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,7 +28,7 @@ from dlm_jax.models import Cache, Decoder, commit, masks
 
 def _recorded(golden, name, trees):
   vectors, config = golden(name)
-  found = {tree: tiny.recorded(vectors, config, tree) for tree in trees}
+  found = {tree: golden_networks.decoder(vectors, config, tree) for tree in trees}
   model = found[trees[0]][0]
   return vectors, config, model, {tree: params for tree, (_, params) in found.items()}
 

@@ -4,6 +4,7 @@
 import dataclasses
 import functools
 
+import golden_networks
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -102,7 +103,7 @@ def _deviation(layers, steps, carried, batch=24, **options):
 
 def _recorded(golden, name):
   vectors, config = golden(name)
-  return vectors, config, *tiny.recorded(vectors, config, "target")
+  return vectors, config, *golden_networks.decoder(vectors, config, "target")
 
 
 def _prefilled(model, params, tokens, slots):

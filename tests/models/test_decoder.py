@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 
+import golden_networks
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +19,7 @@ from dlm_jax.models.grouped_attention import attend_grouped
 
 def _recorded(golden, name):
   vectors, config = golden(name)
-  return vectors, config, *tiny.recorded(vectors, config)
+  return vectors, config, *golden_networks.decoder(vectors, config)
 
 
 def _close(actual, wanted, tolerance=2e-5):

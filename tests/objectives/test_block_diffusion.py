@@ -7,6 +7,7 @@ import functools
 import itertools
 from unittest import mock
 
+import golden_networks
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -72,7 +73,7 @@ SDAR_FILES = [f"sdar_train_{kind}__{x}" for kind in ("single", "packed") for x i
 def _sdar(load, name):
   """Return (vectors, config, model, params, the process, a batch with the recorded noise)."""
   vectors, config = load(name)
-  model, params = tiny.recorded(vectors, config, length=config["L"])
+  model, params = golden_networks.decoder(vectors, config, length=config["L"])
   proc = process.Absorbing(vocab_size=config["V"], mask_id=config["mask_token_id"], schedule=LINEAR)
   position = jnp.asarray(vectors["position_ids"], jnp.int32)
   document = jax.vmap(number_documents)(position)
