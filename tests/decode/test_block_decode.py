@@ -217,6 +217,7 @@ def test_garbage_in_the_cache_is_never_read():
 # --- batches --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_rows_do_not_depend_on_their_batch():
   """9.5-e, 9.4-d: permuted, subset and padded batches give every row what it had.
 
@@ -526,6 +527,7 @@ def test_untyped_keys_are_refused():
     sample.RowOptions.make(2, jax.random.PRNGKey(0))
 
 
+@pytest.mark.slow
 def test_no_key_is_used_twice():
   """One key per position and step, and none is used twice; a row's key only has children."""
   options = _options(block_length=2, threshold=0.3)

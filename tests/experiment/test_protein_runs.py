@@ -131,6 +131,7 @@ def test_a_student_is_judged_on_samples_of_validation_lengths(folder, teacher, t
   assert convert.load(tmp_path / "final")[2].blocked == GIVEN
 
 
+@pytest.mark.slow
 def test_samples_have_the_length_that_is_asked_for(teacher, capsys):
   pipe = dlm_jax.load(teacher)
   options = {"num": 3, "steps": 2}  # always the same: compiled once per bucket

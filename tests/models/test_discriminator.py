@@ -92,6 +92,7 @@ def test_evaluation_changes_no_state_and_a_step_only_the_spectral_one(network):
   np.testing.assert_array_equal(plain, model.apply(variables, TOKENS, SIGMA))
 
 
+@pytest.mark.slow
 def test_training_gradient_stops_below_the_trained_blocks(network):
   model, params, spectral = network
 

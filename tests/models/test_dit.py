@@ -113,6 +113,7 @@ def test_published_parameter_count():
   assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
 
 
+@pytest.mark.slow
 def test_initial_values():
   """Modulations and head start at 0: the network is uniform and every block the identity."""
   model, params = DiT(TINY), _initial()

@@ -588,6 +588,7 @@ def test_a_decoder_learns_next_tokens_under_a_causal_mask():
   assert (np.asarray(before[:, 5:]) != np.asarray(after[:, 5:])).any()
 
 
+@pytest.mark.slow
 def test_blocks_start_from_next_tokens():
   """The tree of a next-token network is that of a block network, its mask's row included."""
   model, params = _tiny()

@@ -96,7 +96,11 @@ def _noised(law_paths, path):
   return law_paths @ q_PS, q_PS
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["two steps", "one step"])
+@pytest.fixture(
+  scope="module",
+  params=[True, pytest.param(False, marks=pytest.mark.slow)],
+  ids=["two steps", "one step"],
+)
 def two_steps(request):
   return request.param
 

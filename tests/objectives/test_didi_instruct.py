@@ -211,6 +211,7 @@ def test_warmup_keeps_the_student():
   assert not tiny.equal(second.trees["student"], first.trees["student"])
 
 
+@pytest.mark.slow
 def test_prompts_stay():
   """Given tokens are in every state, on both sides of the discriminator, and never scored."""
   model, params = tiny.network()

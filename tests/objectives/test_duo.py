@@ -180,6 +180,7 @@ def test_prompts_reach_the_network_clean():
   recorded.close(embedded, model.apply({"params": params}, z, method="embedded"), 1e-6)
 
 
+@pytest.mark.slow
 def test_the_switch(monkeypatch):
   """Below the curriculum's end the inputs are soft, from it on hard: one compiled function."""
   batch, plain = tiny.batch(), _loss.__wrapped__
