@@ -286,6 +286,7 @@ def test_jit_equals_eager_and_compiles_once():
       _equal(eager, compiled, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_streaming():
   """Each round shows a longer decided prefix; the last one is the result of the compiled loop."""
   model, params, options, expected = _case("dynamic")
@@ -393,6 +394,7 @@ def test_law_through_decoding():
 # --- stop ids and boundaries ----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fold", _one(True, [True, False]))
 def test_stop_ids(fold):
   """9.5-d: first, in the middle and last in a block, in the prompt, at and beyond the limit."""

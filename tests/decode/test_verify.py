@@ -346,6 +346,7 @@ def test_stacked_is_step_by_step(layers):
   )
 
 
+@pytest.mark.slow
 def test_stacked_logits_do_not_see_other_states():
   """9.4-a: a state's logits do not change with what other states, or padding, hold."""
   model, params = _network(2)

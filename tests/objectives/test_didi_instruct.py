@@ -90,6 +90,7 @@ def _times(**options):
   return didi_instruct.draw_times(batch, Options(**options), tiny.PROCESS)
 
 
+@pytest.mark.slow
 def test_times_of_a_batch():
   batch = _times()
   np.testing.assert_array_equal(batch["t"], batch["t_mid"])
@@ -130,6 +131,7 @@ def _make(accumulate=1, **options):
   return objective, jax.jit(objective.init)(jax.random.key(0), params), params
 
 
+@pytest.mark.slow
 def test_everything_starts_from_the_teacher_and_the_check_sees_it():
   objective, state, params = _make()
   objective.check(state)
