@@ -96,6 +96,7 @@ def test_what_is_special_is_never_valid(folder):
   assert sorted(traced) == sorted(seen) == [8, 16], "compiled once per length"
 
 
+@pytest.mark.slow
 def test_a_teacher_keeps_what_it_needs_to_be_sampled(folder, teacher):
   rows = tiny_runs.metrics(teacher)
   assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]

@@ -400,6 +400,7 @@ def test_no_gradient_until_the_fake_has_moved():
   assert metrics["student/grad_norm"] > 0  # so the student saw the updated fake
 
 
+@pytest.mark.slow
 def test_fake_first_each_on_its_own_batch():
   objective, params = _objective()
   state = objective.init(jax.random.key(0), params)

@@ -55,6 +55,7 @@ def test_everything_is_written_without_training(done, capsys, monkeypatch):
   assert summary in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_again_nothing_is_measured_again(done, monkeypatch):
   arguments, workdir = done
   before = (workdir / "frontier.json").read_text()
