@@ -115,7 +115,7 @@ def open_continuation(
   source = places.find_network(path)
   network = convert.open_network(source, dtype=dtype or default_dtype(), weights=weights)
   words = _load_tokenizer(network, tokenizer)
-  if words.given_ids:
+  if words.framed:
     raise InputError(f"{source} is a judge of proteins; to write them load a denoiser.")
   return TextContinuation(
     model=network.model,
