@@ -81,6 +81,7 @@ def executed(tmp_path_factory):
   return execute
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_runs(executed, path):
   """Every cell runs; nbclient raises what a cell raises."""

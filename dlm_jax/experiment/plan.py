@@ -168,7 +168,7 @@ def read(config: ConfigDict, label: str = "") -> Plan:
   model, train = c["model"], dict(c["train"])
   family, keep = families.named(model["name"]), train.pop("keep")
   known = network_fields(family)
-  _check_belonging(c, family)
+  _check_belonging(c, family, known)
   loop = LoopConfig(
     **train,
     evaluate_every=c["evaluate"]["every"],
@@ -340,31 +340,32 @@ def network_fields(family: Family) -> tuple[str, ...]:
   return tuple(field for field in base().model if field in own)
 
 
-def _process_fields(c, family) -> tuple[str, ...]:
-  """Return the fields of `config.process` that the chosen network and process read."""
+def _process_fields(c, family, every) -> tuple[str, ...]:
+  """Return the fields of `config.process`, of all there are, that network and process read."""
   name = c["name"]
   if not family.processes:
     return ("name",) if name == "none" else ()
   if name == "none":  # before a training with a mask, which reads them all
-    return tuple(base().process)
+    return tuple(every)
   mask_id = ("mask_id",) if name in process.MASKED or name not in process.NAMES else ()
   power = ("power",) if c["schedule"] == "polynomial" else ()
   return ("name", *mask_id, "schedule", *power, "eps")
 
 
-def _check_belonging(c, family) -> None:
+def _check_belonging(c, family, known) -> None:
   """Raise InputError if a field is set that the network or the process does not read."""
-  model, noise = c["model"], c["process"]
+  model, noise, default = c["model"], c["process"], base()
   network = f"model.name={model['name']!r}"
   owner = f"process.name={noise['name']!r}, process.schedule={noise['schedule']!r}"
-  _check_group("model", model, ("name", *network_fields(family)), network)
+  _check_group("model", model, default.model, ("name", *known), network)
   owner = owner if family.processes else network
-  _check_group("process", noise, _process_fields(noise, family), owner)
+  read_of_noise = _process_fields(noise, family, default.process)
+  _check_group("process", noise, default.process, read_of_noise, owner)
 
 
-def _check_group(group, fields, belong, owner):
-  """Complain about a field that would do nothing; with the value of `base` it is not set."""
-  for field, default in base()[group].items():
+def _check_group(group, fields, unset, belong, owner):
+  """Complain about a field that would do nothing, unless it has the value it has unset."""
+  for field, default in unset.items():
     if field not in belong and fields[field] != default:
       others = f"; fields that belong to it: {', '.join(belong)}" if belong else ""
       raise InputError(

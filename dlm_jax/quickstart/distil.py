@@ -2,6 +2,7 @@
 """The whole job on one machine: data → teacher and judge → students → frontier → report."""
 
 import dataclasses
+import functools
 import pathlib
 import shutil
 from collections.abc import Callable
@@ -147,9 +148,15 @@ def _reaches(field: str, name: str) -> bool:
   if name == "judge" and group == "process":
     return False  # a judge has none
   if name == "judge" and group == "model":
-    network = load_config("quickstart_judge:cpu").model.name
-    return rest in plan.network_fields(families.named(network))
+    return rest in _judge_fields()
   return group in _SHARED
+
+
+@functools.cache
+def _judge_fields() -> tuple[str, ...]:
+  """Return the fields of `config.model` that the judge has."""
+  name = load_config("quickstart_judge:cpu").model.name
+  return plan.network_fields(families.named(name))
 
 
 def _meant(options: Options, method: str) -> dict[str, str]:

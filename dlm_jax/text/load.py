@@ -119,7 +119,7 @@ def open_continuation(
     source, dtype=default_dtype() if dtype is None else dtype, weights=weights
   )
   words = _load_tokenizer(network, tokenizer)
-  if words.given_ids:
+  if words.framed:
     raise InputError(f"{source} is a judge of proteins; to write them load a denoiser.")
   return TextContinuation(
     model=network.model,

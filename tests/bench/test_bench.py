@@ -102,6 +102,7 @@ def test_the_loader_is_timed(tiny, capsys):
   assert "| loader  |     8 |" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_limits_are_measured():
   found = limits.measure("float32", repeats=2)
   assert 1e9 < found.matmul < 1e13 and 1e8 < found.copy < 1e12

@@ -380,6 +380,7 @@ def test_checkpoint_directory_that_is_none(fails, tiny, finished, tmp_path):
   assert "is not a checkpoint directory of dlm_jax" in line
 
 
+@pytest.mark.slow
 def test_corrupted_metrics_are_no_obstacle(tiny, finished, tmp_path):
   """A torn metrics file loses its torn lines, never the run."""
   shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
@@ -427,6 +428,7 @@ def test_evaluate(fails, tiny):
   assert "a judge is autoregressive" in fails("evaluate", teacher, f"--judge={tiny.teacher}")
 
 
+@pytest.mark.slow
 def test_frontier(fails, tiny, workdir):
   common = [f"--model=t={tiny.teacher}", f"--judge={tiny.judge}", f"--workdir={workdir}"]
   assert "the list of NFEs is empty" in fails("frontier", *common, "--nfes=")

@@ -326,6 +326,7 @@ def _run(program, *arguments, **options):
   )
 
 
+@pytest.mark.slow
 def test_standard_library_end_to_end_without_tensorflow(tmp_path):
   root = tmp_path / "lib"
   root.mkdir()

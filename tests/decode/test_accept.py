@@ -124,6 +124,7 @@ def test_rules_against_a_reference(rule, fill):
     assert len(kept) > 0 or not is_open[row].any()
 
 
+@pytest.mark.slow
 def test_unlikely_stop_is_no_bonus():
   """9.3-e: below `eos_min_prob` the bonus is another token, and a round still decides one."""
   draft = jnp.zeros((2, 2), jnp.int32)
@@ -248,6 +249,7 @@ def test_law_of_rejection_by_enumeration():
   assert np.mean(found[True]) > 0.02, found
 
 
+@pytest.mark.slow
 def test_law_of_rejection_by_drawing():
   """9.3-e: 40,000 sequential rounds against the target's law, chi-square on nine pairs."""
   (first, second), (draft_first, draft_second) = _tables(5)

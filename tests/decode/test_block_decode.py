@@ -235,6 +235,7 @@ def test_garbage_in_the_cache_is_never_read():
 # --- batches --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_rows_do_not_depend_on_their_batch():
   """9.5-e, 9.4-d: permuted, subset and padded batches give every row what it had.
 
@@ -303,6 +304,7 @@ def test_jit_equals_eager_and_compiles_once():
       _equal(eager, compiled, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_streaming():
   """Each round shows a longer decided prefix; the last one is the result of the compiled loop."""
   model, params, options, expected = _case("dynamic")
@@ -410,6 +412,7 @@ def test_law_through_decoding():
 # --- stop ids and boundaries ----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fold", _one(True, [True, False]))
 def test_stop_ids(fold):
   """9.5-d: first, in the middle and last in a block, in the prompt, at and beyond the limit."""
@@ -544,6 +547,7 @@ def test_untyped_keys_are_refused():
     sample.RowOptions.make(2, jax.random.PRNGKey(0))
 
 
+@pytest.mark.slow
 def test_no_key_is_used_twice():
   """One key per position and step, and none is used twice; a row's key only has children."""
   options = _options(block_length=2, threshold=0.3)

@@ -183,6 +183,7 @@ def _select_in_numpy(strategy, masked, confidence, entropy, count, limit):
   return set(surest[: max(largest, count)])
 
 
+@pytest.mark.slow
 def test_strategies_against_loops():
   """9.5-c: every strategy on random blocks with ties; never a known position, never too few."""
   rng = np.random.default_rng(0)

@@ -319,6 +319,7 @@ def test_options_know_their_law(law, asked):
   assert LAWS.index(traced.law) >= LAWS.index(law)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "kind", ["blocks", *(pytest.param(k, marks=pytest.mark.slow) for k in KINDS[1:])]
 )

@@ -186,6 +186,7 @@ def test_rounds_progress_and_the_cache_is_clean(fill):
       toy.same_cache(cache, fresh)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_self_draft_and_contrary_draft(layers):
   """9.3-g: one layer, its own draft: all accepted, its own text. A contrary draft ends too.

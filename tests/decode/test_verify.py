@@ -283,7 +283,8 @@ def test_positions_of_their_own_are_the_recorded_ones(golden):
   np.testing.assert_array_equal(verify._unshared(carried, 4)[4:], [8, 9, 12, 13])
 
 
-@pytest.mark.parametrize("layers", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 4))])
+@pytest.mark.slow
+@pytest.mark.parametrize("layers", [1, 2, 4])
 def test_two_blocks(layers):
   """9.3-h: block 0 as alone; block 1 as on a clean cache with clean copies, else for one layer."""
   model, params = _network(layers)
@@ -345,6 +346,7 @@ def test_stacked_is_step_by_step(layers):
   )
 
 
+@pytest.mark.slow
 def test_stacked_logits_do_not_see_other_states():
   """9.4-a: a state's logits do not change with what other states, or padding, hold."""
   model, params = _network(2)
@@ -357,7 +359,7 @@ def test_stacked_logits_do_not_see_other_states():
   np.testing.assert_allclose(before, after, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["simsd", "stacked"])
+@pytest.mark.parametrize("kind", ["simsd", pytest.param("stacked", marks=pytest.mark.slow)])
 def test_block_before_rides_along(kind):
   """9.2-d: with the block before folded in, rows that lack it get what a stored block gives."""
   model, params = _network(2)

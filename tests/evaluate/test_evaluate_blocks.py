@@ -64,6 +64,7 @@ def test_the_bound_matches_enumeration():
   assert abs(row["nelbo"] / exact - 1) < 0.02
 
 
+@pytest.mark.slow
 def test_batches_and_valid_tokens():
   whole = _bound(block_length=2)
   for size in (2, 3):

@@ -195,6 +195,7 @@ def test_bad_options(tmp_path):
     frontier.write(ROWS, tmp_path / "file" / "folder")
 
 
+@pytest.mark.slow
 def test_sampler_draws_with_the_library():
   from dlm_jax import models, process, sample
 

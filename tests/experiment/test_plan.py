@@ -91,4 +91,5 @@ def test_networks_without_a_process():
   before = plan.read(load_config("novels_sdar_draft", {"process.name": "none"}))
   assert before.process.name == "none" and before.process.schedule is None
   assert plan.read(load_config("quickstart_judge")).process.schedule is None
-  assert plan.read(load_config("novels_sdar_draft")).process.schedule is not None
+  wanted = schedules.LogLinear(eps=0.0)
+  assert plan.read(load_config("novels_sdar_draft")).process.schedule == wanted

@@ -96,6 +96,7 @@ def test_what_is_special_is_never_valid(folder):
   assert sorted(traced) == sorted(seen) == [8, 16], "compiled once per length"
 
 
+@pytest.mark.slow
 def test_a_teacher_keeps_what_it_needs_to_be_sampled(folder, teacher):
   rows = tiny_runs.metrics(teacher)
   assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
@@ -131,6 +132,7 @@ def test_a_student_is_judged_on_samples_of_validation_lengths(folder, teacher, t
   assert convert.load(tmp_path / "final")[2].blocked == GIVEN
 
 
+@pytest.mark.slow
 def test_samples_have_the_length_that_is_asked_for(teacher, capsys):
   pipe = dlm_jax.load(teacher)
   options = {"num": 3, "steps": 2}  # always the same: compiled once per bucket

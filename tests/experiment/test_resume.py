@@ -121,6 +121,7 @@ def test_killed_in_a_checkpoint_write(straight, tmp_path):
   _assert_same(straight, workdir)
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_exits_cleanly(straight, tmp_path):
   process = _start_training(tmp_path)
   lines = tmp_path / "metrics.jsonl"

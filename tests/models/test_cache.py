@@ -98,6 +98,7 @@ def test_poison(poison):
   assert np.isfinite(dirty[0]).all()
 
 
+@pytest.mark.slow
 def test_rows_are_independent():
   """9.2-a: rows at different lengths, committing different counts, are what each row is alone."""
   counts, more = jnp.array([8, 3, 0]), jnp.array([0, 4, 2])

@@ -49,6 +49,7 @@ class _FromEmbeddings(Causal):
     return self.embed.attend(self.norm(x_BLD), jnp.float32)
 
 
+@pytest.mark.slow
 def test_no_position_sees_a_later_one():
   """The gradient of outputs at l is exactly 0 at later embeddings, and nowhere 0 up to l."""
   model, params = _network()

@@ -210,6 +210,7 @@ def test_defaults_hide_nothing():
   assert (np.abs(changed - base).max((0, 2)) > 1e-3).all()
 
 
+@pytest.mark.slow
 def test_a_query_that_sees_nothing():
   """Its attention is 0, nobody else notices, and no gradient is NaN."""
   rng = np.random.default_rng(0)

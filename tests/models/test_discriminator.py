@@ -92,6 +92,7 @@ def test_evaluation_changes_no_state_and_a_step_only_the_spectral_one(network):
   np.testing.assert_array_equal(plain, model.apply(variables, TOKENS, SIGMA))
 
 
+@pytest.mark.slow
 def test_training_gradient_stops_below_the_trained_blocks(network):
   model, params, spectral = network
 
@@ -112,6 +113,7 @@ def test_training_gradient_stops_below_the_trained_blocks(network):
     )
 
 
+@pytest.mark.slow
 def test_soft_tokens_and_the_time_are_read(network):
   model, params, spectral = network
   critic = Critic(model=model, params=params, spectral=spectral)
@@ -120,6 +122,7 @@ def test_soft_tokens_and_the_time_are_read(network):
   assert np.abs(critic(TOKENS, SIGMA + 0.5) - hard).max() > 1e-4
 
 
+@pytest.mark.slow
 def test_the_trunk_is_that_of_the_denoiser(network):
   model, params, spectral = network
   denoiser = DiT(CONFIG)

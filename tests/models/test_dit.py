@@ -113,6 +113,7 @@ def test_published_parameter_count():
   assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
 
 
+@pytest.mark.slow
 def test_initial_values():
   """Modulations and head start at 0: the network is uniform and every block the identity."""
   model, params = DiT(TINY), _initial()
@@ -227,6 +228,7 @@ def test_rotary_scores_depend_on_distance_only():
   np.testing.assert_allclose(np.linalg.norm(q, axis=-1), np.linalg.norm(q[0]), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_shorter_sequences_run():
   model, params = _tiny()
   assert _logits(model, params, _tokens(2, 4), jnp.ones(2)).shape == (2, 4, 12)

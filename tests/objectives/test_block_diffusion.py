@@ -319,6 +319,7 @@ def test_gradients_stay_where_the_mask_says():
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 @pytest.mark.parametrize("weight", ["nelbo", "one"])
 def test_monte_carlo_is_the_exact_expectation(weight):
   """9.2-f: at a known level, over all eight masks of a block of three."""
@@ -341,6 +342,7 @@ def test_monte_carlo_is_the_exact_expectation(weight):
   assert abs(nats.mean() - exact) < 4 * error and error < 0.1 * exact
 
 
+@pytest.mark.slow
 def test_loss_is_per_scored_token():
   """9.2-f: one sum over all rows divided by all answers, prompts and pads left out."""
   model, params = _tiny()
@@ -363,6 +365,7 @@ def test_the_first_token_may_be_given():
   np.testing.assert_array_equal(given["count"], [6])
 
 
+@pytest.mark.slow
 def test_separators_start_documents():
   tokens = jnp.array([[7, 1, 2, 7, 3, 4, 5, 6], [1, 2, 7, 7, 3, 4, 5, 6]])
   batch = block_diffusion.with_noise(
@@ -376,6 +379,7 @@ def test_separators_start_documents():
   )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"levels": "document", "at_least_one": True}])
 def test_single_tokens_are_next_token_prediction(options):
   """9.2-g: blocks of one give the chain rule of sequential evaluation, exactly and every time."""
@@ -573,6 +577,7 @@ def test_blocks_need_a_decoder_and_a_mask():
 # --- from next tokens -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_decoder_learns_next_tokens_under_a_causal_mask():
   """The loss by hand; a later token never changes what was predicted before it."""
   model, params = _tiny()
@@ -588,6 +593,7 @@ def test_a_decoder_learns_next_tokens_under_a_causal_mask():
   assert (np.asarray(before[:, 5:]) != np.asarray(after[:, 5:])).any()
 
 
+@pytest.mark.slow
 def test_blocks_start_from_next_tokens():
   """The tree of a next-token network is that of a block network, its mask's row included."""
   model, params = _tiny()

@@ -147,6 +147,7 @@ def test_states_share_noise():
   np.testing.assert_array_equal(np.asarray(pair.zs)[changed], np.asarray(batch["tokens"])[changed])
 
 
+@pytest.mark.slow
 def test_prompts_are_clean_and_not_scored():
   valid = jnp.asarray(np.random.default_rng(0).random((tiny.B, tiny.L)) < 0.5)
   batch = tiny.batch(valid=valid)

@@ -96,7 +96,11 @@ def _noised(law_paths, path):
   return law_paths @ q_PS, q_PS
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["two steps", "one step"])
+@pytest.fixture(
+  scope="module",
+  params=[True, pytest.param(False, marks=pytest.mark.slow)],
+  ids=["two steps", "one step"],
+)
 def two_steps(request):
   return request.param
 
@@ -106,6 +110,7 @@ def test_paths_sum_to_one(two_steps):
   np.testing.assert_allclose(_law(STUDENT, two_steps).sum(), 1, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_mean_of_the_estimator_is_the_gradient_of_the_divergence(two_steps):
   """Exact rewards, any baseline: policy_loss has the gradient of ω KL(q_ν(·, t) ‖ q_θ(·, t))."""
   path = _paths(two_steps)

@@ -90,6 +90,7 @@ def _times(**options):
   return didi_instruct.draw_times(batch, Options(**options), tiny.PROCESS)
 
 
+@pytest.mark.slow
 def test_times_of_a_batch():
   batch = _times()
   np.testing.assert_array_equal(batch["t"], batch["t_mid"])
@@ -130,6 +131,7 @@ def _make(accumulate=1, **options):
   return objective, jax.jit(objective.init)(jax.random.key(0), params), params
 
 
+@pytest.mark.slow
 def test_everything_starts_from_the_teacher_and_the_check_sees_it():
   objective, state, params = _make()
   objective.check(state)
@@ -211,6 +213,7 @@ def test_warmup_keeps_the_student():
   assert not tiny.equal(second.trees["student"], first.trees["student"])
 
 
+@pytest.mark.slow
 def test_prompts_stay():
   """Given tokens are in every state, on both sides of the discriminator, and never scored."""
   model, params = tiny.network()

@@ -131,6 +131,7 @@ def _integrand(logits, z, x0, alpha, dalpha):
   return (dalpha / (size * alpha) * inner)[..., 0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prompted", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_hard_loss_by_hand(prompted):
   batch, valid = tiny.prompted_batch(prompted)
@@ -170,6 +171,7 @@ def test_soft_loss_by_hand():
   np.testing.assert_allclose(value, nll.mean(), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_prompts_reach_the_network_clean():
   """Soft or hard, what a prompt holds is seen as its own tokens, and is not scored."""
   nothing = tiny.batch(valid=jnp.zeros((tiny.B, tiny.L), bool))
@@ -186,6 +188,7 @@ def test_prompts_reach_the_network_clean():
   recorded.close(embedded, model.apply({"params": params}, z, method="embedded"), 1e-6)
 
 
+@pytest.mark.slow
 def test_the_switch(monkeypatch):
   """Below the curriculum's end the inputs are soft, from it on hard: one compiled function."""
   batch, plain = tiny.batch(), _loss.__wrapped__

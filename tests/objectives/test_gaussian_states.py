@@ -132,6 +132,7 @@ def test_duo_trains_on_few_entries(network):
     np.testing.assert_allclose(one, other, rtol=0, atol=2e-4 * scale)
 
 
+@pytest.mark.slow
 def test_data_need_no_dense_array(network):
   """Neither forward nor backward, apart from the table's own gradient."""
   model, params = network

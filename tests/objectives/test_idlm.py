@@ -194,6 +194,7 @@ def test_golden_prompted(recorded):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", [4, 1, 100])
 def test_chunks_change_nothing(golden, chunk):
   r = Recorded(*golden("idlm_mdlm__a"))
@@ -205,6 +206,7 @@ def test_chunks_change_nothing(golden, chunk):
     jax.tree.map(quantities.close, pieces[1], whole[1])
 
 
+@pytest.mark.slow
 def test_chunks_must_divide(golden):
   r = Recorded(*golden("idlm_mdlm__a"))
   with pytest.raises(ValueError, match=r"chunk=5 does not divide the sequence length 16"):
@@ -398,6 +400,7 @@ def test_no_gradient_until_the_fake_has_moved():
   assert metrics["student/grad_norm"] > 0  # so the student saw the updated fake
 
 
+@pytest.mark.slow
 def test_fake_first_each_on_its_own_batch():
   objective, params = _objective()
   state = objective.init(jax.random.key(0), params)

@@ -264,6 +264,7 @@ def test_teacher_is_exact(toy):
   assert distance(toy.few_step_law(toy.teacher, 1), toy.data) > 0.4
 
 
+@pytest.mark.slow
 def test_student_approaches_the_data(toy):
   before = toy.distances(toy.teacher)
   after = toy.distances(toy.train(1.0, jax.random.key(0)))

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`quickstart --pretrained` with a tiny budget: its files, again, and what it does not take."""
 
+import contextlib
+import io
 import json
 
 import numpy as np
@@ -10,30 +12,28 @@ from dlm_jax.cli.main import main
 from dlm_jax.quickstart import comparison, distil, shipped
 
 
-@pytest.fixture(autouse=True)
-def small_reference(monkeypatch):
+@pytest.fixture(autouse=True, scope="module")
+def small_reference():
   """Score few held-out texts: the judge reads all of them for the report's line."""
   held_out = shipped.held_out
-  monkeypatch.setattr(shipped, "held_out", lambda pipe: held_out(pipe)[:4])
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(shipped, "held_out", lambda pipe: held_out(pipe)[:4])
+    yield
 
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
-  """Return the command line and its workdir; the first test below runs it."""
+  """Run it; return the command line, its workdir and what it printed. Nothing may be trained."""
   workdir = tmp_path_factory.mktemp("pretrained") / "run"
-  return [
-    "quickstart",
-    "--pretrained",
-    f"--workdir={workdir}",
-    "--nfes=1,2",
-    "--samples=4",
-  ], workdir
+  command = ["quickstart", "--pretrained", f"--workdir={workdir}", "--nfes=1,2", "--samples=4"]
+  with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
+    patch.setattr(distil, "train", None)
+    assert main(command) == 0
+  return command, workdir, printed.getvalue()
 
 
-def test_everything_is_written_without_training(done, capsys, monkeypatch):
-  arguments, workdir = done
-  monkeypatch.setattr(distil, "train", None)
-  assert main(arguments) == 0
+def test_everything_is_written_without_training(done):
+  _, workdir, printed = done
   rows = json.loads((workdir / "frontier.json").read_text())
   assert [(row["name"], row["nfe"], row["samples"]) for row in rows["rows"]] == [
     ("teacher", 1, 4),
@@ -52,14 +52,14 @@ def test_everything_is_written_without_training(done, capsys, monkeypatch):
   assert "Teacher, student and judge: shipped with the package." in report
   summary = (workdir / "summary.txt").read_text()
   assert "dlm-jax sample --model=novels-student --steps=8" in summary
-  assert summary in capsys.readouterr().out
+  assert summary in printed
 
 
 def test_again_nothing_is_measured_again(done, monkeypatch):
-  arguments, workdir = done
+  command, workdir, _ = done
   before = (workdir / "frontier.json").read_text()
   monkeypatch.setattr(comparison.frontier, "draw_samples", None)
-  assert main(arguments) == 0
+  assert main(command) == 0
   assert (workdir / "frontier.json").read_text() == before
 
 
