@@ -12,35 +12,69 @@ vocabulary head and the draw on gathered positions, 1/K of them. A step that rev
 whole batch evaluates nothing. The same u_l, taken as continuous times, give first-hitting
 sampling: the limit of infinitely many steps, in at most L evaluations.
 
+Which positions share a step is the order's business: `dlm_jax.sample.orders`. The above is the
+order "random".
+
 Mask-or-token and which-token are two separate draws, so nothing races: see `dlm_jax.draw`.
 """
 
 import dataclasses
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
-from dlm_jax.sample import grids
+from dlm_jax.arrays import KeyB
+from dlm_jax.errors import InputError
+from dlm_jax.sample import grids, orders
 from dlm_jax.sample._request import GridSampler, Request, walk
 from dlm_jax.sample._reveal import Revealer, capacity_for
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Ancestral(GridSampler):
-  """The reverse process on a grid: one evaluation per step that reveals something."""
+  """The reverse process on a grid: one evaluation per step that reveals something.
+
+  Attributes:
+    order: which positions a step reveals: one of `orders.NAMES`, an integer array of steps per
+      position, [L] or [B, L], or a function (rng, length, steps) -> steps [L].
+  """
+
+  order: Any = "random"
+
+  def __post_init__(self):
+    super().__post_init__()
+    orders.check(self.order)
 
   def run(self, request: Request) -> Int[Array, "K B L"]:
     """Return the states after every step; the last one is the sample."""
     t_K, length = self.times(request), request.length
     capacity = capacity_for(length / request.steps, length)
-    return self._reveal(request, lambda u_BL: _grid_times(request.process, u_BL, t_K), capacity)
+
+    def reveal_times(draws):
+      reveal_BL = self._steps(request, draws, _survives(request.process, t_K))
+      reveal_BL = jnp.where(request.frozen_BL, request.steps + 1, reveal_BL)
+      return reveal_BL, jnp.broadcast_to(t_K[:, None], (t_K.size, reveal_BL.shape[0]))
+
+    return self._reveal(request, reveal_times, capacity)
+
+  def _steps(self, request, draws, survives_K):
+    """Return each position's reveal step in 0 … K, K where it outlives the grid."""
+    if not isinstance(self.order, str):
+      return orders.given(self.order, draws.rng_B, request.length, request.steps)
+    if self.order == "random":
+      below_BLK = draws.reveal_BL[..., None] < survives_K[None, None, :]
+      return jnp.sum(below_BLK, axis=-1, dtype=jnp.int32)
+    rank_BL, count_B = orders.spaced(~request.frozen_BL, draws.order_B3[:, :2])
+    # An order is all revealed by the last step: what outlives a grid, 1e-5, is shared out.
+    survives_K = (survives_K - survives_K[-1]) / (1 - survives_K[-1])
+    return orders.steps_of(rank_BL, count_B, survives_K, draws.order_B3[:, 2])
 
   def _reveal(self, request, reveal_times, capacity):
-    """Reveal masks at the steps that `reveal_times` makes of a uniform per position."""
-    draws_BL3 = jax.vmap(lambda rng: jax.random.uniform(rng, (request.length, 3)))(request.rng_B)
-    u_BL = jnp.where(request.frozen_BL, 2.0, draws_BL3[..., 0])  # frozen: never revealed
-    reveal_BL, t_KB = reveal_times(u_BL)
+    """Reveal masks at the steps that `reveal_times` makes of the draws of every sequence."""
+    draws, token_BL2 = _draw(request, self.order)
+    reveal_BL, t_KB = reveal_times(draws)
     process = request.process
     revealer = Revealer(
       denoiser=request.denoiser, process=process, capacity=capacity, truncation=self
@@ -48,7 +82,7 @@ class Ancestral(GridSampler):
 
     def reveal(x_BL, k, t_B, greedy=False):
       sigma_B = process.schedule.sigma(t_B)
-      return revealer.reveal(x_BL, reveal_BL == k, draws_BL3[..., 1:], sigma_B, greedy)
+      return revealer.reveal(x_BL, reveal_BL == k, token_BL2, sigma_B, greedy)
 
     count = t_KB.shape[0] - 1
     _, trace_KBL = walk(reveal, request.x_BL, (jnp.arange(count), t_KB[:-1]))
@@ -62,18 +96,55 @@ class FirstHitting(Ancestral):
   One step per masked position: grid and number of steps are not read.
   """
 
+  def __post_init__(self):
+    super().__post_init__()
+    if not isinstance(self.order, str):
+      raise InputError(
+        f"sampler='first_hitting' reveals one position at a time; order is one of "
+        f"{', '.join(orders.NAMES)}."
+      )
+
   def run(self, request: Request) -> Int[Array, "K B L"]:
     """Return the states after every step; the last one is the sample."""
-    return self._reveal(request, lambda u_BL: _hitting_times(request.process, u_BL), 1)
+
+    def reveal_times(draws):
+      u_BL = jnp.where(request.frozen_BL, 2.0, draws.reveal_BL)
+      reveal_BL, t_KB = _hitting_times(request.process, u_BL)
+      if self.order != "random":
+        rank_BL, count_B = orders.spaced(~request.frozen_BL, draws.order_B3[:, :2])
+        spaced_BL = count_B[:, None] - 1 - rank_BL
+        reveal_BL = jnp.where(request.frozen_BL, reveal_BL, spaced_BL)
+      return reveal_BL, t_KB
+
+    return self._reveal(request, reveal_times, 1)
 
 
-def _grid_times(process, u_BL, t_K):
-  """Return each position's reveal step in 0 … K (K: outlives the grid; K + 1: frozen) and times."""
-  steps, batch = t_K.shape[0] - 1, u_BL.shape[0]
-  survives_K = (1 - process.schedule.alpha(t_K[1:])) / (1 - process.schedule.alpha(t_K[0]))
-  reveal_BL = jnp.sum(u_BL[..., None] < survives_K[None, None, :], axis=-1, dtype=jnp.int32)
-  reveal_BL = jnp.where(u_BL > 1, steps + 1, reveal_BL)
-  return reveal_BL, jnp.broadcast_to(t_K[:, None], (steps + 1, batch))
+class _Draws(NamedTuple):
+  """What decides when positions are revealed, per sequence."""
+
+  rng_B: KeyB
+  reveal_BL: Float[Array, "B L"]
+  order_B3: Float[Array, "B 3"] | None
+
+
+def _draw(request, order):
+  """Return what decides the reveal times, and uniforms of the tokens, see `draw.categorical`."""
+  rows = request.length + (isinstance(order, str) and order == "spaced")
+  rng_B = request.rng_B
+  if callable(order):
+    rng_2B = jax.vmap(jax.random.split, out_axes=1)(rng_B)
+    order_rng_B, rng_B = rng_2B[0], rng_2B[1]
+  else:
+    order_rng_B = rng_B
+  draws_BR3 = jax.vmap(lambda rng: jax.random.uniform(rng, (rows, 3)))(rng_B)
+  draws_BL3 = draws_BR3[:, : request.length]
+  spare = draws_BR3[:, request.length] if rows > request.length else None
+  return _Draws(order_rng_B, draws_BL3[..., 0], spare), draws_BL3[..., 1:]
+
+
+def _survives(process, t_K):
+  """Return the share of masks that is left after every step."""
+  return (1 - process.schedule.alpha(t_K[1:])) / (1 - process.schedule.alpha(t_K[0]))
 
 
 def _hitting_times(process, u_BL):

@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reveal orders: the law of the reveal step by counting, the law of samples by enumeration."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import toy
+
+from dlm_jax import process, sample
+from dlm_jax.errors import InputError
+from dlm_jax.sample import orders
+
+FOLLOWS, DIFFERS = 1e-4, 1e-6
+SAMPLES, L = 8_192, 4
+PROC = process.Absorbing(vocab_size=toy.VOCABULARY, mask_id=toy.MASK)
+
+
+def _draw(denoiser, order, *, batch=SAMPLES, length=L, seed=0, **options):
+  generate = functools.partial(sample.generate, batch=batch, length=length, order=order, **options)
+  return np.asarray(jax.jit(generate, static_argnums=1)(denoiser, PROC, jax.random.key(seed)))
+
+
+def _generate(steps, order, *, seed=0, length=L, samples=SAMPLES, **options):
+  generate = functools.partial(
+    sample.generate, batch=samples, length=length, steps=steps, order=order, **options
+  )
+  return np.asarray(
+    jax.jit(generate, static_argnums=1)(toy.make(length), PROC, jax.random.key(seed))
+  )
+
+
+def _steps(length, steps, free=None, fine=60):
+  """Return the reveal steps of every equally probable turn, side and rounding, [N, L]."""
+  free_L = np.ones(length, bool) if free is None else np.asarray(free)
+  middle = lambda n: (np.arange(n) + 0.5) / n  # noqa: E731
+  draws = itertools.product(middle(max(free_L.sum(), 1)), (0.25, 0.75), middle(fine))
+  draws_N3 = jnp.asarray(list(draws), jnp.float32)
+  free_NL = jnp.broadcast_to(free_L, (len(draws_N3), length))
+  rank_NL, count_N = orders.spaced(free_NL, draws_N3[:, :2])
+  survives_K = 1 - (jnp.arange(steps) + 1.0) / steps
+  step_NL = orders.steps_of(rank_NL, count_N, survives_K, draws_N3[:, 2])
+  return np.where(free_NL, np.asarray(step_NL), -1)
+
+
+def _law(step_NL, length=L, start=None):
+  """Return the law over states of groups revealed one after the other, a mean over their draws."""
+  total, parts = 0, np.unique(step_NL, axis=0, return_counts=True)
+  tokens, identity = toy.states(length), np.eye(toy.VOCABULARY)
+  probs = toy._predictions(toy.make(length), PROC, length, 0.0, 1.0, 1.0)
+  for step_L, count in zip(*parts, strict=True):
+    law = toy.initial_law(PROC, length, start)
+    for step in range(step_L.max() + 1):
+      rows = np.where((step_L == step)[None, :, None], probs, identity[tokens])
+      law = toy._apply(law, rows)
+    total = total + law * count / len(step_NL)
+  return total
+
+
+@pytest.mark.parametrize(
+  "length,steps", [(1, 1), (4, 3), (7, 7), (8, 3), (33, 5), (64, 16), (5, 10)]
+)
+def test_every_position_has_the_same_law_of_its_step(length, steps):
+  step_NL = _steps(length, steps)
+  counts_LK = (step_NL[..., None] == np.arange(steps)).sum(0)
+  assert step_NL.min() >= 0 and step_NL.max() < steps
+  assert (counts_LK == counts_LK[0]).all()
+  np.testing.assert_allclose(counts_LK[0] / len(step_NL), 1 / steps, atol=1e-6)
+
+
+def test_free_positions_alone_are_shared_out():
+  free = np.array([0, 1, 1, 0, 1, 0, 1, 1, 1, 0], bool)
+  step_NL = _steps(10, 3, free)[:, free]
+  assert ((step_NL[..., None] == np.arange(3)).sum(1) == 2).all()
+  counts_LK = (step_NL[..., None] == np.arange(3)).sum(0)
+  assert (counts_LK == counts_LK[0]).all()
+
+
+@pytest.mark.parametrize("length", [1, 2, 5, 16, 100, 257])
+def test_as_many_steps_as_positions_reveal_one_each(length):
+  step_NL = _steps(length, length, fine=3)
+  assert (np.sort(step_NL, axis=1) == np.arange(length)).all()
+
+
+@pytest.mark.parametrize("length,steps", [(256, 4), (256, 6), (100, 8), (256, 16), (96, 12)])
+def test_no_group_has_neighbours(length, steps):
+  """Distances inside a group are at least half of the mean one, L/K over positions."""
+  for step_L in _steps(length, steps)[::7]:
+    for step in range(steps):
+      assert np.diff(np.flatnonzero(step_L == step)).min() >= (2 if steps < 6 else 3)
+
+
+@pytest.mark.parametrize(
+  "steps", [2, *(pytest.param(steps, marks=pytest.mark.slow) for steps in (1, 3, 4))]
+)
+def test_law_of_samples(steps):
+  tokens_BL = _generate(steps, "spaced", seed=steps)
+  assert toy.p_value(tokens_BL, _law(_steps(L, steps))) > FOLLOWS
+  if steps > 1:
+    wrong = _law(np.random.default_rng(0).permuted(_steps(L, steps), axis=1))
+    assert toy.p_value(tokens_BL, wrong) < DIFFERS
+
+
+def test_law_given_frozen_tokens():
+  start = [toy.MASK, 1, toy.MASK, toy.MASK]
+  law = _law(_steps(L, 2, np.array(start) == toy.MASK), start=start)
+  tokens_BL = _generate(2, "spaced", prompt=jnp.asarray(start))
+  assert (tokens_BL[:, 1] == 1).all() and toy.p_value(tokens_BL, law) > FOLLOWS
+
+
+def test_law_of_ones_own_order():
+  mine_L = np.array([2, 0, 0, 1])
+  law = _law(mine_L[None])
+  tokens_BL = _generate(3, (2, 0, 0, 1))
+  assert toy.p_value(tokens_BL, law) > FOLLOWS
+  assert toy.p_value(tokens_BL, _law(np.array([[2, 0, 1, 1]]))) < DIFFERS
+  mine_BL = jnp.broadcast_to(jnp.asarray(mine_L), (SAMPLES, L))
+  np.testing.assert_array_equal(_generate(3, mine_BL), tokens_BL)
+
+  def shuffled(rng, length, steps):
+    return jax.random.permutation(rng, jnp.asarray(mine_L))[:length] % steps
+
+  every = np.array(list(itertools.permutations(mine_L)))
+  assert toy.p_value(_generate(3, shuffled), _law(every)) > FOLLOWS
+
+
+def test_law_of_first_hitting():
+  """One position at a time, from one end of the ranks to the other."""
+  law = _law(_steps(L, L))
+  tokens_BL = _generate(1, "spaced", sampler="first_hitting")
+  assert toy.p_value(tokens_BL, law) > FOLLOWS
+  assert toy.p_value(tokens_BL, _law(_steps(L, 2))) < DIFFERS
+
+
+def test_a_consistent_denoiser_gives_its_joint_law_in_any_order():
+  """Conditionals of one joint law: as many steps as positions lose nothing; one step does."""
+  joint = np.random.default_rng(3).dirichlet(np.full(3**L, 0.3)).reshape((3,) * L)
+  probs = np.zeros((toy.VOCABULARY**L, L, toy.VOCABULARY))
+  for row, state in enumerate(toy.states(L)):
+    given = joint[tuple(slice(None) if x == toy.MASK else slice(x, x + 1) for x in state)]
+    for position in range(L):
+      rest = tuple(i for i in range(L) if i != position)
+      one = given.sum(rest)
+      if state[position] == toy.MASK and given.sum() > 0:
+        probs[row, position, :3] = one / given.sum()
+      else:
+        probs[row, position, state[position] % 3] = 1.0
+  table = np.log(np.maximum(probs, 1e-30)).reshape(-1, toy.VOCABULARY)
+  made = toy.make(L)
+  denoiser = made.replace(
+    params={"table": jnp.asarray(table, jnp.float32), "tilt": made.params["tilt"] * 0}
+  )
+  law = np.zeros(toy.VOCABULARY**L)
+  law[toy.codes(np.array(list(np.ndindex(joint.shape))))] = joint.ravel()
+  draw = functools.partial(_draw, denoiser, seed=5)
+  assert toy.p_value(draw("spaced", steps=L), law) > FOLLOWS
+  assert toy.p_value(draw("random", steps=1, sampler="first_hitting"), law) > FOLLOWS
+  assert toy.p_value(draw("spaced", steps=1), law) < DIFFERS
+
+
+@pytest.mark.parametrize("steps", [2, 4])
+def test_every_step_reveals_its_share(steps):
+  generate = functools.partial(sample.generate, batch=64, length=L, steps=steps, order="spaced")
+  generate = functools.partial(generate, return_trace=True, noise_removal="none")
+  _, trace_KBL = jax.jit(generate, static_argnums=1)(toy.make(L), PROC, jax.random.key(0))
+  masks_KB = np.asarray(trace_KBL == toy.MASK).sum(-1)
+  assert (masks_KB == (L - L // steps * (1 + np.arange(steps)))[:, None]).all()
+
+
+@pytest.mark.parametrize(
+  "order, message",
+  [
+    ("spiced", "order='spiced' is unknown"),
+    (3, "order=3 is unknown; use one of random, spaced, integers [L] that"),
+    (jnp.zeros(4), "order=Array([0."),
+    (jnp.array([0, 1]), "it must give integers [4]"),
+    (jnp.array([0, 1, 2, 3]), "order reveals at step 2; steps=2 have 0 to 1"),
+    ((0, 1, -1, 1), "order reveals at step -1; steps=2"),
+    (lambda rng, length, steps: jnp.zeros(3), "it must give integers [4]"),
+  ],
+)
+def test_refused(order, message):
+  with pytest.raises(InputError) as caught:
+    sample.generate(toy.make(L), PROC, jax.random.key(0), batch=2, length=L, steps=2, order=order)
+  assert message in str(caught.value)
