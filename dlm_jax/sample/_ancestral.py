@@ -27,7 +27,7 @@ from jaxtyping import Array, Float, Int
 
 from dlm_jax.arrays import KeyB
 from dlm_jax.errors import InputError
-from dlm_jax.sample import grids, orders
+from dlm_jax.sample import _adaptive, grids, orders
 from dlm_jax.sample._request import GridSampler, Request, walk
 from dlm_jax.sample._reveal import Revealer, capacity_for
 
@@ -39,21 +39,35 @@ class Ancestral(GridSampler):
   Attributes:
     order: which positions a step reveals: one of `orders.NAMES`, an integer array of steps per
       position, [L] or [B, L], or a function (rng, length, steps) -> steps [L].
+    selection_temperature: of adaptive orders: how much Gumbel noise their scores get.
+    bound: nats of order "entropy", see `_adaptive`.
+
+  Raises:
+    InputError: an unknown order, or a number out of range.
   """
 
   order: Any = "random"
+  selection_temperature: float = 0.0
+  bound: float = 0.1
 
   def __post_init__(self):
     super().__post_init__()
     orders.check(self.order)
+    if self.selection_temperature < 0 or self.bound < 0:
+      raise InputError(
+        f"selection_temperature={self.selection_temperature} and bound={self.bound} must be at "
+        "least 0."
+      )
 
   def run(self, request: Request) -> Int[Array, "K B L"]:
     """Return the states after every step; the last one is the sample."""
     t_K, length = self.times(request), request.length
     capacity = capacity_for(length / request.steps, length)
+    if isinstance(self.order, str) and self.order in orders.ADAPTIVE:
+      return _adaptive.run(self, request, self._revealer(request, capacity))
 
     def reveal_times(draws):
-      reveal_BL = self._steps(request, draws, _survives(request.process, t_K))
+      reveal_BL = self._steps(request, draws, orders.survives(request.process, t_K))
       reveal_BL = jnp.where(request.frozen_BL, request.steps + 1, reveal_BL)
       return reveal_BL, jnp.broadcast_to(t_K[:, None], (t_K.size, reveal_BL.shape[0]))
 
@@ -67,26 +81,26 @@ class Ancestral(GridSampler):
       below_BLK = draws.reveal_BL[..., None] < survives_K[None, None, :]
       return jnp.sum(below_BLK, axis=-1, dtype=jnp.int32)
     rank_BL, count_B = orders.spaced(~request.frozen_BL, draws.order_B3[:, :2])
-    # An order is all revealed by the last step: what outlives a grid, 1e-5, is shared out.
-    survives_K = (survives_K - survives_K[-1]) / (1 - survives_K[-1])
-    return orders.steps_of(rank_BL, count_B, survives_K, draws.order_B3[:, 2])
+    return orders.steps_of(rank_BL, orders.left(count_B, survives_K, draws.order_B3[:, 2]))
 
   def _reveal(self, request, reveal_times, capacity):
     """Reveal masks at the steps that `reveal_times` makes of the draws of every sequence."""
     draws, token_BL2 = _draw(request, self.order)
     reveal_BL, t_KB = reveal_times(draws)
-    process = request.process
-    revealer = Revealer(
-      denoiser=request.denoiser, process=process, capacity=capacity, truncation=self
-    )
+    revealer = self._revealer(request, capacity)
 
     def reveal(x_BL, k, t_B, greedy=False):
-      sigma_B = process.schedule.sigma(t_B)
+      sigma_B = request.process.schedule.sigma(t_B)
       return revealer.reveal(x_BL, reveal_BL == k, token_BL2, sigma_B, greedy)
 
     count = t_KB.shape[0] - 1
     _, trace_KBL = walk(reveal, request.x_BL, (jnp.arange(count), t_KB[:-1]))
     return self.remove_noise(trace_KBL, lambda x_BL, greedy: reveal(x_BL, count, t_KB[-1], greedy))
+
+  def _revealer(self, request, capacity):
+    return Revealer(
+      denoiser=request.denoiser, process=request.process, capacity=capacity, truncation=self
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,10 +112,10 @@ class FirstHitting(Ancestral):
 
   def __post_init__(self):
     super().__post_init__()
-    if not isinstance(self.order, str):
+    if not isinstance(self.order, str) or self.order not in orders.PLANNED:
       raise InputError(
-        f"sampler='first_hitting' reveals one position at a time; order is one of "
-        f"{', '.join(orders.NAMES)}."
+        "sampler='first_hitting' reveals one position at a time; order is one of "
+        f"{', '.join(orders.PLANNED)}."
       )
 
   def run(self, request: Request) -> Int[Array, "K B L"]:
@@ -140,11 +154,6 @@ def _draw(request, order):
   draws_BL3 = draws_BR3[:, : request.length]
   spare = draws_BR3[:, request.length] if rows > request.length else None
   return _Draws(order_rng_B, draws_BL3[..., 0], spare), draws_BL3[..., 1:]
-
-
-def _survives(process, t_K):
-  """Return the share of masks that is left after every step."""
-  return (1 - process.schedule.alpha(t_K[1:])) / (1 - process.schedule.alpha(t_K[0]))
 
 
 def _hitting_times(process, u_BL):

@@ -31,8 +31,11 @@ from jaxtyping import Array, Float, Int
 from dlm_jax.arrays import BoolBL, IntBL, KeyB, RngKey
 from dlm_jax.errors import InputError, check_choice
 from dlm_jax.fields import shown
+from dlm_jax.process import Absorbing
 
-NAMES = ("random", "spaced")
+PLANNED = ("random", "spaced")  # known before the first evaluation
+ADAPTIVE = ("confidence", "margin", "entropy", "spaced_confidence")
+NAMES = (*PLANNED, *ADAPTIVE)
 GOLDEN = (5**0.5 - 1) / 2
 
 
@@ -69,28 +72,34 @@ def spaced(free_BL: BoolBL, uniform_B2: Float[Array, "B 2"]) -> tuple[IntBL, Int
   return jax.vmap(one)(free_BL, uniform_B2, count_B), count_B
 
 
-def steps_of(
-  rank_BL: IntBL,
-  count_B: Int[Array, "B"],
-  survives_K: Float[Array, "K"],
-  uniform_B: Float[Array, "B"],
-) -> IntBL:
-  """Return the step that reveals each rank, 0 … K − 1, so many per step as the grid says.
+def survives(process: Absorbing, t_K: Float[Array, "K"]) -> Float[Array, "K-1"]:
+  """Return the share of masks that is left after every step of a grid."""
+  return (1 - process.schedule.alpha(t_K[1:])) / (1 - process.schedule.alpha(t_K[0]))
+
+
+def left(
+  count_B: Int[Array, "B"], survives_K: Float[Array, "K"], uniform_B: Float[Array, "B"]
+) -> Int[Array, "B K"]:
+  """Return how many masks are left after every step; none after the last.
 
   Counts are rounded at random, the same for a whole sequence; with as many equal steps as
-  positions each step reveals exactly one.
+  positions each step reveals exactly one. What outlives a grid, an expected 1e-5, is shared out.
 
   Args:
-    rank_BL: ranks 0 … count − 1, the highest first.
     count_B: positions to reveal.
-    survives_K: share of masks that is left after each of the K steps; 0 after the last.
+    survives_K: share of masks that is left after every step.
     uniform_B: uniforms in [0, 1).
   """
+  survives_K = (survives_K - survives_K[-1]) / (1 - survives_K[-1])
   left_BK = count_B[:, None] * survives_K[None]
   whole_BK = jnp.round(left_BK)
-  # What is whole but for rounding errors stays whole.
-  near_BK = jnp.abs(left_BK - whole_BK) < 1e-3
+  near_BK = jnp.abs(left_BK - whole_BK) < 1e-3  # whole but for rounding errors: it stays whole
   left_BK = jnp.where(near_BK, whole_BK, jnp.floor(left_BK + uniform_B[:, None]))
+  return left_BK.astype(jnp.int32)
+
+
+def steps_of(rank_BL: IntBL, left_BK: Int[Array, "B K"]) -> IntBL:
+  """Return the step that reveals each rank, 0 … K − 1, the highest first; see `left`."""
   return jnp.sum(rank_BL[..., None] < left_BK[:, None], axis=-1, dtype=jnp.int32)
 
 

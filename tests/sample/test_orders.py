@@ -12,10 +12,11 @@ import toy
 
 from dlm_jax import process, sample
 from dlm_jax.errors import InputError
-from dlm_jax.sample import orders
+from dlm_jax.sample import _adaptive, orders
 
 FOLLOWS, DIFFERS = 1e-4, 1e-6
 SAMPLES, L = 8_192, 4
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 PROC = process.Absorbing(vocab_size=toy.VOCABULARY, mask_id=toy.MASK)
 
 
@@ -42,7 +43,7 @@ def _steps(length, steps, free=None, fine=60):
   free_NL = jnp.broadcast_to(free_L, (len(draws_N3), length))
   rank_NL, count_N = orders.spaced(free_NL, draws_N3[:, :2])
   survives_K = 1 - (jnp.arange(steps) + 1.0) / steps
-  step_NL = orders.steps_of(rank_NL, count_N, survives_K, draws_N3[:, 2])
+  step_NL = orders.steps_of(rank_NL, orders.left(count_N, survives_K, draws_N3[:, 2]))
   return np.where(free_NL, np.asarray(step_NL), -1)
 
 
@@ -93,9 +94,7 @@ def test_no_group_has_neighbours(length, steps):
       assert np.diff(np.flatnonzero(step_L == step)).min() >= (2 if steps < 6 else 3)
 
 
-@pytest.mark.parametrize(
-  "steps", [2, *(pytest.param(steps, marks=pytest.mark.slow) for steps in (1, 3, 4))]
-)
+@pytest.mark.parametrize("steps", [2, *map(slow, (1, 3, 4))])
 def test_law_of_samples(steps):
   tokens_BL = _generate(steps, "spaced", seed=steps)
   assert toy.p_value(tokens_BL, _law(_steps(L, steps))) > FOLLOWS
@@ -125,6 +124,49 @@ def test_law_of_ones_own_order():
 
   every = np.array(list(itertools.permutations(mine_L)))
   assert toy.p_value(_generate(3, shuffled), _law(every)) > FOLLOWS
+
+
+def _adaptive_law(name, steps, *, bound=0.1):
+  """Return the law of an order that reads the predictions, a mean over turns of the spaced one."""
+  denoiser, tokens, total = toy.make(L), toy.states(L), 0
+  probs = toy._predictions(denoiser, PROC, L, 0.0, 1.0, 1.0)
+  logits_BLV = PROC.clean_logits(denoiser(jnp.asarray(tokens), jnp.zeros(len(tokens))))
+  score_BL, masked_BL = _adaptive.score(name, logits_BLV), jnp.asarray(tokens == toy.MASK)
+  draws = jnp.asarray([((i + 0.5) / L, side) for i in range(L) for side in (0.25, 0.75)])
+  ranks, _ = orders.spaced(jnp.ones((len(draws), L), bool), draws)
+  for rank_L in ranks if name == "spaced_confidence" else ranks[:1]:
+    law, rank_BL = toy.initial_law(PROC, L), jnp.broadcast_to(rank_L, tokens.shape)
+    for step in range(steps):
+      left_B = jnp.full(len(tokens), L - L * (step + 1) // steps)
+      due_BL = _adaptive.due(name, score_BL, masked_BL, left_B, rank_BL, bound)
+      due_BL = np.asarray(masked_BL if step == steps - 1 else due_BL)
+      law = toy._apply(law, np.where(due_BL[..., None], probs, np.eye(toy.VOCABULARY)[tokens]))
+    total = total + law
+  return total / total.sum()
+
+
+@pytest.mark.parametrize("name", ["confidence", *map(slow, orders.ADAPTIVE[1:])])
+def test_law_of_adaptive_orders(name):
+  options = {"bound": 1.0} if name == "entropy" else {}
+  law = _adaptive_law(name, 2, **options)
+  assert toy.p_value(_generate(2, name, **options), law) > FOLLOWS
+  assert toy.p_value(_generate(2, name, **options), _law(_steps(L, 2))) < DIFFERS
+
+
+def test_scores():
+  logits_BKV = jnp.log(jnp.array([[[0.5, 0.3, 0.2]]]))
+  for name, value in (("confidence", 0.5), ("margin", 0.2), ("entropy", -1.02965)):
+    np.testing.assert_allclose(_adaptive.score(name, logits_BKV), [[value]], rtol=1e-4)
+
+
+def test_entropy_reveals_what_its_bound_allows():
+  """Sorted 0.1, 0.2, 0.4, 0.5: sums less the largest are 0, 0.1, 0.3, 0.7; at least one is due."""
+  score_BL = -jnp.array([[0.4, 0.1, 9.0, 0.2, 0.5]])
+  masked_BL = jnp.array([[True, True, False, True, True]])
+  for bound, count in ((0.0, 1), (0.1, 2), (0.29, 2), (0.31, 3), (0.7001, 4)):
+    nothing = jnp.zeros((1, 5), jnp.int32)
+    due_BL = _adaptive.due("entropy", score_BL, masked_BL, jnp.array([0]), nothing, bound)
+    assert due_BL.sum() == count and due_BL[0, 1] and not due_BL[0, 2]
 
 
 def test_law_of_first_hitting():
@@ -174,7 +216,7 @@ def test_every_step_reveals_its_share(steps):
   "order, message",
   [
     ("spiced", "order='spiced' is unknown"),
-    (3, "order=3 is unknown; use one of random, spaced, integers [L] that"),
+    (3, "order=3 is unknown; use one of random, spaced, "),
     (jnp.zeros(4), "order=Array([0."),
     (jnp.array([0, 1]), "it must give integers [4]"),
     (jnp.array([0, 1, 2, 3]), "order reveals at step 2; steps=2 have 0 to 1"),
