@@ -16,6 +16,7 @@ other orders pay for it.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -37,19 +38,46 @@ def run(options, request: Request, revealer: Revealer) -> Int[Array, "K B L"]:
     request: of the samples.
     revealer: draws tokens.
   """
+
+  def predict(x_BL, t, token_BL2):
+    """Return a token and a score of every position, some positions at a time."""
+    sigma_B = request.sigma(t)
+    hidden_BLD = request.denoiser.trunk(x_BL, sigma_B)
+
+    def some(inputs):
+      hidden_BD, uniform_B2 = inputs
+      logits_B1V = revealer.predict(hidden_BD[:, None], sigma_B)
+      token_B1 = revealer.truncation.draw(logits_B1V, uniform_B2[:, None])
+      return token_B1[:, 0].astype(x_BL.dtype), score(options.order, logits_B1V)[:, 0]
+
+    inputs = (jnp.swapaxes(hidden_BLD, 0, 1), jnp.swapaxes(token_BL2, 0, 1))
+    token_LB, score_LB = jax.lax.map(some, inputs, batch_size=revealer.capacity)
+    return token_LB.T, score_LB.T
+
+  trace_KBL = states(options, request, predict)
+  return options.remove_noise(trace_KBL, lambda x_BL, greedy: x_BL)  # the last step left none
+
+
+def states(options, request: Request, predict: Callable) -> Int[Array, "K B L"]:
+  """Return the states after every step, of a function that predicts.
+
+  Args:
+    options: `Ancestral`.
+    request: of the samples.
+    predict: (state, time, uniforms [B, L, 2]) -> tokens and scores [B, L].
+  """
   t_K, steps, length = options.times(request), request.steps, request.length
   draws_BL3 = jax.vmap(lambda rng: jax.random.uniform(rng, (length + 1, 3)))(request.rng_B)
   spare_B3, token_BL2 = draws_BL3[:, length], draws_BL3[:, :length, 1:]
   noise_BL = -jnp.log(-jnp.log(jnp.clip(draws_BL3[:, :length, 0], 1e-12, 1 - 1e-7)))
   rank_BL, count_B = orders.spaced(~request.frozen_BL, spare_B3[:, :2])
-  survives_K = orders.survives(request.process, t_K)
-  left_BK = orders.left(count_B, survives_K, spare_B3[:, 2])
+  left_BK = orders.left(count_B, orders.survives(request.process, t_K), spare_B3[:, 2])
 
   def step(x_BL, k, t, left_B):
     masked_BL = request.masked(x_BL)
 
     def reveal(x_BL):
-      tokens_BL, score_BL = _predict(x_BL, t)
+      tokens_BL, score_BL = predict(x_BL, t, token_BL2)
       score_BL = score_BL + options.selection_temperature * noise_BL
       due_BL = due(options.order, score_BL, masked_BL, left_B, rank_BL, options.bound)
       due_BL = jnp.where(k == steps - 1, masked_BL, due_BL)
@@ -57,26 +85,7 @@ def run(options, request: Request, revealer: Revealer) -> Int[Array, "K B L"]:
 
     return jax.lax.cond(masked_BL.any(), reveal, lambda x_BL: x_BL, x_BL)
 
-  def _predict(x_BL, t):
-    """Return a token and a score of every position, some positions at a time."""
-    sigma_B = request.sigma(t)
-    hidden_BLD = request.denoiser.trunk(x_BL, sigma_B)
-
-    def some(hidden_BD, uniform_B2):
-      logits_B1V = revealer.predict(hidden_BD[:, None], sigma_B)
-      token_B1 = revealer.truncation.draw(logits_B1V, uniform_B2[:, None])
-      return token_B1[:, 0].astype(x_BL.dtype), score(options.order, logits_B1V)[:, 0]
-
-    token_LB, score_LB = jax.lax.map(
-      lambda inputs: some(*inputs),
-      (jnp.swapaxes(hidden_BLD, 0, 1), jnp.swapaxes(token_BL2, 0, 1)),
-      batch_size=revealer.capacity,
-    )
-    return token_LB.T, score_LB.T
-
-  inputs = (jnp.arange(steps), t_K[:-1], left_BK.T)
-  trace_KBL = walk(step, request.x_BL, inputs)[1]
-  return options.remove_noise(trace_KBL, lambda x_BL, greedy: x_BL)  # the last step left none
+  return walk(step, request.x_BL, (jnp.arange(steps), t_K[:-1], left_BK.T))[1]
 
 
 def score(order: str, logits_BKV: FloatBKV) -> Float[Array, "B K"]:
