@@ -12,7 +12,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from dlm_jax.arrays import FloatB, FloatBLV, FloatLV, IntBL, IntL, RngKey
 from dlm_jax.process import Absorbing
@@ -26,14 +26,14 @@ class Chain:
   """A hidden Markov chain over tokens 0 … V − 1; the mask of its process is V.
 
   Attributes:
-    start_S: π.
-    move_SS: T, a row per state.
-    emit_SV: E, a row per state.
+    start_S: π, float32 [S].
+    move_SS: T, a row per state, [S, S].
+    emit_SV: E, a row per state, [S, V].
   """
 
-  start_S: Float[Array, "states"]
-  move_SS: Float[Array, "states states"]
-  emit_SV: Float[Array, "states V"]
+  start_S: Array
+  move_SS: Array
+  emit_SV: Array
 
   @property
   def process(self) -> Absorbing:
