@@ -48,12 +48,13 @@ def read_object(path: epath.PathLike, *, finite: bool = True) -> dict[str, Any]:
   return content
 
 
-def parse(text: str | bytes, *, finite: bool = True) -> Any:
+def parse(text: str | bytes, *, finite: bool = True, twice: bool = True) -> Any:
   """Return what a text says.
 
   Args:
     text: a byte-order mark is dropped.
     finite: refuse NaN and infinity, which JSON has not and Python writes.
+    twice: let a name be there twice if it says the same.
 
   Raises:
     ValueError: it is no JSON, not UTF-8, too deep, or contradicts itself; the line says where, and
@@ -63,7 +64,8 @@ def parse(text: str | bytes, *, finite: bool = True) -> Any:
     text = text.decode("utf-8")  # its error is a ValueError
   more: dict[str, Callable] = {"parse_constant": _no_constant} if finite else {}
   try:
-    value = json.loads(text.removeprefix("\ufeff"), object_pairs_hook=_object, **more)
+    hook = _object if twice else _once
+    value = json.loads(text.removeprefix("\ufeff"), object_pairs_hook=hook, **more)
   except RecursionError:
     raise ValueError(_TOO_DEEP) from None
   if _deeper(value, DEPTH):
@@ -86,6 +88,15 @@ def _object(pairs):
     for name, value in pairs:
       if content[name] != value:
         raise ValueError(f"it has the field {name!r} twice, with different values")
+  return content
+
+
+def _once(pairs):
+  content = dict(pairs)
+  if len(content) < len(pairs):
+    names = [name for name, _ in pairs]
+    name = next(name for name in content if names.count(name) > 1)
+    raise ValueError(f"it has the field {name!r} twice")
   return content
 
 

@@ -8,7 +8,7 @@ import time
 import jax
 import numpy as np
 
-from dlm_jax import assets, convert
+from dlm_jax import assets, convert, json_file
 from dlm_jax.cli import flags
 from dlm_jax.convert import places
 from dlm_jax.errors import InputError, hint
@@ -195,7 +195,7 @@ def _stop(text: str) -> int | str:
     return int(text)
   if len(text) > 1 and text[0] == text[-1] == '"':
     try:
-      return json.loads(text)
+      return json_file.parse(text)
     except ValueError as error:
       raise InputError(f"--stop={text} is no text in quotes: {error}.") from None
   return text

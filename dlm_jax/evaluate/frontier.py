@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from tqdm.auto import tqdm
 
-from dlm_jax import disk, json_file
+from dlm_jax import disk, draw, json_file
 from dlm_jax.errors import InputError, check_counts
 from dlm_jax.evaluate import generative, tables
 from dlm_jax.evaluate._samplers import Sampler, TemplateSampler, numbers, refuse_unless
@@ -250,7 +250,7 @@ def draw_samples(factory, nfe, samples, batch, seed) -> tuple[np.ndarray, float]
   if hasattr(factory, "draw"):
     return factory.draw(nfe, samples, batch, seed)
   run = factory(batch, nfe)
-  rng = jax.random.fold_in(jax.random.key(seed), nfe)
+  rng = jax.random.fold_in(draw.key(seed), nfe)
   rngs = [jax.random.fold_in(rng, i) for i in range(-(-samples // batch))]
   start = time.perf_counter()
   drawn = [np.asarray(run(rng)) for rng in rngs]

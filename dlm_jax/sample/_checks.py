@@ -59,7 +59,7 @@ def given(prompt: Any, frozen: Any, vocab_size: int) -> None:
   if prompt is not None:
     _check_array("prompt", prompt, "iu", "ids")
     if not isinstance(prompt, jax.core.Tracer) and np.size(prompt):
-      low, high = int(np.min(prompt)), int(np.max(prompt))
+      low, high = np.asarray(prompt).min(), np.asarray(prompt).max()  # concrete, also in a jit
       if low < 0 or high >= vocab_size:
         wrong = low if low < 0 else high
         raise InputError(f"prompt has the id {wrong}; ids are 0 … {vocab_size - 1}.")

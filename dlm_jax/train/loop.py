@@ -16,7 +16,7 @@ import numpy as np
 from absl import logging
 from jax.sharding import Mesh, NamedSharding
 
-from dlm_jax import fields
+from dlm_jax import draw, fields
 from dlm_jax import mesh as meshes
 from dlm_jax.arrays import Record
 from dlm_jax.errors import InputError
@@ -92,12 +92,12 @@ class Evaluator(Protocol):
 
 def init_key(seed: int) -> jax.Array:
   """Return the key that parameters are drawn from."""
-  return jax.random.split(jax.random.key(seed))[0]
+  return jax.random.split(draw.key(seed))[0]
 
 
 def step_key(seed: int) -> jax.Array:
   """Return the key that the keys of all steps are folded from."""
-  return jax.random.split(jax.random.key(seed))[1]
+  return jax.random.split(draw.key(seed))[1]
 
 
 def jit_step(objective: Objective, mesh: Mesh, shardings: Any, seed: int) -> Callable:
