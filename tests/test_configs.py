@@ -130,7 +130,7 @@ def test_values_have_the_types_of_the_base(name):
 def test_full_size_network_builds(name):
   config = load_config(name)
   kind, _, size = config.data.tokenizer.partition(":")
-  vocab = int(size) if kind == "bpe" else 2048
+  vocab = int(size) if kind == "bpe" else max(2048, config.model.vocab_size - 1)  # the mask's row
   model = build.make_model(plan.read(config), vocab)
   shapes = jax.eval_shape(model.init, jax.random.key(0), *build.model_inputs(model))["params"]
   count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
