@@ -10,11 +10,15 @@ from jax.typing import DTypeLike
 
 from dlm_jax.arrays import FloatB, FloatBKD, FloatBKV, FloatBLD, FloatBLV, Params
 from dlm_jax.mesh import batch_axes, by_compiler
+from dlm_jax.models.exported import exportable
 
 
+@exportable
 @flax.struct.dataclass
 class Denoiser:
-  """Bind a network to parameters; may be an argument of a jitted function, and of an exported one.
+  """Bind a network to parameters; may be an argument of a jitted function.
+
+  Of one stored by `jax.export` too, which needs the package flatbuffers for that: see `exported`.
 
   Where a mesh with explicit axes is in force the compiler shards what is inside, and the result is
   split as batches are: see `mesh.by_compiler`. `model.apply` alone leaves that to you.
