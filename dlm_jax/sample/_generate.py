@@ -54,12 +54,19 @@ def generate(
 ) -> IntBL | tuple[IntBL, Int[Array, "K B L"]]:
   """Generate token sequences with a few network evaluations.
 
-  Pure and unjitted: call it inside your own `jit` and `vmap` (static: proc, batch, length, steps
-  and options). Sequence i uses `fold_in(rng, i)` only, so batch size, order and sharding never
-  change it (in float32; in bfloat16 other kernels may round a near tie the other way).
+  Pure and unjitted: always call it inside your own `jit` (static: proc, batch, length, steps and
+  options other than temperature and nucleus), or its loops are compiled at every call. `vmap`,
+  `scan`, `shard_map` and `jax.export` compose with it. Sequence i uses `fold_in(rng, i)` only, so
+  batch size, order and sharding never change it (in float32; in bfloat16 other kernels may round a
+  near tie the other way).
+
+  Where a mesh is in force (`jax.set_mesh`) the batch is split over its axes "data" and "fsdp", or,
+  if it has neither, over all but "tensor", as far as they divide it: see `mesh.batch_axes`.
 
   Args:
-    denoiser: a `models.Denoiser`, or any callable with `trunk` and `head`.
+    denoiser: a `models.Denoiser`, `from_logits` of any function, or any object with
+      `trunk(tokens_BL, sigma_B) -> hidden_BLD` and `head(hidden_BKD, sigma_B) -> logits_BKV`;
+      "analytic" and precision="legacy" also call it, (tokens_BL, sigma_B) -> logits_BLV.
     proc: the forward process that the denoiser was trained on.
     rng: one typed key.
     batch: number of sequences.
