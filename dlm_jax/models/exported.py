@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Networks as bytes, so that functions of a `Denoiser` can be stored by `jax.export`.
 
-What is stored of a network is its class, one of this package, and its config, as JSON: nothing is
-executed when it is read. `jax.export` itself needs the package flatbuffers to write or read bytes.
+What is stored of a network is its class, one of this package, and its config, as a Python literal:
+nothing is executed when it is read. `jax.export` itself needs the package flatbuffers to write
+bytes or read them.
 """
 
+import ast
 import dataclasses
-import json
 import sys
 from typing import Any
 
@@ -33,20 +34,20 @@ def to_bytes(static: Any) -> bytes:
   Raises:
     InputError: it holds a network that is not of this package.
   """
-  return json.dumps(_described(static)).encode()
+  return repr(_described(static)).encode()
 
 
 def from_bytes(stored: bytes | bytearray) -> Any:
   """Return what `to_bytes` was given."""
-  return _made(json.loads(bytes(stored)))
+  return _made(ast.literal_eval(bytes(stored).decode()))
 
 
 def _described(value):
-  """Return numbers and text as they are, a tuple and an object of ours as {what it is: parts}."""
+  """Return literals as they are, and an object of ours as {class: fields}."""
   if value is None or isinstance(value, bool | int | float | str):
     return value
   if isinstance(value, tuple):
-    return {"tuple": [_described(part) for part in value]}
+    return tuple(map(_described, value))
   name = type(value).__name__
   if getattr(sys.modules[__package__], name, None) is not type(value):
     raise InputError(
@@ -58,9 +59,10 @@ def _described(value):
 
 
 def _made(stored):
+  if isinstance(stored, tuple):
+    return tuple(map(_made, stored))
   if not isinstance(stored, dict):
     return stored
-  ((name, parts),) = stored.items()
-  if name == "tuple":
-    return tuple(map(_made, parts))
-  return getattr(sys.modules[__package__], name)(**{k: _made(part) for k, part in parts.items()})
+  ((name, fields),) = stored.items()
+  kind = getattr(sys.modules[__package__], name)
+  return kind(**{field: _made(value) for field, value in fields.items()})
