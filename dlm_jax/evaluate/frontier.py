@@ -17,13 +17,13 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
-from tqdm.auto import tqdm
 
 from dlm_jax import disk, json_file
 from dlm_jax.errors import InputError, check_counts
 from dlm_jax.evaluate import generative, tables
 from dlm_jax.evaluate._samplers import Sampler, TemplateSampler, numbers, refuse_unless
 from dlm_jax.evaluate.judge import JudgeWithTokens
+from dlm_jax.train import progress
 
 __all__ = [
   "Reference",
@@ -351,8 +351,7 @@ def _write_csv(rows, path):
 @contextlib.contextmanager
 def sweep_progress(total: int):
   """Show a sweep's progress in network evaluations; yields what `frontier.sweep` calls per row."""
-  options = {"unit": "NFE", "desc": "frontier", "dynamic_ncols": True, "disable": None}
-  with tqdm(total=total, **options) as bar:
+  with progress.Bar("frontier, NFE", total) as bar:
 
     def on_row(row, number, count):
       text = (
@@ -361,7 +360,7 @@ def sweep_progress(total: int):
       )
       if bar.disable:  # no terminal: lines, as training has them
         print(f"frontier: {number}/{count}, {text}", file=sys.stderr, flush=True)
+      bar.parts = (text,)
       bar.update(row["nfe"])
-      bar.set_postfix_str(text)
 
     yield on_row
