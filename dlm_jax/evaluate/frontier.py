@@ -187,7 +187,8 @@ def write(
     _write_csv(rows, paths["csv"])
     _write_json(rows, paths["json"], reference)
     for x, name in pictures.items():
-      _plot.save(rows, directory / name, reference, x=x, title=AXES[x])
+      trade = x == "nfe" and stem == "frontier"  # matched entropies have none
+      _plot.save(rows, directory / name, reference, x=x, title=AXES[x], trade=trade)
   except OSError as error:
     raise InputError(f"{directory} cannot be written: {disk.refusal(error) or error}.") from error
   return paths

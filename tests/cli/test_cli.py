@@ -291,6 +291,43 @@ def test_frontier(capsys, tmp_path):
   assert again == text, "nothing is measured twice: the seconds are the same too"
 
 
+def test_frontier_draws_held_out_text(capsys, tmp_path):
+  """A prepared dataset, and a text file; another run of the same sweep may ask for another one."""
+  tiny, few = tiny_runs.make(), ["--nfes=1", "--samples=4", "--batch_size=4"]
+  arguments = [*_frontier(tmp_path / "out", "a={}"), *few]
+  references = []
+  text = tmp_path / "text.txt"
+  text.write_text("".join(tiny_runs.documents()[:8]))
+  for path in (tiny.data, text):
+    assert main([*arguments, f"--held_out={path}"]) == 0
+    said = capsys.readouterr().out
+    reference = json.loads((tmp_path / "out" / "frontier.json").read_text())["reference"]
+    assert (
+      f"4 validation texts: {reference['genppl']:.1f} at {reference['entropy']:.2f} nats" in said
+    )
+    references.append(reference["genppl"])
+  assert references[0] != references[1]
+
+
+@pytest.mark.parametrize(
+  ("content", "said"),
+  [
+    (None, "cannot be read: No such file"),
+    ("short", "is shorter than one sample of 16 tokens"),
+    (b"\xff\xfe\xff", "is not UTF-8"),
+  ],
+)
+def test_frontier_refuses_held_out_text_first(capsys, tmp_path, monkeypatch, content, said):
+  monkeypatch.setattr("dlm_jax.cli.frontier.load_judge", pytest.fail)
+  text = tmp_path / "text.txt"
+  if content is not None:
+    text.write_bytes(content if isinstance(content, bytes) else content.encode())
+  arguments = [*_frontier(tmp_path / "out", "a={}"), f"--held_out={text}"]
+  assert main(arguments) == 2
+  error = capsys.readouterr().err
+  assert said in error and len(error.splitlines()) == 1
+
+
 @pytest.mark.slow
 def test_frontier_at_matched_entropy(capsys, tmp_path):
   arguments = _frontier(tmp_path, "a={}", "b={},nucleus=0.9")
