@@ -56,6 +56,7 @@ def test_sample(tmp_path):
   assert not places()
 
 
+@pytest.mark.slow
 def test_prepare(tmp_path):
   tiny, corpus = tiny_runs.make(), tmp_path / "corpus.txt"
   corpus.write_text("".join(tiny_runs.documents()) * 200)
