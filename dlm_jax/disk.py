@@ -100,6 +100,30 @@ def fresh(path: pathlib.Path) -> Iterator[pathlib.Path]:
       os.close(lock)
 
 
+@contextlib.contextmanager
+def fresh_file(path: str | os.PathLike) -> Iterator[pathlib.Path]:
+  """Yield an empty hidden file beside a path; it takes the path's place, whole, at the end.
+
+  After an exception what was there stays as it was.
+
+  Raises:
+    InputError: the path is a folder, or nothing can be written beside it.
+  """
+  target = pathlib.Path(os.path.realpath(path))
+  file = target.with_name(f".{target.name}.{_host():08x}-{os.getpid()}.new")
+  with writing(path):
+    if not target.name or (target.exists() and not target.is_file()):
+      kind = "a folder" if not target.name or target.is_dir() else "no plain file"
+      raise InputError(f"{path} is {kind}; name a file, new or old.")
+    file.write_bytes(b"")
+  try:
+    yield file
+    with writing(path):
+      file.replace(target)
+  finally:
+    file.unlink(missing_ok=True)
+
+
 def replace(folder: pathlib.Path, path: pathlib.Path) -> None:
   """Rename a folder to a path; the folder that is there goes when the new one is in its place.
 

@@ -28,7 +28,9 @@ class Parser(argparse.ArgumentParser):
         argparse.RawDescriptionHelpFormatter, max_help_position=28, width=100
       ),
       allow_abbrev=False,
+      add_help=False,  # who reads it knows the flag
     )
+    self.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
 
   def error(self, message: str):
     """Raise InputError: `main` prints its line and returns 2."""

@@ -2,6 +2,7 @@
 """`dlm-jax sample` with decoders of blocks: what is printed where, and what is refused."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -51,6 +52,19 @@ def test_streaming_prints_the_same(run):
   plain, _ = run(*prompts)
   streamed, _ = run(*prompts, "--stream")
   assert streamed == plain and plain.startswith("──── 1 ────\n") and "\n──── 2 ────\n" in plain
+
+
+def test_a_page_shows_how_blocks_were_written(run, tmp_path):
+  page = tmp_path / "page.html"
+  plain, _ = run("--prompt=It was", *FEW)
+  out, err = run("--prompt=It was", *FEW, f"--html={page}")
+  assert out == plain and f"page: {page}" in err
+  frames = re.findall(r'<pre title="([^"]*)"', page.read_text())
+  known, total = zip(
+    *(map(int, re.findall(r"(\d+) of (\d+) tokens", f)[0]) for f in frames), strict=True
+  )
+  assert known == tuple(sorted(set(known))), "every moment sets something"
+  assert known[0] == 0 and {known[-1]} == set(total) and len(frames) > 2
 
 
 def test_pieces_of_later_prompts_wait(capsys):
