@@ -8,7 +8,7 @@ import sys
 from typing import Any
 
 from dlm_jax import fields
-from dlm_jax.errors import InputError
+from dlm_jax.errors import InputError, one_line
 from dlm_jax.experiment import config as experiments
 
 _OUTER_COMMA = re.compile(r",(?![^()]*\))")
@@ -33,7 +33,7 @@ class Parser(argparse.ArgumentParser):
 
   def error(self, message: str):
     """Print one line and exit with code 2."""
-    print(f"{self.prog}: {message}; see `{self.prog} --help`.", file=sys.stderr)
+    print(f"{self.prog}: {one_line(message)}; see `{self.prog} --help`.", file=sys.stderr)
     sys.exit(2)
 
   def parse(self, argv: list[str]) -> argparse.Namespace:

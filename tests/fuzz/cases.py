@@ -77,6 +77,8 @@ def complaint(verdict: dict[str, Any], writes: bool = False) -> str:
     return "failed and wrote to stdout"
   if len(err.splitlines()) != 1 or not err.startswith("dlm-jax") or len(err) > _LONGEST:
     return f"failed in {len(err.splitlines())} lines of {len(err)} characters"
+  if not err.removesuffix("\n").isprintable():
+    return "failed in a line that is not printable"
   return f"failed and left {left}" if left and not writes else ""
 
 

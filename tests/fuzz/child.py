@@ -58,7 +58,7 @@ def _harm(argv) -> int:
   while argv[0] == "spin":
     pass
   if argv[0] == "fill":
-    bytearray(MEMORY)
+    bytearray(2 * MEMORY)
   os.kill(os.getpid(), signal.SIGSEGV)
   return 0
 

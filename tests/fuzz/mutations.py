@@ -34,7 +34,17 @@ RAW = {
   "word": "undefined",
 }
 _TEXTS = ["", "x", "\0", "../x", "/dev/zero", "none", "float32", "F64", "F8_E4M3", "BF16", "I64"]
-_TEXTS += ["BOOL", "a\nb", "\u2028", "é", "😀", "<|endoftext|>", "(x+x+)+y", "model.safetensors"]
+_TEXTS += [
+  "BOOL",
+  "a\nb",
+  "\u2028",
+  "\x1b[2J",
+  "é",
+  "😀",
+  "<|endoftext|>",
+  "(x+x+)+y",
+  "model.safetensors",
+]
 _TEXTS += ["{{ 1 }}", "{% for i in range(10**9) %}{% endfor %}", "{{ messages[0].content }}"]
 _WHOLE = [0, 1, 2, 3, 5, 7, 255, 256, 300, 4096, 10**6, 2**31 - 1, 2**31, 2**32, 10**9, 2**53]
 _WHOLE += [2**63 - 1, 2**63, 2**64, 10**30, -1, -2, -(2**31) - 1, -(2**63), -(10**30)]

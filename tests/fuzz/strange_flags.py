@@ -16,7 +16,19 @@ _NUMBERS = ["0", "-1", "1", "2", "3", "7", "1.5", "-0.5", "1e-9", "1e999", "nan"
 _NUMBERS += [str(2**31), str(2**32), str(2**63), str(10**30), "9" * 5000, "²", "0x10", "+1", " 2"]
 _WORDS = ["", "x", "none", "True", "false", "()", "(1, 2)", "(1,)", "[]", "{}", "{[]: 1}", "("]
 _WORDS += ["(" * 3000, "'", '"a', '"\\ud800"', "1 / 0", "a=1", "a=b,c=d", "=", "a=", ",", "1,2"]
-_WORDS += ["1,x", "4,4,0", "a\nb", "é😀", "\udcff", "\ufeff", "a\udcffb", "x" * 5000, "%s", "{}"]
+_WORDS += [
+  "1,x",
+  "4,4,0",
+  "a\nb",
+  "\x1b[2J",
+  "é😀",
+  "\udcff",
+  "\ufeff",
+  "a\udcffb",
+  "x" * 5000,
+  "%s",
+  "{}",
+]
 _WORDS += ["ancestral", "psi", "rgas", "uniform", "cosine", "greedy", "legacy", "float32", "simsd"]
 _WORDS += ["bytes", "esm", "bpe:300", "bpe:", "bpe:0", "mdlm", "idlm", "os.path", ".x", "a..b"]
 _WORDS += ["documents", "conversations", "absorbing", "decoder", "causal", "samples,likelihood"]

@@ -98,6 +98,7 @@ def test_fuzz_longer(child, tried, part):
     ({"err": ""}, "failed in 0 lines of 0 characters"),
     ({"err": "dlm-jax: a\nb\n"}, "failed in 2 lines of 13 characters"),
     ({"err": "a\n"}, "failed in 1 lines of 2 characters"),
+    ({"err": "dlm-jax: \x1b[2J\n"}, "failed in a line that is not printable"),
     ({"left": ["out"]}, "failed and left ['out']"),
   ],
 )
