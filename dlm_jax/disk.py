@@ -79,12 +79,15 @@ def check_folder(path: pathlib.Path) -> None:
 def fresh(path: pathlib.Path) -> Iterator[pathlib.Path]:
   """Yield an empty hidden folder beside a path; at the end it is gone, unless it was renamed.
 
-  Those that writers of the same path left when they were killed go first.
+  Those that writers of the same path left when they were killed go first. Folders around it that
+  were made for it go with it.
 
   Raises:
     InputError: it cannot be made.
   """
+  path = pathlib.Path(os.path.abspath(path))  # "." has no name
   with writing(path):
+    around = [folder for folder in path.parents if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(OSError):  # a place that cannot be listed may still be written
       _sweep(path)
@@ -96,6 +99,9 @@ def fresh(path: pathlib.Path) -> Iterator[pathlib.Path]:
     yield folder
   finally:
     shutil.rmtree(folder, ignore_errors=True)
+    with contextlib.suppress(OSError):  # until the first that holds something
+      for empty in around:
+        empty.rmdir()
     if lock is not None:
       os.close(lock)
 
@@ -125,6 +131,7 @@ def alone(path: pathlib.Path) -> Iterator[None]:
   Raises:
     InputError: another process writes there, or the lock file cannot be written.
   """
+  path = pathlib.Path(os.path.abspath(path))
   file = path.with_name(f".{path.name}.lock")
   with writing(file):
     stream = _locked(file, path)

@@ -349,3 +349,12 @@ def test_a_line_is_short_and_printable(fails, flag):
   assert "\\x1b[2J" in error and error.removesuffix("\n").isprintable(), error
   error = fails("sample", f"{flag}={'x' * 5000}")
   assert " … " in error and len(error) < 2000, error
+
+
+def test_convert_into_this_folder(fails, tiny, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  for out in ("", ".", "x/.."):
+    error = fails("convert", f"--checkpoint={tiny.teacher}", f"--out={out}")
+    assert "--out is this folder itself" in error
+  assert "no network" in fails("convert", "--checkpoint=none", "--out=x/y/z")
+  assert not list(tmp_path.iterdir())

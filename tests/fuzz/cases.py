@@ -42,7 +42,7 @@ class Child:
     Args:
       argv: the command.
       files: folder that is ../it for the command.
-      changed: name → content of files in it that are others.
+      changed: name → content of files in it that are others, or what stands at their place.
     """
     place = self._folder / "case"
     shutil.rmtree(place, ignore_errors=True)
@@ -50,7 +50,10 @@ class Child:
     if files is not None:
       shutil.copytree(files, place / "it", copy_function=shutil.copyfile)
     for name, content in (changed or {}).items():
-      (place / "it" / name).write_bytes(content)
+      if isinstance(content, str):
+        mutations.place(place / "it" / name, content)
+      else:
+        (place / "it" / name).write_bytes(content)
     request = {"argv": list(argv), "folder": str(place / "here")}
     os.write(self._requests, json.dumps(request).encode() + b"\n")
     line = self._lines.readline()
@@ -85,9 +88,13 @@ def complaint(verdict: dict[str, Any], writes: bool = False) -> str:
 def damaged(found: list[bases.Base]) -> st.SearchStrategy:
   """Return (base, {file: steps}) of damage to one file, seldom two."""
 
+  def steps(form):
+    often = [mutations.mutation(form)] * 15
+    return st.one_of(*often, mutations.instead())
+
   def of(base):
     one = st.sampled_from(sorted(base.files)).flatmap(
-      lambda name: st.tuples(st.just(name), mutations.mutation(base.files[name]))
+      lambda name: st.tuples(st.just(name), steps(base.files[name]))
     )
     return st.tuples(st.just(base), st.lists(one, min_size=1, max_size=2).map(dict))
 
@@ -96,10 +103,7 @@ def damaged(found: list[bases.Base]) -> st.SearchStrategy:
 
 def try_damage(child: Child, base: bases.Base, changes) -> tuple[str, str]:
   """Run a command on damaged files; return (complaint, how to see it again)."""
-  changed = {
-    name: mutations.apply(base.files[name], (base.folder / name).read_bytes(), steps)
-    for name, steps in changes.items()
-  }
+  changed = {name: _changed(base, name, steps) for name, steps in changes.items()}
   if base.summed:
     changed = _summed(base.folder, changed)
   verdict = child.run(base.argv, base.folder, changed)
@@ -108,10 +112,19 @@ def try_damage(child: Child, base: bases.Base, changes) -> tuple[str, str]:
   return wrong, f"{base.name}: {' '.join(base.argv)}\nsteps: {changes}\nfiles: {shown}\n{verdict}"
 
 
+def _changed(base, name, steps) -> bytes | str:
+  """Return the content of a damaged file, or what stands at its place."""
+  if steps[0][0] == "instead of it":
+    return steps[0][1]
+  return mutations.apply(base.files[name], (base.folder / name).read_bytes(), steps)
+
+
 def _summed(folder: pathlib.Path, changed: dict[str, bytes]) -> dict[str, bytes]:
   """Return changed files with the sizes and sums that belong to them: damage with intent."""
   told, sums = (json.loads((folder / name).read_bytes()) for name in _SUMS)
   for name, content in changed.items():
+    if isinstance(content, str):
+      continue
     if name in sums:
       sums[name] = zlib.crc32(content)
     if name in told["files"]:

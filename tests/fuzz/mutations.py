@@ -8,6 +8,8 @@ there is, so that any list fits any file and a list that shrinks still means som
 import io
 import itertools
 import json
+import os
+import pathlib
 import pickletools
 import struct
 import zipfile
@@ -81,6 +83,7 @@ _names = st.sampled_from(
   [*_TEXTS, "dlm_jax", "model_type", "quantization_config", "added_tokens", "chat_template", "id"]
 )
 _json_step = st.one_of(
+  st.tuples(st.just("near"), _path, st.integers(0, 7)),
   st.tuples(st.just("put"), _path, values),
   st.tuples(st.just("drop"), _path),
   st.tuples(st.just("twice"), _path, values),
@@ -179,6 +182,30 @@ def mutation(form: str) -> st.SearchStrategy:
   return st.one_of([st.lists(one, min_size=1, max_size=3) for one in _STEPS[form]])
 
 
+# What may stand at a file's place instead of it.
+INSTEAD = ("nothing", "folder", "loop", "pipe", "device", "self")
+
+
+def instead() -> st.SearchStrategy:
+  """Return lists of the one step that no file is left after."""
+  return st.sampled_from(INSTEAD).map(lambda what: [("instead of it", what)])
+
+
+def place(file: pathlib.Path, what: str) -> None:
+  """Put something at a file's place that is no file."""
+  file.unlink()
+  if what == "folder":
+    file.mkdir()
+  elif what == "loop":
+    file.symlink_to(file)
+  elif what == "pipe":
+    os.mkfifo(file)
+  elif what == "device":
+    file.symlink_to("/dev/zero")
+  elif what == "self":
+    file.symlink_to(file.parent)
+
+
 def apply(form: str, data: bytes, steps) -> bytes:
   """Return a file after every step; one that does not fit what is left changes nothing."""
   for step in steps:
@@ -262,6 +289,8 @@ def _change(root, name, path, *values):
   label = held[0] if isinstance(into, Fields) else None
   if name == "put":
     _put(into, index, values[0])
+  elif name == "near":
+    _put(into, index, _near(value, values[0]))
   elif name == "drop":
     del into[index]
   elif name == "twice":
@@ -278,6 +307,20 @@ def _change(root, name, path, *values):
     for _ in range(values[0]):
       value = [value]
     _put(into, index, value)
+
+
+def _near(value, number):
+  """Return another value of the same type: what a check of types alone lets pass."""
+  if isinstance(value, bool) or value is None:
+    return not value
+  if isinstance(value, int | float):
+    return (value + 1, value - 1, 2 * value, -value, 0, 1, value + 64, value * 1000)[number]
+  if isinstance(value, str):
+    others = (value + "x", value[1:], value.upper(), "", f" {value}", value * 2, value[:1], "a")
+    return others[number]
+  inner = list(value)
+  others = (inner[1:], inner[::-1], inner * 2, inner[:1], [], inner[1:] + inner[:1], inner, inner)
+  return type(value)(others[number])
 
 
 def _found(root, path):
