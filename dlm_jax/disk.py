@@ -75,6 +75,17 @@ def check_folder(path: pathlib.Path) -> None:
       raise InputError(f"{path} is a {kind} and not a folder; move it away or choose another path.")
 
 
+def check_file(path: str | os.PathLike) -> None:
+  """Refuse to read what is there and no file: a folder, a pipe or a device, which may never end.
+
+  Raises:
+    OSError: it is one of these.
+  """
+  path = pathlib.Path(path)
+  if path.exists() and not path.is_file():
+    raise OSError(0, "a directory" if path.is_dir() else "a pipe or a device, not a file")
+
+
 @contextlib.contextmanager
 def fresh(path: pathlib.Path) -> Iterator[pathlib.Path]:
   """Yield an empty hidden folder beside a path; at the end it is gone, unless it was renamed.

@@ -12,11 +12,12 @@ import tiny_sdar
 
 from dlm_jax import json_file
 from dlm_jax.cli.main import main
-from dlm_jax.convert import files
+from dlm_jax.convert import files, tensors, torch_file
 from dlm_jax.data import builder, tokenizers
 from dlm_jax.errors import InputError
 from dlm_jax.evaluate import frontier
 from dlm_jax.quickstart import comparison, distil
+from dlm_jax.text import prompts
 from dlm_jax.train import checkpoint
 
 DEEP = "[" * 200_000
@@ -261,6 +262,31 @@ def test_a_pipe_does_not_hang(line, denoiser, tmp_path):
   (network / "config.json").unlink()
   (network / "config.json").mkdir()
   assert "a directory" in line("sample", f"--checkpoint={network}")
+
+
+@pytest.mark.parametrize("what", ["pipe", "device", "folder"])
+def test_what_is_no_file_is_not_waited_for(tmp_path, what):
+  """A pipe that nobody writes to would wait for ever, a device has no end."""
+  file = tmp_path / "file"
+  if what == "device":
+    file.symlink_to("/dev/zero")
+  else:
+    os.mkfifo(file) if what == "pipe" else file.mkdir()
+  said = "directory" if what == "folder" else "a pipe or a device, not a file"
+  assert said in _problem(lambda: tensors.Tensors([file]))
+  assert said in _problem(torch_file.read, file)
+  assert said in _problem(frontier._Finished, file)
+  said = {"pipe": "nobody writes to", "device": "more than 67108864 bytes"}.get(what, "directory")
+  assert said in _problem(prompts.read_text, str(file), "--prompt=@file")
+  assert said in _problem(prompts.read_messages, str(file), "--messages=file")
+
+
+def test_a_pipe_of_a_shell_is_read():
+  ours, theirs = os.pipe()
+  os.write(theirs, "\ufeffa\r\nb".encode())
+  os.close(theirs)
+  assert prompts.read_text(f"/dev/fd/{ours}", "--prompt=@…") == "a\nb"
+  os.close(ours)
 
 
 @pytest.mark.parametrize(
