@@ -75,6 +75,7 @@ def networks(root: pathlib.Path) -> list[Base]:
   made.append(_base("chat", decoder, *_SAMPLE, *write, "--chat", only=_WORDS))
   made += [_base(f"convert {b.name}", b.folder, *_CONVERT) for b in made[:3]]
   made.append(_sharded(root, decoder))
+  made.append(_base("index", made[-1].folder, *_CONVERT, only=("model.safetensors.index.json",)))
   made.append(_adapter(root, decoder))
   made += _public(root)
   return made

@@ -98,7 +98,10 @@ def damaged(found: list[bases.Base]) -> st.SearchStrategy:
     )
     return st.tuples(st.just(base), st.lists(one, min_size=1, max_size=2).map(dict))
 
-  return st.sampled_from(found).flatmap(of)
+  # Commands that begin a workdir take ten times as long as others.
+  return st.sampled_from([base for base in found for _ in range(1 if base.writes else 4)]).flatmap(
+    of
+  )
 
 
 def try_damage(child: Child, base: bases.Base, changes) -> tuple[str, str]:

@@ -67,6 +67,7 @@ class Fields(list):
 _plain = st.sampled_from([None, True, False, *_WHOLE, *_FLOATS, *_TEXTS, *map(Raw, RAW)])
 values = st.one_of(
   _plain,
+  st.sampled_from([*map(Raw, RAW)]),
   st.integers(-300, 300),
   st.recursive(
     _plain,
