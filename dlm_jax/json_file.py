@@ -13,7 +13,7 @@ from typing import Any
 
 from etils import epath
 
-from dlm_jax import fields, remote
+from dlm_jax import disk, fields, remote
 
 DEPTH = 100  # of objects and lists in each other; public files have about ten
 MOST_BYTES = 2**28  # of a file: the largest public tokenizers have a tenth of it
@@ -29,8 +29,7 @@ def read(path: epath.PathLike, *, finite: bool = True) -> Any:
   if remote.is_remote(path):
     return parse(epath.Path(path).read_bytes(), finite=finite)
   file = pathlib.Path(path)
-  if file.exists() and not file.is_file():
-    raise OSError(0, "a directory" if file.is_dir() else "a pipe or a device, not a file")
+  disk.check_file(file)
   if (size := os.stat(file).st_size) > MOST_BYTES:
     raise ValueError(f"it has {size} bytes, and the most for such a file is {MOST_BYTES}")
   return parse(file.read_bytes(), finite=finite)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from dlm_jax import json_file
+from dlm_jax import disk, json_file
 from dlm_jax.errors import InputError
 
 _DTYPES = {
@@ -65,6 +65,7 @@ class Tensors(Mapping[str, np.ndarray]):
 def _entries(file: pathlib.Path):
   """Yield (name, (bytes, dtype, shape)) of one file, after the library has checked its header."""
   try:
+    disk.check_file(file)
     with safe_open(str(file), "numpy"):
       pass
     with file.open("rb") as stream:
@@ -74,8 +75,9 @@ def _entries(file: pathlib.Path):
   except FileNotFoundError:
     raise InputError(f"{file} is missing; fetch the checkpoint again.") from None
   except (OSError, ValueError, SafetensorError) as error:
+    why = getattr(error, "strerror", None) or error
     raise InputError(
-      f"{file} cannot be read: it is not a readable safetensors file ({error}); fetch it again."
+      f"{file} cannot be read: it is not a readable safetensors file ({why}); fetch it again."
     ) from None
   for name, entry in header.items():
     if name == "__metadata__":

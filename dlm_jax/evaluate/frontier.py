@@ -280,6 +280,7 @@ class _Finished:
     if path is None:
       return
     with disk.writing(path):
+      disk.check_file(path)
       text = path.read_bytes() if path.exists() else b""
     lines, whole = text.splitlines(), text.endswith(b"\n")
     for number, line in enumerate(lines, start=1):

@@ -337,3 +337,24 @@ def test_bench(fails, tmp_path):
   assert "it is a directory" in fails("bench", "trunk", f"--json={tmp_path}")
   assert "prompt_length=0 must be at least 1" in fails("bench", "decode", "--prompt_length=0")
   assert "steps=" in fails("bench", "sample", f"--steps={HUGE}")
+
+
+# --- lines ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flag", ["--checkpoint", "--model", "--steps"])
+def test_a_line_is_short_and_printable(fails, flag):
+  """Whatever a flag holds: a terminal is not cleared, and a value of a page is not printed."""
+  error = fails("sample", f"{flag}=\x1b[2J\u2028\x07")
+  assert "\\x1b[2J" in error and error.removesuffix("\n").isprintable(), error
+  error = fails("sample", f"{flag}={'x' * 5000}")
+  assert " … " in error and len(error) < 2000, error
+
+
+def test_convert_into_this_folder(fails, tiny, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  for out in ("", ".", "x/.."):
+    error = fails("convert", f"--checkpoint={tiny.teacher}", f"--out={out}")
+    assert "--out is this folder itself" in error
+  assert "no network" in fails("convert", "--checkpoint=none", "--out=x/y/z")
+  assert not list(tmp_path.iterdir())
