@@ -75,16 +75,30 @@ def check_folder(path: pathlib.Path) -> None:
       raise InputError(f"{path} is a {kind} and not a folder; move it away or choose another path.")
 
 
+def check_file(path: str | os.PathLike) -> None:
+  """Refuse to read what is there and no file: a folder, a pipe or a device, which may never end.
+
+  Raises:
+    OSError: it is one of these.
+  """
+  path = pathlib.Path(path)
+  if path.exists() and not path.is_file():
+    raise OSError(0, "a directory" if path.is_dir() else "a pipe or a device, not a file")
+
+
 @contextlib.contextmanager
 def fresh(path: pathlib.Path) -> Iterator[pathlib.Path]:
   """Yield an empty hidden folder beside a path; at the end it is gone, unless it was renamed.
 
-  Those that writers of the same path left when they were killed go first.
+  Those that writers of the same path left when they were killed go first. Folders around it that
+  were made for it go with it.
 
   Raises:
     InputError: it cannot be made.
   """
+  path = pathlib.Path(os.path.abspath(path))  # "." has no name
   with writing(path):
+    around = [folder for folder in path.parents if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(OSError):  # a place that cannot be listed may still be written
       _sweep(path)
@@ -96,8 +110,35 @@ def fresh(path: pathlib.Path) -> Iterator[pathlib.Path]:
     yield folder
   finally:
     shutil.rmtree(folder, ignore_errors=True)
+    with contextlib.suppress(OSError):  # until the first that holds something
+      for empty in around:
+        empty.rmdir()
     if lock is not None:
       os.close(lock)
+
+
+@contextlib.contextmanager
+def fresh_file(path: str | os.PathLike) -> Iterator[pathlib.Path]:
+  """Yield an empty hidden file beside a path; it takes the path's place, whole, at the end.
+
+  After an exception what was there stays as it was.
+
+  Raises:
+    InputError: the path is a folder, or nothing can be written beside it.
+  """
+  target = pathlib.Path(os.path.realpath(path))
+  file = target.with_name(f".{target.name}.{_host():08x}-{os.getpid()}.new")
+  with writing(path):
+    if not target.name or (target.exists() and not target.is_file()):
+      kind = "a folder" if not target.name or target.is_dir() else "no plain file"
+      raise InputError(f"{path} is {kind}; name a file, new or old.")
+    file.write_bytes(b"")
+  try:
+    yield file
+    with writing(path):
+      file.replace(target)
+  finally:
+    file.unlink(missing_ok=True)
 
 
 def replace(folder: pathlib.Path, path: pathlib.Path) -> None:
@@ -125,6 +166,7 @@ def alone(path: pathlib.Path) -> Iterator[None]:
   Raises:
     InputError: another process writes there, or the lock file cannot be written.
   """
+  path = pathlib.Path(os.path.abspath(path))
   file = path.with_name(f".{path.name}.lock")
   with writing(file):
     stream = _locked(file, path)

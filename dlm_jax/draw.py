@@ -16,11 +16,19 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from dlm_jax.arrays import NEG_INF, RngKey, Scalar
 
 _BLOCK = 256  # of the order of √V for the vocabularies in use
+
+
+def key(seed: int) -> RngKey:
+  """Return the key of a seed of 64 bits, negative or not; one of 32 bits has the key of jax."""
+  low, high = seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
+  rng = jax.random.key(np.uint32(low))
+  return rng if -(2**31) <= seed < 2**32 else jax.random.fold_in(rng, np.uint32(high))
 
 
 def uniforms(rng: RngKey, shape: tuple[int, ...]) -> Float[Array, "*shape 2"]:

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 
 MOST = 2**31 - 1  # of counts, lengths and ids: arrays are indexed by int32
 
+_LONGEST = 2000  # characters of a line
+
 
 class InputError(ValueError):
   """Input that cannot be used. Its message is one line: what was asked, got, allowed, what to do.
@@ -26,6 +28,21 @@ def check_counts(**counts: int) -> None:
   for name, count in counts.items():
     if not 1 <= count <= MOST:
       raise InputError(f"{name}={count} must be at {'least 1' if count < 1 else f'most {MOST}'}.")
+
+
+def one_line(message: str) -> str:
+  """Return a message as one line that a terminal shows as it is, cut in its middle if it is long.
+
+  Names and values of files and flags stand in messages: their line ends and control characters are
+  written as escapes.
+
+  Args:
+    message: any text.
+  """
+  text = " ".join(message.splitlines())
+  if len(text) > _LONGEST:
+    text = f"{text[: _LONGEST // 2]} … {text[-_LONGEST // 4 :]}"
+  return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def hint(name: str, known: Iterable[str]) -> str:

@@ -69,8 +69,7 @@ class Whole(Kind):
     return found
 
 
-# Keys are made of 32 bits: a seed beyond them would draw what a smaller one does.
-SEED = Whole(-(2**31), 2**32 - 1)
+SEED = Whole(-(2**63), WORD)  # of 64 bits, see `draw.key`
 
 
 @dataclasses.dataclass(frozen=True)

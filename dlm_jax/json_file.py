@@ -13,7 +13,7 @@ from typing import Any
 
 from etils import epath
 
-from dlm_jax import fields, remote
+from dlm_jax import disk, fields, remote
 
 DEPTH = 100  # of objects and lists in each other; public files have about ten
 MOST_BYTES = 2**28  # of a file: the largest public tokenizers have a tenth of it
@@ -29,8 +29,7 @@ def read(path: epath.PathLike, *, finite: bool = True) -> Any:
   if remote.is_remote(path):
     return parse(epath.Path(path).read_bytes(), finite=finite)
   file = pathlib.Path(path)
-  if file.exists() and not file.is_file():
-    raise OSError(0, "a directory" if file.is_dir() else "a pipe or a device, not a file")
+  disk.check_file(file)
   if (size := os.stat(file).st_size) > MOST_BYTES:
     raise ValueError(f"it has {size} bytes, and the most for such a file is {MOST_BYTES}")
   return parse(file.read_bytes(), finite=finite)
@@ -48,12 +47,13 @@ def read_object(path: epath.PathLike, *, finite: bool = True) -> dict[str, Any]:
   return content
 
 
-def parse(text: str | bytes, *, finite: bool = True) -> Any:
+def parse(text: str | bytes, *, finite: bool = True, twice: bool = True) -> Any:
   """Return what a text says.
 
   Args:
     text: a byte-order mark is dropped.
     finite: refuse NaN and infinity, which JSON has not and Python writes.
+    twice: let a name be there twice if it says the same.
 
   Raises:
     ValueError: it is no JSON, not UTF-8, too deep, or contradicts itself; the line says where, and
@@ -63,7 +63,8 @@ def parse(text: str | bytes, *, finite: bool = True) -> Any:
     text = text.decode("utf-8")  # its error is a ValueError
   more: dict[str, Callable] = {"parse_constant": _no_constant} if finite else {}
   try:
-    value = json.loads(text.removeprefix("\ufeff"), object_pairs_hook=_object, **more)
+    hook = _object if twice else _once
+    value = json.loads(text.removeprefix("\ufeff"), object_pairs_hook=hook, **more)
   except RecursionError:
     raise ValueError(_TOO_DEEP) from None
   if _deeper(value, DEPTH):
@@ -86,6 +87,15 @@ def _object(pairs):
     for name, value in pairs:
       if content[name] != value:
         raise ValueError(f"it has the field {name!r} twice, with different values")
+  return content
+
+
+def _once(pairs):
+  content = dict(pairs)
+  if len(content) < len(pairs):
+    names = [name for name, _ in pairs]
+    name = next(name for name in content if names.count(name) > 1)
+    raise ValueError(f"it has the field {name!r} twice")
   return content
 
 

@@ -69,20 +69,84 @@ def over(mesh: Mesh, function: Callable) -> Callable:
   return inside
 
 
-def split_batch(x: Array) -> Array:
-  """Keep the leading axis split over the mesh in force, as batches are; the others are free.
+def batch_axes(size: int) -> tuple[str, ...]:
+  """Return the axes of the mesh in force that a batch of this size is split over.
 
-  Does nothing where no mesh is in force (`jax.set_mesh`, `jax.sharding.use_abstract_mesh`), where
-  it has other axes, or where they do not divide the array.
+  Of a mesh with axes "data" or "fsdp" those, of one with other names all that are not "tensor"; as
+  many of them, in order, as divide the batch. None where no mesh is in force (`jax.set_mesh`,
+  `jax.sharding.use_abstract_mesh`), and none that belongs to a `shard_map` around the caller.
   """
   mesh = jax.sharding.get_abstract_mesh()
-  if not set(BATCH) <= set(mesh.axis_names):
-    return x
-  ways = math.prod(mesh.shape[axis] for axis in BATCH)
-  if ways == 1 or x.shape[0] % ways:
+  names = [axis for axis in mesh.axis_names if axis in BATCH]
+  names = names or [axis for axis in mesh.axis_names if axis not in AXES]
+  found, ways = [], 1
+  for axis in names:
+    free = axis not in mesh.manual_axes
+    if free and mesh.shape[axis] > 1 and size % (ways * mesh.shape[axis]) == 0:
+      found.append(axis)
+      ways *= mesh.shape[axis]
+  return tuple(found)
+
+
+def split_batch(x: Array) -> Array:
+  """Keep the leading axis split over `batch_axes`, as batches are; the others are free.
+
+  Does nothing where an axis of the mesh in force is explicit: the types of arrays then say how they
+  are split, see `by_compiler`.
+  """
+  axes = batch_axes(x.shape[0])
+  if not axes or jax.sharding.get_abstract_mesh().explicit_axes:
     return x
   free = [PartitionSpec.UNCONSTRAINED] * (x.ndim - 1)
-  return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH, *free))
+  return jax.lax.with_sharding_constraint(x, PartitionSpec(axes, *free))
+
+
+def by_compiler(function: Callable, out: Any) -> Callable:
+  """Return the function with the explicit axes of the mesh in force left to the compiler inside.
+
+  Explicit axes, the default of `jax.make_mesh`, are part of an array's type, and most programs that
+  gather by index do not type. Without such axes it is the function itself.
+
+  Args:
+    function: of pytrees, whose leaves need not be arrays. It closes over no array that is split.
+    out: `PartitionSpec` of its results, or a tree of them.
+  """
+  explicit = jax.sharding.get_abstract_mesh().explicit_axes
+  if not explicit:
+    return function
+
+  def inside(*arguments):
+    leaves, tree = jax.tree.flatten(arguments)
+    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array)]
+
+    def of_arrays(*arrays):
+      given = dict(zip(places, arrays, strict=True))
+      return function(*tree.unflatten(given.get(i, leaf) for i, leaf in enumerate(leaves)))
+
+    run = jax.sharding.auto_axes(of_arrays, axes=tuple(explicit), out_sharding=out)
+    return run(*(leaves[i] for i in places))
+
+  return inside
+
+
+def varying_like(x: Array, others: Any) -> Array:
+  """Return the array with the type, inside `shard_map`, of something computed from the others too.
+
+  A loop's carry has one type from the start: what differs between devices makes every later state
+  differ, and a state of masks would not. No value changes, and outside of `shard_map` nothing does.
+
+  Args:
+    x: array of numbers.
+    others: pytree; leaves that are no arrays do not count.
+  """
+  if not jax.sharding.get_abstract_mesh().manual_axes:
+    return x
+  for leaf in jax.tree.leaves(others):
+    if isinstance(leaf, jax.Array) and leaf.size:
+      key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+      first = (jax.random.key_data(leaf) if key else leaf).reshape(-1)[0]
+      x += ((first != first) & False).astype(x.dtype)
+  return x
 
 
 def host_rows(mesh: Mesh, batch_size: int) -> tuple[int, int]:

@@ -34,6 +34,15 @@ GOLDEN = HERE / "golden"
 MOST_MAPS = 12_000
 
 
+def pytest_addoption(parser):
+  parser.addoption("--method", help="of the contract of methods: check my_package.my_file alone")
+
+
+def pytest_configure(config):
+  if config.getoption("--method"):
+    os.environ["DLM_JAX_METHOD"] = config.getoption("--method")
+
+
 @pytest.fixture
 def optimised():
   """Compile with every optimisation: for programs whose running takes longer than compiling."""

@@ -2,9 +2,13 @@
 """Every notebook of colabs/ runs from top to bottom with a small budget, and is kept reviewable."""
 
 import functools
+import importlib.metadata
+import importlib.util
 import os
 import pathlib
 import re
+import subprocess
+import tomllib
 
 import nbformat
 import pytest
@@ -52,20 +56,79 @@ def _run(path, folder):
     return client.execute()
 
 
+def _check_clean(outputs):
+  """No errors, nothing in red, no bar drawn over and over, no path of this machine."""
+  assert {output.output_type for output in outputs} <= {"stream", "display_data", "execute_result"}
+  for output in outputs:
+    if output.output_type == "stream":
+      assert output.name == "stdout", output.text
+      assert not re.search(r"\r|/home/|/tmp/|Warning", output.text), output.text
+
+
 def test_every_notebook_has_a_budget():
   assert {path.stem for path in NOTEBOOKS} == set(BUDGETS)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_reviewable(path):
-  """No outputs are kept, and the budget overrides every parameter by its name."""
+  """What is kept is small and of one run, and the budget overrides every parameter by its name."""
   notebook = _read(path)
   code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-  assert all(cell.outputs == [] and cell.execution_count is None for cell in code)
+  assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+  assert path.stat().st_size < 400_000
+  assert all("execution" not in cell.metadata for cell in code), "no times: they differ every run"
+  shown = [output for cell in code for output in cell.outputs]
+  _check_clean(shown)
+  kinds = {kind for output in shown for kind in output.get("data", ())}
+  assert {"image/png", "text/html"} <= kinds, "a figure, and texts"
+  assert "accelerator" in notebook.metadata and "colab" in notebook.metadata
+  assert "```sh" not in notebook.cells[-1].source, "a reader of a notebook may have no shell"
   assert notebook.cells[0].source.startswith("# ")
   (parameters,) = _tagged(notebook, "parameters")
   assert set(_ASSIGNED.findall(parameters.source)) == set(BUDGETS[path.stem])
   assert [cell for cell in _tagged(notebook, "skip-test") if "pip install" in cell.source]
+
+
+def _install(path):
+  """Return the source of the cell that installs, up to where it uses jax."""
+  (cell,) = (cell for cell in _read(path).cells if "pip install" in cell.source)
+  return cell.source.partition("import jax")[0]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_the_first_cell_keeps_the_jax_that_is_there(path, tmp_path, monkeypatch):
+  """As on Colab: jax is there, dlm_jax is not, and an address was written into the cell."""
+  find, seen = importlib.util.find_spec, []
+
+  def run(command, check):
+    assert check and command[1:4] == ["-m", "pip", "install"]
+    held = command[command.index("--constraint") + 1]
+    seen.append((command[-1], pathlib.Path(held).read_text().splitlines()))
+
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n == "dlm_jax" else find(n))
+  monkeypatch.setattr(subprocess, "run", run)
+  source = _install(path)
+  with pytest.raises(SystemExit, match="Write the repository's address"):
+    exec(source, {})
+  exec(source.replace('SOURCE = ""', 'SOURCE = "git+https://place"'), {})
+  jax, jaxlib = (importlib.metadata.version(name) for name in ("jax", "jaxlib"))
+  assert seen == [("git+https://place", [f"jax=={jax}", f"jaxlib=={jaxlib}"])]
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_the_address_is_that_of_the_project(path):
+  """Once pyproject.toml names the repository, the notebook installs from there and is one click."""
+  urls = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"].get("urls", {})
+  address, notebook = urls.get("Repository", ""), _read(path)
+  place = address.removeprefix("https://")
+  badge = (
+    f"https://colab.research.google.com/{place.replace('.com', '', 1)}/blob/main/colabs/{path.name}"
+  )
+  for text in (notebook.cells[0].source, (ROOT / "README.md").read_text(encoding="utf-8")):
+    assert (badge in text) if address else ("colab.research.google.com" not in text)
+  assert f'SOURCE = "{"git+" + address if address else ""}"' in _install(path)
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +153,7 @@ def test_runs(executed, path):
 
 def test_few_step_sampling(executed):
   folder, outputs = executed(ROOT / "colabs" / "few_step_sampling.ipynb")
+  assert not [output.text for output in outputs if output.get("name") == "stderr"]
   shown = [output.data for output in outputs if "data" in output]
   pages = [data["text/html"] for data in shown if "text/html" in data]
   (side_by_side,) = (page for page in pages if page.startswith("<table"))

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Folders appear whole, kills leave nothing, two writers are refused, refusals are one line."""
 
+import contextlib
 import errno
 import os
+import pathlib
 import subprocess
 import sys
 import time
@@ -62,6 +64,25 @@ def test_a_living_writer_is_left_alone_and_a_dead_one_is_cleared_away(writer, tm
   with disk.alone(path):
     _publish(path, "again")
   assert _hidden(tmp_path) == [] and (path / "config.json").read_text() == "again"
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_folders_around_go_with_one_that_was_not_renamed(tmp_path, fails):
+  path = tmp_path / "a" / "b" / "c"
+  with contextlib.suppress(KeyError), disk.fresh(path) as folder:
+    assert path.parent.is_dir()
+    if fails:
+      raise KeyError
+    disk.replace(folder, path)
+  assert [entry.name for entry in tmp_path.rglob("*")] == ([] if fails else ["a", "b", "c"])
+
+
+def test_the_current_folder_has_a_name(tmp_path, monkeypatch):
+  (tmp_path / "here").mkdir()
+  monkeypatch.chdir(tmp_path / "here")
+  with disk.fresh(pathlib.Path(".")) as folder, disk.alone(pathlib.Path(".")):
+    assert folder.parent == tmp_path and folder.name.startswith(".here.")
+    assert (tmp_path / ".here.lock").exists()
 
 
 def test_only_hidden_folders_of_the_same_name_are_ours(tmp_path):

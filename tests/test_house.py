@@ -205,7 +205,9 @@ def test_json_has_one_reader():
     for node in ast.walk(_tree(path))
     if isinstance(node, ast.Attribute) and ast.unparse(node) in ("json.load", "json.loads")
   ]
-  assert offences and all(place.startswith("json_file.py:") for place in offences), offences
+  sandbox = "data/tokenizers/sandbox.py:"  # the other process, which imports nothing of ours
+  readers = ("json_file.py:", sandbox)
+  assert offences and all(place.startswith(readers) for place in offences), offences
 
 
 def test_no_bare_assert_and_no_not_implemented():

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`dlm-jax convert`: a network of a run, or a public one → the Hugging Face layout."""
 
+import os
 import pathlib
 
 from etils import epath
@@ -64,7 +65,9 @@ def _check_out(out: epath.Path) -> None:
       raise InputError(f"--out={out} is not empty; choose a new directory.")
     make_workdir(out)
     return
-  folder = pathlib.Path(out)
+  folder = pathlib.Path(os.path.abspath(out))
+  if folder == pathlib.Path.cwd():
+    raise InputError("--out is this folder itself; name a new one in it, e.g. --out=models/mine.")
   disk.check_folder(folder)
   with disk.writing(folder), disk.fresh(folder):
     if folder.exists() and any(folder.iterdir()):

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from dlm_jax import convert, models
+from dlm_jax import convert, draw, models
 from dlm_jax.cli import flags
 from dlm_jax.convert import places
 from dlm_jax.data import builder, loader, templates
@@ -106,7 +106,7 @@ def _scores(flags_, network, tokens, shared):
   model, params, proc = network.model, network.params, network.process
   if network.writes == "next":
     return likelihood.ar_perplexity(likelihood.Judge(model, params), tokens, **shared)
-  rng = jax.random.key(flags_.seed)
+  rng = draw.key(flags_.seed)
   if network.writes == "grid":
     return likelihood.elbo(models.Denoiser(model, params), proc, tokens, rng, **shared)
   length = flags_.block_length or network.block_length

@@ -4,7 +4,6 @@
 import argparse
 import functools
 import re
-import sys
 from typing import Any
 
 from dlm_jax import fields
@@ -29,12 +28,13 @@ class Parser(argparse.ArgumentParser):
         argparse.RawDescriptionHelpFormatter, max_help_position=28, width=100
       ),
       allow_abbrev=False,
+      add_help=False,  # who reads it knows the flag
     )
+    self.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
 
   def error(self, message: str):
-    """Print one line and exit with code 2."""
-    print(f"{self.prog}: {message}; see `{self.prog} --help`.", file=sys.stderr)
-    sys.exit(2)
+    """Raise InputError: `main` prints its line and returns 2."""
+    raise InputError(f"{message}; see `{self.prog} --help`.")
 
   def parse(self, argv: list[str]) -> argparse.Namespace:
     """Parse; overrides of config fields end up in `.overrides`."""

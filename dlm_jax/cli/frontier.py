@@ -2,20 +2,24 @@
 """`dlm-jax frontier`: GenPPL and entropy against network evaluations, for several models."""
 
 import argparse
+import itertools
 import math
 import pathlib
+
+import numpy as np
 
 from dlm_jax import convert, remote
 from dlm_jax.cli import flags
 from dlm_jax.convert import places
-from dlm_jax.data import templates
+from dlm_jax.data import loader, packing, templates
 from dlm_jax.data.dataset import open_dataset
 from dlm_jax.errors import InputError, check_counts
 from dlm_jax.evaluate import frontier, matched
 from dlm_jax.evaluate.frontier import sweep_progress
 from dlm_jax.evaluate.judge import load_judge
 from dlm_jax.experiment.run import make_workdir
-from dlm_jax.text import denoiser
+from dlm_jax.quickstart import comparison
+from dlm_jax.text import denoiser, prompts
 
 
 def main(argv: list[str]) -> None:
@@ -27,6 +31,7 @@ def main(argv: list[str]) -> None:
   check_counts(samples=options.samples, batch_size=options.batch_size)
   data = open_dataset(options.data) if options.data else None
   samplers, tokenizer, fingerprints = _samplers(options, data)
+  real_NL = _held_out(options, data, tokenizer, next(iter(samplers.values())).length)
   judge = load_judge(options.judge, tokenizer)
   judge_hash = convert.fingerprint(places.network_directory(options.judge))
   make_workdir(options.workdir)
@@ -54,15 +59,19 @@ def main(argv: list[str]) -> None:
     rows, warm = frontier.sweep(samplers, options.nfes, **settings), []
     if options.temperatures:
       warm = matched.sweep(samplers, options.nfes, options.temperatures, **settings)
-  paths = list(frontier.write(rows, mirror.folder, axes=options.x).values())
+  reference = None if real_NL is None else comparison.score(judge, real_NL)
+  written = frontier.write(rows, mirror.folder, reference=reference, axes=options.x)
+  paths = list(written.values())
   print(frontier.table(rows))
+  if reference is not None:
+    print(f"\n{reference.label}: {reference.genppl:.1f} at {reference.entropy:.2f} nats")
   if warm:
-    paths += _match(warm, options, mirror.folder)
+    paths += _match(warm, options, mirror.folder, reference)
   mirror.sync()
   print("\n".join(f"{options.workdir.rstrip('/')}/{path.name}" for path in paths))
 
 
-def _match(rows, options, folder) -> list[pathlib.Path]:
+def _match(rows, options, folder, reference) -> list[pathlib.Path]:
   """Print and write the comparison at matched entropy."""
   rows = matched.match(rows, options.entropy)
   if not all(math.isfinite(row["genppl"]) for row in rows):
@@ -70,7 +79,37 @@ def _match(rows, options, folder) -> list[pathlib.Path]:
   print(f"\nat matched entropy:\n{frontier.table(rows)}")
   if not any(math.isfinite(row["genppl"]) for row in rows):
     return []
-  return list(frontier.write(rows, folder, axes=options.x, stem="matched").values())
+  settings = {"reference": reference, "axes": options.x, "stem": "matched"}
+  return list(frontier.write(rows, folder, **settings).values())
+
+
+def _held_out(options, data, words, length) -> np.ndarray | None:
+  """Return at most as many held-out texts as there are samples, as long as these."""
+  path = options.held_out
+  if not path:
+    return None
+  flag = f"--held_out={path}"
+  if data is not None or words.framed:
+    raise InputError(
+      f"{flag} is of plain text only, not of proteins or conversations; leave it out."
+    )
+  if remote.is_remote(path) or pathlib.Path(path).is_dir():
+    dataset = open_dataset(path)
+    if dataset.info.packing != "concatenate":
+      raise InputError(f"{flag} was prepared with packing={dataset.info.packing}; give plain text.")
+    if dataset.tokenizer().fingerprint != words.fingerprint:
+      raise InputError(f"{flag} was prepared with another tokenizer than the models have.")
+    if dataset.info.length != length:
+      raise InputError(f"{flag} has sequences of {dataset.info.length} tokens, samples {length}.")
+    count = min(options.samples, dataset.info.splits["validation"].records)
+    (record,) = loader.evaluation_batches(dataset, "validation", count, 1)
+    return record["tokens"]
+  text = prompts.read_text(path, flag)
+  pieces = packing.pack([words.encode(text)], length, words.eos_id)
+  texts = list(itertools.islice(pieces, options.samples))
+  if not texts:
+    raise InputError(f"{flag} is shorter than one sample of {length} tokens; give more text.")
+  return np.stack(texts)
 
 
 def _valid(options, data):
@@ -120,6 +159,12 @@ dlm-jax frontier --model a=runs/s --model b=runs/s,nucleus=0.9 --judge=gpt2 --wo
     "--data",
     default="",
     help="of proteins or conversations: prepared dataset whose lengths or prompts samples get",
+  )
+  parser.add_argument(
+    "--held_out",
+    default="",
+    metavar="PATH",
+    help="what real text scores is drawn too: a text file, or a prepared dataset's validation part",
   )
   parser.add_argument("--workdir", required=True, help="frontier.csv, .json and .png go there")
   parser.add_argument("--nfes", type=flags.integers, default=[1, 2, 4, 8, 16, 32, 64, 128])

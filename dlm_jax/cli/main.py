@@ -6,7 +6,7 @@ import os
 import sys
 
 from dlm_jax import disk
-from dlm_jax.errors import InputError, hint
+from dlm_jax.errors import InputError, hint, one_line
 
 VERBS = {
   "quickstart": "the whole job on this machine: distil, sample, measure, report",
@@ -44,14 +44,15 @@ def main(argv: list[str] | None = None) -> int:
   verb, *rest = argv
   if verb not in VERBS:
     known = ", ".join(VERBS)
-    print(f"dlm-jax: {verb!r} is no verb; use {known}{hint(verb, VERBS)}.", file=sys.stderr)
+    line = f"{verb!r} is no verb; use {known}{hint(verb, VERBS)}."
+    print(f"dlm-jax: {one_line(line)}", file=sys.stderr)
     return 2
   try:
     code = importlib.import_module(f"dlm_jax.cli.{verb}").main(rest) or 0
     sys.stdout.flush()  # a full disk behind > is found here
     return code
   except InputError as error:
-    print(f"dlm-jax {verb}: {' '.join(str(error).splitlines())}", file=sys.stderr)
+    print(f"dlm-jax {verb}: {one_line(str(error))}", file=sys.stderr)
     return 2
   except KeyboardInterrupt:
     again = "; the same command goes on from what it finished" if verb in _RESUME else ""
@@ -64,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
     if (why := disk.refusal(error)) is None:
       raise
     place = getattr(error, "filename", None)
-    print(f"dlm-jax {verb}: {f'{place}: ' if place else ''}{why}.", file=sys.stderr)
+    print(f"dlm-jax {verb}: {one_line(f'{place}: {why}' if place else why)}.", file=sys.stderr)
     try:
       sys.stdout.flush()
     except OSError:

@@ -1,18 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """`dlm-jax sample`: texts from a trained model."""
 
+import argparse
+import contextlib
 import json
 import sys
 import time
+from typing import Any
 
 import jax
 import numpy as np
 
-from dlm_jax import assets, convert
+from dlm_jax import assets, convert, disk, json_file, remote
 from dlm_jax.cli import flags
 from dlm_jax.convert import places
 from dlm_jax.errors import InputError, hint
-from dlm_jax.text import denoiser, load, prompts, requests, viz
+from dlm_jax.text import denoiser, load, prompts, requests, stops, viz
 
 # Flags of one way of writing alone; what is not given is left to the network.
 _GRID = ("num", "length", "sampler", "option", "noise_removal", "precision", "show_steps")
@@ -33,9 +36,8 @@ _BLOCKS = (
   "layout",
   "stream",
 )
-
-
-_OURS = (*_GRID, *_BLOCKS, "prompt", "steps", "seed", "return_trace")  # no options of a sampler
+# No options of a sampler.
+_OURS = (*_GRID, *_BLOCKS, "html", "prompt", "steps", "seed", "return_trace")
 
 
 def main(argv: list[str]) -> None:
@@ -55,18 +57,42 @@ def main(argv: list[str]) -> None:
     if name in given and (name, network.writes) != ("top_k", "next"):
       other = "decodes blocks" if decodes else "is no decoder of blocks"
       raise InputError(f"--{name} does not apply: {path} {other}.")
-  if decodes:
-    _decode(source, tokenizer, given)
-  elif network.writes == "next":
+  if network.writes == "next" and not decodes:
+    if "html" in given:
+      raise InputError(f"--html does not apply: {path} writes from left to right.")
     _continue(source, tokenizer, given)
-  else:
-    _denoise(source, tokenizer, given)
+    return
+  with _page(given.pop("html", "")) as write_page:
+    (_decode if decodes else _denoise)(source, tokenizer, given, write_page)
+
+
+@contextlib.contextmanager
+def _page(path: str):
+  """Yield what writes the page of --html, once it is known that it can be written; None: no page.
+
+  Its arguments are those of `viz.animation`, and a title.
+  """
+  if not path:
+    yield None
+    return
+  if remote.is_remote(path):
+    raise InputError(f"--html={path}: the page is a file of this machine; name one.")
+  with disk.fresh_file(path) as file:
+
+    def write(title, *arguments, **options):
+      page = viz.page(viz.animation(*arguments, **options), title)
+      with disk.writing(path):
+        file.write_text(page, encoding="utf-8")
+
+    yield write
+  print(f"page: {path}", file=sys.stderr)
 
 
 def _continue(path, tokenizer, options):
   """Print texts of a judge."""
   as_json, options = options.pop("json", False), _one_prompt(options)
-  _print(load.open_continuation(path, tokenizer)(**options), as_json)
+  pipe = load.open_continuation(path, tokenizer)
+  _print(pipe(**options), as_json, pipe.tokenizer)
 
 
 def _one_prompt(options):
@@ -81,13 +107,14 @@ def _one_prompt(options):
   return options | {"prompt": "".join(texts), **given}
 
 
-def _print(texts, as_json):
+def _print(texts, as_json, tokenizer):
   for number, text in enumerate(texts, start=1):
-    print(json.dumps(text) if as_json else f"──── {number} ────\n{text}\n")
+    plain = viz.plain(text, tokenizer)
+    print(json.dumps(text) if as_json else f"──── {number} ────\n{plain}\n")
 
 
-def _denoise(path, tokenizer, options):
-  """Print texts of a denoiser."""
+def _denoise(path, tokenizer, options, write_page):
+  """Print texts of a denoiser, or the steps of the first one."""
   show, as_json = options.pop("show_steps", False), options.pop("json", False)
   options = _one_prompt(options)
   if options.get("precision") == "legacy":
@@ -95,15 +122,30 @@ def _denoise(path, tokenizer, options):
       if options.pop(name, 1.0) != 1.0:
         raise InputError(f"--{name} does not combine with --precision=legacy.")
   pipe = denoiser.load_denoiser(path, tokenizer)
-  if show:
-    _, trace_KBL = pipe.tokens(**{**options, "num": 1}, return_trace=True)
-    trace_KL = np.asarray(jax.device_get(trace_KBL))[:, 0]
-    print(viz.terminal(trace_KL, pipe.tokenizer, colour=sys.stdout.isatty()))
+  if not show and write_page is None:
+    _print(pipe(**options), as_json, pipe.tokenizer)
     return
-  _print(pipe(**options), as_json)
+  given_L = pipe.given(options["prompt"], options.get("length"))
+  rows, trace_KBL = jax.device_get(pipe.tokens(**options, return_trace=True))
+  # "first_hitting" has a state per token, whatever --steps.
+  steps = options.get("steps", 16) if options.get("sampler") != "first_hitting" else None
+  states = {"given": given_L, "steps": steps}
+  if write_page is not None:
+    write_page(_titled(pipe.source), trace_KBL[:, 0], pipe.tokenizer, **states)
+  if show:
+    colour = sys.stdout.isatty()
+    print(viz.terminal(trace_KBL[:, 0], pipe.tokenizer, colour=colour, **states))
+  else:
+    _print(map(pipe.tokenizer.decode, rows), as_json, pipe.tokenizer)
 
 
-def _decode(path, tokenizer, options):
+def _titled(source) -> str:
+  """Name a network by its folder; a run's by the run."""
+  parent = source.name in ("best", "final")
+  return f"{source.parent.name if parent else source.name}, step by step"
+
+
+def _decode(path, tokenizer, options, write_page):
   """Print what a network that decodes blocks writes behind its prompts."""
   if "verify" in options and options["verify"] != "none" and "draft" not in options:
     raise InputError(f"--verify={options['verify']} needs --draft=DIR, a smaller network.")
@@ -125,7 +167,20 @@ def _decode(path, tokenizer, options):
   if live is None:
     for number, text in enumerate(result.texts, start=1):
       print(json.dumps(text) if as_json else _header(number, len(asked)) + text)
+  if write_page is not None:
+    write_page(_titled(pipe.source), **_block_states(plan, result, pipe.tokenizer))
   print(_summary(result, seconds), file=sys.stderr)
+
+
+def _block_states(plan, result, words) -> dict[str, Any]:
+  """Return what `viz.animation` shows of the first text; ends are left out as in the text."""
+  info, count = result.info, int(plan.lengths_B[0])
+  ids_L = np.concatenate([np.asarray(plan.prompt_BP)[0, :count], result.tokens[0]]).astype(np.int32)
+  seen_L = (ids_L < words.vocab_size) & ~np.isin(ids_L, stops.silent_ids(words))
+  step_L = np.where(seen_L, np.asarray(info.step_BL)[0, : len(ids_L)], -1)
+  trace_KL = viz.block_trace(ids_L, step_L, plan.rule.block_length, words.mask_id)
+  given_L = np.arange(len(ids_L)) < count
+  return {"trace_KL": trace_KL[:, seen_L], "tokenizer": words, "given": given_L[seen_L]}
 
 
 def _asked(options):
@@ -195,7 +250,7 @@ def _stop(text: str) -> int | str:
     return int(text)
   if len(text) > 1 and text[0] == text[-1] == '"':
     try:
-      return json.loads(text)
+      return json_file.parse(text)
     except ValueError as error:
       raise InputError(f"--stop={text} is no text in quotes: {error}.") from None
   return text
@@ -222,18 +277,18 @@ def _source(checkpoint: str, model: str) -> str:
 def _parser() -> flags.Parser:
   parser = flags.Parser(
     "sample",
-    "Print samples of a denoiser or a judge, or what a decoder of blocks (SDAR) writes behind its\n"
-    "prompts.",
+    "Print texts of a denoiser or a judge, or what a decoder of blocks (SDAR) writes on prompts.",
     """
 dlm-jax sample --model=novels-student --steps=8 --prompt='It was ' --show_steps
 dlm-jax sample --checkpoint=runs/quickstart/student --steps=8 --sampler=psi --option kappa=0.9
 dlm-jax sample --checkpoint=SDAR-8B-Chat-b8 --draft=SDAR-1.7B-Chat-b8 --chat --prompt='2+2?'
 """,
-    usage="dlm-jax sample --checkpoint=PATH [--flag=value ...]",
+    usage="dlm-jax sample (--model=NAME | --checkpoint=PATH) [--flag=value ...]",
   )
   add = parser.add_argument
-  add("--model", help="a shipped network, e.g. novels-student")
-  add("--checkpoint", "--workdir", metavar="PATH", help="workdir, model directory or *.ckpt")
+  add("--model", help="a shipped network, e.g. novels-student; `dlm-jax models` lists all")
+  add("--checkpoint", metavar="PATH", help="workdir, model directory or *.ckpt")
+  add("--workdir", dest="checkpoint", help=argparse.SUPPRESS)
   add("--tokenizer", metavar="PATH", help="default: the one beside the network")
   add("--prompt", action="append", metavar="TEXT", help="or @FILE; of a decoder also several")
   add("--steps", type=int, help="evaluations per text (16); of a decoder per block (its length)")
@@ -246,6 +301,7 @@ dlm-jax sample --checkpoint=SDAR-8B-Chat-b8 --draft=SDAR-1.7B-Chat-b8 --chat --p
   add("--nucleus", "--top_p", type=flags.number, metavar="P", help="draw from the top of this mass")
   add("--seed", type=flags.seed)
   add("--json", action="store_true", help="one JSON string per line")
+  add("--html", metavar="FILE", help="also write a page that plays how text 1 was written")
   add = parser.add_argument_group("of denoisers; --num and --length of judges too").add_argument
   add("--num", type=int, help="number of texts")
   add("--length", type=int, help="tokens, or residues; default: the model's")
@@ -259,7 +315,7 @@ dlm-jax sample --checkpoint=SDAR-8B-Chat-b8 --draft=SDAR-1.7B-Chat-b8 --chat --p
   )
   add("--noise_removal", metavar="HOW", help="ancestral, greedy or none")
   add("--precision", help="exact, or legacy: the public fp32 race")
-  add("--show_steps", action="store_true", help="show the denoising of text 1")
+  add("--show_steps", action="store_true", help="print every step of text 1 instead")
   _add_blocks(parser)
   return parser
 
@@ -270,8 +326,10 @@ def _add_blocks(parser: flags.Parser) -> None:
   add("--chat", action="store_true", help="a prompt is what a user says to a chat model")
   add("--system", metavar="TEXT", help="or @FILE; what the system says before a conversation")
   add("--messages", metavar="FILE", help="JSON of a conversation, or of a list of them")
-  add("--thinking", action="store_true", help="switch thoughts on, where the chat template can")
-  add("--no_thinking", action="store_true", help="switch them off; default: the template's")
+  add(
+    "--thinking", action="store_true", help="thoughts on, or --no_thinking; default: the template's"
+  )
+  add("--no_thinking", action="store_true", help=argparse.SUPPRESS)
   add("--max_new_tokens", type=int, metavar="N", help="per prompt (128)")
   add(
     "--stop",
@@ -284,6 +342,6 @@ def _add_blocks(parser: flags.Parser) -> None:
   add("--threshold", type=flags.number, help="of low_confidence_dynamic (0.9)")
   add("--top_k", type=int, help="draw from the k most probable tokens")
   add("--draft", metavar="PATH", help="a smaller network that drafts")
-  add("--verify", help="stacked (exact), simsd (not exact) or none")
-  add("--layout", help="of simsd: unified or published")
+  add("--verify", help="stacked (exact), simsd (not exact; --layout=unified or published) or none")
+  add("--layout", help=argparse.SUPPRESS)
   add("--stream", action="store_true", help="print as it is decided; on a terminal always")

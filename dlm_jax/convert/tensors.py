@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tensors of safetensors files by name, mapped from disk: read when and where they are needed."""
 
-import json
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -10,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from dlm_jax import disk, json_file
 from dlm_jax.errors import InputError
 
 _DTYPES = {
@@ -65,26 +65,23 @@ class Tensors(Mapping[str, np.ndarray]):
 def _entries(file: pathlib.Path):
   """Yield (name, (bytes, dtype, shape)) of one file, after the library has checked its header."""
   try:
+    disk.check_file(file)
     with safe_open(str(file), "numpy"):
       pass
     with file.open("rb") as stream:
       size = int.from_bytes(stream.read(8), "little")
-      header = json.loads(stream.read(size), object_pairs_hook=list)
+      header = json_file.parse(stream.read(size), twice=False)
     mapped = np.memmap(file, np.uint8, "r")[8 + size :]
   except FileNotFoundError:
     raise InputError(f"{file} is missing; fetch the checkpoint again.") from None
   except (OSError, ValueError, SafetensorError) as error:
+    why = getattr(error, "strerror", None) or error
     raise InputError(
-      f"{file} cannot be read: it is not a readable safetensors file ({error}); fetch it again."
+      f"{file} cannot be read: it is not a readable safetensors file ({why}); fetch it again."
     ) from None
-  seen = set()
-  for name, entry in header:
-    if name in seen:
-      raise InputError(f"{file}: tensor {name} is there twice; which one is meant is not said.")
-    seen.add(name)
+  for name, entry in header.items():
     if name == "__metadata__":
       continue
-    entry = dict(entry)
     if entry["dtype"] not in _DTYPES:
       raise InputError(f"{file}: tensor {name} is {entry['dtype']}; known: {', '.join(_DTYPES)}.")
     begin, end = entry["data_offsets"]

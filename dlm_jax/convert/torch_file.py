@@ -23,6 +23,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from dlm_jax import disk
 from dlm_jax.convert import pickles
 from dlm_jax.convert.pickles import PLACEHOLDER, Global, PickleError
 from dlm_jax.errors import InputError
@@ -127,6 +128,7 @@ def read(path: pathlib.Path | str) -> Any:
   """
   path = pathlib.Path(path)
   try:
+    disk.check_file(path)
     with path.open("rb") as file:
       zipped = file.read(4) == b"PK\x03\x04"
     if not zipped:
@@ -150,7 +152,8 @@ def read(path: pathlib.Path | str) -> Any:
   except InputError:
     raise
   except Exception as error:  # a damaged pickle fails in any way whatever
-    raise InputError(f"{path} cannot be read: {error or type(error).__name__}") from None
+    why = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    raise InputError(f"{path} cannot be read: {why}") from None
 
 
 class _Names:

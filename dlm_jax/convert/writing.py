@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 from etils import epath
 
-from dlm_jax import disk, remote
+from dlm_jax import disk, json_file, remote
 from dlm_jax.arrays import Params
 from dlm_jax.convert import families, layout
 from dlm_jax.convert.network import Network, Weights
@@ -170,7 +170,7 @@ def _checked(path, family, config, proc) -> str:
   """Return the text of config.json, once it reads back as what was given."""
   try:
     text = json.dumps(config, indent=2, allow_nan=False) + "\n"
-    config = json.loads(text)
+    config = json_file.parse(text)
   except (TypeError, ValueError, RecursionError) as error:
     raise InputError(
       f"config.json cannot hold what is given in `extra` or `block_length` ({error}); use texts, "

@@ -216,7 +216,29 @@ def _parsed(content: dict[str, Any]) -> tuple[Info, dict[str, int]]:
     for name, one in fields.part("", content, "splits").items()
   }
   rest = {name: value for name, value in content.items() if name not in ("files", "splits")}
-  return fields.build(Info, "", rest, splits=splits), files
+  info = fields.build(Info, "", rest, splits=splits)
+  _check_ranges(info)
+  return info, files
+
+
+def _check_ranges(info: Info) -> None:
+  """Refuse a description that says what no dataset has."""
+  length, id_ = fields.Whole(1), fields.Whole(0, max(info.vocab_size - 1, 0))
+  kinds = {
+    "length": length,
+    "vocab_size": length,
+    "eos_id": id_,
+    "pad_id": fields.Optional(id_),
+    "packing": fields.Text(PACKINGS),
+    "buckets": fields.Items(fields.Whole(1, max(info.length, 1))),
+    "block_length": fields.Whole(0),
+    "features": fields.Items(fields.Text(tuple(FEATURES))),
+  }
+  for name, kind in kinds.items():
+    kind.check(name, getattr(info, name))
+  for name, split in info.splits.items():
+    fields.Whole(0).check(f"splits.{name}.records", split.records)
+    fields.Number("[0, ∞)").check(f"splits.{name}.bytes_per_token", split.bytes_per_token)
 
 
 def _command(directory: pathlib.Path, content: dict[str, Any]) -> str:

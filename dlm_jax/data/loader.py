@@ -21,7 +21,7 @@ import grain
 import numpy as np
 
 from dlm_jax.arrays import Record
-from dlm_jax.data import buckets
+from dlm_jax.data import buckets, intact
 from dlm_jax.data.dataset import FEATURES, Dataset, Info, Path, open_dataset
 from dlm_jax.errors import InputError
 
@@ -65,6 +65,11 @@ class _Records:
     if self._known_N[index]:
       return {name: cache_NL[index] for name, cache_NL in self._cache.items()}
     stored = self._source[self.stored(index)]
+    if lacking := [name for name in self._info.features if name not in stored]:
+      raise InputError(
+        f"dataset.json says that records hold {lacking[0]!r}, and record {self.stored(index)} does "
+        f"not; {intact.ADVICE}"
+      )
     record = {name: self._padded(name, stored[name]) for name in self._info.features}
     if self._cache is not None:  # the flag last: another thread may be reading
       for name, feature_L in record.items():
@@ -77,6 +82,11 @@ class _Records:
     missing = self._length - len(feature_L)
     if not missing:
       return feature_L
+    if missing < 0 or self._info.pad_id is None:
+      raise InputError(
+        f"a record holds {len(feature_L)} {name} where dataset.json says {self._length}; "
+        f"{intact.ADVICE}"
+      )
     fill = self._info.pad_id if name == "tokens" else 0
     return np.pad(feature_L, (0, missing), constant_values=fill)
 

@@ -6,8 +6,10 @@ import math
 import pathlib
 
 import numpy as np
-from matplotlib import patheffects, rc_context, ticker
+from matplotlib import rc_context, ticker
 from matplotlib.figure import Figure
+
+from dlm_jax.evaluate import _labels
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#AA4499", "#E69F00", "#56B4E9", "#555555")
 _MARKERS = ("o", "s", "D", "^", "v", "P")
@@ -31,29 +33,54 @@ _STYLE = {
   "xtick.minor.bottom": False,
   "ytick.minor.left": False,
 }
-_HALO = (patheffects.withStroke(linewidth=3, foreground="white"),)
+_REAL = {"color": _FAINT, "linewidth": 1.2, "linestyle": (0, (5, 3)), "zorder": 2}
+_SPAN = {"genppl": math.log(2), "entropy": 0.4}  # the least of an axis
 
 
-def save(rows, path: pathlib.Path, reference=None, *, x: str = "nfe", title: str = "NFE"):
-  """Draw GenPPL and entropy against NFE or another measure, one colour per model; save a PNG."""
-  rows = [{**row, "x": _place(row, x)} for row in rows]
+def save(rows, path: pathlib.Path, reference=None, **options) -> None:
+  """Save as a PNG what `draw` draws."""
   with rc_context(_STYLE):
-    figure = Figure(figsize=(11, 4.4), dpi=200, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08, wspace=0.05)
-    left, right = figure.subplots(1, 2)
-    _panel(left, rows, "genppl", "GenPPL", "judge's perplexity, lower is better", reference)
-    _panel(right, rows, "entropy", "Entropy", "nats, the nearer to real text the better", reference)
-    _widen(left, math.log(2))
-    _widen(right, 0.4)
-    _log_ticks(left)
-    for axes in (left, right):
-      axes.set_xlabel(title, labelpad=6)
-      _ticks(axes, x, sorted({row["x"] for row in rows}))
-    figure.supxlabel(_footnote(rows), fontsize=8, color=_FAINT)
-    figure.draw_without_rendering()  # fixes the scales, by which labels are kept apart
-    for axes, key in ((left, "genppl"), (right, "entropy")):
-      _label_lines(axes, rows, key, reference)
-    figure.savefig(path)
+    draw(rows, reference, **options).savefig(path)
+
+
+def draw(
+  rows, reference=None, *, x: str = "nfe", title: str = "NFE", trade: bool = False
+) -> Figure:
+  """Draw GenPPL and entropy against NFE or another measure, one colour and marker per model.
+
+  Args:
+    rows: of `frontier.sweep`.
+    reference: what real text scores; None: it is not drawn.
+    x: column of the rows, or "seconds".
+    title: of the axis.
+    trade: below, also GenPPL against entropy, with the evaluations along the curves.
+  """
+  rows = [{**row, "x": _place(row, x)} for row in rows]
+  figure = Figure(figsize=(11, 9.2 if trade else 4.4), dpi=200, layout="constrained")
+  figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08, wspace=0.05, hspace=0.04)
+  above, below = figure.subfigures(2, 1, height_ratios=(4.2, 4.6)) if trade else (figure, None)
+  panels = list(above.subplots(1, 2))
+  real = {key: _reference_value(reference, key) for key in _SPAN}
+  near = ", the nearer to real text the better" if real["entropy"] is not None else ""
+  _panel(panels[0], rows, "genppl", real)
+  _head(panels[0], "GenPPL", "judge's perplexity, lower is better")
+  _panel(panels[1], rows, "entropy", real)
+  _head(panels[1], "Entropy", f"nats{near}")
+  for axes in panels:
+    axes.set_xlabel(title, labelpad=6)
+    _ticks(axes, x, sorted({row["x"] for row in rows}))
+  if trade:
+    panels.append(below.subplots())
+    _trade(panels[2], rows, real, title)
+  figure.supxlabel(_footnote(rows), fontsize=8, color=_FAINT)
+  figure.draw_without_rendering()  # fixes the scales, by which labels are kept apart
+  for axes, key in zip(panels, ("genppl", "entropy", "genppl"), strict=False):
+    _labels.beside(axes, _ends(rows, key, reference))
+  if trade:
+    figure.draw_without_rendering()  # makes room for the labels
+    figure.set_layout_engine("none")
+    _labels.along(panels[2], _numbers(rows))
+  return figure
 
 
 def _place(row, x):
@@ -68,39 +95,96 @@ def _models(rows) -> dict:
 
 
 def _styles():
-  # A new marker for every round through the colours: any number of models stays distinct.
-  return ((colour, marker) for marker in itertools.cycle(_MARKERS) for colour in _COLOURS)
+  # Seven colours and six markers: 42 models stay distinct.
+  return zip(itertools.cycle(_COLOURS), itertools.cycle(_MARKERS), strict=False)
 
 
-def _panel(axes, rows, key, title, subtitle, reference):
-  for (_, points), (colour, marker) in zip(_models(rows).items(), _styles(), strict=False):
-    x, y = [row["x"] for row in points], np.array([row[key] for row in points], float)
+def _drawn(rows):
+  """Yield (rows, colour, marker, whether an earlier model has a point of it too) by model."""
+  seen = []
+  for points, (colour, marker) in zip(_models(rows).values(), _styles(), strict=False):
+    places = [(row["x"], row["genppl"], row["entropy"]) for row in points]
+    hidden = any(np.allclose(place, other) for place in places for other in seen)
+    seen += places
+    yield points, colour, marker, hidden
+
+
+def _curve(axes, x, y, error, colour, marker, hidden) -> None:
+  """Draw a model's points; where an earlier model's are the same, both can be seen."""
+  look = {"markersize": 5.5, "markeredgecolor": "white", "markeredgewidth": 0.8, "linestyle": "-"}
+  if hidden:
+    look = {"markersize": 10, "markeredgecolor": colour, "markeredgewidth": 1.4}
+    look |= {"markerfacecolor": "none", "linestyle": (0, (2.5, 2.5))}
+  axes.errorbar(
+    x,
+    y,
+    yerr=error,
+    color=colour,
+    marker=marker,
+    linewidth=1.8,
+    elinewidth=1.3,
+    zorder=3,
+    **look,
+  )
+
+
+def _panel(axes, rows, key, real):
+  """Draw one measure against x."""
+  for points, *look in _drawn(rows):
     error = np.nan_to_num(np.array([row[f"{key}_se"] for row in points], float))
-    axes.errorbar(
-      x,
-      y,
-      yerr=error,
-      color=colour,
-      marker=marker,
-      markersize=5.5,
-      linewidth=1.8,
-      elinewidth=1.3,
-      markeredgecolor="white",
-      markeredgewidth=0.8,
-      zorder=3,
-    )
+    y = np.array([row[key] for row in points], float)
+    _curve(axes, [row["x"] for row in points], y, error, *look)
   axes.set_xscale("log", base=2)
+  axes.margins(x=0.04, y=0.1)
+  if real[key] is not None:
+    axes.axhline(real[key], **_REAL)
+  _scale(axes, key)
+
+
+def _scale(axes, key):
   if key == "genppl":
     axes.set_yscale("log")
+  _widen(axes, _SPAN[key])
+  if key == "genppl":
+    _log_ticks(axes)
+
+
+def _trade(axes, rows, real, title):
+  """Draw GenPPL against entropy, a model's points in the order of their evaluations."""
+  for points, *look in _drawn(rows):
+    x, y = (np.array([row[key] for row in points], float) for key in ("entropy", "genppl"))
+    _curve(axes, x, y, np.nan_to_num(np.array([row["genppl_se"] for row in points])), *look)
+  axes.margins(x=0.06, y=0.1)
+  if real["genppl"] is not None:
+    axes.axhline(real["genppl"], **_REAL)
+  if real["entropy"] is not None:
+    axes.axvline(real["entropy"], **_REAL)
+  _scale(axes, "genppl")
+  low, high = axes.get_xlim()
+  missing = max(_SPAN["entropy"] / 2 - (high - low), 0)
+  axes.set_xlim(low - missing / 2, high + missing / 2)
+  cross = ", real text where the dashed lines meet" if None not in real.values() else ""
+  _head(axes, "GenPPL against entropy", f"down is better, left is narrower{cross}")
+  axes.set_xlabel(f"entropy, nats; numbers are {title}", labelpad=6)
+
+
+def _numbers(rows):
+  """Return the evaluations of every point; those of few and of many first."""
+  found = []
+  for points, colour, _, _ in _drawn(rows):
+    finite = [row for row in points if math.isfinite(row["genppl"])]
+    ranks = [min(i, len(finite) - 1 - i) for i in range(len(finite))]
+    found += [(rank, colour, row) for rank, row in zip(ranks, finite, strict=True)]
+  found.sort(key=lambda one: one[0])
+  return [(f"{row['nfe']:g}", colour, row["entropy"], row["genppl"]) for _, colour, row in found]
+
+
+def _head(axes, title, subtitle):
   axes.set_title(title, loc="left", fontsize=13, fontweight="bold", pad=24)
   axes.annotate(
     subtitle, (0, 1), (0, 9), xycoords="axes fraction", textcoords="offset points", color=_FAINT
   )
   axes.tick_params(length=3)
-  axes.margins(x=0.04, y=0.1)
-  value = _reference_value(reference, key)
-  if value is not None:
-    axes.axhline(value, color=_FAINT, linewidth=1.2, linestyle=(0, (5, 3)), zorder=2)
 
 
 def _reference_value(reference, key) -> float | None:
@@ -148,75 +232,22 @@ def _widen(axes, least):
   axes.set_ylim(np.exp(limits) if log else limits)
 
 
-def _label_lines(axes, rows, key, reference):
-  """Write each model's name beside its last point, and the reference's beside its line."""
-  ends = []  # (text, colour, weight, x, y)
-  for (name, points), (colour, _) in zip(_models(rows).items(), _styles(), strict=False):
+def _ends(rows, key, reference):
+  """Return what stands beside a panel: each model at its last value, and real text at its line."""
+  names, ends = list(_models(rows)), []
+  for name, (points, colour, marker, _) in zip(names, _drawn(rows), strict=True):
     finite = [row for row in points if math.isfinite(row[key])]
     if finite:
-      ends.append((name, colour, "bold", finite[-1]["x"], finite[-1][key]))
-  value, right = _reference_value(reference, key), max(row["x"] for row in rows)
+      ends.append((name, colour, marker, finite[-1][key], True))
+  value = _reference_value(reference, key)
   if value is not None:
     text = f"{reference.label} {value:.{1 if key == 'genppl' else 2}f}"
-    ends.append((text, _FAINT, "normal", right, value))
-  for column in _columns(axes, ends):  # names keep apart from those at about the same x
-    _label_column(axes, column, halo=column[-1][3] < right)
-
-
-def _columns(axes, ends, width=75.0):
-  """Return ends in groups, of which each begins less than `width` points right of the last."""
-  place = lambda end: axes.transData.transform(end[3:])[0] * 72 / axes.figure.dpi  # noqa: E731
-  columns = []
-  for end in sorted(ends, key=place):
-    if columns and place(end) - place(columns[-1][-1]) < width:
-      columns[-1].append(end)
-    else:
-      columns.append([end])
-  return columns
-
-
-def _label_column(axes, ends, halo, gap=13.0):
-  points = 72 / axes.figure.dpi  # pixels to points
-  heights = [axes.transData.transform((x, y))[1] * points for *_, x, y in ends]
-  for end, height, moved in zip(ends, heights, _spread(heights, gap), strict=True):
-    text, colour, weight, x, y = end
-    axes.annotate(
-      text,
-      (x, y),
-      (15, moved - height),
-      textcoords="offset points",
-      color=colour,
-      va="center",
-      fontweight=weight,
-      fontsize=9.5,
-      annotation_clip=False,
-      path_effects=_HALO if halo else None,
-    )
-
-
-def _spread(heights, gap):
-  """Return the heights moved as little as possible so that neighbours are `gap` apart.
-
-  Heights that collide merge into a block around their mean.
-  """
-  order = np.argsort(heights)
-  blocks = []  # [mean of the centre, indices from below]
-  for i in order:
-    blocks.append([heights[i], [i]])
-    while len(blocks) > 1:
-      (low, below), (high, above) = blocks[-2:]
-      if high - low >= gap * (len(below) + len(above)) / 2:
-        break
-      merged = below + above
-      blocks[-2:] = [[float(np.mean([heights[j] for j in merged])), merged]]
-  moved = [0.0] * len(heights)
-  for centre, members in blocks:
-    for rank, i in enumerate(members):
-      moved[i] = centre + gap * (rank - (len(members) - 1) / 2)
-  return moved
+    ends.append((text, _FAINT, "", value, False))
+  return ends
 
 
 def _footnote(rows) -> str:
   counts = sorted({row["samples"] for row in rows})
   number = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
-  return f"{number} samples per point; bars are ± one standard error."
+  known = any(math.isfinite(row[key]) for row in rows for key in ("genppl_se", "entropy_se"))
+  return f"{number} samples per point" + ("; bars are ± one standard error." if known else ".")

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool
 
+from dlm_jax import draw
 from dlm_jax.errors import InputError
 
 _OURS = ("batch", "denoiser", "frozen", "length", "proc", "prompt", "return_trace", "rng", "steps")
@@ -117,7 +118,7 @@ class TemplateSampler(Sampler):
       length: self._compile(networks, *_shapes(batch, length), batch=batch, nfe=nfe)
       for length in given.lengths
     }
-    rng = jax.random.fold_in(jax.random.key(seed), nfe)
+    rng = jax.random.fold_in(draw.key(seed), nfe)
     start = time.perf_counter()
 
     def run(number, prompt_BL):

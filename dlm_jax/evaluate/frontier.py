@@ -17,13 +17,13 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
-from tqdm.auto import tqdm
 
-from dlm_jax import disk, json_file
+from dlm_jax import disk, draw, json_file
 from dlm_jax.errors import InputError, check_counts
 from dlm_jax.evaluate import generative, tables
 from dlm_jax.evaluate._samplers import Sampler, TemplateSampler, numbers, refuse_unless
 from dlm_jax.evaluate.judge import JudgeWithTokens
+from dlm_jax.train import progress
 
 __all__ = [
   "Reference",
@@ -187,7 +187,8 @@ def write(
     _write_csv(rows, paths["csv"])
     _write_json(rows, paths["json"], reference)
     for x, name in pictures.items():
-      _plot.save(rows, directory / name, reference, x=x, title=AXES[x])
+      trade = x == "nfe" and stem == "frontier"  # matched entropies have none
+      _plot.save(rows, directory / name, reference, x=x, title=AXES[x], trade=trade)
   except OSError as error:
     raise InputError(f"{directory} cannot be written: {disk.refusal(error) or error}.") from error
   return paths
@@ -250,7 +251,7 @@ def draw_samples(factory, nfe, samples, batch, seed) -> tuple[np.ndarray, float]
   if hasattr(factory, "draw"):
     return factory.draw(nfe, samples, batch, seed)
   run = factory(batch, nfe)
-  rng = jax.random.fold_in(jax.random.key(seed), nfe)
+  rng = jax.random.fold_in(draw.key(seed), nfe)
   rngs = [jax.random.fold_in(rng, i) for i in range(-(-samples // batch))]
   start = time.perf_counter()
   drawn = [np.asarray(run(rng)) for rng in rngs]
@@ -279,6 +280,7 @@ class _Finished:
     if path is None:
       return
     with disk.writing(path):
+      disk.check_file(path)
       text = path.read_bytes() if path.exists() else b""
     lines, whole = text.splitlines(), text.endswith(b"\n")
     for number, line in enumerate(lines, start=1):
@@ -351,8 +353,7 @@ def _write_csv(rows, path):
 @contextlib.contextmanager
 def sweep_progress(total: int):
   """Show a sweep's progress in network evaluations; yields what `frontier.sweep` calls per row."""
-  options = {"unit": "NFE", "desc": "frontier", "dynamic_ncols": True, "disable": None}
-  with tqdm(total=total, **options) as bar:
+  with progress.Bar("frontier, NFE", total) as bar:
 
     def on_row(row, number, count):
       text = (
@@ -361,7 +362,7 @@ def sweep_progress(total: int):
       )
       if bar.disable:  # no terminal: lines, as training has them
         print(f"frontier: {number}/{count}, {text}", file=sys.stderr, flush=True)
+      bar.parts = (text,)
       bar.update(row["nfe"])
-      bar.set_postfix_str(text)
 
     yield on_row

@@ -14,6 +14,7 @@ from dlm_jax.arrays import Params, RngKey
 from dlm_jax.errors import InputError, check_counts
 from dlm_jax.evaluate._ends import ENDS, ends
 from dlm_jax.models import next_token_logits
+from dlm_jax.models.exported import exportable
 
 Tokens = Int[Array, "N L"] | Int[np.ndarray, "N L"]
 Groups = list[Int[Array, "_N _L"]] | list[Int[np.ndarray, "_N _L"]]  # one array per length
@@ -21,6 +22,7 @@ Mask = Int[Array, "N L"] | Int[np.ndarray, "N L"] | Bool[Array, "N L"] | Bool[np
 Valid = Mask | list[Bool[Array, "_N _L"]] | list[Bool[np.ndarray, "_N _L"]] | None
 
 
+@exportable
 @flax.struct.dataclass
 class Judge:
   """Bind a next-token model to parameters; a pytree, so the parameters are not compiled in.

@@ -5,14 +5,23 @@ from typing import Any
 
 import flax.struct
 import jax
+from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from dlm_jax.arrays import FloatB, FloatBKD, FloatBKV, FloatBLD, FloatBLV, Params
+from dlm_jax.mesh import batch_axes, by_compiler
+from dlm_jax.models.exported import exportable
 
 
+@exportable
 @flax.struct.dataclass
 class Denoiser:
   """Bind a network to parameters; may be an argument of a jitted function.
+
+  Of one stored by `jax.export` too, which needs the package flatbuffers for that: see `exported`.
+
+  Where a mesh with explicit axes is in force the compiler shards what is inside, and the result is
+  split as batches are: see `mesh.by_compiler`. `model.apply` alone leaves that to you.
 
   Attributes:
     model: a network as `protocols.Denoiser` has it; static.
@@ -24,15 +33,20 @@ class Denoiser:
 
   def __call__(self, tokens, sigma_B: FloatB) -> FloatBLV:
     """Return float32 logits for ids [B, L] or soft tokens [B, L, V]."""
-    return self.model.apply({"params": self.params}, tokens, sigma_B)
+    return self._apply(tokens, sigma_B)
 
   def trunk(self, tokens, sigma_B: FloatB) -> FloatBLD:
     """Return the hidden states that `head` reads."""
-    return self.model.apply({"params": self.params}, tokens, sigma_B, method="trunk")
+    return self._apply(tokens, sigma_B, method="trunk")
 
   def head(self, hidden_BKD: FloatBKD, sigma_B) -> FloatBKV:
     """Return float32 logits of hidden states at any positions."""
-    return self.model.apply({"params": self.params}, hidden_BKD, sigma_B, method="head")
+    return self._apply(hidden_BKD, sigma_B, method="head")
+
+  def _apply(self, x, sigma_B, **options):
+    run = lambda params, *inputs: self.model.apply({"params": params}, *inputs, **options)  # noqa: E731
+    rows = PartitionSpec(batch_axes(x.shape[0]) or None)
+    return by_compiler(run, rows)(self.params, x, sigma_B)
 
   def cast(self, dtype: DTypeLike) -> "Denoiser":
     """Return a copy with matrices in `dtype`: a sampling loop then casts them once, not per step.

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 
 from dlm_jax.arrays import FloatB, FloatBKD, FloatBL, FloatBLD, KeyB, Params
 from dlm_jax.models.dit import Block, DiTConfig, TimeEmbedding, scan_layers
+from dlm_jax.models.exported import exportable
 from dlm_jax.models.layers import Embedding, Network, fan_in_uniform, rotary_tables
 
 FROZEN = ("embed", "time", "lower")  # subtrees that training leaves alone
@@ -208,6 +209,7 @@ def split(model: Discriminator, tree: Params) -> tuple[Params, Params]:
   return from_trunk(model, tree, head), {"head": spectral}
 
 
+@exportable
 @flax.struct.dataclass
 class Critic:
   """A discriminator bound to its parameters and spectral state; a pytree for samplers.

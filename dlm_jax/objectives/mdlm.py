@@ -3,13 +3,14 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dlm_jax.arrays import Metrics, Params
+from dlm_jax.arrays import FloatBL, Metrics, Params
 from dlm_jax.models import DiT
 from dlm_jax.objectives.batch import Batch, counted, split_each, token_mean, valid_tokens
 from dlm_jax.objectives.options import MethodOptions
@@ -22,11 +23,23 @@ PASSES = (1, 1)  # forward and backward passes of the network that a step needs 
 
 
 def loss(
-  params: Params, batch: Batch, *, model: DiT, process: Absorbing
+  params: Params,
+  batch: Batch,
+  *,
+  model: DiT,
+  process: Absorbing,
+  weight: Callable[[FloatBL], FloatBL] | None = None,
 ) -> tuple[Float[Array, ""], tuple[Metrics, None]]:
   """Return the Monte-Carlo NELBO in nats per valid token, one corruption per sequence.
 
   Weight 1/t under the log-linear schedule; times are stratified over the global batch.
+
+  Args:
+    params: of the network.
+    batch: see `draw_batch`.
+    model: the network.
+    process: absorbing.
+    weight: for methods of one's own: (log p of the clean tokens) -> factor of every token's nats.
   """
   x0_BL, t_B = batch["tokens"], batch["t"]
   rng_noise_B, rng_dropout_B = split_each(batch["rng"], 2)
@@ -35,6 +48,9 @@ def loss(
   logits_BLV = model.apply({"params": params}, xt_BL, process.schedule.sigma(t_B), rng_dropout_B)
   log_x0_BLV = jax.vmap(process.log_estimate)(logits_BLV, xt_BL)
   nll_BL = jax.vmap(process.nll)(log_x0_BLV, xt_BL, x0_BL, t_B)
+  if weight is not None:
+    clean_BLV = jnp.arange(process.vocab_size)[None, None] == x0_BL[..., None]
+    nll_BL *= weight(jnp.sum(jnp.where(clean_BLV, log_x0_BLV, 0.0), axis=-1))
   masked = jnp.mean(xt_BL == process.mask_id)
   return token_mean(nll_BL, batch), ({"masked": masked}, None)
 

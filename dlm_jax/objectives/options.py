@@ -8,8 +8,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from dlm_jax import fields
 from dlm_jax.errors import InputError, hint
-from dlm_jax.fields import MOST, make
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ class MethodOptions:
           f"objective.{name} is no option of this method{hint(name, known)}; it has "
           f"{', '.join(known)}."
         )
-    return make(cls, given, "objective.", most=MOST)
+    return fields.make(cls, given, "objective.", most=fields.MOST)
 
   @property
   def updates(self) -> dict[str, Any]:

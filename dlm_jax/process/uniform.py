@@ -38,7 +38,7 @@ class Uniform:
 
   def prior(self, rng: RngKey, length: int) -> IntL:
     """Draw the state at t = 1: independent uniform tokens."""
-    return jax.random.randint(rng, (length,), 0, self.vocab_size)
+    return jax.random.randint(rng, (length,), 0, self.vocab_size, jnp.int32)
 
   def corrupt(self, rng: RngKey, x0_L: IntL, t: Scalar) -> IntL:
     """Draw xₜ given clean tokens."""

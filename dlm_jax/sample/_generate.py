@@ -8,12 +8,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Int
 
 from dlm_jax.arrays import IntBL, RngKey
 from dlm_jax.errors import InputError, check_choice, hint
 from dlm_jax.fields import Switch, Whole, make
-from dlm_jax.mesh import split_batch
+from dlm_jax.mesh import batch_axes, by_compiler, split_batch, varying_like
 from dlm_jax.process import Absorbing, Process, Uniform, has_mask
 from dlm_jax.sample import _checks, _rgas
 from dlm_jax.sample._analytic import Analytic
@@ -53,12 +54,19 @@ def generate(
 ) -> IntBL | tuple[IntBL, Int[Array, "K B L"]]:
   """Generate token sequences with a few network evaluations.
 
-  Pure and unjitted: call it inside your own `jit` and `vmap` (static: proc, batch, length, steps
-  and options). Sequence i uses `fold_in(rng, i)` only, so batch size, order and sharding never
-  change it (in float32; in bfloat16 other kernels may round a near tie the other way).
+  Pure and unjitted: always call it inside your own `jit` (static: proc, batch, length, steps and
+  options other than temperature and nucleus), or its loops are compiled at every call. `vmap`,
+  `scan`, `shard_map` and `jax.export` compose with it. Sequence i uses `fold_in(rng, i)` only, so
+  batch size, order and sharding never change it (in float32; in bfloat16 other kernels may round a
+  near tie the other way).
+
+  Where a mesh is in force (`jax.set_mesh`) the batch is split over its axes "data" and "fsdp", or,
+  if it has neither, over all but "tensor", as far as they divide it: see `mesh.batch_axes`.
 
   Args:
-    denoiser: a `models.Denoiser`, or any callable with `trunk` and `head`.
+    denoiser: a `models.Denoiser`, `from_logits` of any function, or any object with
+      `trunk(tokens_BL, sigma_B) -> hidden_BLD` and `head(hidden_BKD, sigma_B) -> logits_BKV`;
+      "analytic" and precision="legacy" also call it, (tokens_BL, sigma_B) -> logits_BLV.
     proc: the forward process that the denoiser was trained on.
     rng: one typed key.
     batch: number of sequences.
@@ -111,14 +119,22 @@ def generate(
   _checks.arguments(denoiser, proc, rng)
   return_trace = Switch().check("return_trace", return_trace)
   _checks.given(prompt, frozen, proc.vocab_size)
-  run = _choose(sampler, proc, sampler_options)
-  rng_B = split_batch(jax.vmap(lambda i: jax.random.fold_in(rng, i))(jnp.arange(batch)))
-  rng_prior_B, rng_B = _split_each(rng_B)
-  x_BL, frozen_BL = map(split_batch, _start(proc, rng_prior_B, length, prompt, frozen))
-  request = Request(
-    denoiser=denoiser, process=proc, rng_B=rng_B, x_BL=x_BL, frozen_BL=frozen_BL, steps=steps
-  )
-  trace_KBL = run(request)
+  _choose(sampler, proc, sampler_options)
+
+  def draw(denoiser, rng, prompt, frozen, options):
+    run = _choose(sampler, proc, options)
+    rng_B = split_batch(jax.vmap(lambda i: jax.random.fold_in(rng, i))(jnp.arange(batch)))
+    rng_prior_B, rng_B = _split_each(rng_B)
+    x_BL, frozen_BL = map(split_batch, _start(proc, rng_prior_B, length, prompt, frozen))
+    x_BL = varying_like(x_BL, (denoiser, rng, prompt, frozen, options))
+    return run(
+      Request(
+        denoiser=denoiser, process=proc, rng_B=rng_B, x_BL=x_BL, frozen_BL=frozen_BL, steps=steps
+      )
+    )
+
+  rows = PartitionSpec(None, batch_axes(batch) or None)
+  trace_KBL = by_compiler(draw, rows)(denoiser, rng, prompt, frozen, sampler_options)
   return (trace_KBL[-1], trace_KBL) if return_trace else trace_KBL[-1]
 
 
@@ -175,7 +191,7 @@ def _sampler(name, proc, precision):
 def _start(proc, rng_B, length, prompt, frozen):
   """Return the state at t = 1 with the prompt in place, and the positions that stay."""
   batch = rng_B.shape[0]
-  x_BL = _varying(jax.vmap(lambda rng: proc.prior(rng, length))(rng_B), rng_B)
+  x_BL = jax.vmap(lambda rng: proc.prior(rng, length))(rng_B)
   if prompt is None:
     if frozen is not None:
       raise InputError("frozen is given without a prompt; pass the tokens to keep as prompt.")
@@ -197,16 +213,6 @@ def _start(proc, rng_B, length, prompt, frozen):
   rest = ((0, 0), (0, length - given))
   x_BL = jnp.concatenate([x_BP, x_BL[:, given:]], axis=1)
   return x_BL, jnp.pad(frozen_BP, rest)
-
-
-def _varying(x_BL, rng_B):
-  """Return the state as a function of its keys, which changes no value.
-
-  Inside `shard_map` a loop's carry has one type from the start: keys that differ between devices
-  make every later state differ too, and a state of masks would not.
-  """
-  nothing_B1 = jax.random.key_data(rng_B)[:, :1] & 0
-  return x_BL + nothing_B1.astype(x_BL.dtype)
 
 
 def evaluations(

@@ -9,9 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
-from dlm_jax import convert, fields, mesh, models, process, sample
+from dlm_jax import convert, draw, fields, mesh, models, process, sample
 from dlm_jax.convert import places
 from dlm_jax.data import dataset, templates, tokenizers
 from dlm_jax.errors import InputError
@@ -149,7 +149,19 @@ class Pipeline:
     critic = self.critic if options.get("sampler") == "rgas" else None
     run = _generate(self.process, num, length, steps, self._key(options, critic))
     self._check_room(num, length, steps)
-    return run(self.denoiser, critic, jax.random.key(seed), given, frozen)
+    return run(self.denoiser, critic, draw.key(seed), given, frozen)
+
+  def given(self, prompt: str = "", length: int | None = None) -> Bool[np.ndarray, "L"]:
+    """Return where nothing is drawn: at the prompt, and in the frame of a protein.
+
+    Raises:
+      InputError: see a call.
+    """
+    _, frozen, count = self._start(prompt, length)
+    given_L = np.zeros(count, bool)
+    if frozen is not None:
+      given_L[: len(frozen)] = frozen
+    return given_L
 
   def _key(self, options: dict[str, Any], critic: models.Critic | None) -> tuple:
     """Return options that were checked as they name a program: 2 and 2.0 are not the same one."""

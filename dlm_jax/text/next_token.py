@@ -106,7 +106,7 @@ class TextContinuation:
     check_room(f"num={num} × length={length} tokens", 4 * num * length * self._width)
     tokens_BL = np.full((num, length), self.tokenizer.eos_id, np.int32)
     tokens_BL[:, : len(given)] = given
-    arguments = (tokens_BL, len(given), jax.random.key(seed), temperature, nucleus)
+    arguments = (tokens_BL, len(given), draw.key(seed), temperature, nucleus)
     rows = self.tokenizer.vocab_size
     written_BL = np.asarray(_write(self.model, rows, top_k, self.params, *arguments))
     return Samples(

@@ -3,7 +3,9 @@
 
 import dataclasses
 import numbers
+import os
 import pathlib
+import stat
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +15,7 @@ from dlm_jax.data.tokenizers import chat as chats
 from dlm_jax.data.tokenizers.base import check_text
 from dlm_jax.errors import InputError
 
+_MOST_BYTES = 2**26  # of prompts: what no context holds
 _FORMS = "a text, token ids, a conversation ({'role', 'content'} in order), or a list of such"
 
 
@@ -190,18 +193,32 @@ def read_text(path: str, flag: str) -> str:
   """Return the text of a file of prompts, without a byte-order mark.
 
   Args:
-    path: of the file.
+    path: of the file; a pipe that is being written, as <(…) of a shell is, or /dev/stdin will do.
     flag: how it was named, for the message.
 
   Raises:
-    InputError: it cannot be read, or is not UTF-8.
+    InputError: it cannot be read, is too long or is not UTF-8; or a pipe held nothing.
   """
   try:
-    return pathlib.Path(path).read_text(encoding="utf-8-sig")
+    return _read(path).decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
   except (OSError, ValueError) as error:
     if isinstance(error, UnicodeDecodeError):
       raise InputError(f"{flag} is not UTF-8 text.") from None
     raise InputError(f"{flag} cannot be read: {getattr(error, 'strerror', error)}.") from None
+
+
+def _read(path: str) -> bytes:
+  """Return the bytes of a file; of what may be none, so many, and nothing is waited for."""
+  no_wait = getattr(os, "O_NONBLOCK", 0)  # a pipe without a writer would wait to be opened
+  with open(path, "rb", opener=lambda name, flags: os.open(name, flags | no_wait)) as file:
+    if no_wait:
+      os.set_blocking(file.fileno(), True)
+    content = file.read(_MOST_BYTES + 1)
+    if not content and stat.S_ISFIFO(os.fstat(file.fileno()).st_mode):
+      raise OSError(0, "a pipe that nobody writes to")
+  if len(content) > _MOST_BYTES:
+    raise OSError(0, f"it has more than {_MOST_BYTES} bytes")
+  return content
 
 
 def read_messages(path: str, flag: str) -> tuple[list[Any], list[Any] | None]:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key
 
-from dlm_jax import sample
+from dlm_jax import draw, fields, sample
 from dlm_jax.errors import InputError, hint
 from dlm_jax.text.prompts import is_whole, unwrapped
 
@@ -228,9 +228,7 @@ def seeds(seed: Any, rows: int) -> list[int]:
     InputError: one is none, or there is another number of them.
   """
   found = whole_numbers("seed", seed, rows)
-  if any(not -(2**63) <= one < 2**63 for one in found):
-    raise InputError(f"seed={seed} must be in -2^63 … 2^63 - 1.")
-  return found
+  return [fields.SEED.check("seed", one) for one in found]
 
 
 def keys(seed: Any, rows: int) -> Key[Array, "B"]:
@@ -246,15 +244,9 @@ def keys(seed: Any, rows: int) -> Key[Array, "B"]:
   given = seeds(seed, rows)
   several = isinstance(seed, (list, tuple)) or getattr(seed, "ndim", 0)
   children = [0] * rows if several else range(rows)
-  made = [jax.random.fold_in(_key(one), child) for one, child in zip(given, children, strict=True)]
+  each = zip(given, children, strict=True)
+  made = [jax.random.fold_in(draw.key(one), child) for one, child in each]
   return jnp.stack(made)
-
-
-def _key(seed):
-  """Return the key of a seed of 64 bits; those of 32 have the key that jax gives them."""
-  low, high = seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
-  key = jax.random.key(np.uint32(low))
-  return key if -(2**31) <= seed < 2**32 else jax.random.fold_in(key, np.uint32(high))
 
 
 def lay_out(

@@ -5,7 +5,7 @@ import html
 import itertools
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 _NEW, _DIM, _RESET = "\x1b[1;32m", "\x1b[2m", "\x1b[0m"
 _HIDDEN, _OLD, _FRESH = range(3)
@@ -55,25 +55,58 @@ for (const box of document.querySelectorAll(".dlm-denoising:not([data-ready])"))
 
 
 def terminal(
-  trace_KL: Int[np.ndarray, "K L"], tokenizer, *, colour: bool = True, mask: str = "·"
+  trace_KL: Int[np.ndarray, "K L"],
+  tokenizer,
+  *,
+  colour: bool = True,
+  mask: str = "·",
+  given: int | Bool[np.ndarray, "L"] = 0,
+  steps: int | None = None,
 ) -> str:
   """Return the states of one sequence, one paragraph per step, as text for a terminal.
+
+  What the last step left to the removal of noise is a paragraph of its own; if it left nothing,
+  there is none.
 
   Args:
     trace_KL: ids after every step of one sequence; tokens only, never logits.
     tokenizer: turns ids into text; its `mask_id` marks what is still hidden.
     colour: highlight what a step revealed, with ANSI codes.
     mask: shown for a hidden token.
+    given: where nothing was drawn, or how many tokens at the beginning: those of a prompt.
+    steps: that were asked for; None: as many as there are states.
   """
-  paragraphs, before_L = [], np.full(trace_KL.shape[1], tokenizer.mask_id)
-  for step, row_L in enumerate(np.asarray(trace_KL), start=1):
-    hidden = int(np.sum(row_L == tokenizer.mask_id))
-    head = f"step {step}: {len(row_L) - hidden} of {len(row_L)} tokens"
+  trace_KL, given_L = _shown(np.asarray(trace_KL), steps), _given(given, trace_KL.shape[1])
+  paragraphs, before_L = [], np.where(given_L, trace_KL[-1], tokenizer.mask_id)
+  for step, row_L in enumerate(trace_KL, start=1):
+    head = f"{_name(step, steps)}: {_count(row_L, given_L, tokenizer.mask_id)}"
     if colour:
       head = f"{_DIM}{head}{_RESET}"
     paragraphs.append(f"{head}\n{_paint(row_L, before_L, tokenizer, colour, mask)}")
     before_L = row_L
   return "\n\n".join(paragraphs)
+
+
+def _shown(trace_KL, steps):
+  """Return the states without a last one in which no noise was left to remove."""
+  more = len(trace_KL) > (1 if steps is None else steps)
+  idle = more and len(trace_KL) > 1 and (trace_KL[-1] == trace_KL[-2]).all()
+  return trace_KL[:-1] if idle else trace_KL
+
+
+def _given(given, length):
+  """Return where nothing is drawn; a number is of tokens at the beginning."""
+  return np.arange(length) < given if np.ndim(given) == 0 else np.asarray(given, bool)
+
+
+def _name(step, steps):
+  return f"step {step}" if steps is None or step <= steps else "noise removed"
+
+
+def _count(row_L, given_L, mask_id):
+  """Say how much of what is to be drawn is there."""
+  known = int(np.sum((row_L != mask_id) & ~given_L))
+  return f"{known} of {int(np.sum(~given_L))} tokens"
 
 
 def _paint(row_L, before_L, tokenizer, colour, mask):
@@ -84,14 +117,23 @@ def _paint(row_L, before_L, tokenizer, colour, mask):
   for end in range(1, len(row_L) + 1):
     if end < len(row_L) and kind_L[end] == kind_L[start]:
       continue
-    text = mask * (end - start) if hidden_L[start] else tokenizer.decode(row_L[start:end])
+    text = mask * (end - start) if hidden_L[start] else _text(row_L[start:end], tokenizer)
     pieces.append(f"{_NEW}{text}{_RESET}" if colour and kind_L[start] == 2 else text)
     start = end
   return "".join(pieces)
 
 
+def _text(ids, tokenizer):
+  return tokenizer.decode(ids).replace(tokenizer.eos_text, _END)
+
+
 def animation(
-  trace_KL: Int[np.ndarray, "K L"], tokenizer, *, seconds: float = 8.0, given: int = 0
+  trace_KL: Int[np.ndarray, "K L"],
+  tokenizer,
+  *,
+  seconds: float = 8.0,
+  given: int | Bool[np.ndarray, "L"] = 0,
+  steps: int | None = None,
 ) -> str:
   """Return the states of one sequence as HTML that plays them, with a slider; for notebooks.
 
@@ -102,22 +144,21 @@ def animation(
     trace_KL: as for `terminal`.
     tokenizer: as for `terminal`.
     seconds: of one pass.
-    given: so many tokens at the beginning were not generated; they are there from the start.
+    given: as for `terminal`; it is there from the start.
+    steps: as for `terminal`.
 
   Example:
     >>> from IPython.display import HTML  # doctest: +SKIP
     >>> tokens, trace = pipe.tokens(steps=16, return_trace=True)  # doctest: +SKIP
     >>> HTML(viz.animation(np.asarray(trace)[:, 0], pipe.tokenizer))  # doctest: +SKIP
   """
-  trace_KL = np.asarray(trace_KL)
-  if len(trace_KL) > 1 and (trace_KL[-1] == trace_KL[-2]).all():
-    trace_KL = trace_KL[:-1]  # no noise was left for the last evaluation to remove
-  last_L, mask = trace_KL[-1], tokenizer.mask_id
-  start_L = np.where(np.arange(len(last_L)) < given, last_L, mask)
+  trace_KL, given_L = _shown(np.asarray(trace_KL), steps), _given(given, trace_KL.shape[1])
+  last_L, total = trace_KL[-1], min(len(trace_KL), steps or len(trace_KL))
+  start_L = np.where(given_L, last_L, tokenizer.mask_id)
   units, frames, before_L = _units(last_L, tokenizer), [], start_L
   for step, row_L in enumerate([start_L, *trace_KL]):
-    known = int(np.sum(row_L != mask))
-    note = f"step {step} of {len(trace_KL)}: {known} of {len(row_L)} tokens"
+    name = f"step {step} of {total}" if step <= total else _name(step, steps)
+    note = f"{name}: {_count(row_L, given_L, tokenizer.mask_id)}"
     text = _frame(row_L, before_L, last_L, units, tokenizer)
     hidden = "" if step == len(trace_KL) else " hidden"
     frames.append(f'<pre title="{note}"{hidden}>{text}</pre>')
@@ -129,6 +170,39 @@ def animation(
   )
   box = f'<div class="dlm-denoising" data-seconds="{seconds:g}">'
   return "\n".join([_STYLE, box, *frames, controls, "</div>", _SCRIPT])
+
+
+def plain(text: str, tokenizer) -> str:
+  """Return a text as one reads it: the separators at its ends go, those inside become a mark."""
+  end = tokenizer.eos_text
+  return text.removeprefix(end).removesuffix(end).replace(end, _END)
+
+
+def page(box: str, title: str) -> str:
+  """Return an HTML page of its own around what `animation` returned; it fetches nothing."""
+  head = f'<meta charset="utf-8">\n<title>{html.escape(title)}</title>'
+  heading = f'<p style="font: 14px/1.6 system-ui, sans-serif">{html.escape(title)}</p>'
+  return f'<!doctype html>\n<html lang="en">\n{head}\n{heading}\n{box}\n</html>\n'
+
+
+def block_trace(
+  tokens_L: Int[np.ndarray, "L"], step_L: Int[np.ndarray, "L"], block_length: int, mask_id: int
+) -> Int[np.ndarray, "K L"]:
+  """Return the states of a text that was decoded block by block, from when each token was set.
+
+  Args:
+    tokens_L: prompt and text.
+    step_L: of `sample.Info`: the step inside its block that set a token, −1 in the prompt.
+    block_length: tokens per block.
+    mask_id: stands where a token is not set yet.
+  """
+  tokens_L, step_L = np.asarray(tokens_L), np.asarray(step_L)
+  block_L = np.arange(len(tokens_L)) // block_length
+  order_L = np.where(step_L < 0, -1, block_L * (step_L.max(initial=0) + 1) + step_L)
+  moments_K = np.unique(order_L[order_L >= 0])
+  if not len(moments_K):
+    return tokens_L[None]  # nothing was set
+  return np.where(order_L <= moments_K[:, None], tokens_L, mask_id)
 
 
 def _units(row_L, tokenizer) -> list[slice]:
@@ -154,6 +228,6 @@ def _frame(row_L, before_L, last_L, units, tokenizer) -> str:
   for kind, group in itertools.groupby(pieces, key=lambda piece: piece[0]):
     run = [unit for _, unit in group]
     row = last_L if kind == _HIDDEN else row_L
-    text = tokenizer.decode(row[run[0].start : run[-1].stop])
-    runs.append(_TAGS[kind].format(html.escape(text.replace(tokenizer.eos_text, _END))))
+    text = _text(row[run[0].start : run[-1].stop], tokenizer)
+    runs.append(_TAGS[kind].format(html.escape(text)))
   return "".join(runs)

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
@@ -16,7 +17,7 @@ import numpy as np
 from absl import logging
 from jax.sharding import Mesh, NamedSharding
 
-from dlm_jax import fields
+from dlm_jax import draw, fields
 from dlm_jax import mesh as meshes
 from dlm_jax.arrays import Record
 from dlm_jax.errors import InputError
@@ -92,12 +93,12 @@ class Evaluator(Protocol):
 
 def init_key(seed: int) -> jax.Array:
   """Return the key that parameters are drawn from."""
-  return jax.random.split(jax.random.key(seed))[0]
+  return jax.random.split(draw.key(seed))[0]
 
 
 def step_key(seed: int) -> jax.Array:
   """Return the key that the keys of all steps are folded from."""
-  return jax.random.split(jax.random.key(seed))[1]
+  return jax.random.split(draw.key(seed))[1]
 
 
 def jit_step(objective: Objective, mesh: Mesh, shardings: Any, seed: int) -> Callable:
@@ -318,7 +319,14 @@ _STOPPING = (
 
 
 class _Stop:
-  requested = False
+  """Whether a signal came; it is answered once."""
+
+  def __init__(self):
+    self.requested, self._unanswered = False, threading.Lock()
+
+  def answer(self) -> None:
+    if self._unanswered.acquire(blocking=False):
+      os.write(2, _STOPPING)  # a handler must not print: it may have interrupted a print
 
 
 @contextlib.contextmanager
@@ -329,17 +337,41 @@ def stop_signals():
   def request(number, frame):
     if stop.requested and number == signal.SIGINT:
       raise KeyboardInterrupt
-    if not stop.requested:
-      os.write(2, _STOPPING)  # a handler must not print: it may have interrupted a print
     stop.requested = True
+    stop.answer()
 
+  with contextlib.ExitStack() as stack:
+    try:
+      for number in (signal.SIGTERM, signal.SIGINT):
+        previous[number] = signal.signal(number, request)
+      stack.enter_context(_answered(stop))
+    except ValueError:
+      pass  # not the main thread: the host program owns the signals
+    try:
+      yield stop
+    finally:
+      for number, handler in previous.items():
+        signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _answered(stop):
+  """Answer a signal from a thread: while a program compiles, Python's handlers wait."""
+  reading, writing = os.pipe()
+  os.set_blocking(writing, False)
+
+  def answer():
+    while got := os.read(reading, 1):
+      if got[0] in (signal.SIGTERM, signal.SIGINT):
+        stop.answer()
+
+  thread = threading.Thread(target=answer, daemon=True)
+  before = signal.set_wakeup_fd(writing)
+  thread.start()
   try:
-    for number in (signal.SIGTERM, signal.SIGINT):
-      previous[number] = signal.signal(number, request)
-  except ValueError:
-    pass  # not the main thread: the host program owns the signals
-  try:
-    yield stop
+    yield
   finally:
-    for number, handler in previous.items():
-      signal.signal(number, handler)
+    signal.set_wakeup_fd(before)
+    os.close(writing)
+    thread.join()
+    os.close(reading)

@@ -12,11 +12,12 @@ import tiny_sdar
 
 from dlm_jax import json_file
 from dlm_jax.cli.main import main
-from dlm_jax.convert import files
-from dlm_jax.data import builder, tokenizers
+from dlm_jax.convert import files, tensors, torch_file
+from dlm_jax.data import builder, loader, tokenizers
 from dlm_jax.errors import InputError
 from dlm_jax.evaluate import frontier
 from dlm_jax.quickstart import comparison, distil
+from dlm_jax.text import prompts
 from dlm_jax.train import checkpoint
 
 DEEP = "[" * 200_000
@@ -263,6 +264,31 @@ def test_a_pipe_does_not_hang(line, denoiser, tmp_path):
   assert "a directory" in line("sample", f"--checkpoint={network}")
 
 
+@pytest.mark.parametrize("what", ["pipe", "device", "folder"])
+def test_what_is_no_file_is_not_waited_for(tmp_path, what):
+  """A pipe that nobody writes to would wait for ever, a device has no end."""
+  file = tmp_path / "file"
+  if what == "device":
+    file.symlink_to("/dev/zero")
+  else:
+    os.mkfifo(file) if what == "pipe" else file.mkdir()
+  said = "directory" if what == "folder" else "a pipe or a device, not a file"
+  assert said in _problem(lambda: tensors.Tensors([file]))
+  assert said in _problem(torch_file.read, file)
+  assert said in _problem(frontier._Finished, file)
+  said = {"pipe": "nobody writes to", "device": "more than 67108864 bytes"}.get(what, "directory")
+  assert said in _problem(prompts.read_text, str(file), "--prompt=@file")
+  assert said in _problem(prompts.read_messages, str(file), "--messages=file")
+
+
+def test_a_pipe_of_a_shell_is_read():
+  ours, theirs = os.pipe()
+  os.write(theirs, "\ufeffa\r\nb".encode())
+  os.close(theirs)
+  assert prompts.read_text(f"/dev/fd/{ours}", "--prompt=@…") == "a\nb"
+  os.close(ours)
+
+
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
@@ -278,6 +304,15 @@ def test_a_pipe_does_not_hang(line, denoiser, tmp_path):
     ({"wrap": "yes"}, "wrap='yes' is neither true nor false"),
     ({"given_ids": 5}, "unknown field 'given_ids'"),
     ({"format": ["a"]}, "its format is not"),
+    ({"length": -16}, "length=-16 must be at least 1"),
+    ({"vocab_size": 0}, "vocab_size=0 must be at least 1"),
+    ({"eos_id": 300}, "eos_id=300 must be at most 299"),
+    ({"pad_id": -1}, "pad_id=-1 must be at least 0"),
+    ({"packing": "docs"}, "packing='docs' is unknown; use one of concatenate"),
+    ({"buckets": [0]}, "buckets[0]=0 must be at least 1"),
+    ({"block_length": -4}, "block_length=-4 must be at least 0"),
+    ({"features": ["x"]}, "features[0]='x' is unknown; use one of tokens"),
+    ({"splits.train.records": -1}, "splits.train.records=-1 must be at least 0"),
     ({"packing": 5}, "packing=5 is not a text"),
   ],
 )
@@ -289,12 +324,27 @@ def test_dataset_json(tiny, tmp_path, changes, message):
 
 
 @pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"length": 16000}, "a record holds 16 tokens where dataset.json says 16000"),
+    ({"length": 8}, "a record holds 16 tokens where dataset.json says 8"),
+    ({"features": ["tokens", "valid"]}, "records hold 'valid', and record 0 does not"),
+  ],
+)
+def test_dataset_json_of_other_records(tiny, tmp_path, changes, message):
+  data = pathlib.Path(shutil.copytree(tiny.data, tmp_path / "data"))
+  content = json.loads((data / "dataset.json").read_text())
+  (data / "dataset.json").write_text(json.dumps(_with(content, changes)))
+  assert message in _problem(loader.evaluation_groups, data, "validation", 2)
+
+
+@pytest.mark.parametrize(
   ("file", "change", "message"),
   [
     ("tokenizer.json", {"added_tokens": 5}, "added_tokens=5 is not a list"),
     ("tokenizer.json", {"added_tokens": ["a"]}, "added_tokens[0] must be an object, got a text"),
     ("tokenizer.json", {"added_tokens": [{}]}, "added_tokens[0] lacks 'content'"),
-    ("tokenizer.json", {"model": None}, "names no document separator|is not a tokenizer.json"),
+    ("tokenizer.json", {"model": None}, "missing from the vocabulary"),
     ("tokenizer_config.json", {"added_tokens_decoder": []}, "must be an object, got a list"),
     (
       "tokenizer_config.json",

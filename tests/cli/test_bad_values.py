@@ -57,8 +57,8 @@ def fails(capsys):
     ("--temperature=nan", "'nan' is not a finite number"),
     ("--temperature=inf", "'inf' is not a finite number"),
     ("--nucleus=nan", "'nan' is not a finite number"),
-    ("--seed=" + str(2**63), "must be at most 4294967295"),
-    ("--seed=" + str(2**70), "must be at most 4294967295"),
+    ("--seed=" + str(2**63), "must be at most 9223372036854775807"),
+    ("--seed=" + str(2**70), "must be at most 9223372036854775807"),
     ("--seed=1.5", "--seed"),
     ("--num=" + BIG, "GiB at least"),
     ("--num=" + HUGE, f"num={HUGE} must be at most 2147483647"),
@@ -66,7 +66,7 @@ def fails(capsys):
     ("--steps=" + HUGE, f"steps={HUGE} must be at most"),
     ("--length=" + BIG, "GiB at least"),
     ("--length=" + HUGE, f"length={HUGE} must be at most"),
-    ("--prompt=a\udcff", "the text is not Unicode: character 2 is \\udcff"),
+    ("--prompt=a\udcff", "the byte 0xff at character 2, which is not UTF-8"),
   ],
 )
 def test_sample(fails, tiny, flag, message):
@@ -99,8 +99,8 @@ def test_options_of_psi(fails, tiny, option, message):
     ("--temperature=nan", "'nan' is not a finite number"),
     ("--num=1000000000000", "num=1000000000000 must be at most 2147483647"),
     ("--num=" + BIG, "GiB at least"),
-    ("--seed=" + str(2**64), "must be at most 4294967295"),
-    ("--prompt=\udcff", "the text is not Unicode"),
+    ("--seed=" + str(2**64), "must be at most 9223372036854775807"),
+    ("--prompt=\udcff", "the byte 0xff at character 1"),
     ("--top_k=-1", "top_k=-1"),
   ],
 )
@@ -143,7 +143,7 @@ def test_a_byte_order_mark_is_no_part_of_a_prompt(tiny, tmp_path, capsys):
     ("train.max_seconds", "-1.0", "train.max_seconds=-1.0 must be in [0, ∞)"),
     ("train.steps", HUGE, f"train.steps={HUGE} must be at most"),
     ("train.steps", "2.0", "expected int"),
-    ("seed", str(2**63), "seed=9223372036854775808 must be at most 4294967295"),
+    ("seed", str(2**63), "seed=9223372036854775808 must be at most 9223372036854775807"),
     ("seed", "-1", "seed=-1 must be at least 0"),
     ("data.length", HUGE, f"data.length={HUGE} must be at most 2147483647"),
     ("data.length", BIG, "data.length=1000000000 must be at most 16777216"),
@@ -337,3 +337,24 @@ def test_bench(fails, tmp_path):
   assert "it is a directory" in fails("bench", "trunk", f"--json={tmp_path}")
   assert "prompt_length=0 must be at least 1" in fails("bench", "decode", "--prompt_length=0")
   assert "steps=" in fails("bench", "sample", f"--steps={HUGE}")
+
+
+# --- lines ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flag", ["--checkpoint", "--model", "--steps"])
+def test_a_line_is_short_and_printable(fails, flag):
+  """Whatever a flag holds: a terminal is not cleared, and a value of a page is not printed."""
+  error = fails("sample", f"{flag}=\x1b[2J\u2028\x07")
+  assert "\\x1b[2J" in error and error.removesuffix("\n").isprintable(), error
+  error = fails("sample", f"{flag}={'x' * 5000}")
+  assert " … " in error and len(error) < 2000, error
+
+
+def test_convert_into_this_folder(fails, tiny, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  for out in ("", ".", "x/.."):
+    error = fails("convert", f"--checkpoint={tiny.teacher}", f"--out={out}")
+    assert "--out is this folder itself" in error
+  assert "no network" in fails("convert", "--checkpoint=none", "--out=x/y/z")
+  assert not list(tmp_path.iterdir())

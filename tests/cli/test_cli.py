@@ -4,6 +4,7 @@
 import argparse
 import importlib
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from dlm_jax import convert
 from dlm_jax.cli import flags
 from dlm_jax.cli.main import VERBS, main
 from dlm_jax.evaluate import generative
+from dlm_jax.text import denoiser
 
 
 def _help(capsys, verb):
@@ -149,6 +151,62 @@ def test_sample_shows_the_steps(capsys):
   text = _sample(capsys, "--steps=2", "--show_steps")
   assert text.startswith("step 1: ") and "step 2: " in text and "\x1b" not in text
   assert "16 of 16 tokens" in text
+  assert text.count("step ") == 2, "what is left to the removal of noise is no third step"
+  text = _sample(capsys, "--steps=2", "--show_steps", "--prompt=def parse")
+  (total,) = set(re.findall(r" of (\d+) tokens", text))
+  assert int(total) < 16, "a prompt is not drawn"
+
+
+def test_sample_prints_no_separators(capsys):
+  text = _sample(capsys, "--steps=2", "--num=4", "--prompt=a")
+  assert "<|endoftext|>" not in text
+  assert "<|endoftext|>" in _sample(capsys, "--steps=2", "--prompt=a", "--json"), "exact there"
+
+
+def test_sample_writes_a_page(capsys, tmp_path):
+  page = tmp_path / "page.html"
+  page.write_text("before")
+  arguments = ["sample", f"--checkpoint={tiny_runs.make().teacher}", "--steps=2", "--num=2"]
+  plain = _sample(capsys, *arguments[2:])
+  code = main([*arguments, f"--html={page}"])
+  out, err = capsys.readouterr()
+  assert code == 0 and out == plain, "the texts are printed as without it"
+  assert err == f"page: {page}\n" and [file.name for file in tmp_path.iterdir()] == ["page.html"]
+  assert page.read_text().count("<pre title=") == 3, "a start and two steps"
+  assert page.read_text().startswith("<!doctype html>")
+
+
+@pytest.mark.parametrize(
+  ("place", "said"),
+  [
+    ("", "is a folder; name a file"),
+    ("none/page.html", "cannot be written: No such file"),
+    ("s3://bucket/page.html", "is a file of this machine"),
+  ],
+)
+def test_sample_refuses_a_place_for_the_page_first(capsys, tmp_path, monkeypatch, place, said):
+  monkeypatch.setattr(denoiser, "load_denoiser", pytest.fail)
+  place = place if "://" in place else tmp_path / place
+  assert main(["sample", f"--checkpoint={tiny_runs.make().teacher}", f"--html={place}"]) == 2
+  out, err = capsys.readouterr()
+  assert said in err and len(err.splitlines()) == 1 and not out
+  assert not list(tmp_path.iterdir())
+
+
+def test_a_page_that_fails_leaves_what_was_there(capsys, tmp_path):
+  page = tmp_path / "page.html"
+  page.write_text("before")
+  arguments = ["sample", f"--checkpoint={tiny_runs.make().teacher}", f"--html={page}"]
+  assert main([*arguments, "--sampler=none"]) == 2
+  assert page.read_text() == "before" and len(list(tmp_path.iterdir())) == 1
+  assert main(["sample", f"--checkpoint={tiny_runs.make().judge}", f"--html={page}"]) == 2
+  assert "writes from left to right" in capsys.readouterr().err
+
+
+def test_sample_names_both_ways_to_name_a_network(capsys):
+  text = " ".join(_help(capsys, "sample").split())
+  assert "usage: dlm-jax sample (--model=NAME | --checkpoint=PATH)" in text
+  assert "`dlm-jax models` lists" in text
 
 
 # --- convert --------------------------------------------------------------------------------------
@@ -231,6 +289,43 @@ def test_frontier(capsys, tmp_path):
   assert main(arguments) == 0
   again = capsys.readouterr().out
   assert again == text, "nothing is measured twice: the seconds are the same too"
+
+
+def test_frontier_draws_held_out_text(capsys, tmp_path):
+  """A prepared dataset, and a text file; another run of the same sweep may ask for another one."""
+  tiny, few = tiny_runs.make(), ["--nfes=1", "--samples=4", "--batch_size=4"]
+  arguments = [*_frontier(tmp_path / "out", "a={}"), *few]
+  references = []
+  text = tmp_path / "text.txt"
+  text.write_text("".join(tiny_runs.documents()[:8]))
+  for path in (tiny.data, text):
+    assert main([*arguments, f"--held_out={path}"]) == 0
+    said = capsys.readouterr().out
+    reference = json.loads((tmp_path / "out" / "frontier.json").read_text())["reference"]
+    assert (
+      f"4 validation texts: {reference['genppl']:.1f} at {reference['entropy']:.2f} nats" in said
+    )
+    references.append(reference["genppl"])
+  assert references[0] != references[1]
+
+
+@pytest.mark.parametrize(
+  ("content", "said"),
+  [
+    (None, "cannot be read: No such file"),
+    ("short", "is shorter than one sample of 16 tokens"),
+    (b"\xff\xfe\xff", "is not UTF-8"),
+  ],
+)
+def test_frontier_refuses_held_out_text_first(capsys, tmp_path, monkeypatch, content, said):
+  monkeypatch.setattr("dlm_jax.cli.frontier.load_judge", pytest.fail)
+  text = tmp_path / "text.txt"
+  if content is not None:
+    text.write_bytes(content if isinstance(content, bytes) else content.encode())
+  arguments = [*_frontier(tmp_path / "out", "a={}"), f"--held_out={text}"]
+  assert main(arguments) == 2
+  error = capsys.readouterr().err
+  assert said in error and len(error.splitlines()) == 1
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 """`dlm-jax sample` with decoders of blocks: what is printed where, and what is refused."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -51,6 +52,19 @@ def test_streaming_prints_the_same(run):
   plain, _ = run(*prompts)
   streamed, _ = run(*prompts, "--stream")
   assert streamed == plain and plain.startswith("──── 1 ────\n") and "\n──── 2 ────\n" in plain
+
+
+def test_a_page_shows_how_blocks_were_written(run, tmp_path):
+  page = tmp_path / "page.html"
+  plain, _ = run("--prompt=It was", *FEW)
+  out, err = run("--prompt=It was", *FEW, f"--html={page}")
+  assert out == plain and f"page: {page}" in err
+  frames = re.findall(r'<pre title="([^"]*)"', page.read_text())
+  known, total = zip(
+    *(map(int, re.findall(r"(\d+) of (\d+) tokens", f)[0]) for f in frames), strict=True
+  )
+  assert known == tuple(sorted(set(known))), "every moment sets something"
+  assert known[0] == 0 and {known[-1]} == set(total) and len(frames) > 2
 
 
 def test_pieces_of_later_prompts_wait(capsys):
@@ -195,9 +209,9 @@ _FLAGS = [
   (["--system=a", "--prompt=b"], "system is for conversations, and prompt 1 is none"),
   (["--no_thinking", "--prompt=b"], "thinking is for conversations"),
   (["--prompt=\udcff"], "prompt 1 holds the byte 0xff at character 1, which is not UTF-8"),
-  (["--temperature=nan"], "temperature=nan cannot be used; give a finite number"),
-  (["--threshold=nan"], "threshold=nan cannot be used"),
-  (["--seed=9223372036854775808"], "seed=9223372036854775808 must be in -2^63"),
+  (["--temperature=nan"], "'nan' is not a finite number"),
+  (["--threshold=nan"], "'nan' is not a finite number"),
+  (["--seed=9223372036854775808"], "seed=9223372036854775808 must be at most 9223372036854775807"),
   (["--temperature=-1"], "temperature=-1.0 must be 0 or more"),
   (["--top_p=0"], "top_p=0.0"),
   (["--strategy=low_confidence_statik"], "did you mean 'low_confidence_static'"),

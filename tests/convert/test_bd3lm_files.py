@@ -124,7 +124,7 @@ def test_round_trip(tmp_path):
     ({"causal": True}, "causal=True is not supported"),
     ({"time_conditioning": True}, "time_conditioning=True is not supported"),
     ({"n_heads": 5}, "model.heads=5 must divide"),
-    ({"block_size": 0}, "block_size=0 is not a number of tokens"),
+    ({"block_size": 0}, "block_size=0 must be at least 1"),
     ({"dlm_jax": {"process": {"name": "uniform", "schedule": {}}}}, "contradicts itself"),
   ],
 )

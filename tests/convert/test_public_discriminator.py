@@ -123,10 +123,13 @@ def test_the_fingerprint_counts_the_discriminator(directory):
   assert convert.fingerprint(directory) != before
 
 
-@pytest.mark.parametrize("layers", [0, 3, "x"])
-def test_a_stored_number_of_layers_is_checked(directory, layers):
+@pytest.mark.parametrize(
+  "layers, message",
+  [(0, "must be at least 1"), (3, "must be at most 2"), ("x", "='x' is not a whole number")],
+)
+def test_a_stored_number_of_layers_is_checked(directory, layers, message):
   config = convert.read_config(directory) | {
     "dlm_jax": {"discriminator": {"trained_layers": layers}}
   }
-  with pytest.raises(InputError, match="must be in 1 … 2"):
+  with pytest.raises(InputError, match="trained_layers.*" + message):
     public.load(directory, config, {})

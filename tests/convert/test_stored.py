@@ -243,7 +243,7 @@ def test_a_name_twice_in_a_header(tmp_path):
     data = f'{{"x": {of}, "{again}": {of}}}'.encode()
     file.write_bytes(len(data).to_bytes(8, "little") + data + bytes(4))
     assert list(safe_open(file, "numpy").keys()) == ["x"]
-    with pytest.raises(InputError, match="tensor x is there twice"):
+    with pytest.raises(InputError, match="has the field 'x' twice"):
       files.read(file)
 
 

@@ -14,6 +14,7 @@ from dlm_jax.data import (
   builder,
   conversations,
   dataset,
+  intact,
   loader,
   packing,
   sources,
@@ -200,7 +201,7 @@ def test_a_dataset_makes_us_import_nothing(folder):
   prepare(folder)
   path = next((folder / "out").rglob("features.json"))
   text = path.read_text()
-  foreign = text.replace(dataset._CLASSES[1], "this.That")
+  foreign = text.replace(intact._TEXTS[1], "this.That")
   pad = len(text) - len(foreign)
   path.write_text(foreign + " " * pad)  # the size is checked before
   with pytest.raises(InputError, match=r"features of this\.That, which is not ours"):

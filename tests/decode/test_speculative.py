@@ -313,3 +313,21 @@ def test_vocabularies_must_be_the_same():
   other = Decoder(dataclasses.replace(model.config, vocab_size=41))
   with pytest.raises(InputError, match="the draft has vocab_size=41; it must be the target's, 40"):
     sample.speculative_decoder(model, other, sample.SpeculativeOptions(target=_rule()), 8)
+
+
+@pytest.mark.parametrize("verify", ["stacked", pytest.param("simsd", marks=pytest.mark.slow)])
+def test_numbers_of_64_bits(verify):
+  """With JAX_ENABLE_X64 integer sums widen: what loops carry keeps its type all the same."""
+  model, params = toy.network()
+  rule = sample.BlockRule(block_length=4, mask_id=toy.MASK)
+  options = sample.SpeculativeOptions(target=rule, verify=verify)
+  rounds = sample.speculative_decoder(model, model, options, max_length=12)
+  both, prompt = {"target": params, "draft": params}, jnp.asarray([[1, 2, 3]], jnp.int32)
+  decode = jax.jit(lambda *given: sample.decode(rounds, *given))
+  wanted, _ = decode(both, prompt, jax.random.key(1))
+  with jax.enable_x64(True):
+    tokens, info = jax.jit(lambda *given: sample.decode(rounds, *given))(
+      both, prompt, jax.random.key(1)
+    )
+  assert {x.dtype for x in (tokens, *info.counts.values())} == {jnp.dtype("int32")}
+  assert tokens.shape == wanted.shape and np.all(tokens != toy.MASK)

@@ -243,7 +243,7 @@ def test_write(tmp_path):
   assert content["reference"]["entropy"] == 4.95
   assert paths["png"].stat().st_size > 10_000
   image = pixels(paths["png"])
-  assert image.shape == (880, 2200, 3)
+  assert image.shape == (1840, 2200, 3)
   for colour in ("#0072B2", "#D55E00"):  # both models are on both panels
     rgb = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
     near = (np.abs(image - rgb[None, None]) < 0.02).all(axis=-1)
@@ -265,12 +265,100 @@ def test_drawing_leaves_pyplot_alone(tmp_path):
 
 
 def test_labels_keep_apart():
-  from dlm_jax.evaluate import _plot
+  from dlm_jax.evaluate import _labels
 
-  moved = _plot._spread([10.0, 50.0, 12.0, 11.0], 13.0)
+  moved = _labels.spread([10.0, 50.0, 12.0, 11.0], 13.0)
   assert moved[1] == 50.0
   assert sorted(moved)[:3] == pytest.approx([-2.0, 11.0, 24.0])
   assert moved[0] < moved[3] < moved[2]  # order is kept
+
+
+def many(count):
+  """Return rows of models whose curves cross, and end at different evaluations."""
+  return [
+    row(f"model {i}", n, (60 + 12 * i) * (1 + 14 / n), 4.8 - 0.05 * i + 0.25 * (1 + 0.3 * i) / n)
+    for i in range(count)
+    for n in (1, 2, 4, 8, 16, 32)[: 6 - i % 3]
+  ]
+
+
+@pytest.fixture(params=[1, 3, 8, 20])
+def drawn(request):
+  from dlm_jax.evaluate import _plot
+
+  reference = frontier.Reference(genppl=61.3, entropy=4.9)
+  figure = _plot.draw(many(request.param), reference, trade=True)
+  figure.draw_without_rendering()
+  return request.param, figure
+
+
+def _words(axes):
+  return [text for text in axes.texts if text.get_text() and text.xyann != (0, 9)]
+
+
+def test_no_line_strikes_a_word(drawn):
+  """Names stand beside the axes and numbers where there is room: no line, bar or word is there."""
+  from dlm_jax.evaluate import _labels
+
+  count, figure = drawn
+  above, below = figure.subfigs
+  for axes in (*above.axes, *below.axes):
+    words = _words(axes)
+    boxes = [word.get_window_extent() for word in words]
+    names = {word.get_text() for word in words}
+    assert names >= {f"model {i}" for i in range(count)}
+    assert [name for name in names if name.startswith("validation text ")]
+    assert not [
+      w.get_text() for w, box in zip(words, boxes, strict=True) if _labels.struck(axes, box)
+    ]
+    for box in boxes:
+      assert box.x0 >= 0 and box.x1 <= 2200 and box.y0 >= 0 and box.y1 <= 1840
+    for i, box in enumerate(boxes if count < 20 else ()):
+      assert not any(box.shrunk(0.95, 0.8).overlaps(other) for other in boxes[:i])
+  numbers = [word.get_text() for word in _words(below.axes[0]) if word.get_text().isdigit()]
+  assert set(numbers) == {"1", "2", "4", "8", "16", "32"}
+  assert len(numbers) >= 6 * min(count, 3) - 4
+
+
+def test_a_line_through_a_word_is_found():
+  from matplotlib.figure import Figure
+  from matplotlib.transforms import Bbox
+
+  from dlm_jax.evaluate import _labels
+
+  axes = Figure().subplots()
+  axes.plot([0, 1], [0, 1])
+  (x, y) = axes.transData.transform((0.5, 0.5))
+  assert _labels.struck(axes, Bbox([[x - 5, y - 20], [x + 5, y + 20]]))
+  assert not _labels.struck(axes, Bbox([[x + 5, y - 40], [x + 15, y - 20]]))
+
+
+def test_equal_models_are_both_seen(tmp_path):
+  rows = [{**r, "name": name} for name in ("a", "b") for r in many(1)]
+  image = pixels(frontier.write(rows, tmp_path)["png"])
+  for colour in ("#0072B2", "#D55E00"):
+    rgb = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+    near = (np.abs(image - rgb[None, None]) < 0.02).all(axis=-1)
+    # Left of the names in each panel.
+    for panel in (near[:840, :800], near[:840, 1100:1900], near[840:, :1900]):
+      assert panel.sum() > 500
+
+
+@pytest.mark.parametrize("entropy", [None, 4.9])
+def test_nearness_to_real_text_is_said_where_it_is_drawn(entropy):
+  from dlm_jax.evaluate import _plot
+
+  figure = _plot.draw(many(1), entropy and frontier.Reference(entropy=entropy), trade=True)
+  said = [text.get_text() for part in figure.subfigs for axes in part.axes for text in axes.texts]
+  assert any("nearer to real text" in text for text in said) is (entropy is not None)
+  assert not any("dashed lines meet" in text for text in said), "its GenPPL is not known"
+
+
+def test_crowded_heights_share_the_room():
+  from dlm_jax.evaluate import _labels
+
+  moved = _labels.fitted([5.0] * 10, (0.0, 50.0))
+  assert sorted(moved) == pytest.approx([2.5 + 5 * i for i in range(10)])
 
 
 def test_table():

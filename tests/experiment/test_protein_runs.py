@@ -148,6 +148,10 @@ def test_samples_have_the_length_that_is_asked_for(teacher, capsys):
   arguments = [f"--checkpoint={teacher}", "--steps=2", "--num=3", "--length=5"]
   assert main(["sample", *arguments, "--json"]) == 0
   assert [len(json.loads(line)) for line in capsys.readouterr().out.splitlines()] == [5, 5, 5]
+  assert main(["sample", *arguments, "--show_steps", "--prompt=MK"]) == 0
+  shown = capsys.readouterr().out
+  assert shown.count("step ") == 2 and shown.count(" of 3 tokens") == 2, "a frame is not drawn"
+  assert shown.splitlines()[-1].startswith("MK") and len(shown.splitlines()[-1]) == 5
   for bad, message in (
     (["--length=15"], "length=15: the longest sequence that this network was trained on has 14"),
     (["--prompt=ACDEFG"], "the prompt has 6 residues and length=5"),

@@ -223,13 +223,30 @@ def _tiny(length=8, size=11, **options):
   return model, jax.tree.unflatten(tree, noisy)
 
 
-def _losses(model, params, batch, fake=None, **options):
+def _loss(model, params, batch, fake=None, **options):
   relaxation = Relaxation(duality=process.GaussianDuality(vocab_size=model.config.vocab_size))
   states = idlm.SoftStates(
     model=model, process=relaxation.process, relaxation=relaxation, **options
   )
   loss = functools.partial(idlm.student_loss, teacher=params, fake=fake or params, states=states)
-  return jax.jit(jax.grad(lambda p: loss(p, batch)[0]))(params)
+  return lambda p: loss(p, batch)[0]
+
+
+def _losses(model, params, *given, **options):
+  return jax.jit(jax.grad(_loss(model, params, *given, **options)))(params)
+
+
+@pytest.mark.parametrize("chunk", [4, pytest.param(None, marks=pytest.mark.slow)])
+def test_the_gradient_of_a_jitted_loss(chunk):
+  """Either order of `grad` and `jit`, of a loss whose sums have a rule of differentiation."""
+  model, params = _tiny(dropout=0.0)
+  tokens = jax.random.randint(jax.random.key(1), (2, 8), 0, 11)
+  batch = draw_batch({"tokens": tokens}, jax.random.key(2))
+  batch = idlm.couple_times(batch, coupling="same_order")
+  loss = _loss(model, params, batch, fake=jax.tree.map(lambda x: 1.1 * x, params), chunk=chunk)
+  wanted, found = jax.jit(jax.grad(loss))(params), jax.grad(jax.jit(loss))(params)
+  assert float(optax.tree.norm(wanted)) > 0
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), found, wanted)
 
 
 @pytest.mark.slow

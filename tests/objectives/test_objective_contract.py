@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every training method keeps to. The methods are found by listing the folder."""
+"""What every training method keeps to. The methods are found by listing the folder.
+
+`--method=my_package.my_file` checks that one alone, wherever it lies.
+"""
 
 import dataclasses
 import functools
 import importlib
 import math
+import os
 import re
 
 import jax
@@ -19,19 +23,21 @@ from dlm_jax.experiment import plan
 from dlm_jax.objectives import draw_batch, output_params
 from dlm_jax.train import loop
 
-NAMES = plan.list_objectives()
+OWN = os.environ.get("DLM_JAX_METHOD")
+NAMES = [OWN] if OWN else plan.list_objectives()
 SEED, SLOW = 5, pytest.mark.slow
+SOURCE = r"Reference: (.*(arXiv \d{4}\.\d{5}|\(\d{4}\))|own work)"
 every_method = pytest.mark.parametrize("name", NAMES)
 
 
 def some(*names):
   """Take these methods by default and leave the others, which show the same, to slow runs."""
-  params = [n if n in names else pytest.param(n, marks=SLOW) for n in NAMES]
+  params = [n if n in (*names, OWN) else pytest.param(n, marks=SLOW) for n in NAMES]
   return pytest.mark.parametrize("name", params)
 
 
 def _module(name):
-  return importlib.import_module(f"dlm_jax.objectives.{name}")
+  return importlib.import_module(name if "." in name else f"dlm_jax.objectives.{name}")
 
 
 @functools.cache
@@ -117,7 +123,7 @@ def _same(left, right):
 
 
 def test_the_listing_finds_the_methods():
-  assert {"ar", "dcd", "duo", "idlm", "mdlm", "sdtt", "sedd"} <= set(NAMES)
+  assert {"ar", "dcd", "duo", "idlm", "mdlm", "sdtt", "sedd"} <= set(plan.list_objectives())
 
 
 @every_method
@@ -153,7 +159,7 @@ def test_groups_fill_the_batch():
 @every_method
 def test_documentation_names_a_source(name):
   text = f"{_module(name).__doc__}\n{_module(name).make.__doc__}"
-  assert re.search(r"Reference: .*(arXiv \d{4}\.\d{5}|\(\d{4}\))", text)
+  assert re.search(SOURCE, text)
 
 
 @some("block_diffusion", "dcd", "mdlm")

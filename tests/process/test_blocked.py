@@ -134,5 +134,5 @@ def test_checkpoints_keep_them(kind, tmp_path):
   assert "blocked" not in stored  # as before there was such a field
   config = dit.describe(model, kind(**OPTIONS, blocked=BLOCKED))
   config["dlm_jax"]["process"]["blocked"] = [99]
-  with pytest.raises(InputError, match=r"process: blocked=\[99\] must be ids"):
+  with pytest.raises(InputError, match=r"process: blocked\[0\]=99 must be at most 6"):
     dit.read(tmp_path, config, {})

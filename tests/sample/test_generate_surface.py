@@ -325,6 +325,23 @@ def test_a_sampler_of_ones_own():
   np.testing.assert_array_equal(tokens, [[2, 1, 1]] * 8)
 
 
+@pytest.mark.parametrize(
+  "options",
+  [
+    {"sampler": "first_hitting"},
+    *(pytest.param({"sampler": name}, marks=pytest.mark.slow) for name in ("psi", "analytic")),
+    {"proc": process.Uniform(vocab_size=4)},
+  ],
+  ids=str,
+)
+def test_numbers_of_64_bits(options):
+  """With JAX_ENABLE_X64 integers and random numbers widen; tokens are whole and int32."""
+  with jax.enable_x64(True):
+    tokens = _generate(steps=3, **options, return_trace=False)
+  assert tokens.dtype == jnp.int32 and tokens.shape == (8, L)
+  assert np.all((tokens >= 0) & (tokens < toy.VOCABULARY))
+
+
 # --- a real network ----------------------------------------------------------------------------
 
 

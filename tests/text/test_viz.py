@@ -5,6 +5,7 @@ import re
 import xml.dom.minidom
 
 import numpy as np
+import pytest
 
 from dlm_jax.data import tokenizers
 from dlm_jax.text import viz
@@ -36,6 +37,63 @@ def test_characters_of_several_tokens_stay_whole():
   """The two bytes of é are revealed together: decoded as one run."""
   trace = np.asarray([[M, *"é".encode(), M]])
   assert viz.terminal(trace, BYTES, colour=False).endswith("·é·")
+
+
+def _heads(shown):
+  return [paragraph.partition("\n")[0] for paragraph in shown.split("\n\n")]
+
+
+def test_as_many_steps_are_shown_as_were_asked_for():
+  """A last state without change is no step; one with a change is named for what it is."""
+  trace = np.asarray([_ids("a__"), _ids("ab_"), _ids("abc"), _ids("abc")])
+  shown = viz.terminal(trace, BYTES, colour=False, steps=3)
+  assert _heads(shown) == [f"step {k}: {k} of 3 tokens" for k in (1, 2, 3)]
+  shown = viz.terminal(trace[1:3], BYTES, colour=False, steps=1)
+  assert _heads(shown) == ["step 1: 2 of 3 tokens", "noise removed: 3 of 3 tokens"]
+  idle = np.asarray([_ids("ab_"), _ids("ab_")])
+  assert len(_heads(viz.terminal(idle, BYTES, colour=False, steps=2))) == 2, "a step that drew none"
+  frames, shown = _frames(viz.animation(trace[1:3], BYTES, steps=1))
+  assert list(frames) == [
+    "step 0 of 1: 0 of 3 tokens",
+    "step 1 of 1: 2 of 3 tokens",
+    "noise removed: 3 of 3 tokens",
+  ]
+
+
+@pytest.mark.parametrize("given", [2, np.array([True, True, False, False])])
+def test_a_prompt_is_not_revealed(given):
+  trace = np.asarray([_ids("ab__"), _ids("abc_")])
+  first, second = viz.terminal(trace, BYTES, given=given, steps=2).split("\n\n")
+  new, dim, reset = "\x1b[1;32m", "\x1b[2m", "\x1b[0m"
+  assert first == f"{dim}step 1: 0 of 2 tokens{reset}\nab··"
+  assert second == f"{dim}step 2: 1 of 2 tokens{reset}\nab{new}c{reset}·"
+  frames, _ = _frames(viz.animation(trace, BYTES, given=given, steps=2))
+  assert list(frames)[-1] == "step 2 of 2: 1 of 2 tokens"
+
+
+def test_separators_are_marks():
+  end = BYTES.eos_text
+  trace = np.asarray([[BYTES.eos_id, *b"ab"]])
+  assert viz.terminal(trace, BYTES, colour=False).endswith("\n⏹ab")
+  assert viz.plain(f"{end}a{end}b{end}", BYTES) == "a⏹b"
+
+
+def test_blocks_are_decoded_one_after_the_other():
+  """A prompt of three tokens, blocks of two: what shares a block and a step appears together."""
+  trace = viz.block_trace(np.arange(7), np.array([-1, -1, -1, 2, 1, 0, 0]), 2, M)
+  assert trace.tolist() == [
+    [0, 1, 2, 3, M, M, M],
+    [0, 1, 2, 3, M, 5, M],
+    [0, 1, 2, 3, 4, 5, M],
+    [0, 1, 2, 3, 4, 5, 6],
+  ]
+  assert viz.block_trace(np.arange(2), np.full(2, -1), 2, M).tolist() == [[0, 1]]
+
+
+def test_a_page_is_whole_and_escaped():
+  page = viz.page(viz.animation(np.asarray([_ids("ab")]), BYTES), "<a> & b")
+  assert page.startswith("<!doctype html>") and page.endswith("</html>\n")
+  assert "<title>&lt;a&gt; &amp; b</title>" in page and 'charset="utf-8"' in page
 
 
 def _frames(page):

@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The loop by hand-made objectives: divergence, ends, logging, accumulation of what is saved."""
 
+import hashlib
 import json
+import os
 import signal
+import threading
 import time
 
 import jax
@@ -208,6 +211,26 @@ def test_signals_finish_the_step_and_resume(tmp_path, number, capfd):
   assert float(second.state.trees["model"]) == 21
   assert len(scores.seen) == 3, "one from the checkpoint, two seen"
   assert [row["model/loss"] for row in _rows(tmp_path)] == [1, 3, 6, 10, 15, 21]
+
+
+def test_ctrl_c_is_answered_while_no_handler_can_run(capfd, monkeypatch):
+  """As while a program compiles: the main thread is in C code, which knows nothing of Python."""
+  write, handled = os.write, []
+
+  def watched(file, text):
+    if file == 2:
+      handled.append(stop.requested)
+    return write(file, text)
+
+  monkeypatch.setattr(os, "write", watched)
+  before = signal.set_wakeup_fd(-1)
+  with loop.stop_signals() as stop:
+    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+    while not stop.requested:
+      hashlib.pbkdf2_hmac("sha256", b"", b"", 2_000_000)
+  assert handled == [False], "once, and before the handler"
+  assert capfd.readouterr().err.count("stopping: ") == 1
+  assert signal.set_wakeup_fd(before) == -1, "given back"
 
 
 def test_second_ctrl_c_interrupts_at_once(tmp_path):

@@ -6,6 +6,7 @@ import importlib
 import io
 import json
 import math
+import re
 import types
 
 import jax
@@ -15,6 +16,7 @@ import pytest
 from tensorboardX.proto import event_pb2
 
 from dlm_jax.errors import InputError
+from dlm_jax.evaluate import frontier
 from dlm_jax.train import optim, progress, selection, writers
 
 
@@ -270,3 +272,98 @@ def test_progress_draws_a_bar_in_a_notebook(capsys, monkeypatch):
     shown.update(1, {"model/loss": 2.5}, tokens=100)
   written = capsys.readouterr()
   assert "1/1" in written.out + written.err and "left" not in written.err
+
+
+class _Screen(io.StringIO):
+  """A terminal of so many columns that keeps every line it is told to draw."""
+
+  encoding = "utf-8"
+
+  def __init__(self, monkeypatch, columns):
+    super().__init__()
+    monkeypatch.setattr(progress.sys, "stderr", self)
+    # What tqdm asks a real terminal for.
+    monkeypatch.setattr("tqdm.std._screen_shape_wrapper", lambda: lambda _: (columns, 40))
+
+  def isatty(self):
+    return True
+
+  def drawn(self):
+    return [line.rstrip() for line in self.getvalue().replace("\n", "\r").split("\r") if line]
+
+
+@pytest.fixture
+def clock(monkeypatch):
+  now = types.SimpleNamespace(seconds=0.0)
+  monkeypatch.setattr(progress, "time", types.SimpleNamespace(monotonic=lambda: now.seconds))
+  return now
+
+
+def _train(clock, columns, monkeypatch, metrics, label="distillation"):
+  """Compile for 300 seconds, then take 10 steps of two seconds; return what was drawn."""
+  screen = _Screen(monkeypatch, columns)
+  with progress.Progress(label, 0, 10) as shown:
+    for step in range(1, 11):
+      clock.seconds += 300 if step == 1 else 2
+      shown.update(step, metrics, tokens=1_000_000)
+      shown._bar.refresh()
+  return screen.drawn()
+
+
+LOSSES = {"student/loss": 11.4123, "fake/loss": 470.25, "student/grad_norm": 3.0}
+
+
+def test_progress_tells_one_time_left_and_compiling_is_not_in_it(clock, monkeypatch):
+  drawn = _train(clock, 110, monkeypatch, LOSSES)
+  assert drawn[0].startswith("distillation 0/10 |") and drawn[0].endswith("|, compiling")
+  second = next(line for line in drawn if line.startswith("distillation 2/10"))
+  assert ", 0:16 left, 500,000 tok/s, student/loss 11.41, fake/loss 470.2" in second
+  assert all(line.count("left") <= 1 and "s/step" not in line for line in drawn)
+
+
+@pytest.mark.parametrize("columns", [20, 40, 60, 80, 110, 200])
+def test_no_number_of_the_bar_is_cut(clock, monkeypatch, columns):
+  drawn = _train(clock, columns, monkeypatch, LOSSES, "distillation (evaluating)")
+  assert max(map(len, drawn)) < columns
+  head, *parts = drawn[-1].split(", ")
+  whole = ["0:00 left", "500,000 tok/s", "student/loss 11.41", "fake/loss 470.2"]
+  assert parts == whole[: len(parts)], "what does not fit is left out whole"
+  assert len(parts) == {20: 0, 40: 0, 60: 2, 80: 3, 110: 4, 200: 4}[columns]
+  bar = re.search(r"\|([█ ]*)\|", head)
+  assert bar is None or len(bar[1]) >= 6
+
+
+def test_what_is_no_training_is_not_in_the_time_left(clock, monkeypatch):
+  screen = _Screen(monkeypatch, 110)
+  with progress.Progress("run", 0, 4) as shown:
+    for step in (1, 2, 3):
+      clock.seconds += 2
+      shown.update(step, LOSSES, tokens=10)
+      with shown.paused("evaluating"):
+        assert "run (evaluating) " in screen.drawn()[-1]
+        clock.seconds += 1000
+  assert ", 0:02 left, 5 tok/s" in screen.drawn()[-1]
+
+
+def test_without_a_terminal_nothing_is_drawn_over(capsys):
+  row = {"name": "a", "nfe": 1, "genppl": 2.0, "entropy": 1.0, "samples": 8}
+  with progress.Progress("run", 0, 2, every=0.0) as shown, frontier.sweep_progress(2) as on_row:
+    shown.update(1, LOSSES, tokens=10)
+    with shown.paused("evaluating"):
+      on_row(row, 1, 2)
+  written = capsys.readouterr()
+  assert "\r" not in written.err + written.out and not written.out
+  assert (
+    written.err.splitlines()[1] == "frontier: 1/2, a at 1: GenPPL 2.0, entropy 1.00 (8 samples)"
+  )
+
+
+def test_a_sweep_on_a_terminal(monkeypatch):
+  screen = _Screen(monkeypatch, 110)
+  row = {"name": "a", "nfe": 1, "genppl": 2.0, "entropy": 1.0, "samples": 8}
+  with frontier.sweep_progress(2) as on_row:
+    on_row(row, 1, 2)
+  last = screen.drawn()[-1]
+  assert last.startswith("frontier, NFE 1/2 |█") and last.endswith(
+    "|, a at 1: GenPPL 2.0, entropy 1.00 (8 samples)"
+  )

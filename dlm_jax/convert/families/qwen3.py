@@ -131,10 +131,10 @@ def _switch(where, config, key, default):
 
 def _rotary(where, config):
   """Return θ and how positions are stretched; newer files keep both among `rope_parameters`."""
-  nested, scaling = ({} if config.get(key) is None else config[key] for key in _ROTARY)
-  for key, value in zip(_ROTARY, (nested, scaling), strict=True):
-    if not isinstance(value, dict):
-      raise InputError(f"{where}: {key}={value!r} is no object; leave it out, or give its fields.")
+  given = read_fields(
+    where, config, dict.fromkeys(_ROTARY, Optional(Object())), dict.fromkeys(_ROTARY)
+  )
+  nested, scaling = (given[key] or {} for key in _ROTARY)
   scaling = scaling or nested
   base = _number(where, {**nested, **config}, "rope_theta", float)
   kind = scaling.get("rope_type", scaling.get("type", "default"))
@@ -165,7 +165,7 @@ def _yarn(where, config, scaling):
   if len(weights) == 2 and "attention" not in numbers:
     over, under = (0.1 * weight * math.log(max(numbers["factor"], 1)) + 1 for weight in weights)
     numbers["attention"] = over / under
-  numbers["original_length"] = _number(where, trained, original)
+  numbers["original_length"] = _number(where, trained, original, int)
   try:
     return models.Yarn(**numbers, truncate=_switch(where, given, "truncate", True))
   except ValueError as error:

@@ -65,7 +65,7 @@ class ChatBPE(BPE):
   @functools.cached_property
   def _added(self) -> dict[str, dict[str, Any]]:
     """Added tokens by their text."""
-    listed = json.loads(self.serialised).get("added_tokens") or []
+    listed = json_file.parse(self.serialised).get("added_tokens") or []
     return {token["content"]: token for token in listed}
 
   @functools.cached_property
@@ -263,7 +263,7 @@ def checked(messages: Any) -> list[dict[str, Any]]:
 def _as_json(value, where):
   """Return what a JSON file would hold."""
   try:
-    copy = json.loads(json.dumps(value))
+    copy = json_file.plain(value)
   except (TypeError, ValueError, RecursionError):
     raise InputError(f"{where} holds something that is no JSON: {str(value)[:100]}.") from None
   _each(copy, lambda text: check_text(text, where) or text)

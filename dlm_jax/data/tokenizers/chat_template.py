@@ -14,6 +14,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dlm_jax import json_file
 from dlm_jax.data.tokenizers import qwen3
 from dlm_jax.errors import InputError
 
@@ -116,7 +117,7 @@ class _Worker:
       finally:
         timer.cancel()
       if answer.endswith("\n"):
-        return json.loads(answer)
+        return json_file.parse(answer, finite=False)
       self._end()
       return None
 

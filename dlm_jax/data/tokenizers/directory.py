@@ -11,7 +11,7 @@ import pathlib
 from collections.abc import Container, Mapping
 from typing import Any
 
-from dlm_jax import json_file
+from dlm_jax import fields, json_file
 from dlm_jax.data.tokenizers.base import EOS
 from dlm_jax.errors import InputError
 
@@ -19,7 +19,19 @@ FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 _KNOWN_EOS = (EOS, "</s>", "<eos>", "<|end_of_text|>", "[EOS]", "[SEP]")
 _CONFIG, _MAP, _ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
 _GENERATION, _TEMPLATE = "generation_config.json", "chat_template.jinja"
+_TOKEN = fields.Object({"content": fields.Text()})
+_NAMED = fields.Optional(fields.Either((fields.Text(), _TOKEN)))
 _NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
+# What is read here of each file, where it is there.
+_KINDS = {
+  _CONFIG: {"added_tokens_decoder": fields.Optional(fields.Objects(_TOKEN))},
+  _MAP: {},
+  _ADDED: {},
+  _GENERATION: {},
+}
+for _file in (_CONFIG, _MAP):
+  _KINDS[_file] |= dict.fromkeys(_NAMES, _NAMED)
+  _KINDS[_file]["additional_special_tokens"] = fields.Optional(fields.Items(_NAMED))
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
@@ -82,15 +94,13 @@ class Directory:
       InputError: a list has another form.
     """
     listed, found = self.config.get("added_tokens_decoder") or {}, {}
-    try:
-      for number, token in listed.items():
-        flags = {flag: bool(token.get(flag, False)) for flag in FLAGS}
-        found[int(number)] = {"id": int(number), "content": _checked(token["content"]), **flags}
-    except (AttributeError, KeyError, TypeError, ValueError):
-      raise InputError(
-        f"tokenizer: added_tokens_decoder in {self.path / _CONFIG} must map ids to tokens "
-        '{"content": text, …}.'
-      ) from None
+    for number, token in listed.items():
+      if not number.isdecimal():
+        raise InputError(
+          f"tokenizer: {self.path / _CONFIG}: added_tokens_decoder has {number!r}, which is no id."
+        )
+      flags = {flag: bool(token.get(flag, False)) for flag in FLAGS}
+      found[int(number)] = {"id": int(number), "content": token["content"], **flags}
     for content, number in self._read(_ADDED).items():
       if isinstance(number, bool) or not isinstance(number, int):
         raise InputError(
@@ -108,7 +118,7 @@ class Directory:
     found = set(self.named.values())
     for content in (self.config, self._read(_MAP)):
       for token in content.get("additional_special_tokens") or []:
-        found.add(str(token.get("content") if isinstance(token, dict) else token))
+        found.add(token["content"] if isinstance(token, dict) else token)
     return found
 
   def eos(self, words: Mapping[str, int]) -> str:
@@ -198,15 +208,16 @@ class Directory:
 
   def _read(self, name):
     file = self.path / name
-    return read_json(file) if file.is_file() else {}
+    if not file.is_file():
+      return {}
+    content = read_json(file)
+    fields.read(f"tokenizer: {file}", content, _KINDS[name], dict.fromkeys(_KINDS[name]))
+    return content
 
   def _text(self, file, name):
     """Return the text of a token that a file names, in either form; None: it names none."""
     given = self._read(file).get(name) if file != _CONFIG else self.config.get(name)
-    text = given.get("content") if isinstance(given, dict) else given
-    if text is not None and not isinstance(text, str):
-      raise InputError(f"tokenizer: {name} in {self.path / file} is {given!r}, not a text.")
-    return text or None
+    return (given["content"] if isinstance(given, dict) else given) or None
 
 
 def _checked(text: Any) -> str:
