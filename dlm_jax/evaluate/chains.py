@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array
 
 from dlm_jax.arrays import FloatB, FloatBLV, FloatLV, IntBL, IntL, RngKey
-from dlm_jax.process import Absorbing
+from dlm_jax.process import Absorbing, Uniform
 from dlm_jax.sample import from_logits
 
 _TINY = 1e-30
@@ -53,13 +53,22 @@ class Chain:
     z_LB = jax.lax.scan(step, z_B, jax.random.split(rng_z, length))[1]
     return draw(rng_x, jnp.log(self.emit_SV + _TINY)[z_LB.T]).astype(jnp.int32)
 
+  @property
+  def uniform(self) -> Uniform:
+    """The process that replaces its tokens by uniform ones."""
+    return Uniform(vocab_size=self.emit_SV.shape[1])
+
   def denoiser(self):
-    """Return the exact denoiser: log p(x_i | visible tokens) at every position."""
-    return from_logits(jax.tree_util.Partial(_logits, self))
+    """Return the exact denoiser of `process`: log p(x_i | visible tokens) at every position."""
+    return from_logits(jax.tree_util.Partial(_of_masks, self))
+
+  def uniform_denoiser(self):
+    """Return the exact denoiser of `uniform`: log p(x_i | noisy tokens, σ) at every position."""
+    return from_logits(jax.tree_util.Partial(_of_uniform, self))
 
   def log_prob(self, tokens_BL: IntBL) -> FloatB:
     """Return log p of whole sequences, in nats."""
-    return jax.vmap(lambda tokens_L: _forward(self, tokens_L)[1].sum())(tokens_BL)
+    return jax.vmap(lambda tokens_L: _forward(self, _seen(self, tokens_L))[1].sum())(tokens_BL)
 
 
 def markov(tokens: int = 16, *, keep: float = 0.6, near: float = 1.0) -> Chain:
@@ -92,35 +101,52 @@ def _seen(chain, tokens_L):
   return jnp.where((tokens_L < tokens)[:, None], seen_LS, 1.0)
 
 
-def _forward(chain, tokens_L: IntL):
-  """Return p(z_i | tokens before i), and log p(x_i | tokens before i), 0 where it is masked."""
+def _forward(chain, seen_LS):
+  """Return p(z_i | what is seen before i), and log p(what is seen at i | what is seen before)."""
 
   def step(prior_S, seen_S):
     joint_S = prior_S * seen_S
     total = joint_S.sum()
     return (joint_S / total) @ chain.move_SS, (prior_S, jnp.log(total))
 
-  return jax.lax.scan(step, chain.start_S, _seen(chain, tokens_L))[1]
+  return jax.lax.scan(step, chain.start_S, seen_LS)[1]
 
 
-def _logits(chain, tokens_BL: IntBL, sigma_B: FloatB) -> FloatBLV:
+def _elsewhere(chain, seen_LS):
+  """Return p(z_i | what is seen at the other positions), by the forward-backward recursion."""
+  before_LS, _ = _forward(chain, seen_LS)
+
+  def step(after_S, seen_S):
+    before_S = chain.move_SS @ (after_S * seen_S)
+    return before_S / before_S.sum(), after_S
+
+  after_LS = jax.lax.scan(step, jnp.ones_like(chain.start_S), seen_LS, reverse=True)[1]
+  state_LS = before_LS * after_LS
+  return state_LS / state_LS.sum(-1, keepdims=True)
+
+
+def _of_masks(chain, tokens_BL: IntBL, sigma_B: FloatB) -> FloatBLV:
   """Return log p(x_i | the other visible tokens), and −1e6 for the mask."""
   del sigma_B
 
   def one(tokens_L: IntL) -> FloatLV:
-    before_LS, _ = _forward(chain, tokens_L)
-
-    def step(after_S, seen_S):
-      before_S = chain.move_SS @ (after_S * seen_S)
-      return before_S / before_S.sum(), after_S
-
-    ones_S = jnp.ones_like(chain.start_S)
-    after_LS = jax.lax.scan(step, ones_S, _seen(chain, tokens_L), reverse=True)[1]
-    state_LS = before_LS * after_LS
-    probs_LV = (state_LS / state_LS.sum(-1, keepdims=True)) @ chain.emit_SV
+    probs_LV = _elsewhere(chain, _seen(chain, tokens_L)) @ chain.emit_SV
     return jnp.pad(jnp.log(probs_LV + _TINY), ((0, 0), (0, 1)), constant_values=-1e6)
 
   return jax.vmap(one)(tokens_BL)
+
+
+def _of_uniform(chain, tokens_BL: IntBL, sigma_B: FloatB) -> FloatBLV:
+  """Return log p(x_i | all noisy tokens): each is the clean one with α, else any."""
+  count = chain.emit_SV.shape[1]
+
+  def one(tokens_L, sigma):
+    alpha = jnp.exp(-sigma)
+    noise_LV = (1 - alpha) / count + alpha * jax.nn.one_hot(tokens_L, count)
+    probs_LV = _elsewhere(chain, noise_LV @ chain.emit_SV.T) @ chain.emit_SV
+    return jnp.log(probs_LV * noise_LV + _TINY)
+
+  return jax.vmap(one)(tokens_BL, sigma_B)
 
 
 def divergence(chain: Chain, tokens_BL: IntBL) -> float:

@@ -16,16 +16,38 @@ Reference: the framework of exact denoisers, arXiv 2602.19619.
 """
 
 import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from dlm_jax import draw
 from dlm_jax.arrays import FloatB, IntBL, RngKey
 from dlm_jax.evaluate import chains
-from dlm_jax.sample import _adaptive, from_logits, generate, orders
+from dlm_jax.sample import _adaptive, evaluations, from_logits, generate, orders
 from dlm_jax.sample._ancestral import Ancestral
 from dlm_jax.sample._request import Request
+
+
+# Ways of sampling by name: the process, and options of `sample.generate`.
+WAYS: dict[str, tuple[str, dict[str, Any]]] = {
+  "random": ("masks", {"order": "random"}),
+  "spaced": ("masks", {"order": "spaced"}),
+  "dilated": ("masks", {"order": orders.dilated}),
+  "jittered": ("masks", {"order": orders.jittered}),
+  "confidence": ("masks", {"order": "confidence"}),
+  "margin": ("masks", {"order": "margin"}),
+  "entropy": ("masks", {"order": "entropy"}),
+  "spaced_confidence": ("masks", {"order": "spaced_confidence"}),
+  "psi": ("masks", {"sampler": "psi", "kappa": 0.5}),
+  "analytic": ("masks", {"sampler": "analytic"}),
+  "uniform": ("uniform", {}),
+  "uniform_psi": ("uniform", {"sampler": "psi", "kappa": 0.5}),
+}
+CHAINS = {"markov": chains.markov, "hidden": chains.hidden}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,18 +55,66 @@ class Row:
   """One way of sampling with one number of steps.
 
   Attributes:
+    chain: name of the chain.
     name: of the way.
-    steps: evaluations.
-    nats: lost per sequence: the bound on KL(p ‖ q) above; NaN of samplers without groups.
+    steps: of the grid.
+    evaluations: of the denoiser, counted as `sample.evaluations` does.
+    nats: lost per sequence, as above; None of samplers without groups.
     error: its standard error.
-    pairs: KL of pairs of neighbours, of samples.
+    pairs: KL of pairs of neighbours of samples from the true law, in nats.
   """
 
+  chain: str
   name: str
   steps: int
-  nats: float
-  error: float
+  evaluations: int
+  nats: float | None
+  error: float | None
   pairs: float
+
+
+def compare(
+  chain: str, names: Sequence[str], steps: int, *, length: int, sequences: int, seed: int = 0
+) -> Iterator[Row]:
+  """Yield what every way of sampling loses with so many steps.
+
+  Args:
+    chain: name in `CHAINS`.
+    names: in `WAYS`.
+    steps: K.
+    length: tokens of a sequence.
+    sequences: exact ones that are scored, and as many samples.
+    seed: of both.
+  """
+  law = CHAINS[chain]()
+  rng_x, rng_order, rng_draw = jax.random.split(draw.key(seed), 3)
+  x_BL = law.draw(rng_x, sequences, length)
+  for name in names:
+    kind, options = WAYS[name]
+    nats = error = None
+    if "order" in options:
+      run = jax.jit(functools.partial(lost, steps=steps, **options))
+      nats_B = np.asarray(run(law, rng_order, x_BL), np.float64)
+      nats, error = float(nats_B.mean()), float(nats_B.std(ddof=1) / len(nats_B) ** 0.5)
+    process = law.process if kind == "masks" else law.uniform
+    sizes = {"batch": sequences, "length": length, "steps": steps}
+    run = jax.jit(functools.partial(_drawn, kind=kind, process=process, **sizes, **options))
+    yield Row(
+      chain=chain,
+      name=name,
+      steps=steps,
+      evaluations=evaluations(
+        options.get("sampler", "ancestral"), steps=steps, proc=process, length=length
+      )["student"],
+      nats=nats,
+      error=error,
+      pairs=chains.divergence(law, run(law, rng_draw)),
+    )
+
+
+def _drawn(law, rng, *, kind, process, **options):
+  denoiser = law.denoiser() if kind == "masks" else law.uniform_denoiser()
+  return generate(denoiser, process, rng, **options)
 
 
 def lost(chain: chains.Chain, rng: RngKey, x_BL: IntBL, *, steps: int, **options: Any) -> FloatB:
