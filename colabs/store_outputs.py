@@ -25,10 +25,23 @@ def store(path: pathlib.Path) -> None:
     NotebookClient(notebook, timeout=1800, resources={"metadata": {"path": folder}}).execute()
   for cell in notebook.cells:
     cell.metadata.pop("execution", None)  # when it ran
+    if cell.cell_type == "code":
+      cell.outputs = _joined(cell.outputs)
     for output in cell.get("outputs", ()):
       _shrink(output)
   notebook.metadata["language_info"] = {"name": "python"}
   nbformat.write(notebook, path)
+
+
+def _joined(outputs) -> list:
+  """Return outputs with what was printed piece by piece in one piece."""
+  joined = []
+  for output in outputs:
+    if output.output_type == "stream" and joined and joined[-1].get("name") == output.name:
+      joined[-1].text += output.text
+    else:
+      joined.append(output)
+  return joined
 
 
 def _shrink(output) -> None:

@@ -62,6 +62,7 @@ def _check_clean(outputs):
   for output in outputs:
     if output.output_type == "stream":
       assert output.name == "stdout", output.text
+      assert output.text.count("NFE ") <= 1 or "| model" in output.text, "a bar, once"
       assert not re.search(r"\r|/home/|/tmp/|Warning", output.text), output.text
 
 
