@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from dlm_jax.bench import decode, limits, networks, passes, programs
-from dlm_jax.cli import flags
+from dlm_jax.cli import flags, oracle
 from dlm_jax.errors import InputError, check_counts
 from dlm_jax.evaluate import tables
 from dlm_jax.experiment import build, plan
@@ -21,6 +21,8 @@ _BLOCKS = (4, 8, 16, 32)  # block lengths of public checkpoints
 
 def main(argv: list[str]) -> None:
   """Parse flags, measure, print a table."""
+  if argv[:1] == ["oracle"]:
+    return oracle.main(argv[1:])
   options = _parser().parse(argv)
   counted = ("steps", "repeats", "cache_length", "prompt_length")
   check_counts(**{name: getattr(options, name) for name in counted})
@@ -197,7 +199,9 @@ dlm-jax bench decode --checkpoint=SDAR-8B-Chat-b8 --draft=SDAR-1.7B-Chat-b8 --pr
     usage="dlm-jax bench WHAT [--flag=value ...]",
   )
   what = [*sorted(programs.BENCHES), "passes", "decode"]
-  parser.add_argument("what", choices=what, metavar="WHAT", help=", ".join(what))
+  parser.add_argument(
+    "what", choices=what, metavar="WHAT", help=f"{', '.join(what)}; oracle: see its --help"
+  )
   small = jax.default_backend() == "cpu"
   flags.add_config(parser, default="quickstart_teacher" if small else "owt_teacher")
   add = parser.add_argument

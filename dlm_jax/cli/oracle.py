@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """`dlm-jax bench oracle`: what samplers lose of a law that is known."""
 
+import contextlib
 import dataclasses
 import json
-import pathlib
+import sys
 
 from dlm_jax import disk
 from dlm_jax.cli import flags
@@ -21,32 +22,33 @@ def main(argv: list[str]) -> None:
     check_choice("--ways", name, tuple(oracle.WAYS))
   for name in options.chains:
     check_choice("--chains", name, tuple(oracle.CHAINS))
-  for file in (options.json, options.figure):
-    if file:
-      disk.check_new_file(file)
-  rows = []
+  with contextlib.ExitStack() as files:
+    as_json, figure = (
+      files.enter_context(disk.fresh_file(path)) if path else None
+      for path in (options.json, options.figure)
+    )
+    rows = list(_measured(options))
+    print(f"\n{options.sequences} sequences of {options.length} tokens, seed {options.seed}")
+    print("lost: dependence inside the groups, nats a sequence; pairs: KL of neighbours, nats\n")
+    header = ("chain", "way", "steps", "evaluations", "lost", "±", "pairs")
+    print(tables.markdown(header, [_cells(row) for row in rows], left=(0, 1)))
+    if as_json:
+      content = json.dumps(list(map(dataclasses.asdict, rows)), indent=2)
+      as_json.write_text(content + "\n", encoding="utf-8")
+    if figure:
+      from dlm_jax.evaluate import _oracle_plot
+
+      _oracle_plot.save(rows, figure, options.length)
+
+
+def _measured(options):
+  """Yield rows, and say on stderr what is measured."""
   for chain in options.chains:
     for steps in options.steps:
-      for row in oracle.compare(
-        chain,
-        options.ways,
-        steps,
-        length=options.length,
-        sequences=options.sequences,
-        seed=options.seed,
-      ):
-        rows.append(row)
-        print(f"{chain}, {steps} steps, {row.name}: {_loss(row)}", flush=True)
-  print(f"\n{options.sequences} sequences of {options.length} tokens, seed {options.seed}")
-  print("lost: Σ of dependence inside the groups, nats per sequence; pairs: KL of neighbours, nats\n")
-  header = ("chain", "way", "steps", "evaluations", "lost", "±", "pairs")
-  print(tables.markdown(header, [_cells(row) for row in rows], left=(0, 1)))
-  if options.json:
-    content = json.dumps(list(map(dataclasses.asdict, rows)), indent=2)
-    pathlib.Path(options.json).write_text(content + "\n")
-  if options.figure:
-    oracle.save_figure(rows, pathlib.Path(options.figure))
-    print(f"\n{options.figure}")
+      sizes = {"length": options.length, "sequences": options.sequences, "seed": options.seed}
+      for row in oracle.compare(chain, options.ways, steps, **sizes):
+        print(f"{chain}, {steps} steps, {row.name}: {_loss(row)}", file=sys.stderr, flush=True)
+        yield row
 
 
 def _loss(row):

@@ -14,7 +14,7 @@ from dlm_jax.evaluate import _labels
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#AA4499", "#E69F00", "#56B4E9", "#555555")
 _MARKERS = ("o", "s", "D", "^", "v", "P")
 _INK, _FAINT = "#222222", "#7A7A7A"
-_STYLE = {
+STYLE = {
   "font.size": 10,
   "text.color": _INK,
   "axes.edgecolor": "#B0B0B0",
@@ -39,7 +39,7 @@ _SPAN = {"genppl": math.log(2), "entropy": 0.4}  # the least of an axis
 
 def save(rows, path: pathlib.Path, reference=None, **options) -> None:
   """Save as a PNG what `draw` draws."""
-  with rc_context(_STYLE):
+  with rc_context(STYLE):
     draw(rows, reference, **options).savefig(path)
 
 
@@ -63,9 +63,9 @@ def draw(
   real = {key: _reference_value(reference, key) for key in _SPAN}
   near = ", the nearer to real text the better" if real["entropy"] is not None else ""
   _panel(panels[0], rows, "genppl", real)
-  _head(panels[0], "GenPPL", "judge's perplexity, lower is better")
+  head(panels[0], "GenPPL", "judge's perplexity, lower is better")
   _panel(panels[1], rows, "entropy", real)
-  _head(panels[1], "Entropy", f"nats{near}")
+  head(panels[1], "Entropy", f"nats{near}")
   for axes in panels:
     axes.set_xlabel(title, labelpad=6)
     _ticks(axes, x, sorted({row["x"] for row in rows}))
@@ -94,15 +94,15 @@ def _models(rows) -> dict:
   return {name: [row for row in ordered if row["name"] == name] for name in names}
 
 
-def _styles():
-  # Seven colours and six markers: 42 models stay distinct.
+def styles():
+  """Yield a colour and a marker: of seven and of six, so that 42 models stay distinct."""
   return zip(itertools.cycle(_COLOURS), itertools.cycle(_MARKERS), strict=False)
 
 
 def _drawn(rows):
   """Yield (rows, colour, marker, whether an earlier model has a point of it too) by model."""
   seen = []
-  for points, (colour, marker) in zip(_models(rows).values(), _styles(), strict=False):
+  for points, (colour, marker) in zip(_models(rows).values(), styles(), strict=False):
     places = [(row["x"], row["genppl"], row["entropy"]) for row in points]
     hidden = any(np.allclose(place, other) for place in places for other in seen)
     seen += places
@@ -164,7 +164,7 @@ def _trade(axes, rows, real, title):
   missing = max(_SPAN["entropy"] / 2 - (high - low), 0)
   axes.set_xlim(low - missing / 2, high + missing / 2)
   cross = ", real text where the dashed lines meet" if None not in real.values() else ""
-  _head(axes, "GenPPL against entropy", f"down is better, left is narrower{cross}")
+  head(axes, "GenPPL against entropy", f"down is better, left is narrower{cross}")
   axes.set_xlabel(f"entropy, nats; numbers are {title}", labelpad=6)
 
 
@@ -179,7 +179,8 @@ def _numbers(rows):
   return [(f"{row['nfe']:g}", colour, row["entropy"], row["genppl"]) for _, colour, row in found]
 
 
-def _head(axes, title, subtitle):
+def head(axes, title, subtitle):
+  """Write a title and a line below it."""
   axes.set_title(title, loc="left", fontsize=13, fontweight="bold", pad=24)
   axes.annotate(
     subtitle, (0, 1), (0, 9), xycoords="axes fraction", textcoords="offset points", color=_FAINT

@@ -31,7 +31,6 @@ from dlm_jax.sample import _adaptive, evaluations, from_logits, generate, orders
 from dlm_jax.sample._ancestral import Ancestral
 from dlm_jax.sample._request import Request
 
-
 # Ways of sampling by name: the process, and options of `sample.generate`.
 WAYS: dict[str, tuple[str, dict[str, Any]]] = {
   "random": ("masks", {"order": "random"}),
