@@ -63,7 +63,7 @@ class Chain:
     return from_logits(jax.tree_util.Partial(_of_masks, self))
 
   def uniform_denoiser(self):
-    """Return the exact denoiser of `uniform`: log p(x_i | noisy tokens, σ) at every position."""
+    """Return the exact denoiser of `uniform`: log p(x_i | the other noisy tokens, σ)."""
     return from_logits(jax.tree_util.Partial(_of_uniform, self))
 
   def log_prob(self, tokens_BL: IntBL) -> FloatB:
@@ -137,14 +137,17 @@ def _of_masks(chain, tokens_BL: IntBL, sigma_B: FloatB) -> FloatBLV:
 
 
 def _of_uniform(chain, tokens_BL: IntBL, sigma_B: FloatB) -> FloatBLV:
-  """Return log p(x_i | all noisy tokens): each is the clean one with α, else any."""
+  """Return log p(x_i | the other noisy tokens), each of which is the clean one with α, else any.
+
+  The process brings in what a position shows itself, as in its training objective.
+  """
   count = chain.emit_SV.shape[1]
 
   def one(tokens_L, sigma):
     alpha = jnp.exp(-sigma)
     noise_LV = (1 - alpha) / count + alpha * jax.nn.one_hot(tokens_L, count)
     probs_LV = _elsewhere(chain, noise_LV @ chain.emit_SV.T) @ chain.emit_SV
-    return jnp.log(probs_LV * noise_LV + _TINY)
+    return jnp.log(probs_LV + _TINY)
 
   return jax.vmap(one)(tokens_BL, sigma_B)
 
