@@ -24,8 +24,10 @@ def of_tree(tree: Any) -> list[int]:
   Args:
     tree: arrays of numbers or truth values, of this process or of all.
   """
-  sums = [_on_host(x) if _is_here(x) else _on_device(x) for x in jax.tree.leaves(tree)]
-  return [int(total) for total in jax.device_get(sums)]
+  leaves = jax.tree.leaves(tree)
+  # One program: hosts may run several at a time in different orders, and wait for each other.
+  there = iter(jax.device_get(_on_devices([x for x in leaves if not _is_here(x)])))
+  return [_on_host(x) if _is_here(x) else int(next(there)) for x in leaves]
 
 
 def of_json(data: Any) -> int:
@@ -62,6 +64,10 @@ def _on_host(value) -> int:
 
 
 @jax.jit
+def _on_devices(values):
+  return list(map(_on_device, values))
+
+
 def _on_device(value):
   if value.dtype == jnp.bool_:
     value = value.astype(jnp.uint8)
