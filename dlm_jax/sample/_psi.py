@@ -26,8 +26,9 @@ import dataclasses
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dlm_jax.errors import InputError
+from dlm_jax.errors import InputError, check_choice
 from dlm_jax.process import Absorbing, Uniform
+from dlm_jax.sample import orders
 from dlm_jax.sample._request import GridSampler, Request, walk
 from dlm_jax.sample._reveal import Revealer, capacity_for
 from dlm_jax.sample._uniform import UniformAncestral
@@ -48,6 +49,8 @@ class Psi(GridSampler):
     eta: η in [0, 1] of the named schedules.
     window: of "loop": the grid times between which α is held, the larger first.
     hold: α that "loop" holds.
+    order: "random": every position decides for itself; "spaced": as many do in each step as are
+      expected, far apart, those that are revealed and those that are masked again.
 
   Raises:
     InputError: an unknown name, or a number out of range.
@@ -57,9 +60,11 @@ class Psi(GridSampler):
   eta: float = 0.02
   window: tuple[float, float] = (0.55, 0.05)
   hold: float = 0.9
+  order: str = "random"
 
   def __post_init__(self):
     super().__post_init__()
+    check_choice("order", self.order, orders.PLANNED)
     _check(self.kappa, self.eta, self.window, self.hold)
 
   def run(self, request: Request) -> Int[Array, "K B L"]:
@@ -69,7 +74,7 @@ class Psi(GridSampler):
     reveal_K = reveal_probability(alpha_K[1:], alpha_K[:-1], sigma_K)
     # α(1 − α) ≤ 1/4: what (1 − κ) reveals anew at most, on average
     share = self.eta if isinstance(self.kappa, str) else (1 - self.kappa) / 4
-    length, mask_id = request.length, request.process.mask_id
+    length, mask_id, spaced = request.length, request.process.mask_id, self.order == "spaced"
     revealer = Revealer(
       denoiser=request.denoiser,
       process=request.process,
@@ -78,10 +83,15 @@ class Psi(GridSampler):
     )
 
     def step(x_BL, k, t, sigma, probability):
-      draws_BL3 = request.uniforms(k, length, 3)
+      draws_BR3 = request.uniforms(k, length + 2 * spaced, 3)
+      draws_BL3 = draws_BR3[:, :length]
       masked_BL = request.masked(x_BL)
-      due_BL = masked_BL & (draws_BL3[..., 0] < probability)
-      back_BL = ~masked_BL & ~request.frozen_BL & (draws_BL3[..., 0] < sigma)
+      shown_BL = ~masked_BL & ~request.frozen_BL
+      due_BL, back_BL = 2 * (draws_BL3[..., 0],)
+      if spaced:
+        due_BL = orders.spread(masked_BL, draws_BR3[:, length])
+        back_BL = orders.spread(shown_BL, draws_BR3[:, length + 1])
+      due_BL, back_BL = masked_BL & (due_BL < probability), shown_BL & (back_BL < sigma)
       x_BL = revealer.reveal(x_BL, due_BL, draws_BL3[..., 1:], request.sigma(t))
       return jnp.where(back_BL, mask_id, x_BL)
 
@@ -104,7 +114,12 @@ class Psi(GridSampler):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class UniformPsi(Psi, UniformAncestral):
-  """The same under a uniform process, where κ stops at 0."""
+  """The same under a uniform process, where κ stops at 0 and nothing is revealed in an order."""
+
+  def __post_init__(self):
+    super().__post_init__()
+    if self.order != "random":
+      raise InputError(f"order={self.order!r} needs an absorbing process; leave it out.")
 
   def run(self, request: Request) -> Int[Array, "K B L"]:
     """Return the states after every step; the last one is the sample."""

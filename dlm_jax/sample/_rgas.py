@@ -29,8 +29,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from dlm_jax.arrays import BoolBL, FloatB, FloatBKD, FloatBKV, FloatBLD, IntBL
-from dlm_jax.errors import InputError
+from dlm_jax.errors import InputError, check_choice
 from dlm_jax.fields import Number, Whole
+from dlm_jax.sample import orders
 from dlm_jax.sample._request import GridSampler, Request, walk
 from dlm_jax.sample._reveal import Revealer, capacity_for
 
@@ -53,6 +54,8 @@ class Rgas(GridSampler):
       default (64 samples; held-out text 14.5 / 4.08).
     candidates: M of the re-ranked steps; 1 does not re-rank.
     ratio: share of the steps, the last ones, that re-rank.
+    order: "random", or "spaced" positions in each step; "all" rewards draw candidates in random
+      order.
     reward: "sum" of logits over masked positions, nearly an argmax; their "mean": every logit
       is an estimate of the whole sequence, so their mean is one; or "all": as published,
       the sum over all positions, of candidates that reveal positions of their own.
@@ -66,9 +69,13 @@ class Rgas(GridSampler):
   candidates: int = 4
   ratio: float = 0.5
   reward: str = "sum"
+  order: str = "random"
 
   def __post_init__(self):
     super().__post_init__()
+    check_choice("order", self.order, orders.PLANNED)
+    if self.order == "spaced" and self.reward == "all":
+      raise InputError("order='spaced' does not combine with reward='all'; use 'sum' or 'mean'.")
     _check(self.critic, self.h, self.candidates, self.ratio, self.reward)
 
   def run(self, request: Request) -> Int[Array, "K B L"]:
@@ -80,7 +87,9 @@ class Rgas(GridSampler):
       capacity=capacity_for(length / steps, length),
       truncation=self,
     )
-    guide = _Guide(request=request, revealer=revealer, critic=self.critic, reward=self.reward)
+    guide = _Guide(
+      request=request, revealer=revealer, critic=self.critic, reward=self.reward, order=self.order
+    )
     split = tilted_steps(steps, self.ratio)
     ranked = split + ranked_steps(steps, self.candidates, self.ratio, self.reward)
     inputs = (jnp.arange(steps), t_K[:-1], t_K[1:])
@@ -106,6 +115,15 @@ class _Guide:
   revealer: Revealer
   critic: Any
   reward: str
+  order: str
+
+  def due(self, masked_BL, uniform_BL, k, s, t):
+    """Return which masks a step reveals."""
+    if self.order == "spaced":
+      # Behind all keys of steps and of what is left to noise removal.
+      uniform_B3 = self.request.uniforms(k + self.request.steps + 1, 3)
+      uniform_BL = orders.spread(masked_BL, uniform_B3)
+    return masked_BL & (uniform_BL < self.request.process.reveal_probability(s, t))
 
   def tilt(self, x_BL, k, t, s, scale, *, guided):
     masked_BL, sigma_B = self.request.masked(x_BL), self.request.sigma(t)
@@ -119,7 +137,7 @@ class _Guide:
         slope_BKD = jnp.take_along_axis(slope_BLD, position_BK[..., None], axis=1)
         return tilt(self.critic, logits_BKV, slope_BKD, scale)[0]
 
-    due_BL = masked_BL & (draws_BL3[..., 0] < self.request.process.reveal_probability(s, t))
+    due_BL = self.due(masked_BL, draws_BL3[..., 0], k, s, t)
     x_BL = self.revealer.fill(x_BL, hidden_BLD, due_BL, draws_BL3[..., 1:], sigma_B, change=change)
     return x_BL
 
@@ -148,7 +166,7 @@ class _Guide:
 
     def candidate(draws_BL3):
       chance_BL = draws_BL3[..., 0] if self.reward == "all" else shared_BL
-      due_BL = masked_BL & (chance_BL < self.request.process.reveal_probability(s, t))
+      due_BL = self.due(masked_BL, chance_BL, k, s, t)
       return self.revealer.fill(x_BL, hidden_BLD, due_BL, draws_BL3[..., 1:], sigma_B)
 
     x_MBL = jax.lax.map(candidate, draws_MBL3)

@@ -72,6 +72,20 @@ def spaced(free_BL: BoolBL, uniform_B2: Float[Array, "B 2"]) -> tuple[IntBL, Int
   return jax.vmap(one)(free_BL, uniform_B2, count_B), count_B
 
 
+def spread(eligible_BL: BoolBL, uniform_B3: Float[Array, "B 3"]) -> Float[Array, "B L"]:
+  """Return a uniform per eligible position, of which those below any p are spaced.
+
+  For samplers that decide anew in every step: each position's number is uniform, and of n eligible
+  ones n p are below p, rounded at random.
+
+  Args:
+    eligible_BL: positions to decide; the numbers of others mean nothing.
+    uniform_B3: uniforms in [0, 1).
+  """
+  rank_BL, count_B = spaced(eligible_BL, uniform_B3[:, :2])
+  return (rank_BL + uniform_B3[:, 2:]) / jnp.maximum(count_B, 1)[:, None]
+
+
 def survives(process: Absorbing, t_K: Float[Array, "K"]) -> Float[Array, "K-1"]:
   """Return the share of masks that is left after every step of a grid."""
   return (1 - process.schedule.alpha(t_K[1:])) / (1 - process.schedule.alpha(t_K[0]))

@@ -153,6 +153,66 @@ def test_law_of_adaptive_orders(name):
   assert toy.p_value(_generate(2, name, **options), _law(_steps(L, 2))) < DIFFERS
 
 
+def _subsets(eligible_L, chance):
+  """Return {subset: probability} of spaced positions, each with this chance."""
+  count = int(eligible_L.sum())
+  if not count:
+    return {(False,) * len(eligible_L): 1.0}
+  draws = jnp.asarray([((i + 0.5) / count, side) for i in range(count) for side in (0.25, 0.75)])
+  eligible_NL = jnp.broadcast_to(jnp.asarray(eligible_L), (len(draws), len(eligible_L)))
+  rank_NL = np.asarray(orders.spaced(eligible_NL, draws)[0])
+  found, whole = {}, int(np.floor(count * chance + 1e-9))
+  for rank_L in rank_NL:
+    for taken, share in ((whole, whole + 1 - count * chance), (whole + 1, count * chance - whole)):
+      chosen = tuple((eligible_L & (rank_L < taken)).tolist())
+      found[chosen] = found.get(chosen, 0.0) + share / len(rank_NL)
+  return found
+
+
+def _stepwise_law(steps, kappa, length=3):
+  """Return the law of a sampler that decides anew in each step which positions are due."""
+  tokens, identity = toy.states(length), np.eye(toy.VOCABULARY)
+  probs = toy._predictions(toy.make(length), PROC, length, 0.0, 1.0, 1.0)
+  law, grid = toy.initial_law(PROC, length), np.linspace(1.0, toy.END, steps + 1)
+  for t, s in itertools.pairwise(grid):
+    alpha_t, alpha_s = (float(PROC.schedule.alpha(x)) for x in (t, s))
+    sigma = (1 - kappa) * (1 - alpha_s)
+    moved = np.zeros_like(law)
+    for state in np.flatnonzero(law):
+      masked = tokens[state] == toy.MASK
+      due = _subsets(masked, (alpha_s - alpha_t + sigma * alpha_t) / (1 - alpha_t))
+      back = _subsets(~masked, sigma)
+      for (there, p), (again, q) in itertools.product(due.items(), back.items()):
+        rows = np.where(np.array(there)[:, None], probs[state], identity[tokens[state]])
+        rows = np.where(np.array(again)[:, None], identity[toy.MASK], rows)
+        out = functools.reduce(lambda a, b: np.outer(a, b).ravel(), rows, np.ones(1))
+        moved += law[state] * p * q * out
+    law = moved
+  rows = np.where((tokens == toy.MASK)[..., None], probs, identity[tokens])
+  return toy._apply(law, rows)
+
+
+@pytest.mark.parametrize("kappa", [0.5, *map(slow, (0.0, 1.0))])
+def test_law_of_spaced_psi(kappa):
+  """Every number of steps; and it is not the law of independent positions."""
+  draw = functools.partial(_generate, 2, length=3, sampler="psi", kappa=kappa)
+  assert toy.p_value(draw("spaced"), _stepwise_law(2, kappa)) > FOLLOWS
+  assert toy.p_value(draw("random"), _stepwise_law(2, kappa)) < DIFFERS
+
+
+@pytest.mark.slow
+def test_law_of_spaced_rgas():
+  """Without a tilt and with one candidate the critic has no say."""
+
+  class Silent:
+    embedded = body = staticmethod(lambda *_: None)
+
+  options = {"critic": Silent(), "h": (0.0, 0.0), "candidates": 1}
+  generate = functools.partial(_generate, 2, length=3, sampler="rgas", **options)
+  assert toy.p_value(generate("spaced"), _stepwise_law(2, 1.0)) > FOLLOWS
+  assert toy.p_value(generate("random"), _stepwise_law(2, 1.0)) < DIFFERS
+
+
 def test_scores():
   logits_BKV = jnp.log(jnp.array([[[0.5, 0.3, 0.2]]]))
   for name, value in (("confidence", 0.5), ("margin", 0.2), ("entropy", -1.02965)):
@@ -210,6 +270,23 @@ def test_every_step_reveals_its_share(steps):
   _, trace_KBL = jax.jit(generate, static_argnums=1)(toy.make(L), PROC, jax.random.key(0))
   masks_KB = np.asarray(trace_KBL == toy.MASK).sum(-1)
   assert (masks_KB == (L - L // steps * (1 + np.arange(steps)))[:, None]).all()
+
+
+@pytest.mark.parametrize(
+  "options, message",
+  [
+    ({"sampler": "first_hitting", "order": "confidence"}, "order is one of random, spaced"),
+    ({"sampler": "psi", "order": "margin"}, "order='margin' is unknown"),
+    ({"sampler": "analytic", "order": "spaced"}, "has no option 'order'"),
+    ({"precision": "legacy", "order": "spaced"}, "has no option 'order'"),
+    ({"order": "confidence", "selection_temperature": -1.0}, "must be at least 0"),
+  ],
+)
+def test_orders_without_a_meaning(options, message):
+  with pytest.raises(InputError, match=message):
+    sample.check_options(options.pop("sampler", "ancestral"), PROC, options)
+  with pytest.raises(InputError, match="order"):
+    sample.check_options("psi", process.Uniform(vocab_size=4), {"order": "spaced"})
 
 
 @pytest.mark.parametrize(
