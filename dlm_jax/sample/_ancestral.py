@@ -59,6 +59,12 @@ class Ancestral(GridSampler):
         "least 0."
       )
 
+  def times(self, request: Request) -> Float[Array, "K"]:
+    """Return the times of the grid, one more than there are steps."""
+    if self.grid is None and isinstance(self.order, str) and self.order.startswith("spaced"):
+      return grids.make("rising", request.steps, length=request.length)
+    return super().times(request)
+
   def run(self, request: Request) -> Int[Array, "K B L"]:
     """Return the states after every step; the last one is the sample."""
     t_K, length = self.times(request), request.length

@@ -89,7 +89,7 @@ class GridOptions:
   """When a sampler steps, and what follows its last step.
 
   Attributes:
-    grid: name in `grids`.
+    grid: name in `grids`; None: "rising" of a spaced order of `Ancestral`, else "uniform".
     noise_removal: what happens to noise that outlives the grid (an expected 1e-5 of the masks),
       for one more evaluation: an "ancestral" step to α = 1, its "greedy" form, the most probable
       clean token, or "none".
@@ -100,7 +100,7 @@ class GridOptions:
   """
 
   removes_always: ClassVar[bool] = False
-  grid: str = "uniform"
+  grid: str | None = None
   noise_removal: str = "ancestral"
 
   def __post_init__(self):
@@ -108,11 +108,12 @@ class GridOptions:
       raise InputError(
         f"noise_removal={self.noise_removal!r} is unknown; use one of {', '.join(NOISE_REMOVALS)}."
       )
-    grids.check(self.grid)
+    if self.grid is not None:
+      grids.check(self.grid)
 
   def times(self, request: Request) -> Float[Array, "K"]:
     """Return the times of the grid, one more than there are steps."""
-    return grids.make(self.grid, request.steps)
+    return grids.make(self.grid or "uniform", request.steps, length=request.length)
 
   def remove_noise(
     self, trace_KBL: Int[Array, "K B L"], remove: Callable[[IntBL, bool], IntBL]

@@ -20,7 +20,23 @@ def cosine(steps: int, end: float = END) -> Float[Array, "K"]:
   return jnp.maximum(jnp.cos(jnp.pi / 2 * jnp.linspace(0.0, 1.0, steps + 1)), end)
 
 
-_NAMES = {"uniform": uniform, "cosine": cosine}
+def rising(steps: int, end: float = END, *, length: int) -> Float[Array, "K"]:
+  """Return times that reveal few tokens first and more later, for spaced orders.
+
+  After k of K steps a share (k/K)^p is revealed, p = 1 + 0.6 (1 − 1/K)(1 − K/L): while the context
+  is empty a group's members have nothing to lean on, late they have neighbours on both sides. As
+  many steps as tokens reveal one each.
+
+  Args:
+    steps: K.
+    end: the last time.
+    length: L.
+  """
+  power = 1 + 0.6 * (1 - 1 / steps) * max(1 - steps / length, 0)
+  return 1 - (1 - end) * jnp.linspace(0.0, 1.0, steps + 1) ** power
+
+
+_NAMES = {"uniform": uniform, "cosine": cosine, "rising": rising}
 
 
 def check(name: str) -> None:
@@ -29,8 +45,8 @@ def check(name: str) -> None:
     raise InputError(f"grid={shown(name)} is unknown; use one of {', '.join(sorted(_NAMES))}.")
 
 
-def make(name: str, steps: int, end: float = END) -> Float[Array, "K"]:
-  """Return the named grid, float32 [steps + 1].
+def make(name: str, steps: int, end: float = END, *, length: int = 1) -> Float[Array, "K"]:
+  """Return the named grid, float32 [steps + 1]; `length` is that of a sequence, for "rising".
 
   Raises:
     InputError: steps < 1, or an unknown name.
@@ -38,4 +54,4 @@ def make(name: str, steps: int, end: float = END) -> Float[Array, "K"]:
   if steps < 1:
     raise InputError(f"steps={steps}: sampling needs at least 1 step.")
   check(name)
-  return _NAMES[name](steps, end)
+  return rising(steps, end, length=length) if name == "rising" else _NAMES[name](steps, end)

@@ -12,7 +12,7 @@ import toy
 
 from dlm_jax import process, sample
 from dlm_jax.errors import InputError
-from dlm_jax.sample import _adaptive, orders
+from dlm_jax.sample import _adaptive, grids, orders
 
 FOLLOWS, DIFFERS = 1e-4, 1e-6
 SAMPLES, L = 8_192, 4
@@ -20,18 +20,14 @@ slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 PROC = process.Absorbing(vocab_size=toy.VOCABULARY, mask_id=toy.MASK)
 
 
-def _draw(denoiser, order, *, batch=SAMPLES, length=L, seed=0, **options):
-  generate = functools.partial(sample.generate, batch=batch, length=length, order=order, **options)
+def _draw(denoiser, order, *, batch=SAMPLES, length=L, seed=0, grid="uniform", **options):
+  sizes = {"batch": batch, "length": length, "grid": grid}
+  generate = functools.partial(sample.generate, order=order, **sizes, **options)
   return np.asarray(jax.jit(generate, static_argnums=1)(denoiser, PROC, jax.random.key(seed)))
 
 
-def _generate(steps, order, *, seed=0, length=L, samples=SAMPLES, **options):
-  generate = functools.partial(
-    sample.generate, batch=samples, length=length, steps=steps, order=order, **options
-  )
-  return np.asarray(
-    jax.jit(generate, static_argnums=1)(toy.make(length), PROC, jax.random.key(seed))
-  )
+def _generate(steps, order, *, length=L, **options):
+  return _draw(toy.make(length), order, steps=steps, length=length, **options)
 
 
 def _steps(length, steps, free=None, fine=60):
@@ -263,10 +259,28 @@ def test_a_consistent_denoiser_gives_its_joint_law_in_any_order():
   assert toy.p_value(draw("spaced", steps=1), law) < DIFFERS
 
 
+def test_the_default_grid_reveals_more_and_more():
+  """And one a step where there are as many steps as tokens."""
+  for steps, length in ((2, 256), (4, 256), (16, 256), (7, 100)):
+    revealed_K = -np.diff(np.asarray(grids.rising(steps, length=length)))
+    assert (np.diff(revealed_K) > 0).all()
+    np.testing.assert_allclose(revealed_K.sum(), 1, atol=2e-5)
+  np.testing.assert_allclose(grids.rising(64, length=64), grids.uniform(64), atol=1e-6)
+  np.testing.assert_allclose(grids.rising(1, length=64), grids.uniform(1), atol=1e-6)
+
+
+@pytest.mark.slow
+def test_the_default_grid_is_that_of_the_order():
+  draw = functools.partial(_generate, 3, batch=64)
+  np.testing.assert_array_equal(draw("spaced", grid=None), draw("spaced", grid="rising"))
+  np.testing.assert_array_equal(draw("random", grid=None), draw("random", grid="uniform"))
+
+
 @pytest.mark.parametrize("steps", [2, 4])
 def test_every_step_reveals_its_share(steps):
-  generate = functools.partial(sample.generate, batch=64, length=L, steps=steps, order="spaced")
-  generate = functools.partial(generate, return_trace=True, noise_removal="none")
+  sizes = {"batch": 64, "length": L, "steps": steps, "grid": "uniform"}
+  options = {"order": "spaced", "return_trace": True, "noise_removal": "none"}
+  generate = functools.partial(sample.generate, **sizes, **options)
   _, trace_KBL = jax.jit(generate, static_argnums=1)(toy.make(L), PROC, jax.random.key(0))
   masks_KB = np.asarray(trace_KBL == toy.MASK).sum(-1)
   assert (masks_KB == (L - L // steps * (1 + np.arange(steps)))[:, None]).all()
