@@ -9,6 +9,7 @@ for their use.
 """
 
 import functools
+import itertools
 import math
 import os
 from collections.abc import Callable
@@ -156,13 +157,16 @@ def host_rows(mesh: Mesh, batch_size: int) -> tuple[int, int]:
   them) every process reads the whole batch: (0, 1).
   """
   count = jax.process_count()
-  rows: dict[int, set[int]] = {}
+  parts: dict[int, set[tuple[int, int]]] = {}  # first row and the one behind the last
   indices = batch_sharding(mesh).devices_indices_map((batch_size,))
   for device, (rows_slice,) in indices.items():
-    rows.setdefault(device.process_index, set()).update(range(*rows_slice.indices(batch_size)))
-  share, mine = batch_size // count, min(rows[jax.process_index()])
-  for owned in rows.values():
-    if len(owned) != share or max(owned) - min(owned) + 1 != share or min(owned) % share:
+    start, stop, _ = rows_slice.indices(batch_size)
+    parts.setdefault(device.process_index, set()).add((start, stop))
+  share, mine = batch_size // count, min(parts[jax.process_index()])[0]
+  for owned in map(sorted, parts.values()):
+    whole = all(one[1] == other[0] for one, other in itertools.pairwise(owned))
+    first, end = owned[0][0], owned[-1][1]
+    if not whole or end - first != share or first % share:
       return 0, 1
   return mine // share, count
 

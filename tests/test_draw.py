@@ -336,6 +336,7 @@ def test_sharpen_keeps_impossible_tokens_impossible():
 # --- the race of the public code ------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", "ab")
 @pytest.mark.parametrize("update", ["ddpm", "ddpm_cache"])
 def test_golden_race(golden, variant, update):

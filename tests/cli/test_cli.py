@@ -157,12 +157,14 @@ def test_sample_shows_the_steps(capsys):
   assert int(total) < 16, "a prompt is not drawn"
 
 
+@pytest.mark.slow
 def test_sample_prints_no_separators(capsys):
   text = _sample(capsys, "--steps=2", "--num=4", "--prompt=a")
   assert "<|endoftext|>" not in text
   assert "<|endoftext|>" in _sample(capsys, "--steps=2", "--prompt=a", "--json"), "exact there"
 
 
+@pytest.mark.slow
 def test_sample_writes_a_page(capsys, tmp_path):
   page = tmp_path / "page.html"
   page.write_text("before")

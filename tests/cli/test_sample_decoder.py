@@ -54,6 +54,7 @@ def test_streaming_prints_the_same(run):
   assert streamed == plain and plain.startswith("──── 1 ────\n") and "\n──── 2 ────\n" in plain
 
 
+@pytest.mark.slow
 def test_a_page_shows_how_blocks_were_written(run, tmp_path):
   page = tmp_path / "page.html"
   plain, _ = run("--prompt=It was", *FEW)

@@ -60,6 +60,7 @@ def test_recorded_logits():
   _close(logits[:, :length], example["logits"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FORWARD)
 def test_recorded_loss(golden, name):
   """The network itself, not a DiT under a mask put in from outside."""

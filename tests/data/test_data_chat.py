@@ -155,5 +155,5 @@ def test_damaged_added_tokens(tiny):
   (tiny / "tokenizer_config.json").write_text(
     json.dumps({**config, "added_tokens_decoder": {"x": {"content": "<|endoftext|>"}}})
   )
-  with pytest.raises(InputError, match=r"added_tokens_decoder in .* must map ids to tokens"):
+  with pytest.raises(InputError, match="added_tokens_decoder has 'x', which is no id"):
     tokenizers.load(tiny)

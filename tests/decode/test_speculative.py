@@ -315,6 +315,7 @@ def test_vocabularies_must_be_the_same():
     sample.speculative_decoder(model, other, sample.SpeculativeOptions(target=_rule()), 8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verify", ["stacked", pytest.param("simsd", marks=pytest.mark.slow)])
 def test_numbers_of_64_bits(verify):
   """With JAX_ENABLE_X64 integer sums widen: what loops carry keeps its type all the same."""

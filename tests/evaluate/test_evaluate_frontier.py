@@ -282,7 +282,7 @@ def many(count):
   ]
 
 
-@pytest.fixture(params=[1, 3, 8, 20])
+@pytest.fixture(params=[3, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 8, 20))])
 def drawn(request):
   from dlm_jax.evaluate import _plot
 

@@ -203,6 +203,7 @@ def _values(step):
   return sorted((step / "state").rglob("d/*"), key=lambda file: -file.stat().st_size)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of Orbax's readers
 def test_single_bits_are_never_read_as_other_values(straight, tmp_path):
   """Wherever one is flipped: refused in one line, or the state is the same."""

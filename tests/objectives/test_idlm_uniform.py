@@ -236,6 +236,7 @@ def _losses(model, params, *given, **options):
   return jax.jit(jax.grad(_loss(model, params, *given, **options)))(params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", [4, pytest.param(None, marks=pytest.mark.slow)])
 def test_the_gradient_of_a_jitted_loss(chunk):
   """Either order of `grad` and `jit`, of a loss whose sums have a rule of differentiation."""

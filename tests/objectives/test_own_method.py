@@ -32,8 +32,16 @@ def folder(tmp_path_factory):
   (folder / "focal.py").write_text(config, encoding="utf-8")
   sys.path.insert(0, str(folder))
   importlib.invalidate_caches()
+  others = {name: sys.modules.pop(name) for name in list(sys.modules) if _ours(name)}
   yield folder
   sys.path.remove(str(folder))
+  for name in filter(_ours, list(sys.modules)):
+    del sys.modules[name]
+  sys.modules.update(others)
+
+
+def _ours(name):
+  return name.split(".")[0] == "my_package"
 
 
 @pytest.mark.usefixtures("folder")

@@ -148,6 +148,7 @@ def test_the_batch_is_split_over_whatever_mesh_is_in_force(axes, ways, kind):
   np.testing.assert_array_equal(tokens, _alone("ancestral"))
 
 
+@pytest.mark.slow
 @every_sampler("rgas", "uniform")
 def test_explicit_axes(name):
   """The default of `jax.make_mesh`: what lies where is part of an array's type."""

@@ -92,6 +92,7 @@ def test_other_numbers_and_prompts_compile_nothing(pipe, monkeypatch):
   pipe(num=2, seed=2, prompt="def parse", temperature=0.5, nucleus=0.5)
 
 
+@pytest.mark.slow
 def test_a_gpt2_writes(tmp_path):
   tokens = [*string.ascii_letters[:45], "ab", "<|endoftext|>"]
   model = GPT2(GPT2Config(vocab_size=len(tokens), n_positions=8, n_embd=8, n_layer=1, n_head=2))

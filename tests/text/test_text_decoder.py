@@ -99,6 +99,7 @@ def test_a_draft_changes_nothing_when_stacked(pipe, alone):
   assert stacked.draft_passes > 0 and stacked.target_passes <= alone.target_passes
 
 
+@pytest.mark.slow
 def test_stop_texts_end_rows_of_drafts(pipe, alone):
   """The host sees the same prefixes, whoever decided them."""
   ids = [i for i in alone.tokens[0] if i < tiny_sdar.MASK]
@@ -165,6 +166,7 @@ def test_a_prompt_and_its_text_just_fit(pipe):
   assert plan.limits_B.tolist() == [256] and plan.window == 256
 
 
+@pytest.mark.slow
 def test_each_prompt_asks_for_its_own(pipe, alone, monkeypatch):
   """Temperatures, limits, stops, seeds per prompt: the texts of separate requests, one program."""
   monkeypatch.setattr(sample, "decode", at_most(sample.decode))  # other values compile nothing

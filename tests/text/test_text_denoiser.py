@@ -20,6 +20,7 @@ from dlm_jax.errors import InputError
 from dlm_jax.text import denoiser
 
 
+@pytest.mark.slow
 @pytest.fixture(scope="module")
 def pipe():
   return dlm_jax.load(str(tiny_runs.make().teacher))
@@ -30,6 +31,7 @@ def test_workdir_and_model_directory_are_the_same(pipe):
   assert direct(steps=2, num=2, seed=3) == pipe(steps=2, num=2, seed=3)
 
 
+@pytest.mark.slow
 def test_best_goes_before_final(tmp_path, pipe):
   tiny = tiny_runs.make()
   shutil.copytree(tiny.teacher / "final", tmp_path / "final")
@@ -47,6 +49,7 @@ def test_texts_are_strings_without_masks(pipe):
   assert texts == [pipe.tokenizer.decode(row) for row in tokens]
 
 
+@pytest.mark.slow
 def test_the_second_call_compiles_nothing(pipe, monkeypatch):
   """Nor does the same network, loaded again."""
   monkeypatch.setattr(sample, "generate", at_most(sample.generate))
