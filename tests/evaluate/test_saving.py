@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Savings at one entropy: constructed curves, and nothing where there is nothing."""
+
+import math
+
+import numpy as np
+import pytest
+
+from dlm_jax.evaluate import saving
+
+
+def _row(name, nfe, temperature, genppl, entropy, *, error=0.01, evaluations=None):
+  return {
+    "name": name,
+    "nfe": nfe,
+    "evaluations": evaluations or nfe,
+    "genppl": genppl,
+    "genppl_se": error * genppl,
+    "entropy": entropy,
+    "entropy_se": 0.0,
+    "correlation": 0.0,
+    "samples": 512,
+    "seconds": 1.0,
+    "options": {"temperature": temperature},
+  }
+
+
+def _rows(name, nfes, genppl, **options):
+  """GenPPL falls as a power of evaluations, and by e^(entropy) with the temperature."""
+  return [
+    _row(name, nfe, t, genppl(nfe) * math.exp(4 * (t - 1)), 4.8 + (t - 1), **options)
+    for nfe in nfes
+    for t in (0.9, 1.0)
+  ]
+
+
+TEACHER = _rows("teacher", (4, 8, 16, 32, 64, 256), lambda n: 100 * (1 + 8 / n))
+
+
+@pytest.mark.parametrize("entropy", [4.7, 4.75, 4.8])
+def test_a_sampler_with_half_the_evaluations_saves_two(entropy):
+  half = _rows("half", (4, 8, 16), lambda n: 100 * (1 + 8 / (2 * n)))
+  for found in saving.savings(TEACHER + half, "teacher", entropy):
+    assert found.times == pytest.approx(2, rel=0.02) and found.low < 2 < found.high
+    assert found.entropy == entropy and not found.limited
+
+
+def test_the_teacher_itself_saves_nothing():
+  for found in saving.savings(
+    TEACHER + _rows("same", (4, 16), lambda n: 100 * (1 + 8 / n)), "teacher", 4.75
+  ):
+    assert found.times == pytest.approx(1) and (found.low < 1 or math.isnan(found.low))
+
+
+def test_lower_temperatures_save_nothing():
+  """They move along the curve: at one entropy they are the same model."""
+  cold = [
+    _row("cold", n, t, 100 * (1 + 8 / n) * math.exp(4 * (t - 1)), 4.8 + (t - 1))
+    for n in (8, 16)
+    for t in (0.85, 0.95, 0.98)
+  ]
+  for found in saving.savings(TEACHER + cold, "teacher", 4.74):
+    assert found.times == pytest.approx(1, rel=0.01)
+
+
+def test_no_more_is_saved_than_the_exact_limit_has():
+  best = _rows("best", (4,), lambda n: 50.0)
+  (found,) = saving.savings(TEACHER + best, "teacher", 4.75)
+  assert found.limited and found.times == found.high == 64
+  (found,) = saving.savings(TEACHER + best, "teacher", 4.75, most=64)
+  assert found.times == 16
+  worse = _rows("worse", (4,), lambda n: 100 * (1 + 8 / 256) * 1.005)
+  (found,) = saving.savings(TEACHER + worse, "teacher", 4.75)
+  assert found.limited and found.low < found.times < 64
+
+
+def test_nothing_is_extrapolated():
+  assert saving.savings(TEACHER + _rows("x", (4,), lambda n: 100.0), "teacher", 4.9) == []
+  (found,) = saving.savings(TEACHER + _rows("x", (4,), lambda n: 900.0), "teacher", 4.75)
+  assert math.isnan(found.times)
+
+
+def test_errors_of_a_saving_hold():
+  """Of 400 noisy samplers that save two, about 95 of 100 have two within their bounds."""
+  rng, inside = np.random.default_rng(0), 0
+  for _ in range(400):
+    noisy = [
+      {
+        **row,
+        "genppl": row["genppl"] * math.exp(0.03 * rng.normal()),
+        "genppl_se": 0.03 * row["genppl"],
+      }
+      for row in _rows("half", (8,), lambda n: 100 * (1 + 8 / (2 * n)))
+    ]
+    (found,) = saving.savings(TEACHER + noisy, "teacher", 4.8)
+    inside += found.low <= 2 <= found.high
+  assert 0.92 < inside / 400 <= 0.99
