@@ -200,9 +200,7 @@ def test_max_seconds_ends_early_and_saves(tmp_path):
 def test_a_checkpoint_with_nothing_in_it(tmp_path, caplog, inside):
   """One line in all, and the one beside it is used; without one, one error."""
   state = {"a": jax.device_put(np.arange(3.0, dtype=np.float32), mesh.make().devices.flat[0])}
-  like = jax.tree.map(
-    lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state
-  )
+  like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state)
   with checkpoint.Checkpoints(tmp_path) as checkpoints:
     checkpoints.save(3, state, {"x": 1})
   (tmp_path / "5").mkdir()
