@@ -13,7 +13,10 @@ def main(argv: list[str]) -> None:
   """Parse flags and train, or show what would be trained."""
   parser = flags.Parser(
     "train",
-    "Train what a config describes. Run it again on the same workdir to resume.",
+    "Train what a config describes. Run it again on the same workdir to resume.\n\n"
+    "The log shows the loss of every trained tree. Of an IDLM distillation `fake/loss` is the fake\n"
+    "network's on samples of the student, which change: it may rise, and large values are no fault;\n"
+    "what tells of progress is GenPPL with entropy, measured every evaluate.every steps.",
     """
 dlm-jax train --config=novels_teacher --workdir=runs/novels_teacher
 dlm-jax train --config=novels_idlm --workdir=runs/novels_idlm --config.optim.lr=3e-6
