@@ -186,13 +186,6 @@ dlm-jax frontier --join=runs/teachers,runs/students --workdir=runs/all
     help="repeat for several; options K=V are the sampler's: sampler=psi,kappa=cap,nucleus=0.9",
   )
   parser.add_argument("--judge", help="autoregressive judge, or a GPT-2 directory")
-  parser.add_argument(
-    "--join",
-    type=_folders,
-    default=[],
-    metavar="DIR,DIR,…",
-    help="measure nothing: draw the finished frontiers of these workdirs as one",
-  )
   parser.add_argument("--tokenizer", default="", help="default: the one beside each network")
   parser.add_argument(
     "--data",
@@ -206,6 +199,7 @@ dlm-jax frontier --join=runs/teachers,runs/students --workdir=runs/all
     help="what real text scores is drawn too: a text file, or a prepared dataset's validation part",
   )
   parser.add_argument("--workdir", required=True, help="frontier.csv, .json and .png go there")
+  _add_join(parser)
   parser.add_argument("--nfes", type=flags.integers, default=[1, 2, 4, 8, 16, 32, 64, 128])
   parser.add_argument("--samples", type=int, default=512)
   parser.add_argument("--batch_size", type=int, default=64)
@@ -230,6 +224,16 @@ dlm-jax frontier --join=runs/teachers,runs/students --workdir=runs/all
     help="nats to match; default: at every NFE what all models reach",
   )
   return parser
+
+
+def _add_join(parser) -> None:
+  parser.add_argument(
+    "--join",
+    type=_folders,
+    default=[],
+    metavar="DIR,DIR,…",
+    help="measure nothing: draw the finished frontiers of these workdirs as one",
+  )
 
 
 def _folders(text: str) -> list[str]:

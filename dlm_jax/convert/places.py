@@ -69,7 +69,7 @@ def _absent(path: str) -> str:
   if _HUB.fullmatch(path) and (not here.parent.is_dir() or len(here.parts) == 1):
     return (
       f"{absent}, and names of a hub are not read; fetch it, `hf download {path} --local-dir "
-      f"{here.name}`, and give that folder{hint(path, shipped_names)}."
+      f"{here.name}` (extra hub), and give that folder{hint(path, shipped_names)}."
     )
   return f"{absent}; check the path (looked from {os.getcwd()})."
 

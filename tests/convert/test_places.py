@@ -36,7 +36,7 @@ def network(tmp_path):
     (
       "org/some-name",
       "there is no such folder, and names of a hub are not read; fetch it, `hf download "
-      "org/some-name --local-dir some-name`, and give that folder.",
+      "org/some-name --local-dir some-name` (extra hub), and give that folder.",
     ),
     ("gpt3", "names of a hub are not read; fetch it, `hf download gpt3 --local-dir gpt3`"),
     ("novels-student", "the shipped network of that name is shipped:novels-student."),
