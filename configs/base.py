@@ -16,7 +16,7 @@ def base() -> ConfigDict:
   Their groups take no others, but for `objective`, `data.options` and groups of `optim` by tree.
   """
   c = ConfigDict()
-  c.seed = 0  # of parameters, data order, noise and times
+  c.seed = 0  # of parameters, data order, noise and times; 64 bits, negative or not
   _data(c)
   _network(c)
   _training(c)

@@ -31,6 +31,16 @@ def key(seed: int) -> RngKey:
   return rng if -(2**31) <= seed < 2**32 else jax.random.fold_in(rng, np.uint32(high))
 
 
+def fold_32(seed: int) -> int:
+  """Return 32 bits of a seed of 64, for generators that take no more; one below 2³² is as it was.
+
+  The upper half times 2³² / φ, which is odd, is added without carry: seeds that differ in one half
+  only never become the same.
+  """
+  low, high = seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
+  return low ^ (high * 0x9E3779B1 & 0xFFFFFFFF)
+
+
 def uniforms(rng: RngKey, shape: tuple[int, ...]) -> Float[Array, "*shape 2"]:
   """Return two independent uniforms in [0, 1) per draw, for `categorical`."""
   return jax.random.uniform(rng, (*shape, 2))

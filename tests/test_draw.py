@@ -371,3 +371,14 @@ def test_race_loses_the_tail():
   every[0] = 1.0
   exact = int((_draw_many(every, 131_072, seed=19, chunk=4096) > 0).sum())
   assert scipy.stats.binomtest(exact, 131_072, mass).pvalue > FOLLOWS
+
+
+def test_seeds_of_64_bits_in_32():
+  assert [draw.fold_32(seed) for seed in (0, 5, 2**31, 2**32 - 1)] == [0, 5, 2**31, 2**32 - 1]
+  for seeds in (
+    [7 + (high << 32) for high in range(5000)],
+    [low + (1 << 62) for low in range(5000)],
+    [-1 - low for low in range(5000)],
+  ):
+    folded = {draw.fold_32(seed) for seed in seeds}
+    assert len(folded) == len(seeds) and max(folded) < 2**32 and min(folded) >= 0

@@ -14,7 +14,7 @@ from dlm_jax.convert import places
 from dlm_jax.data import loader, packing, templates
 from dlm_jax.data.dataset import open_dataset
 from dlm_jax.errors import InputError, check_counts
-from dlm_jax.evaluate import frontier, matched
+from dlm_jax.evaluate import frontier, joined, matched
 from dlm_jax.evaluate.frontier import sweep_progress
 from dlm_jax.evaluate.judge import load_judge
 from dlm_jax.experiment.run import make_workdir
@@ -24,7 +24,10 @@ from dlm_jax.text import denoiser, prompts
 
 def main(argv: list[str]) -> None:
   """Parse flags, sweep, write CSV, JSON and PNG; run again it continues."""
-  options = _parser().parse(argv)
+  options = _parsed(argv)
+  if options.join:
+    _join(options)
+    return
   frontier.checked_nfes(options.nfes)
   if options.temperatures or options.entropy is not None:
     matched.check_temperatures(options.temperatures or [1.0])
@@ -69,6 +72,35 @@ def main(argv: list[str]) -> None:
     paths += _match(warm, options, mirror.folder, reference)
   mirror.sync()
   print("\n".join(f"{options.workdir.rstrip('/')}/{path.name}" for path in paths))
+
+
+def _parsed(argv) -> argparse.Namespace:
+  """Parse; what measures and what joins do not go together."""
+  parser = _parser()
+  options = parser.parse(argv)
+  if not options.join:
+    lacking = [f"--{name}" for name in ("model", "judge") if not getattr(options, name)]
+    if lacking:
+      parser.error(f"the following arguments are required: {', '.join(lacking)}")
+    return options
+  others = sorted(set(vars(options)) - {"join", "workdir", "x", "overrides"})
+  if idle := [name for name in others if getattr(options, name) != parser.get_default(name)]:
+    parser.error(f"--join measures nothing: leave out --{idle[0]}")
+  return options
+
+
+def _join(options) -> None:
+  """Write and print finished sweeps as one."""
+  rows, reference = joined.join(options.join)
+  workdir = options.workdir.rstrip("/")
+  if remote.exists(f"{workdir}/frontier.jsonl"):
+    raise InputError(f"{workdir} holds a sweep of its own; join into another --workdir.")
+  make_workdir(options.workdir)
+  mirror = remote.Mirror(options.workdir)
+  written = frontier.write(rows, mirror.folder, reference=reference, axes=options.x)
+  mirror.sync()
+  print(frontier.table(rows))
+  print("\n".join(f"{workdir}/{path.name}" for path in written.values()))
 
 
 def _match(rows, options, folder, reference) -> list[pathlib.Path]:
@@ -143,17 +175,17 @@ def _parser() -> flags.Parser:
 dlm-jax frontier --model teacher=runs/t --model student=runs/s --judge=runs/j --workdir=runs/f
 dlm-jax frontier --model teacher=shipped:teacher --judge=shipped:judge --nfes=4,8 --workdir=runs/f
 dlm-jax frontier --model a=runs/s --model b=runs/s,nucleus=0.9 --judge=gpt2 --workdir=runs/f
+dlm-jax frontier --join=runs/teachers,runs/students --workdir=runs/all
 """,
   )
   parser.add_argument(
     "--model",
     action="append",
-    required=True,
     type=flags.named_path,
     metavar="NAME=PATH[,K=V]",
     help="repeat for several; options K=V are the sampler's: sampler=psi,kappa=cap,nucleus=0.9",
   )
-  parser.add_argument("--judge", required=True, help="autoregressive judge, or a GPT-2 directory")
+  parser.add_argument("--judge", help="autoregressive judge, or a GPT-2 directory")
   parser.add_argument("--tokenizer", default="", help="default: the one beside each network")
   parser.add_argument(
     "--data",
@@ -167,6 +199,7 @@ dlm-jax frontier --model a=runs/s --model b=runs/s,nucleus=0.9 --judge=gpt2 --wo
     help="what real text scores is drawn too: a text file, or a prepared dataset's validation part",
   )
   parser.add_argument("--workdir", required=True, help="frontier.csv, .json and .png go there")
+  _add_join(parser)
   parser.add_argument("--nfes", type=flags.integers, default=[1, 2, 4, 8, 16, 32, 64, 128])
   parser.add_argument("--samples", type=int, default=512)
   parser.add_argument("--batch_size", type=int, default=64)
@@ -191,6 +224,22 @@ dlm-jax frontier --model a=runs/s --model b=runs/s,nucleus=0.9 --judge=gpt2 --wo
     help="nats to match; default: at every NFE what all models reach",
   )
   return parser
+
+
+def _add_join(parser) -> None:
+  parser.add_argument(
+    "--join",
+    type=_folders,
+    default=[],
+    metavar="DIR,DIR,…",
+    help="measure nothing: draw the finished frontiers of these workdirs as one",
+  )
+
+
+def _folders(text: str) -> list[str]:
+  if not (found := [part for part in text.split(",") if part]):
+    raise argparse.ArgumentTypeError("write --join=DIR,DIR")
+  return found
 
 
 def _axes(text: str) -> list[str]:

@@ -27,8 +27,9 @@ dlm-jax prepare --config=novels_idlm --config.data.directory=gs://bucket/novels
   for name, split in prepared.info.splits.items():
     sizes = zip(prepared.info.buckets, split.bucket_records, strict=True)  # of documents
     padded = ", ".join(f"{records:,} padded to {length}" for length, records in sizes)
-    print(
-      f"  {name}: {split.records:,} records, {split.tokens:,} tokens, "
-      f"{split.bytes_per_token:.2f} bytes per token" + (f"; {padded}" if padded else "")
-    )
+    held = f"{split.tokens:,} tokens, {split.bytes_per_token:.2f} bytes per token"
+    if rows.framed:
+      residues = split.tokens - 2 * split.records  # less the frame
+      held = f"{residues:,} residues, {residues / split.records:.1f} per protein"
+    print(f"  {name}: {split.records:,} records, {held}" + (f"; {padded}" if padded else ""))
   print(f"  tokenizer: {rows.vocab_size:,} tokens, fingerprint {rows.fingerprint[:12]}")

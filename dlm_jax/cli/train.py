@@ -13,7 +13,10 @@ def main(argv: list[str]) -> None:
   """Parse flags and train, or show what would be trained."""
   parser = flags.Parser(
     "train",
-    "Train what a config describes. Run it again on the same workdir to resume.",
+    "Train what a config describes. Run it again on the same workdir to resume.\n\n"
+    "The log shows the loss of every trained tree. IDLM's `fake/loss` is the fake network's own,\n"
+    "on samples of a student that changes: it may rise, and large values are no fault. What tells\n"
+    "of progress is GenPPL with entropy of samples, measured every evaluate.every steps.",
     """
 dlm-jax train --config=novels_teacher --workdir=runs/novels_teacher
 dlm-jax train --config=novels_idlm --workdir=runs/novels_idlm --config.optim.lr=3e-6

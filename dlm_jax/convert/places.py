@@ -3,14 +3,17 @@
 
 import os
 import pathlib
+import re
 from collections.abc import Iterator
 
 from etils import epath
 
 from dlm_jax import remote
 from dlm_jax.convert import adapters
-from dlm_jax.errors import InputError
+from dlm_jax.errors import InputError, hint
 from dlm_jax.fields import shown
+
+_HUB = re.compile(r"[\w.-]+(/[\w.-]+)?")  # ORGANISATION/NAME
 
 
 def shipped(path: str) -> str:
@@ -41,10 +44,34 @@ def network_directory(path: str) -> pathlib.Path:
   for candidate in (folder, folder / "best", folder / "final"):
     if any(remote.exists(candidate / name) for name in ("config.json", adapters.CONFIG)):
       return remote.fetch(candidate)
+  if not remote.is_remote(path) and not folder.exists():
+    raise InputError(f"{path} holds no network: {_absent(path)}")
   raise InputError(
     f"{path} holds no network: expected config.json and model.safetensors in it, in best/ or in "
     "final/."
   )
+
+
+def _absent(path: str) -> str:
+  """Say what else may be meant by the path of nothing: a shipped network, a neighbour, a hub's."""
+  from dlm_jax import assets
+
+  shipped_names, absent = assets.names(), "there is no such folder"
+  if path in shipped_names:
+    return f"{absent}; the shipped network of that name is shipped:{path}."
+  here = pathlib.Path(path)
+  try:
+    beside = [entry.name for entry in here.parent.iterdir() if entry.is_dir()]
+  except OSError:
+    beside = []
+  if near := hint(here.name, beside):
+    return f"{absent}{near}; it was looked for in {here.parent.absolute()}."
+  if _HUB.fullmatch(path) and (not here.parent.is_dir() or len(here.parts) == 1):
+    return (
+      f"{absent}, and names of a hub are not read; fetch it, `hf download {path} --local-dir "
+      f"{here.name}` (extra hub), and give that folder{hint(path, shipped_names)}."
+    )
+  return f"{absent}; check the path (looked from {os.getcwd()})."
 
 
 def find_network(path: str | pathlib.Path) -> pathlib.Path:

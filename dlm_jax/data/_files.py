@@ -10,6 +10,7 @@ import hashlib
 import json
 import lzma
 import os
+import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, BinaryIO, ClassVar
@@ -17,9 +18,21 @@ from typing import Any, BinaryIO, ClassVar
 from dlm_jax import json_file, remote
 from dlm_jax.errors import InputError
 
+_SPACE = re.compile(r"\s*")
 SPLITS = ("train", "validation")
 COMPRESSED = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
+_TO_LINES = "convert it to .jsonl (pandas: read, then to_json(…, orient='records', lines=True))"
 _CORRUPT = (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error)
+
+
+# What is not read, by the end of the name and by the first bytes: what to do.
+_UNREAD = {
+  ".parquet": (b"PAR1", _TO_LINES),
+  ".arrow": (b"ARROW1", _TO_LINES),
+  ".zst": (b"\x28\xb5\x2f\xfd", "decompress it (zstd -d) and name what comes of it"),
+  ".zip": (b"PK\x03\x04", "unpack it (unzip) and name what comes of it"),
+}
+_NAMED = {".gz": b"\x1f\x8b", ".xz": b"\xfd7zXZ\x00", ".bz2": b"BZh"}
 
 
 def decode(data: bytes, path: str | os.PathLike, offset: int = 0) -> str:
@@ -27,10 +40,46 @@ def decode(data: bytes, path: str | os.PathLike, offset: int = 0) -> str:
   try:
     return data.decode("utf-8").removeprefix("\ufeff")
   except UnicodeDecodeError as error:
+    if not offset:
+      _refuse_by_content(data, path)
     raise InputError(
       f"{path} is not UTF-8: byte 0x{data[error.start]:02x} at offset {offset + error.start}; "
       "convert the file (iconv -t UTF-8) or leave it out of the glob."
     ) from error
+
+
+def _refuse_by_content(data, path):
+  """Raise InputError for a file of another kind than its name says."""
+  for extension, (begins, advice) in _UNREAD.items():
+    if data.startswith(begins):
+      raise InputError(f"{path} is a {extension} file, which is not read; {advice}.")
+  for extension, begins in _NAMED.items():
+    if data.startswith(begins):
+      raise InputError(f"{path} is a {extension} file; let its name end in {extension}.")
+
+
+def refuse_records(text: str, field: str, path: str) -> None:
+  """Raise InputError for a .json file of records, which as text would teach braces and names.
+
+  Records are an array of objects, or objects a line, or one object that has the field. Any other
+  JSON is text like other text.
+  """
+  begin = _SPACE.match(text).end()
+  array = text.startswith("[", begin)
+  decoder, begin = json.JSONDecoder(), _SPACE.match(text, begin + array).end()
+  try:
+    first, end = decoder.raw_decode(text, begin)
+  except (ValueError, RecursionError):
+    return
+  more = not array and text.startswith("{", _SPACE.match(text, end).end())
+  if not isinstance(first, dict) or not (array or more or isinstance(first.get(field), str)):
+    return
+  stem = os.path.basename(path).partition(".json")[0]
+  how = f"write one a line (jq -c '.[]') to {stem}.jsonl" if array else f"name it {stem}.jsonl"
+  raise InputError(
+    f"{path} holds records ({', '.join(first)[:100]}) and no plain text; {how}, or {stem}.txt to "
+    "train on the JSON itself."
+  )
 
 
 def json_lines(file: Iterable[bytes], path: str) -> Iterator[tuple[int, Any]]:
@@ -98,9 +147,11 @@ def reading(path: str) -> Iterator[BinaryIO]:
   """Open a plain or compressed file; what goes wrong in the block, too, is told in one line.
 
   Raises:
-    InputError: the file is absent, closed to us, or not a whole archive.
+    InputError: the file is absent, closed to us, of a kind that is not read, or no whole archive.
   """
   extension = os.path.splitext(path)[1]
+  if extension in _UNREAD:
+    raise InputError(f"{path}: {extension} files are not read; {_UNREAD[extension][1]}.")
   try:
     with COMPRESSED.get(extension, open)(path, "rb") as file:
       yield file

@@ -20,6 +20,7 @@ from typing import Any
 import grain
 import numpy as np
 
+from dlm_jax import draw, fields
 from dlm_jax.arrays import Record
 from dlm_jax.data import buckets, intact
 from dlm_jax.data.dataset import FEATURES, Dataset, Info, Path, open_dataset
@@ -212,7 +213,8 @@ def make(
     dataset: opened, or its directory.
     split: "train" or "validation".
     batch_size: B, sequences in the global batch.
-    seed: of the order; each epoch gets an order of its own.
+    seed: of the order, a whole number of 64 bits, negative or not; each epoch gets an order of its
+      own.
     shuffle: False reads in stored order.
     repeat: True never ends: the tail of an epoch is completed from the next one. False ends after
       the last whole global batch of one epoch; the rest of the records is not read.
@@ -222,7 +224,7 @@ def make(
 
   Raises:
     InputError: not a prepared directory, no such split, batch_size not divisible by hosts, host
-      out of range, a seed outside 0..2³²−1, or, without repeat, fewer than B records.
+      out of range, a seed of more than 64 bits, or, without repeat, fewer than B records.
 
   Example:
     >>> import pathlib, tempfile
@@ -245,8 +247,8 @@ def make(
     raise InputError(
       f"loader.batch_size={batch_size} is not divisible by {hosts} hosts; use {allowed}."
     )
-  if not 0 <= seed < 2**32:
-    raise InputError(f"loader.seed={seed} is outside 0..2**32-1.")
+  seed = fields.SEED.check("loader.seed", seed)
+  order = draw.fold_32(seed)  # grain takes no more
   dataset = open_dataset(dataset)
   info, parts = dataset.info, _split(dataset, split)
   count, most = sum(map(len, parts)), max(map(len, parts))
@@ -257,7 +259,7 @@ def make(
     )
 
   def batches(records, repeat):
-    stream = grain.MapDataset.source(records).seed(seed)
+    stream = grain.MapDataset.source(records).seed(order)
     stream = stream.shuffle() if shuffle else stream
     stream = stream.repeat() if repeat else stream[: len(records) // batch_size * batch_size]
     # Local batch k is rows k·B/H... of the stream, so host h's are k = h, h + H, h + 2H, ...
@@ -276,7 +278,7 @@ def make(
   if info.packing != "documents":
     return Loader(batches(parts[0], repeat), identity)
   records = [len(part) for part in parts]
-  schedule = buckets.Schedule(tuple(records), batch_size * together, seed, shuffle)
+  schedule = buckets.Schedule(tuple(records), batch_size * together, order, shuffle)
   streams = [batches(part, True) if len(part) else None for part in parts]
   groups = _ENDLESS // together if repeat else schedule.batches_before(1)
   identity |= {"buckets": list(info.buckets), "bucket_records": records, "together": together}

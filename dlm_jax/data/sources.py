@@ -30,6 +30,7 @@ from dlm_jax.data._files import (
   fraction_of,
   json_lines,
   reading,
+  refuse_records,
 )
 from dlm_jax.data._files import SPLITS as SPLITS
 from dlm_jax.data.conversations import Chat
@@ -143,7 +144,7 @@ class Files(Chosen):
   A .jsonl or .ndjson file gives one document per line; any other file is plain text and one
   document, unless `document_separator` cuts it. Text is taken verbatim (line ends included; a
   byte-order mark is dropped); documents of white space only are skipped. A plain file is read
-  whole, .jsonl line by line.
+  whole, .jsonl line by line. A .json file of records is refused: it is to be called .jsonl.
 
   Attributes:
     pattern: glob of the training files, or of all files if `validation` is None.
@@ -200,6 +201,8 @@ class Files(Chosen):
         yield from self._json_lines(file, path)
         return
       text = decode(file.read(), path)
+    if _plain_name(path).endswith(".json"):
+      refuse_records(text, self.field, path)
     yield from text.split(self.document_separator) if self.document_separator else [text]
 
   def _json_lines(self, file, path: str) -> Iterator[str]:
@@ -217,8 +220,13 @@ class Files(Chosen):
 
 def _of_lines(path):
   """Return whether each line of a file is a document."""
+  return _plain_name(path).endswith((".jsonl", ".ndjson"))
+
+
+def _plain_name(path):
+  """Return a file's name without what says how it is compressed."""
   inner, extension = os.path.splitext(path)
-  return (inner if extension in COMPRESSED else path).endswith((".jsonl", ".ndjson"))
+  return inner if extension in COMPRESSED else path
 
 
 def _part(document, tail, split):

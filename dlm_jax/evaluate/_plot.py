@@ -250,5 +250,8 @@ def _ends(rows, key, reference):
 def _footnote(rows) -> str:
   counts = sorted({row["samples"] for row in rows})
   number = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
-  known = any(math.isfinite(row[key]) for row in rows for key in ("genppl_se", "entropy_se"))
-  return f"{number} samples per point" + ("; bars are ± one standard error." if known else ".")
+  measures = {"genppl_se": "GenPPL", "entropy_se": "entropy"}
+  known = [text for key, text in measures.items() if any(math.isfinite(row[key]) for row in rows)]
+  of = f" of {known[0]}" if len(known) == 1 else ""
+  bars = f"; bars{of} are ± one standard error, unseen where the mark is larger" if known else ""
+  return f"{number} samples per point{bars}."

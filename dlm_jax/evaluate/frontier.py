@@ -85,11 +85,15 @@ class Reference:
     genppl: the judge's perplexity of held-out text; None draws no line.
     entropy: its entropy in nats; None draws no line.
     label: what to call it.
+    genppl_se: standard error of the first; None: it is not known.
+    entropy_se: of the second.
   """
 
   genppl: float | None = None
   entropy: float | None = None
   label: str = "validation text"
+  genppl_se: float | None = None
+  entropy_se: float | None = None
 
 
 def sweep(

@@ -19,7 +19,7 @@ from dlm_jax.configs.base import base
 from dlm_jax.convert import families
 from dlm_jax.convert.family import Family
 from dlm_jax.errors import InputError, check_choice, hint
-from dlm_jax.fields import MOST, Items, Number, Switch, Text, Whole, shown
+from dlm_jax.fields import MOST, SEED, Items, Number, Switch, Text, Whole, shown
 from dlm_jax.models.dit import SIZES
 from dlm_jax.sample import NOISE_REMOVALS
 from dlm_jax.train.loop import LoopConfig
@@ -130,7 +130,7 @@ class Plan:
   """What a run is, before there are data and devices.
 
   Attributes:
-    seed: of parameters, data order, noise and times.
+    seed: of parameters, data order, noise and times; of 64 bits.
     data, model, process, objective, evaluate: see their classes.
     optim: of all trees, with a group for each that has options of its own.
     batch_size: sequences per update.
@@ -232,7 +232,7 @@ def bpe_size(tokenizer: str) -> int | None:
 def _checked(config) -> dict[str, Any]:
   """Return the fields of a configuration, of the types that `base` gives them, and in range."""
   c, known = config.to_dict(), base()
-  Whole(0, 2**32 - 1).check("seed", c["seed"])
+  c["seed"] = SEED.check("seed", c["seed"])
   for group, given in c.items():
     if group not in ("seed", "data"):
       c[group] = _typed(group, given, known[group])

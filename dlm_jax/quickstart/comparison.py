@@ -4,8 +4,10 @@
 import contextlib
 import dataclasses
 import pathlib
+import shlex
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
@@ -23,6 +25,7 @@ from dlm_jax.text.denoiser import Pipeline
 
 METHODS = {"idlm": "inverse distillation (IDLM)", "didi": "DiDi-Instruct"}
 _GUIDED_NFE = 8  # guided samples cost about four times as much: the last two NFEs up to this
+_SEEDS = {"the table": 0, "the samples below": 1}
 _TILT = (5.0, 5.0)  # the published 30 … 40 narrows the quick start's student to 2.3 nats
 
 
@@ -41,6 +44,8 @@ class Comparison:
     samples: samples per row of the frontier.
     shown: samples of each model in the report.
     shown_nfe: at this number of evaluations.
+    command: that does this again.
+    seed: of the students' training; None: nothing was trained.
   """
 
   teacher: str
@@ -53,6 +58,27 @@ class Comparison:
   samples: int
   shown: int
   shown_nfe: int
+  command: str
+  seed: int | None = None
+
+
+def command(options: Any, *flags: str) -> str:
+  """Return the quick start's command line for options that were given to it, others left out.
+
+  Args:
+    options: `distil.Options` or `shipped.Options`.
+    *flags: that say which.
+  """
+  parts = ["dlm-jax", "quickstart", *flags, f"--workdir={options.workdir}"]
+  for name in ("from_scratch", "methods", "nfes", "samples", "teacher_steps", "judge_steps"):
+    value = getattr(options, name, None)
+    if value is True:
+      parts.append(f"--{name}")
+    elif value != getattr(type(options), name, None):
+      several = isinstance(value, tuple)
+      parts.append(f"--{name}={','.join(map(str, value)) if several else value}")
+  parts += [f"--config.{name}={text}" for name, text in getattr(options, "overrides", {}).items()]
+  return shlex.join(parts)
 
 
 def check_sizes(nfes: tuple[int, ...], samples: int, shown: int) -> None:
@@ -88,6 +114,7 @@ def write(
     "judge": dataclasses.replace(judge, batch_size=compared.samples),
     "samples": compared.samples,
     "batch_size": compared.samples,
+    "seed": _SEEDS["the table"],
     "path": workdir / "frontier.jsonl",
     "context": {"weights": [convert.fingerprint(directory) for directory in used]},
   }
@@ -95,17 +122,21 @@ def write(
     rows = _sweep(pipes, compared.nfes, settings)
   reference = score(judge, held_out(pipes["teacher"]))
   frontier.write(rows, workdir, reference=reference)
-  texts = {
-    name: pipe(steps=compared.shown_nfe, num=compared.shown, seed=1) for name, pipe in pipes.items()
-  }
+  shown = {"steps": compared.shown_nfe, "num": compared.shown, "seed": _SEEDS["the samples below"]}
+  texts = {name: pipe(**shown) for name, pipe in pipes.items()}
+  trained = {} if compared.seed is None else {"training": compared.seed}
   report.write(
     workdir,
     rows=rows,
     reference=reference,
     texts=texts,
     shown_nfe=compared.shown_nfe,
-    seconds=clock.seconds,
-    told=compared.told.format(made=_made(compared)),
+    made=report.Made(
+      told=compared.told.format(made=_made(compared)),
+      command=compared.command,
+      seeds=trained | _SEEDS,
+      seconds=clock.seconds,
+    ),
     tokenizer=pipes["teacher"].tokenizer,
     max_entropy_drop=compared.max_entropy_drop,
     students=compared.students,
@@ -113,7 +144,7 @@ def write(
 
 
 def score(judge: JudgeWithTokens, tokens_NL: Int[np.ndarray, "N L"]) -> frontier.Reference:
-  """Return what real text scores: GenPPL and entropy as of samples.
+  """Return what real text scores: GenPPL and entropy as of samples, with their errors.
 
   Args:
     judge: of `evaluate.judge.load_judge`.
@@ -121,8 +152,13 @@ def score(judge: JudgeWithTokens, tokens_NL: Int[np.ndarray, "N L"]) -> frontier
   """
   count = len(tokens_NL)
   quality = judge.quality(tokens_NL, batch_size=min(count, 64))
-  label = f"{count} validation texts"
-  return frontier.Reference(genppl=quality.genppl, entropy=quality.entropy, label=label)
+  return frontier.Reference(
+    genppl=quality.genppl,
+    genppl_se=quality.genppl_se,
+    entropy=quality.entropy,
+    entropy_se=quality.entropy_se,
+    label=f"{count} validation texts",
+  )
 
 
 def _sweep(pipes, nfes, settings) -> list[frontier.Row]:

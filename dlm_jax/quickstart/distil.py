@@ -207,6 +207,8 @@ def _compared(options: Options, config) -> comparison.Comparison:
     samples=options.samples,
     shown=options.shown,
     shown_nfe=options.shown_nfe,
+    command=comparison.command(options),
+    seed=config.seed,
   )
 
 

@@ -1,18 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
 """The quick start's report: table, figure and samples in one Markdown file."""
 
+import dataclasses
 import json
 import math
 import os
 import pathlib
 import platform
 import textwrap
+from importlib import metadata
 
 import jax
 
 from dlm_jax import __version__
 from dlm_jax.evaluate import frontier
 from dlm_jax.evaluate.generative import plus_minus
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Made:
+  """How a report's numbers came about.
+
+  Attributes:
+    told: what was done, in a sentence or two.
+    command: that does it again.
+    seeds: by what was drawn from them.
+    seconds: wall-clock time by part.
+  """
+
+  told: str
+  command: str
+  seeds: dict[str, int]
+  seconds: dict[str, float]
 
 
 def write(
@@ -22,8 +41,7 @@ def write(
   reference: frontier.Reference,
   texts: dict[str, list[str]],
   shown_nfe: int,
-  seconds: dict[str, float],
-  told: str,
+  made: Made,
   tokenizer,
   max_entropy_drop: float,
   students: dict[str, str],
@@ -36,23 +54,19 @@ def write(
     reference: what held-out text scores.
     texts: samples by model, "teacher" and the students.
     shown_nfe: their number of network evaluations.
-    seconds: wall-clock time per part.
-    told: what was done, in a sentence or two.
+    made: how.
     tokenizer: its separator is shown as an end mark.
     max_entropy_drop: rule by which the student was chosen, nats.
     students: path of each student; the last line says how to sample from the first.
   """
   table = frontier.table(rows)
   verdicts = [_verdict(rows, shown_nfe, name) for name in students]
-  took = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
-  machine = f"{os.cpu_count()} CPU cores, {jax.default_backend()}, Python "
-  machine += f"{platform.python_version()}, jax {jax.__version__}, dlm_jax {__version__}"
   lines = [
     "# A few-step student of a masked diffusion language model",
     "",
     "A masked diffusion model writes a whole text in parallel, but needs many network evaluations",
     "(NFE) to do it well.",
-    *textwrap.wrap(told, 100),
+    *textwrap.wrap(made.told, 100),
     "",
     *(f"**{verdict}**\n" for verdict in verdicts),
     "![Quality against network evaluations](frontier.png)",
@@ -64,10 +78,11 @@ def write(
     f"The student kept is the best one whose entropy stayed within {max_entropy_drop} nats of the "
     "teacher's.",
     *_on_guidance(rows),
-    f"Held-out text scores {reference.genppl:.1f} at {reference.entropy:.2f} nats "
-    f"({reference.label}).",
+    f"Held-out text scores {plus_minus(reference.genppl, reference.genppl_se)} at "
+    f"{plus_minus(reference.entropy, reference.entropy_se, 2)} nats ({reference.label}).",
+    "± is one standard error over samples or texts, of one trained network and one seed.",
     "",
-    f"Time: {took}. Machine: {machine}.",
+    *_how(made),
     "",
     f"## Samples at {shown_nfe} network evaluations",
   ]
@@ -82,6 +97,20 @@ def write(
   summary += [f"report: {workdir / 'report.md'}   figure: {workdir / 'frontier.png'}"]
   summary += [f"more:   dlm-jax sample {_named(next(iter(students.values())))} --steps=8 --num=4"]
   (workdir / "summary.txt").write_text("\n".join(summary) + "\n", encoding="utf-8")
+
+
+def _how(made: Made) -> list[str]:
+  """Say what it takes to do the same again: command, seeds, versions, machine, time."""
+  took = ", ".join(f"{name} {value:.0f} s" for name, value in made.seconds.items())
+  seeds = ", ".join(f"{seed} of {what}" for what, seed in made.seeds.items())
+  libraries = ("jax", "jaxlib", "flax", "optax", "numpy")
+  versions = ", ".join(f"{name} {metadata.version(name)}" for name in libraries)
+  machine = f"{os.cpu_count()} CPU cores, {jax.device_count()} × {jax.devices()[0].device_kind}"
+  return [
+    f"Command: `{made.command}`. Seeds: {seeds}.",
+    f"Versions: dlm_jax {__version__}, Python {platform.python_version()}, {versions}.",
+    f"Machine: {machine}. Time: {took}.",
+  ]
 
 
 def _named(path: str) -> str:

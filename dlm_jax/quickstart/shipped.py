@@ -61,6 +61,7 @@ def run(options: Options, say: Callable[[str], None] = print) -> None:
     samples=options.samples,
     shown=options.shown,
     shown_nfe=options.shown_nfe,
+    command=comparison.command(options, "--pretrained"),
   )
   say("1/2  Networks: the shipped teacher and student of English novels, and their judge")
   for name in (TEACHER, STUDENT, JUDGE):

@@ -72,7 +72,8 @@ class Checkpoints:
     except OSError as error:
       raise InputError(f"cannot write checkpoints to {self.directory}: {error.strerror}.") from None
     try:
-      self._manager = ocp.CheckpointManager(self.directory, options=options, item_names=_ITEMS)
+      with _unheard():
+        self._manager = ocp.CheckpointManager(self.directory, options=options, item_names=_ITEMS)
     except ImportError as error:
       raise InputError(
         f"cannot write checkpoints to {self.directory}: {_first_line(error)}; gs:// needs the "
@@ -179,7 +180,10 @@ class Checkpoints:
   def _restore(self, like, step):
     items = ocp.args.Composite(state=ocp.args.StandardRestore(like), extra=ocp.args.JsonRestore())
     try:
-      restored = self._manager.restore(step, args=items)
+      if not any((self.directory / str(step)).iterdir()):
+        raise ValueError("the folder is empty")
+      with _unheard():
+        restored = self._manager.restore(step, args=items)
       state, extra = restored["state"], restored["extra"]
       if {"saved", "checksums"} & set(extra):  # one of an earlier version has none
         extra, sums = extra["saved"], extra["checksums"]
@@ -210,6 +214,21 @@ def _is_news(record) -> bool:
   """Drop what Orbax logs of a full disk, a stack for each thread: one line comes of it anyway."""
   error = record.exc_info[1] if record.exc_info else None
   return error is None or disk.refusal(error) is None
+
+
+@contextlib.contextmanager
+def _unheard() -> Iterator[None]:
+  """Drop what Orbax logs of a checkpoint without metadata: `restore` tells of it in its line."""
+  logger = logging.get_absl_logger()
+
+  def by_others(record):
+    return not {"orbax", "metadata"} <= set(record.pathname.split(os.sep))
+
+  logger.addFilter(by_others)
+  try:
+    yield
+  finally:
+    logger.removeFilter(by_others)
 
 
 def read_config(directory: epath.PathLike) -> dict:

@@ -10,6 +10,7 @@ import sys
 import pytest
 import tiny_runs
 
+from dlm_jax import draw
 from dlm_jax.cli.main import main
 
 
@@ -339,6 +340,20 @@ def finished(tmp_path_factory):
 
 def _listing(folder):
   return {str(p.relative_to(folder)): p.stat().st_size for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_seed_of_64_bits_is_resumed_under_itself(fails, tiny, tmp_path, capsys):
+  run = lambda seed, steps: (  # noqa: E731
+    "train",
+    *tiny.flags("teacher", seed=str(seed), train__steps=steps),
+    f"--workdir={tmp_path}",
+  )
+  assert main(list(run(-(2**40), "1"))) == 0
+  capsys.readouterr()
+  assert "another config (seed)" in fails(*run(-(2**41), "2"))
+  assert "another config (seed)" in fails(*run(draw.fold_32(-(2**40)), "2"))
+  assert main(list(run(-(2**40), "2"))) == 0
+  assert (tmp_path / "checkpoints" / "2").is_dir()
 
 
 def test_workdir_of_another_run(fails, tiny, finished):

@@ -288,8 +288,8 @@ def test_wandb_that_is_not_installed(fails, tiny, tmp_path):
 @pytest.mark.parametrize(
   ("flag", "message"),
   [
-    ("--config.seed=-1", "seed=-1 must be at least 0"),
-    (f"--config.seed={2**64}", "must be at most 4294967295"),
+    (f"--config.seed={-(2**63) - 1}", "must be at least -9223372036854775808"),
+    (f"--config.seed={2**64}", "must be at most 9223372036854775807"),
     ("--config.model.dim=7", "model.heads"),
     ("--config.loader.batch_size=0", "loader.batch_size=0"),
     ("--config.evaluate.noise_removal=foo", "evaluate.noise_removal='foo' is unknown"),

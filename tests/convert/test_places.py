@@ -7,8 +7,10 @@ import shutil
 
 import pytest
 
+import dlm_jax
 from dlm_jax import convert
 from dlm_jax.convert import places
+from dlm_jax.errors import InputError
 
 SDAR = pathlib.Path(__file__).parent.parent / "golden" / "checkpoints" / "sdar_bf16"
 
@@ -26,6 +28,36 @@ def network(tmp_path):
     return folder
 
   return make
+
+
+@pytest.mark.parametrize(
+  ("path", "said"),
+  [
+    (
+      "org/some-name",
+      "there is no such folder, and names of a hub are not read; fetch it, `hf download "
+      "org/some-name --local-dir some-name` (extra hub), and give that folder.",
+    ),
+    ("gpt3", "names of a hub are not read; fetch it, `hf download gpt3 --local-dir gpt3`"),
+    ("novels-student", "the shipped network of that name is shipped:novels-student."),
+    ("novels-studnet", "give that folder (did you mean 'novels-student'?)"),
+    ("runs/studnet", "there is no such folder (did you mean 'student'?); it was looked for in"),
+    ("stduents", "there is no such folder (did you mean 'students'?)"),
+    ("runs/other", "there is no such folder; check the path (looked from "),
+    ("/none/at/all", "there is no such folder; check the path (looked from "),
+    ("a b/c", "there is no such folder; check the path"),
+    ("runs/student", "expected config.json and model.safetensors in it, in best/ or in final/."),
+  ],
+)
+def test_a_name_of_nothing(tmp_path, monkeypatch, path, said):
+  """Of a hub, of a shipped network, or mistyped: what to do is in the line."""
+  (tmp_path / "runs" / "student").mkdir(parents=True)
+  (tmp_path / "students").mkdir()
+  monkeypatch.chdir(tmp_path)
+  for read in (places.find_network, dlm_jax.load):
+    with pytest.raises(InputError) as caught:
+      read(path)
+    assert str(caught.value).startswith(f"{path} holds no network: ") and said in str(caught.value)
 
 
 _HASH = "0a1b2c3"

@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 
+from dlm_jax import draw
 from dlm_jax.data import builder, loader, sources, tokenizers
 from dlm_jax.errors import InputError
 
@@ -139,6 +140,22 @@ def test_a_state_of_another_stream_is_refused(change, directory):
     make(directory).seek(state)
 
 
+def test_seeds_of_64_bits(directory):
+  """They order as 32 bits of them do, and a state still knows the whole seed."""
+  seeds = (3, 3 + 2**32, 3 + 2**40, 2**63 - 1, -1, -(2**63))
+  orders = {tuple(numbers(take(make(directory, seed=seed), 5))) for seed in seeds}
+  assert len(orders) == len(seeds)
+  large = 3 + 2**32
+  same = draw.fold_32(large)
+  one, two = (make(directory, seed=seed) for seed in (large, same))
+  np.testing.assert_array_equal(take(one, 3), take(two, 3))
+  saved = json.loads(json.dumps(one.position()))
+  assert saved["seed"] == large
+  with pytest.raises(InputError, match=f"seed={large} .saved., {same} .now."):
+    two.seek(saved)
+  one.seek(saved)
+
+
 def test_a_damaged_state_is_refused(directory):
   one = make(directory)
   for step in (None, -1, "3"):
@@ -153,7 +170,8 @@ def test_a_damaged_state_is_refused(directory):
     ({"batch_size": 9, "hosts": 2}, r"batch_size=9 is not divisible by 2 hosts; use 8 or 10\."),
     ({"batch_size": 1, "hosts": 2}, r"use 2\."),
     ({"host": 2, "hosts": 2}, "host=2 is outside"),
-    ({"seed": -1}, "seed=-1 is outside"),
+    ({"seed": -(2**63) - 1}, "loader.seed=.* must be at least -9223372036854775808"),
+    ({"seed": 2**63}, "loader.seed=.* must be at most 9223372036854775807"),
     ({"batch_size": 38, "repeat": False}, "use 37 or less, or repeat=True"),
   ],
 )

@@ -130,6 +130,17 @@ def test_description_follows_the_files(tmp_path):
     ("a.gz", gzip.compress(b"text" * 99, mtime=0)[:-9], r"a\.gz is not a whole \.gz file"),
     ("a.gz", b"text", r"a\.gz is not a whole \.gz file"),
     ("a.xz", lzma.compress(b"text" * 99)[:-9], r"a\.xz is not a whole \.xz file"),
+    ("a.zst", b"\x28\xb5\x2f\xfd", r"\.zst files are not read; decompress it \(zstd -d\)"),
+    ("a.jsonl.zst", b"\x28\xb5\x2f\xfd", r"a\.jsonl\.zst: \.zst files are not read"),
+    ("a.parquet", b"PAR1\xff", r"\.parquet files are not read; convert it to \.jsonl"),
+    ("a.txt", b"PAR1\xff", r"a\.txt is a \.parquet file, which is not read; convert it to \.jsonl"),
+    ("a.txt", b"\x28\xb5\x2f\xfd", r"a\.txt is a \.zst file, which is not read; decompress it"),
+    ("a.jsonl", gzip.compress(b"{}"), r"a\.jsonl is a \.gz file; let its name end in \.gz"),
+    ("a.json", b'{"text": "a"}\n{"text": "b"}', r"holds records \(text\).*; name it a\.jsonl"),
+    ("a.json", b'\xef\xbb\xbf\n{"x": 1,\n"y": 2}\n\n{"x": 3}', r"holds records \(x, y\)"),
+    ("a.json", b'{"text": "a"}\n', r"name it a\.jsonl, or a\.txt to train on the JSON itself"),
+    ("a.json", b'[\n {"q": 1},\n {"q": 2}]', r"write one a line \(jq -c '\.\[\]'\) to a\.jsonl"),
+    ("a.json.gz", gzip.compress(b'[{"q": 1}]'), r"a\.json\.gz holds records \(q\)"),
   ],
 )
 def test_unusable_files(name, content, message, tmp_path):
@@ -137,6 +148,24 @@ def test_unusable_files(name, content, message, tmp_path):
   with pytest.raises(InputError, match=message) as caught:
     both(sources.open_source(f"files:{tmp_path}/*"))
   assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+  "name, content",
+  [
+    ("a.txt", '{"text": "a"}\n{"text": "b"}'),
+    ("a.json", '{\n  "name": "x",\n  "text": 3\n}\n'),
+    ("a.json", '["a", "b"]'),
+    ("a.json", "[]"),
+    ("a.json", "{broken"),
+    ("a.json", "[" * 100_000),
+    ("a.json", '{"a": 1}, and so on'),
+  ],
+)
+def test_json_that_is_no_records_is_text(name, content, tmp_path):
+  (tmp_path / name).write_text(content)
+  source = sources.open_source(f"files:{tmp_path}/*", validation=f"{tmp_path}/*")
+  assert list(source.documents("validation")) == [content]
 
 
 @pytest.mark.parametrize(

@@ -354,6 +354,21 @@ def test_nearness_to_real_text_is_said_where_it_is_drawn(entropy):
   assert not any("dashed lines meet" in text for text in said), "its GenPPL is not known"
 
 
+@pytest.mark.parametrize(
+  ("unknown", "said"),
+  [
+    ((), "; bars are ± one standard error, unseen where the mark is larger."),
+    (("entropy_se",), "; bars of GenPPL are ± one standard error, unseen where"),
+    (("genppl_se", "entropy_se"), "512 samples per point."),
+  ],
+)
+def test_bars_are_said_of_what_has_them(unknown, said):
+  from dlm_jax.evaluate import _plot
+
+  rows = [{**row, **dict.fromkeys(unknown, math.nan)} for row in ROWS]
+  assert said in _plot.draw(rows).get_supxlabel()
+
+
 def test_crowded_heights_share_the_room():
   from dlm_jax.evaluate import _labels
 

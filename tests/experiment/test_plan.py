@@ -11,6 +11,7 @@ from dlm_jax import objectives, schedules
 from dlm_jax.errors import InputError
 from dlm_jax.experiment import plan
 from dlm_jax.experiment.config import list_configs, load_config
+from dlm_jax.train import checkpoint
 
 
 def _values(node):
@@ -49,6 +50,21 @@ def test_values_arrive():
   assert read.optim["fake"]["lr"] == 0.5 and read.mesh == config.mesh.to_dict()
   assert read.process.schedule == schedules.make(config.process.schedule, eps=config.process.eps)
   assert read.objective.module is objectives.idlm and "name" not in read.objective.options
+
+
+@pytest.mark.parametrize("seed", [2**32, 2**63 - 1, -1, -(2**63)])
+def test_seeds_of_64_bits(seed, tmp_path):
+  """What a checkpoint keeps tells a seed from another with the same lower half."""
+  config = load_config("quickstart_idlm", {"seed": str(seed)})
+  read = plan.read(config)
+  assert (read.seed, read.loop.seed, read.stored["seed"]) == (seed, seed, seed)
+  folder = tmp_path / "checkpoints"
+  (folder / "5").mkdir(parents=True)
+  (folder / "config.json").write_text(json.dumps(read.stored))
+  checkpoint.check_same(tmp_path, read.stored)
+  other = load_config("quickstart_idlm", {"seed": str(seed & 0xFFFFFFFF)})
+  with pytest.raises(InputError, match=r"holds a run with another config \(seed\)"):
+    checkpoint.check_same(tmp_path, plan.read(other).stored)
 
 
 def test_a_plan_does_not_follow_its_config():

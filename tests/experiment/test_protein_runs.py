@@ -161,6 +161,19 @@ def test_samples_have_the_length_that_is_asked_for(teacher, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_prepare_counts_residues(folder, tmp_path, capsys):
+  flags = overrides(folder, "teacher", data__directory=tmp_path / "data")
+  flags = [f"--config.{name}={value}" for name, value in flags.items()]
+  assert main(["prepare", "--config=proteins_teacher", *flags]) == 0
+  said = capsys.readouterr().out
+  dataset = builder.open_dataset(tmp_path / "data")
+  for split in ("train", "validation"):
+    lengths = dataset.lengths(split) - 2
+    count = f"{split}: {len(lengths):,} records, {lengths.sum():,} residues"
+    assert f"{count}, {lengths.mean():.1f} per protein; " in said
+  assert "padded to 8" in said and "bytes per token" not in said
+
+
 @pytest.mark.slow
 def test_evaluate_prints_what_proteins_are_like(folder, teacher, capsys):
   arguments = [f"--checkpoint={teacher}", f"--data={folder / 'data'}", "--samples=5", "--steps=2"]

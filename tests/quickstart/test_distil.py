@@ -112,6 +112,8 @@ def test_everything_is_there(done):
   assert "![" in report and "frontier.png" in report and "trained here from scratch" in report
   assert report.count("| teacher") == 2 and report.count("| student") == 2
   assert all(f"### {i}\n" in report for i in range(1, 9))
+  assert "Seeds: 0 of training, 0 of the table, 1 of the samples below." in report
+  assert f"`dlm-jax quickstart --workdir={done}" in report and "--from_scratch" in report
   for name in ("teacher", "judge", "student"):
     assert places.network_directory(str(done / name)).is_dir()
 

@@ -1,10 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """The sentences that the quick start's report concludes with."""
 
+import pathlib
+import platform
+import types
+
+import jax
 import numpy as np
 import pytest
 
-from dlm_jax.quickstart import report
+from dlm_jax import __version__
+from dlm_jax.evaluate import frontier
+from dlm_jax.quickstart import comparison, distil, report, shipped
 
 
 def _rows(**genppl):
@@ -98,3 +105,62 @@ def test_a_student_like_its_teacher_saves_nothing():
       row |= {"genppl_se": 0.07 * row["genppl"], "entropy": 4.2}
     said += report._saved({(row["name"], row["nfe"]): row for row in rows}, "student") != ""
   assert said <= 0.05 * 2000
+
+
+def _report(tmp_path, **real) -> str:
+  rows = [
+    row | {"seconds": 1.0, "options": {}} for row in _rows(teacher={8: 60.0}, student={8: 50.0})
+  ]
+  report.write(
+    tmp_path,
+    rows=rows,
+    reference=frontier.Reference(label="16 texts", **real),
+    texts={"teacher": ["a"], "student": ["b"]},
+    shown_nfe=8,
+    made=report.Made(
+      told="Told.",
+      command="dlm-jax quickstart --workdir=run",
+      seeds={"training": 5, "the table": 0},
+      seconds={"frontier": 2.0},
+    ),
+    tokenizer=types.SimpleNamespace(eos_text="<end>"),
+    max_entropy_drop=0.2,
+    students={"student": "run/student"},
+  )
+  return (tmp_path / "report.md").read_text()
+
+
+def test_a_report_says_how_it_was_made(tmp_path):
+  text = _report(tmp_path, genppl=14.52, genppl_se=0.44, entropy=4.081, entropy_se=0.012)
+  assert "Held-out text scores 14.5 ± 0.4 at 4.08 ± 0.01 nats (16 texts)." in text
+  assert (
+    "Command: `dlm-jax quickstart --workdir=run`. Seeds: 5 of training, 0 of the table." in text
+  )
+  assert (
+    f"dlm_jax {__version__}, Python {platform.python_version()}, jax {jax.__version__}," in text
+  )
+  assert "Time: frontier 2 s." in text and "± is one standard error" in text
+  nan = float("nan")
+  text = _report(tmp_path, genppl=14.52, genppl_se=nan, entropy=4.081, entropy_se=nan)
+  assert "Held-out text scores 14.5 at 4.08 nats (16 texts)." in text
+
+
+def test_the_command_of_a_report():
+  folder = pathlib.Path("my runs")
+  plain = distil.Options(workdir=folder)
+  assert comparison.command(plain) == "dlm-jax quickstart '--workdir=my runs'"
+  full = distil.Options(
+    workdir=pathlib.Path("run"),
+    from_scratch=True,
+    methods=("idlm", "didi"),
+    nfes=(1, 2),
+    samples=8,
+    teacher_steps=5,
+    overrides={"seed": "7", "data.source": "files:a b"},
+  )
+  assert comparison.command(full) == (
+    "dlm-jax quickstart --workdir=run --from_scratch --methods=idlm,didi --nfes=1,2 --samples=8 "
+    "--teacher_steps=5 --config.seed=7 '--config.data.source=files:a b'"
+  )
+  few = shipped.Options(workdir=folder, samples=4)
+  assert comparison.command(few, "--pretrained").endswith("runs' --samples=4")

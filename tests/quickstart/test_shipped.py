@@ -50,6 +50,9 @@ def test_everything_is_written_without_training(done):
   report = " ".join(report.split())  # it is wrapped
   assert "English novels" in report and "by inverse distillation (IDLM) (" in report
   assert "Teacher, student and judge: shipped with the package." in report
+  command = f"dlm-jax quickstart --pretrained --workdir={workdir} --nfes=1,2 --samples=4"
+  assert f"Command: `{command}`. Seeds: 0 of the table, 1 of the samples below." in report
+  assert np.isfinite(rows["reference"]["genppl_se"])
   summary = (workdir / "summary.txt").read_text()
   assert "dlm-jax sample --model=novels-student --steps=8" in summary
   assert summary in printed

@@ -4,6 +4,7 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -192,6 +193,32 @@ def test_max_seconds_ends_early_and_saves(tmp_path):
   assert result.reason == "time" and result.step <= 3
   assert _saved(tmp_path) == [result.step]
   assert float(result.state.trees["model"]) == sum(range(1, result.step + 1))
+
+
+@pytest.mark.parametrize("inside", [(), ("state",), ("x.txt",)])
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of Orbax's readers
+def test_a_checkpoint_with_nothing_in_it(tmp_path, caplog, inside):
+  """One line in all, and the one beside it is used; without one, one error."""
+  state = {"a": jax.device_put(np.arange(3.0, dtype=np.float32), mesh.make().devices.flat[0])}
+  like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state)
+  with checkpoint.Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(3, state, {"x": 1})
+  (tmp_path / "5").mkdir()
+  for name in inside:
+    (tmp_path / "5" / name).mkdir()
+  caplog.clear()
+  with checkpoint.Checkpoints(tmp_path) as checkpoints:
+    restored, extra = checkpoints.restore(like)
+  np.testing.assert_array_equal(restored["a"], state["a"])
+  (line,) = [record.getMessage() for record in caplog.records]
+  assert extra == {"x": 1} and line.startswith(f"checkpoint {tmp_path / '5'} cannot be restored:")
+  assert inside or "the folder is empty; going on from step 3" in line
+  shutil.rmtree(tmp_path / "3")
+  caplog.clear()
+  with checkpoint.Checkpoints(tmp_path) as checkpoints, pytest.raises(InputError) as caught:
+    checkpoints.restore(like)
+  assert not caplog.records and "\n" not in str(caught.value)
+  assert str(caught.value).endswith(f"remove {tmp_path} to begin the run anew.")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
