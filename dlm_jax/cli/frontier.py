@@ -13,8 +13,8 @@ from dlm_jax.cli import flags
 from dlm_jax.convert import places
 from dlm_jax.data import loader, packing, templates
 from dlm_jax.data.dataset import open_dataset
-from dlm_jax.errors import InputError, check_counts
-from dlm_jax.evaluate import frontier, joined, matched
+from dlm_jax.errors import InputError, check_choice, check_counts
+from dlm_jax.evaluate import frontier, joined, matched, saving
 from dlm_jax.evaluate.frontier import sweep_progress
 from dlm_jax.evaluate.judge import load_judge
 from dlm_jax.experiment.run import make_workdir
@@ -31,6 +31,11 @@ def main(argv: list[str]) -> None:
   frontier.checked_nfes(options.nfes)
   if options.temperatures or options.entropy is not None:
     matched.check_temperatures(options.temperatures or [1.0])
+  if options.baseline:
+    names = [name for name, *_ in options.model]
+    check_choice("--baseline", options.baseline, names)
+    if not options.temperatures:
+      raise InputError("--baseline compares at matched entropy; give --temperatures, e.g. 0.9,1.")
   check_counts(samples=options.samples, batch_size=options.batch_size)
   data = open_dataset(options.data) if options.data else None
   samplers, tokenizer, fingerprints = _samplers(options, data)
@@ -105,10 +110,13 @@ def _join(options) -> None:
 
 def _match(rows, options, folder, reference) -> list[pathlib.Path]:
   """Print and write the comparison at matched entropy."""
+  saved = saving.table(rows, options.baseline, options.entropy) if options.baseline else ""
   rows = matched.match(rows, options.entropy)
   if not all(math.isfinite(row["genppl"]) for row in rows):
     print("\nnot every model reaches the entropy between these --temperatures: nan below.")
   print(f"\nat matched entropy:\n{frontier.table(rows)}")
+  if saved:
+    print(f"\nevaluations saved beside {options.baseline}, two errors in brackets:\n{saved}")
   if not any(math.isfinite(row["genppl"]) for row in rows):
     return []
   settings = {"reference": reference, "axes": options.x, "stem": "matched"}
@@ -222,6 +230,12 @@ dlm-jax frontier --join=runs/teachers,runs/students --workdir=runs/all
     "--entropy",
     type=flags.number,
     help="nats to match; default: at every NFE what all models reach",
+  )
+  parser.add_argument(
+    "--baseline",
+    default="",
+    metavar="NAME",
+    help="model beside which evaluations are saved, at matched entropies",
   )
   return parser
 

@@ -4,7 +4,7 @@
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -52,6 +52,10 @@ class Sampler:
     compiled = self._compile(networks, batch=batch, nfe=nfe)
     return lambda rng: compiled(*networks, rng)
 
+  def nfes(self, asked: Sequence[int]) -> list[int]:
+    """Return the NFEs to measure of those asked for: "first_hitting" has one, a token at a time."""
+    return [self.length] if self.options.get("sampler") == "first_hitting" else list(asked)
+
   def evaluations(self, nfe: int) -> int:
     """Return the evaluations of all networks that a sample takes, see `sample.evaluations`."""
     from dlm_jax import sample
@@ -79,11 +83,6 @@ class Sampler:
         "proteins are drawn with a start, an end and given lengths: those of --data=DIR, a "
         "prepared dataset of them."
       )
-    if self.options.get("sampler") == "first_hitting":
-      raise InputError(
-        "sampler='first_hitting' takes one evaluation per masked token whatever the NFE, so it has "
-        "no frontier; use 'ancestral'."
-      )
     guide = {} if critic is None else {"critic": critic}
     given = {"prompt": prompt, "frozen": frozen, "steps": nfe, **guide, **self.options}
     length = self.length if prompt is None else prompt.shape[1]
@@ -99,6 +98,19 @@ class TemplateSampler(Sampler):
   """
 
   templates: Callable[[int, int], Any]
+
+  def nfes(self, asked: Sequence[int]) -> list[int]:
+    """Return the NFEs asked for.
+
+    Raises:
+      InputError: of "first_hitting", whose evaluations differ from text to text here.
+    """
+    if self.options.get("sampler") == "first_hitting":
+      raise InputError(
+        "sampler='first_hitting' takes as many evaluations as a text has tokens to draw, which "
+        "differ here; use 'ancestral'."
+      )
+    return list(asked)
 
   def check(self) -> None:
     """Trace one step; raises InputError for options that the sampler does not take."""

@@ -4,7 +4,6 @@
 import contextlib
 import csv
 import dataclasses
-import itertools
 import json
 import math
 import operator
@@ -116,7 +115,8 @@ def sweep(
 
   Args:
     samplers: see `SamplerFactory`, by the name to plot them under.
-    nfes: numbers of network evaluations, integers ≥ 1; doubles are dropped.
+    nfes: numbers of network evaluations, integers ≥ 1; doubles are dropped. "first_hitting" is
+      measured once, with as many as a text has tokens: the exact limit of masks.
     judge: see `load_judge`; it knows how many samples it reads at a time.
     samples: samples per row.
     batch_size: samples drawn at a time.
@@ -146,15 +146,18 @@ def sweep(
     return _row(key | measured)
 
   fixed = {"samples": samples, "seed": seed, "context": dict(context or {})}
-  rows = []
+  rows, jobs = [], []
+  for name, factory in samplers.items():
+    own = getattr(factory, "nfes", list)(nfes)
+    jobs += [(name, factory, nfe) for nfe in own]
   with _finished(path) as finished:
-    for (name, factory), nfe in itertools.product(samplers.items(), nfes):
+    for name, factory, nfe in jobs:
       options = dict(getattr(factory, "options", {}))
       key = _plain(fixed | {"name": name, "nfe": nfe, "options": options})
       row = finished.find(key) or finished.add(measure(factory, key))
       rows.append(row)
       if on_row is not None:
-        on_row(row, len(rows), len(samplers) * len(nfes))
+        on_row(row, len(rows), len(jobs))
   return rows
 
 

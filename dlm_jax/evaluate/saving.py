@@ -12,7 +12,7 @@ import itertools
 import math
 from collections.abc import Sequence
 
-from dlm_jax.evaluate import frontier, matched
+from dlm_jax.evaluate import frontier, generative, matched, tables
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,6 +62,56 @@ def savings(
     if row["name"] == baseline and (most is None or row["evaluations"] <= most)
   )
   return [_saving(row, curve, entropy) for row in at if row["name"] != baseline and curve]
+
+
+def entropies(rows: Sequence[frontier.Row], count: int = 3) -> list[float]:
+  """Return entropies that every sampler reaches with every number of evaluations, evenly apart.
+
+  Args:
+    rows: of `matched.sweep`.
+    count: how many; none if there is no common range.
+  """
+  groups: dict = {}
+  for row in rows:
+    groups.setdefault((row["name"], row["nfe"]), []).append(row["entropy"])
+  low, high = max(map(min, groups.values())), min(map(max, groups.values()))
+  steps = [(i + 0.5) / count for i in range(count)]
+  return [low + step * (high - low) for step in steps] if low < high else []
+
+
+def table(rows: Sequence[frontier.Row], baseline: str, entropy: float | None = None) -> str:
+  """Return the savings as a Markdown table.
+
+  Args:
+    rows: of `matched.sweep`.
+    baseline: name of the sampler that is to be saved.
+    entropy: nats; None: see `entropies`.
+  """
+  found = [
+    one
+    for at in ([entropy] if entropy is not None else entropies(rows))
+    for one in savings(rows, baseline, at)
+  ]
+  if not found:
+    return "no entropy that all reach lies between these temperatures: take wider ones."
+  cells = [
+    (
+      one.name,
+      str(one.evaluations),
+      f"{one.entropy:.2f}",
+      generative.plus_minus(one.genppl, one.genppl_se),
+      _times(one),
+    )
+    for one in sorted(found, key=lambda one: (one.name, one.entropy, one.evaluations))
+  ]
+  return tables.markdown(("model", "evaluations", "entropy", "GenPPL", "times fewer"), cells)
+
+
+def _times(one: Saving) -> str:
+  if math.isnan(one.times):
+    return "fewer than the baseline's first"
+  bounds = [f"{x:.1f}" if math.isfinite(x) else "?" for x in (one.low, one.high)]
+  return f"{one.times:.1f} ({' … '.join(bounds)}{', its limit' if one.limited else ''})"
 
 
 def _saving(row, curve, entropy) -> Saving:

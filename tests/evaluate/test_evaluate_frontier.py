@@ -216,8 +216,8 @@ def test_sampler_draws_with_the_library():
   one_by_one = frontier.Sampler(
     denoiser=denoiser, process=proc, length=6, options={"sampler": "first_hitting"}
   )
-  with pytest.raises(InputError, match="has no frontier"):
-    one_by_one(3, 2)
+  rows = frontier.sweep({"limit": one_by_one}, [2, 4], judge=judge, samples=4, batch_size=3)
+  assert [(row["nfe"], row["evaluations"]) for row in rows] == [(6, 6)]
 
 
 def pixels(path):

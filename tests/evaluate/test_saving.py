@@ -95,3 +95,14 @@ def test_errors_of_a_saving_hold():
     (found,) = saving.savings(TEACHER + noisy, "teacher", 4.8)
     inside += found.low <= 2 <= found.high
   assert 0.92 < inside / 400 <= 0.99
+
+
+def test_table():
+  rows = TEACHER + _rows("half", (4, 8), lambda n: 100 * (1 + 8 / (2 * n)))
+  text = saving.table(rows, "teacher")
+  assert text.count("| half ") == 6 and "| 2.0 (" in text and "4.72" in text and "4.78" in text
+  assert saving.table(rows, "teacher", 4.75).count("| half ") == 2
+  apart = TEACHER + [
+    {**row, "entropy": row["entropy"] - 1} for row in rows if row["name"] == "half"
+  ]
+  assert saving.table(apart, "teacher").startswith("no entropy that all reach")
