@@ -22,6 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 from dlm_jax.arrays import NEG_INF, RngKey, Scalar
 
 _BLOCK = 256  # of the order of √V for the vocabularies in use
+_COLD = float(np.finfo(np.float32).tiny)  # temperatures below are 0, as arithmetic has them
 
 
 def key(seed: int) -> RngKey:
@@ -173,6 +174,29 @@ def race(
   return jnp.argmax(weights / exponential, axis=-1).astype(jnp.int32)
 
 
+def _tempered(logits, temperature):
+  """Return logits over a temperature: 0 for the largest of a row, so that nothing overflows."""
+  if isinstance(temperature, jax.Array):
+    warm = temperature >= _COLD
+    divided = _divided(logits, jnp.where(warm, temperature, 1.0))
+    return jnp.where(warm, divided, _first_of_largest(logits))
+  if temperature == 1.0:
+    return logits
+  return _divided(logits, temperature) if temperature >= _COLD else _first_of_largest(logits)
+
+
+def _divided(logits, temperature):
+  possible = logits > NEG_INF / 2
+  below = (logits - logits.max(axis=-1, keepdims=True)) / temperature
+  return jnp.where(possible, jnp.maximum(below, NEG_INF / 2), logits)  # above the impossible
+
+
+def _first_of_largest(logits):
+  best = jnp.argmax(logits, axis=-1, keepdims=True)
+  ids = _along_last(logits.shape[-1], logits.ndim - 1)
+  return jnp.where(ids == best, 0.0, -jnp.inf).astype(logits.dtype)
+
+
 def sharpen(
   logits: Float[Array, "*draws V"],
   temperature: Scalar = 1.0,
@@ -189,12 +213,12 @@ def sharpen(
   Args:
     logits: float32; need not be normalised. Those of half of `NEG_INF` and less are impossible
       tokens, which no temperature makes possible.
-    temperature: > 0; 1 leaves the distribution as it is. May be traced.
+    temperature: ≥ 0; 1 leaves the distribution as it is. 0 keeps the most probable token alone,
+      the first of several; a small one tends to that, with ties kept. May be traced.
     nucleus: in (0, 1]; 1 keeps everything. May be traced; then rows are sorted whatever it is.
     top_k: how many tokens to keep; 0, or V and more, keeps everything.
   """
-  if isinstance(temperature, jax.Array) or temperature != 1.0:
-    logits = jnp.where(logits > NEG_INF / 2, logits / temperature, logits)
+  logits = _tempered(logits, temperature)
   if 0 < top_k < logits.shape[-1]:
     least = jax.lax.top_k(logits, top_k)[0][..., -1:]
     logits = jnp.where(logits >= least, logits, -jnp.inf)

@@ -296,7 +296,7 @@ dlm-jax sample --checkpoint=SDAR-8B-Chat-b8 --draft=SDAR-1.7B-Chat-b8 --chat --p
     "--temperature",
     type=flags.number,
     metavar="T",
-    help="default 1; of a decoder 0, the most probable tokens",
+    help="0: the most probable tokens; default 1, of a decoder 0",
   )
   add("--nucleus", "--top_p", type=flags.number, metavar="P", help="draw from the top of this mass")
   add("--seed", type=flags.seed)

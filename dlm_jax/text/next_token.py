@@ -126,10 +126,10 @@ def _check(given, length, most, temperature, nucleus, top_k):
       if given < most
       else f"the prompt is {given - 1} tokens and this network reads {most}; shorten it."
     )
-  if temperature <= 0 or not 0 < nucleus <= 1 or top_k < 0:
+  if temperature < 0 or not 0 < nucleus <= 1 or top_k < 0:
     raise InputError(
-      f"temperature={temperature} must be positive, nucleus={nucleus} in (0, 1] and top_k={top_k} "
-      "0 or more; for the most probable tokens use top_k=1."
+      f"temperature={temperature} must be 0 or more, nucleus={nucleus} in (0, 1] and top_k={top_k} "
+      "0 or more; temperature=0 takes the most probable tokens."
     )
 
 

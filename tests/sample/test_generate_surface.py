@@ -275,6 +275,29 @@ def test_sharpening_may_be_traced(sampler):
     np.testing.assert_array_equal(traced(temperature, nucleus), wanted)
 
 
+@pytest.mark.parametrize(
+  "options",
+  [
+    {},
+    {"sampler": "psi"},
+    {"sampler": "analytic"},
+    {"sampler": "first_hitting"},
+    {"proc": process.Uniform(vocab_size=toy.VOCABULARY)},
+  ],
+  ids=str,
+)
+def test_temperature_0_takes_the_most_probable_token(options):
+  """As a nucleus does that has room for one; traced or not, and what tends to it."""
+  fixed = {"proc": PROC, "batch": 16, "length": L, "steps": 3, **options}
+  run = lambda t: sample.generate(_toy(L), rng=KEY, temperature=t, **fixed)  # noqa: E731
+  wanted = _generate(nucleus=1e-9, **fixed)
+  assert (_generate(**fixed) != wanted).any()
+  np.testing.assert_array_equal(jax.jit(lambda: run(0.0))(), wanted)
+  traced = jax.jit(run)
+  for temperature in (0.0, 1e-38):
+    np.testing.assert_array_equal(traced(temperature), wanted)
+
+
 def test_top_k_keeps_the_most_probable():
   proc = process.Absorbing(vocab_size=toy.VOCABULARY, mask_id=toy.MASK)
   best = _generate(batch=16, steps=L, sampler="first_hitting", top_k=1)
@@ -390,7 +413,6 @@ def test_real_network(small, sampler):
     ({"sampler": "ancestrel"}, "ancestral"),
     ({"precision": "double"}, "legacy"),
     ({"noise_removal": "ancestrl"}, "greedy"),
-    ({"temperature": 0.0}, "temperature"),
     ({"temperature": -1.0}, "temperature"),
     ({"nucleus": 0.0}, "nucleus"),
     ({"nucleus": 1.5}, "nucleus"),
