@@ -311,6 +311,23 @@ def test_temperatures_tend_to_the_most_probable_token(temperature, traced):
   assert np.isneginf(found[0, 4]), "what top-k leaves out is what is impossible"
 
 
+@pytest.mark.parametrize("wrong", [jnp.nan, jnp.inf])
+@pytest.mark.parametrize(
+  "options",
+  [{}, {"temperature": 0.0}, {"temperature": 0.5}, {"nucleus": 0.5}, {"top_k": 1}],
+  ids=str,
+)
+def test_logits_that_are_no_law_draw_no_token(wrong, options):
+  logits = jnp.zeros((3, 600)).at[1, 500].set(wrong).at[2, 9].set(-jnp.inf)
+  uniform = draw.uniforms(jax.random.key(0), (3,))
+  drawn = draw.softmax(draw.sharpen(logits, **options)).draw(uniform)
+  np.testing.assert_array_equal(drawn == draw.NONE, [False, True, False])
+  np.testing.assert_array_equal(draw.most_probable(logits), [0, draw.NONE, 0])
+  spread = jax.random.uniform(jax.random.key(1), logits.shape)
+  for drawn in (draw.categorical(jnp.exp(logits), uniform), draw.race(jnp.exp(logits), spread)):
+    np.testing.assert_array_equal(drawn == draw.NONE, [False, True, False])
+
+
 @pytest.mark.parametrize("traced", [False, True])
 def test_ties_are_kept_by_temperatures_above_0(traced):
   logits = jnp.array([1.0, 3.0, 3.0, NEG_INF])

@@ -95,7 +95,8 @@ def generate(
 
   Returns:
     int32 [batch, length]; with `return_trace` also the state after every step, int32
-    [steps + 1, batch, length] (one less with noise_removal="none").
+    [steps + 1, batch, length] (one less with noise_removal="none"). Where logits were NaN or +inf a
+    token is −1, `draw.NONE`.
 
   Raises:
     InputError: steps < 1, a prompt longer than `length`, an option unknown or out of range, or a

@@ -20,6 +20,7 @@ from dlm_jax.errors import InputError
 from dlm_jax.models.protocols import Cached
 from dlm_jax.text import prompts as read
 from dlm_jax.text import requests, stops
+from dlm_jax.text.denoiser import check_logits
 from dlm_jax.text.follow import Follow, rows_of
 from dlm_jax.text.requests import Plan
 
@@ -257,7 +258,7 @@ class TextDecoder:
         options=plan.options,
         on_round=follow,
       )
-    self._check_logits(info)
+    check_logits(self.source, np.isnan(np.asarray(info.log_prob_BL)), self.model.config.dtype)
     rows, texts, info = follow.finish(rows_of(tokens_BL, info.prompt_B, info.lengths_B), info)
     drafted_B = info.counts.get("draft_passes", np.zeros(1, np.int32))
     return Generation(
@@ -268,18 +269,6 @@ class TextDecoder:
       draft_passes=int(np.sum(drafted_B)),
       mode=plan.mode,
     )
-
-  def _check_logits(self, info: sample.Info) -> None:
-    """Refuse a text whose log-probabilities are no numbers: nor were the logits it came from."""
-    wrong_BL = np.isnan(np.asarray(info.log_prob_BL))
-    if wrong_BL.any():
-      row, place = (int(axis[0]) for axis in np.nonzero(wrong_BL))
-      exact = self.model.config.dtype == "float32"
-      raise InputError(
-        f"{self.source}: the logits of token {place + 1} of text {row + 1} are NaN or infinite, "
-        "though its weights are finite; "
-        + ("fetch or train it again." if exact else "try dtype='float32'.")
-      )
 
   def _text(self, ids: Sequence[int], stop_ids: Sequence[int]) -> str:
     """Return the text of decided ids; rows that no token has, and ends, show as nothing."""

@@ -149,7 +149,11 @@ class Pipeline:
     critic = self.critic if options.get("sampler") == "rgas" else None
     run = _generate(self.process, num, length, steps, self._key(options, critic))
     self._check_room(num, length, steps)
-    return run(self.denoiser, critic, draw.key(seed), given, frozen)
+    drawn = run(self.denoiser, critic, draw.key(seed), given, frozen)
+    dtype = getattr(getattr(getattr(self.denoiser, "model", None), "config", None), "dtype", None)
+    rows = np.asarray(drawn[0] if isinstance(drawn, tuple) else drawn)
+    check_logits(self.source, rows == draw.NONE, dtype)
+    return drawn
 
   def given(self, prompt: str = "", length: int | None = None) -> Bool[np.ndarray, "L"]:
     """Return where nothing is drawn: at the prompt, and in the frame of a protein.
@@ -309,6 +313,28 @@ def load_denoiser(
     source=source,
     guide=convert.Weights(guide),
   )
+
+
+def check_logits(
+  source: pathlib.Path | None, wrong_BL: Bool[np.ndarray, "B L"], dtype: str | None
+) -> None:
+  """Refuse texts of which some tokens came from logits that are no numbers.
+
+  Args:
+    source: of the network, for the message.
+    wrong_BL: where.
+    dtype: of the network's products.
+
+  Raises:
+    InputError: there are such tokens.
+  """
+  if wrong_BL.any():
+    row, place = (int(axis[0]) for axis in np.nonzero(wrong_BL))
+    raise InputError(
+      f"{source}: the logits of token {place + 1} of text {row + 1} are NaN or infinite, "
+      "though its weights are finite; "
+      + ("fetch or train it again." if dtype == "float32" else "try dtype='float32'.")
+    )
 
 
 def default_dtype() -> str:

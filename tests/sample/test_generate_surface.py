@@ -298,6 +298,28 @@ def test_temperature_0_takes_the_most_probable_token(options):
     np.testing.assert_array_equal(traced(temperature), wanted)
 
 
+@pytest.mark.parametrize(
+  "options",
+  [
+    {},
+    {"noise_removal": "greedy", "temperature": 0.0},
+    {"sampler": "psi"},
+    {"sampler": "analytic", "noise_removal": "greedy"},
+    {"sampler": "first_hitting"},
+    {"precision": "legacy"},
+    {"proc": process.Uniform(vocab_size=4)},
+    {"proc": process.Uniform(vocab_size=4), "noise_removal": "greedy"},
+  ],
+  ids=str,
+)
+def test_logits_that_are_no_numbers_leave_no_token(options):
+  """Token 0 would hide them."""
+  wrong = sample.from_logits(lambda x_BL, _: jnp.full((*x_BL.shape, 4), jnp.nan))
+  given = {"proc": process.Absorbing(vocab_size=4, mask_id=3), "steps": 4, **options}
+  run = lambda rng: sample.generate(wrong, rng=rng, batch=2, length=8, **given)  # noqa: E731
+  assert (jax.jit(run)(KEY) == -1).any(axis=1).all()
+
+
 def test_top_k_keeps_the_most_probable():
   proc = process.Absorbing(vocab_size=toy.VOCABULARY, mask_id=toy.MASK)
   best = _generate(batch=16, steps=L, sampler="first_hitting", top_k=1)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Judges that write: the law of what they draw, prompts, and what is refused."""
 
+import dataclasses
 import itertools
 import json
 import string
@@ -122,6 +123,15 @@ def test_refused_calls(pipe, options, message):
   with pytest.raises(InputError, match=message) as caught:
     pipe(**options)
   assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 1}, {"temperature": 0.0}], ids=str)
+def test_logits_that_overflow_are_said(pipe, options):
+  huge = dataclasses.replace(pipe, params=jax.tree.map(lambda x: x * 1e30, pipe.params))
+  with pytest.raises(
+    InputError, match=r"token 2 of text 1 are NaN or infinite, though its weights"
+  ):
+    huge(num=2, length=4, **options)
 
 
 def test_refused_networks(pipe, tmp_path):
