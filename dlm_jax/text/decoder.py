@@ -172,7 +172,7 @@ class TextDecoder:
       >>> pipe = dlm_jax.load("models/SDAR-8B-Chat-b8")  # doctest: +SKIP
       >>> pipe.generate("2 + 2?", chat=True, max_new_tokens=64).texts[0]  # doctest: +SKIP
     """
-    prompts = _repeated(prompts, num)
+    prompts = _repeated(prompts, num, self.model.config)
     return self.run(self.plan(prompts, **_known(request)), seed=seed, on_text=on_text)
 
   def plan(
@@ -228,6 +228,8 @@ class TextDecoder:
     ids = read.encode(*here, prompts, talk, mask_id, self.model.config.vocab_size)
     laid = requests.lay_out(self.source, ids, most, self.model.config)
     rows = rows.replace(limit_B=laid.pop("limit_B"))
+    what = f"{len(ids)} texts in a cache of {laid['window']} positions"
+    requests.check_room(what, self.model.config, len(ids), laid["window"])
     ends = {"stop_ids": stop_ids, "stop_texts": stop_texts, "watched": watched}
     return Plan(rule=rule, speculative=speculative, options=rows, **ends, **laid)
 
@@ -278,11 +280,13 @@ class TextDecoder:
     return self.tokenizer.decode([i for i in ids if i < size and i not in silent])
 
 
-def _repeated(prompts, num):
+def _repeated(prompts, num, config):
   """Return every prompt `num` times."""
   if not read.is_whole(num) or num < 1:
     raise InputError(f"num={num!r}: there must be at least 1 text, a whole number of them.")
-  return [prompt for prompt in read.each(prompts) for _ in range(num)]
+  prompts = read.each(prompts)
+  requests.check_room(f"num={num} texts of {len(prompts)} prompts", config, num * len(prompts), 1)
+  return [prompt for prompt in prompts for _ in range(num)]
 
 
 _ELSEWHERE = ("grid", "length", "noise_removal", "nucleus", "precision", "sampler")

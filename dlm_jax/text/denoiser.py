@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
-from dlm_jax import convert, draw, fields, mesh, models, process, sample
+from dlm_jax import convert, draw, fields, models, process, sample
 from dlm_jax.convert import places
 from dlm_jax.data import dataset, templates, tokenizers
 from dlm_jax.errors import InputError
@@ -141,14 +141,12 @@ class Pipeline:
 
     A protein's are its start, residues, end, and padding up to the bucket that it was trained in.
     """
-    steps, num = (
-      fields.Whole(-fields.MOST).check(*one) for one in (("steps", steps), ("num", num))
-    )
+    steps, num = fields.Whole(-fields.MOST).check("steps", steps), fields.Whole(1).check("num", num)
     seed = fields.SEED.check("seed", seed)
     given, frozen, length = self._start(prompt, options.pop("length", None))
     critic = self.critic if options.get("sampler") == "rgas" else None
     run = _generate(self.process, num, length, steps, self._key(options, critic))
-    self._check_room(num, length, steps)
+    frontier.check_room(self.denoiser, "num", num, length, steps)
     drawn = run(self.denoiser, critic, draw.key(seed), given, frozen)
     dtype = getattr(getattr(getattr(self.denoiser, "model", None), "config", None), "dtype", None)
     rows = np.asarray(drawn[0] if isinstance(drawn, tuple) else drawn)
@@ -187,13 +185,6 @@ class Pipeline:
         ) from None
     return tuple((name, value, type(value)) for name, value in sorted(options.items()))
 
-  def _check_room(self, num: int, length: int, steps: int) -> None:
-    """Complain about samples that the memory of this machine cannot hold."""
-    config = getattr(getattr(self.denoiser, "model", None), "config", None)
-    width = getattr(config, "dim", 1)
-    floats = num * length * (_KEPT * width + max(steps, 1))
-    mesh.check_room(f"num={num} × length={length} tokens in {steps} steps", 4 * floats)
-
   def _start(self, prompt: str, length: int | None):
     """Return what is given, where it is, and how many positions there are in all."""
     tokenizer, prompt = self.tokenizer, fields.Text().check("prompt", prompt)
@@ -215,7 +206,6 @@ class Pipeline:
 
 
 _STEPS = 16
-_KEPT = 4  # arrays as wide as the network that a pass holds at least
 _OURS = {  # arguments of `sample.generate` that follow from others here
   "batch": "ask for num texts",
   "critic": "the discriminator beside the network is taken",

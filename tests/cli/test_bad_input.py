@@ -397,7 +397,7 @@ def test_corrupted_metrics_are_no_obstacle(tiny, finished, tmp_path):
   "option, message",
   [
     ("--steps=0", "steps=0: sampling needs at least 1"),
-    ("--num=0", "batch=0"),
+    ("--num=0", "num=0 must be at least 1"),
     ("--length=-4", "length=-4"),
     ("--sampler=euler", "sampler='euler' is unknown"),
     ("--noise_removal=maybe", "noise_removal"),

@@ -289,7 +289,7 @@ def test_wandb_that_is_not_installed(fails, tiny, tmp_path):
   ("flag", "message"),
   [
     ("--config.seed=-1", "seed=-1 must be at least 0"),
-    (f"--config.seed={2**64}", "must be at most 4294967295"),
+    (f"--config.seed={2**64}", "must be at most 9223372036854775807"),
     ("--config.model.dim=7", "model.heads"),
     ("--config.loader.batch_size=0", "loader.batch_size=0"),
     ("--config.evaluate.noise_removal=foo", "evaluate.noise_removal='foo' is unknown"),
@@ -315,9 +315,11 @@ def test_frontier(fails, tiny, tmp_path):
     assert message in fails("frontier", f"{model},{option}", *rest)
   assert "is not a list like" in fails("frontier", model, *rest, "--temperatures=nan,1")
   assert "is not a finite number" in fails("frontier", model, *rest, "--entropy=nan")
-  assert "at most 4294967295" in fails("frontier", model, *rest, f"--seed={2**63}")
+  assert "at most 9223372036854775807" in fails("frontier", model, *rest, f"--seed={2**63}")
   assert "at most 2147483647" in fails("frontier", model, *rest, f"--nfes={HUGE}")
   assert "at most 2147483647" in fails("frontier", model, *rest, f"--samples={HUGE}")
+  many = (f"--samples={BIG}", f"--batch_size={BIG}")
+  assert f"batch_size={BIG} × length=16" in fails("frontier", model, *rest, *many)
   assert "is not a prepared dataset" in fails("frontier", model, *rest, "--data=/none")
   assert not (tmp_path / "run").exists()
 
@@ -328,8 +330,10 @@ def test_evaluate_says_it_before_it_measures(fails, tiny):
   assert "has no option 'x'" in fails("evaluate", *both, "--option=x=1")
   assert "steps=0 must be at least 1" in fails("evaluate", *both, "--steps=0")
   assert "samples=0 must be at least 1" in fails("evaluate", *both, "--samples=0")
+  many = (f"--samples={BIG}", f"--batch_size={BIG}")
+  assert f"batch_size={BIG} × length=16" in fails("evaluate", *both, *many)
   assert "/none holds no network" in fails("evaluate", *both[:2], "--judge=/none")
-  assert "at most 4294967295" in fails("evaluate", *both, f"--seed={2**63}")
+  assert "at most 9223372036854775807" in fails("evaluate", *both, f"--seed={2**63}")
 
 
 def test_bench(fails, tmp_path):

@@ -84,7 +84,7 @@ def test_trace_and_length(pipe):
   "options, message",
   [
     ({"steps": 0}, "steps=0"),
-    ({"num": 0}, "batch=0"),
+    ({"num": 0}, "num=0 must be at least 1"),
     ({"prompt": "many words " * 30}, "the prompt has"),
     ({"sampler": "euler"}, "sampler='euler' is unknown"),
   ],
