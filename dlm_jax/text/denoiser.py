@@ -218,6 +218,7 @@ _GUIDED = ("h", "candidates", "ratio", "reward")  # of sampler="rgas": they deci
 _ELSEWHERE = (
   "block_length",
   "chat",
+  "confidence",
   "draft",
   "layout",
   "max_new_tokens",
