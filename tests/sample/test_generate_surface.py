@@ -320,6 +320,38 @@ def test_logits_that_are_no_numbers_leave_no_token(options):
   assert (jax.jit(run)(KEY) == -1).any(axis=1).all()
 
 
+@pytest.mark.parametrize("sampler", ["ancestral", "psi", "analytic", "first_hitting", "uniform"])
+@pytest.mark.parametrize(
+  ("wrong", "said"),
+  [
+    ({"head": 5}, r"denoiser: (head|logits) has shape \[2, \d, 5\]; .* V = 4, the process"),
+    (
+      {"trunk": (8, 3)},
+      r"denoiser: (trunk|logits) has shape \[2, 8, 8, 3\]; with 2 seq",
+    ),
+    ({"trunk": ()}, r"denoiser: (trunk|logits) has shape \[2, 8\]; .* it must be \[2, 8, "),
+  ],
+)
+def test_networks_of_other_shapes(sampler, wrong, said):
+  class Network:
+    def trunk(self, x_BL, _):
+      return jnp.zeros((*x_BL.shape, *wrong.get("trunk", (3,))))
+
+    def head(self, hidden, _):
+      return jnp.zeros((*hidden.shape[:-1], wrong["head"])) if "head" in wrong else hidden
+
+    def __call__(self, *given):
+      return self.head(self.trunk(*given), given[1])
+
+  proc = process.Absorbing(vocab_size=4, mask_id=3)
+  given = {"proc": proc, "sampler": sampler}
+  if sampler == "uniform":
+    given = {"proc": process.Uniform(vocab_size=4)}
+  with pytest.raises(InputError, match=said) as caught:
+    jax.eval_shape(lambda rng: sample.generate(Network(), rng=rng, batch=2, length=8, **given), KEY)
+  assert "\n" not in str(caught.value)
+
+
 def test_top_k_keeps_the_most_probable():
   proc = process.Absorbing(vocab_size=toy.VOCABULARY, mask_id=toy.MASK)
   best = _generate(batch=16, steps=L, sampler="first_hitting", top_k=1)
