@@ -2,7 +2,8 @@
 """Every categorical draw of the library: inverse CDF, or Gumbel-max from a key.
 
 Exact up to float32 rounding of sums, about 1e-7 of the total: see `categorical` for what that means
-where one token holds nearly everything.
+where one token holds nearly everything. Values cannot be checked while a program runs, so of
+weights or logits that are no law, with NaN or +inf among them, the token is `NONE`.
 
 Why not `jax.random.categorical`: in its default mode a float32 Gumbel never exceeds about 16, so
 a token 17 nats below the top is almost never drawn (a tail of total mass 0.1 % came up 0.0024 % of
@@ -21,7 +22,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dlm_jax.arrays import NEG_INF, RngKey, Scalar
 
+NONE = -1  # no token: there was no law to draw from
 _BLOCK = 256  # of the order of √V for the vocabularies in use
+_COLD = float(np.finfo(np.float32).tiny)  # temperatures below are 0, as arithmetic has them
 
 
 def key(seed: int) -> RngKey:
@@ -70,7 +73,8 @@ def categorical(
     int32 token ids; a token of weight 0 is never returned. A token's probability is exact up to
     float32 rounding of its block's sum (about 1e-7 of the total) and of its share in the block. So
     blocks of less than that are drawn too often or never: with a top token of 1 − 1e-5 and
-    V = 50,258, 110 of 197 blocks never, 6e-6 in total variation. Weights must be finite.
+    V = 50,258, 110 of 197 blocks never, 6e-6 in total variation. `NONE` where the weights are not
+    finite.
   """
   tiled, block = _tile(weights, 0.0)
   inside = lambda which: jnp.take_along_axis(tiled, which[..., None, None], axis=-2)[..., 0, :]  # noqa: E731
@@ -111,8 +115,7 @@ class Softmax(NamedTuple):
 def softmax(logits: Float[Array, "*draws V"]) -> Softmax:
   """Read logits twice, for their maximum and for the sums over blocks; −inf is weight 0.
 
-  Logits must be finite or −inf, one of a row finite: a row with NaN or +inf draws token 0, without
-  a complaint, as values cannot be checked while a program runs.
+  Logits must be finite or −inf, one of a row finite: a row with NaN or +inf draws `NONE`.
 
   On a GPU a uniform-state sampler's step spent 7 ms on a written softmax and its sums where the
   vocabulary head took 2 (32 × 1024 tokens, V = 50,258, 43 % of the positions).
@@ -145,7 +148,14 @@ def _two_levels(sums, inside, block, uniform):
   weights = inside(which)
   cdf = jnp.cumsum(weights, axis=-1)
   token = _first_above(cdf, uniform[..., 1] * cdf[..., -1])
-  return which * block + jnp.minimum(token, _last_positive(weights))
+  token = which * block + jnp.minimum(token, _last_positive(weights))
+  return jnp.where(jnp.isfinite(sums.sum(axis=-1)), token, NONE)
+
+
+def most_probable(logits: Float[Array, "*draws V"]) -> Int[Array, "*draws"]:
+  """Return the first of the most probable tokens of each row, `NONE` of one that is no law."""
+  best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+  return jnp.where(jnp.isfinite(logits.max(axis=-1)), best, NONE)
 
 
 def gumbel_max(
@@ -180,7 +190,31 @@ def race(
   the total, and on top of that loses tokens to the mask: see the module's docstring.
   """
   exponential = 1e-10 - jnp.log(uniform + 1e-10)
-  return jnp.argmax(weights / exponential, axis=-1).astype(jnp.int32)
+  return most_probable(weights / exponential)
+
+
+def _tempered(logits, temperature):
+  """Return logits over a temperature: 0 for the largest of a row, so that nothing overflows."""
+  if isinstance(temperature, jax.Array):
+    warm = temperature >= _COLD
+    divided = _divided(logits, jnp.where(warm, temperature, 1.0))
+    return jnp.where(warm, divided, _first_of_largest(logits))
+  if temperature == 1.0:
+    return logits
+  return _divided(logits, temperature) if temperature >= _COLD else _first_of_largest(logits)
+
+
+def _divided(logits, temperature):
+  possible = logits > NEG_INF / 2
+  below = (logits - logits.max(axis=-1, keepdims=True)) / temperature
+  return jnp.where(possible, jnp.maximum(below, NEG_INF / 2), logits)  # above the impossible
+
+
+def _first_of_largest(logits):
+  best = jnp.argmax(logits, axis=-1, keepdims=True)
+  ids = _along_last(logits.shape[-1], logits.ndim - 1)
+  below = logits - logits.max(axis=-1, keepdims=True)  # not 0, so that what is no law stays none
+  return jnp.where(ids == best, below, -jnp.inf)
 
 
 def sharpen(
@@ -199,12 +233,12 @@ def sharpen(
   Args:
     logits: float32; need not be normalised. Those of half of `NEG_INF` and less are impossible
       tokens, which no temperature makes possible.
-    temperature: > 0; 1 leaves the distribution as it is. May be traced.
+    temperature: ≥ 0; 1 leaves the distribution as it is. 0 keeps the most probable token alone,
+      the first of several; a small one tends to that, with ties kept. May be traced.
     nucleus: in (0, 1]; 1 keeps everything. May be traced; then rows are sorted whatever it is.
     top_k: how many tokens to keep; 0, or V and more, keeps everything.
   """
-  if isinstance(temperature, jax.Array) or temperature != 1.0:
-    logits = jnp.where(logits > NEG_INF / 2, logits / temperature, logits)
+  logits = _tempered(logits, temperature)
   if 0 < top_k < logits.shape[-1]:
     least = jax.lax.top_k(logits, top_k)[0][..., -1:]
     logits = jnp.where(logits >= least, logits, -jnp.inf)

@@ -12,7 +12,9 @@ _LONGEST = 2000  # characters of a line
 class InputError(ValueError):
   """Input that cannot be used. Its message is one line: what was asked, got, allowed, what to do.
 
-  The command line prints the message and exits with code 2.
+  Every wrong value that a caller, a flag or a file may give raises it. A plain ValueError is raised
+  by readers alone, for whoever opened the file to catch and to name it. The command line prints the
+  message and exits with code 2.
   """
 
 

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dlm_jax import fields
+from dlm_jax.errors import InputError
 
 Times = Float[Array, "*shape"] | float
 
@@ -128,15 +129,15 @@ def make(name: str = "log_linear", **options) -> Schedule:
   """Build a schedule from its name: "log_linear", "cosine" or "polynomial".
 
   Raises:
-    ValueError: the name or an option is unknown, or a number out of range.
+    InputError: the name or an option is unknown, or a number out of range.
   """
   if not isinstance(name, str) or name not in NAMES:
-    raise ValueError(
+    raise InputError(
       f"schedule={fields.shown(name)} is unknown; use one of {', '.join(sorted(NAMES))}."
     )
   known = [field.name for field in dataclasses.fields(NAMES[name])]
   if unknown := sorted(set(options) - set(known)):
-    raise ValueError(
+    raise InputError(
       f"schedule={name!r} has no option {unknown[0]!r}; it has {', '.join(sorted(known))}."
     )
   return fields.make(NAMES[name], options)

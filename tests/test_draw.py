@@ -298,6 +298,45 @@ def test_temperature_by_hand():
   )
 
 
+@pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.parametrize("temperature", [1e-6, 1e-30, 1e-38, 1e-45, 0.0])
+def test_temperatures_tend_to_the_most_probable_token(temperature, traced):
+  """Logits over 1e-38 overflow unless the largest is 0; the mask's −1e6 is behind all others."""
+  logits = jnp.array([[-3.0, 1.0, 20.0, 5.0, NEG_INF], [7.0, -jnp.inf, 6.0, NEG_INF, 0.0]])
+  run = lambda t: draw.sharpen(logits, temperature=t, top_k=4)  # noqa: E731
+  found = jax.jit(run)(temperature) if traced else run(temperature)
+  np.testing.assert_array_equal(jax.nn.softmax(found), [[0, 0, 1, 0, 0], [1, 0, 0, 0, 0]])
+  uniform = draw.uniforms(jax.random.key(0), (2,))
+  np.testing.assert_array_equal(draw.softmax(found).draw(uniform), [2, 0])
+  assert np.isneginf(found[0, 4]), "what top-k leaves out is what is impossible"
+
+
+@pytest.mark.parametrize("wrong", [jnp.nan, jnp.inf])
+@pytest.mark.parametrize(
+  "options",
+  [{}, {"temperature": 0.0}, {"temperature": 0.5}, {"nucleus": 0.5}, {"top_k": 1}],
+  ids=str,
+)
+def test_logits_that_are_no_law_draw_no_token(wrong, options):
+  logits = jnp.zeros((3, 600)).at[1, 500].set(wrong).at[2, 9].set(-jnp.inf)
+  uniform = draw.uniforms(jax.random.key(0), (3,))
+  drawn = draw.softmax(draw.sharpen(logits, **options)).draw(uniform)
+  np.testing.assert_array_equal(drawn == draw.NONE, [False, True, False])
+  np.testing.assert_array_equal(draw.most_probable(logits), [0, draw.NONE, 0])
+  spread = jax.random.uniform(jax.random.key(1), logits.shape)
+  for drawn in (draw.categorical(jnp.exp(logits), uniform), draw.race(jnp.exp(logits), spread)):
+    np.testing.assert_array_equal(drawn == draw.NONE, [False, True, False])
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_ties_are_kept_by_temperatures_above_0(traced):
+  logits = jnp.array([1.0, 3.0, 3.0, NEG_INF])
+  run = lambda t: draw.sharpen(logits, temperature=t)  # noqa: E731
+  run = jax.jit(run) if traced else run
+  np.testing.assert_array_equal(jax.nn.softmax(run(1e-37)), [0, 0.5, 0.5, 0])
+  np.testing.assert_array_equal(jax.nn.softmax(run(0.0)), [0, 1, 0, 0])
+
+
 @pytest.mark.parametrize(
   "nucleus,kept",
   [

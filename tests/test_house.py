@@ -210,6 +210,26 @@ def test_json_has_one_reader():
   assert offences and all(place.startswith(readers) for place in offences), offences
 
 
+def test_wrong_values_are_input_errors():
+  """Plain ValueErrors are those of readers, which know the fault and not the file."""
+  readers = (
+    "convert/stored.py",
+    "convert/torch_file.py",
+    "data/dataset.py",
+    "json_file.py",
+    "train/checkpoint.py",
+  )
+  found = {
+    name: node.lineno
+    for path, name in _package_files()
+    for node in ast.walk(_tree(path))
+    if isinstance(node, ast.Raise)
+    and node.exc is not None
+    and re.match(r"ValueError\b", ast.unparse(node.exc))
+  }
+  assert sorted(found) == sorted(readers), found
+
+
 def test_no_bare_assert_and_no_not_implemented():
   offences = []
   for path, name in _package_files():

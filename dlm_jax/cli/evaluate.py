@@ -165,7 +165,7 @@ def _open(flags_, data) -> _Writer:
   pipe = denoiser.load_denoiser(flags_.checkpoint)
   judge = load_judge(flags_.judge, pipe.tokenizer) if flags_.judge else None
   sampler = pipe.sampler(data or "", **dict(flags_.option))
-  sampler.check()
+  sampler.check(min(flags_.batch_size, flags_.samples), flags_.steps, flags_.samples)
   return _Writer(pipe, judge, sampler, data)
 
 

@@ -170,7 +170,9 @@ def _samplers(options, data):
       raise InputError(f"--model={name}={path} has another tokenizer than the first model.")
     tokenizer = pipe.tokenizer
     samplers[name] = pipe.sampler(data or "", **sampling)
-    samplers[name].check()
+    samplers[name].check(
+      min(options.batch_size, options.samples), max(options.nfes), options.samples
+    )
     fingerprints[name] = convert.fingerprint(places.network_directory(path))
   return samplers, tokenizer, fingerprints
 

@@ -29,6 +29,7 @@ _BLOCKS = (
   "stop",
   "block_length",
   "strategy",
+  "confidence",
   "threshold",
   "top_k",
   "draft",
@@ -296,7 +297,7 @@ dlm-jax sample --checkpoint=SDAR-8B-Chat-b8 --draft=SDAR-1.7B-Chat-b8 --chat --p
     "--temperature",
     type=flags.number,
     metavar="T",
-    help="default 1; of a decoder 0, the most probable tokens",
+    help="0: the most probable tokens; default 1, of a decoder 0",
   )
   add("--nucleus", "--top_p", type=flags.number, metavar="P", help="draw from the top of this mass")
   add("--seed", type=flags.seed)
@@ -339,7 +340,13 @@ def _add_blocks(parser: flags.Parser) -> None:
   )
   add("--block_length", type=int, metavar="N", help="default: what the checkpoint names")
   add("--strategy", help="low_confidence_dynamic (default), low_confidence_static, sequential, …")
-  add("--threshold", type=flags.number, help="of low_confidence_dynamic (0.9)")
+  add(
+    "--threshold",
+    type=flags.number,
+    metavar="P",
+    help="of low_confidence_dynamic (0.9); at T = 1 with --confidence=untempered",
+  )
+  add("--confidence", help=argparse.SUPPRESS)
   add("--top_k", type=int, help="draw from the k most probable tokens")
   add("--draft", metavar="PATH", help="a smaller network that drafts")
   add("--verify", help="stacked (exact), simsd (not exact; --layout=unified or published) or none")

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Int
 from dlm_jax.data import dataset
 from dlm_jax.data.tokenizers import Esm, Tokenizer
 from dlm_jax.errors import InputError
+from dlm_jax.mesh import check_room
 
 
 def bucket_of(residues: int, buckets: Sequence[int]) -> int:
@@ -125,9 +126,11 @@ def like_validation(
     batch_size: samples drawn at a time.
 
   Raises:
-    InputError: not a prepared directory, or one of running text.
+    InputError: not a prepared directory, one of running text, or more samples than memory holds.
   """
   opened = dataset.open_dataset(data)
+  length = opened.info.length
+  check_room(f"samples={samples} × length={length} tokens", 4 * samples * length)
   if opened.info.packing == "conversations":
     source = opened.splits["validation"]
     rows = [source[i] for i in np.resize(np.arange(len(source))[:samples], samples)]

@@ -29,6 +29,7 @@ from jaxtyping import Bool, Float
 
 from dlm_jax import draw
 from dlm_jax.arrays import BoolBK, FloatBK, FloatBKV, IntBK
+from dlm_jax.errors import InputError
 
 FILLS = ("truncate", "truncate_no_bonus", "target_argmax", "target_argmax_all", "draft_argmax")
 
@@ -138,7 +139,7 @@ def _row(probs_BKV, first_B, stop_BV=None, eos_min_prob=0.0):
 def _settle(draft_BK, best_BK, bonus_B, open_BK, first_B, fill):
   """Put the bonus at the first failed position and fill what comes after it."""
   if fill not in FILLS:
-    raise ValueError(f"fill={fill!r} is unknown; use one of {', '.join(FILLS)}.")
+    raise InputError(f"fill={fill!r} is unknown; use one of {', '.join(FILLS)}.")
   size = draft_BK.shape[1]
   at_BK, first_B1 = jnp.arange(size)[None, :], first_B[:, None]
   passed_BK = open_BK & (at_BK < first_B1)

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from dlm_jax.decode.passes import Bound
+from dlm_jax.errors import InputError
 from dlm_jax.models import KV, masks
 
 
@@ -85,7 +86,7 @@ def verify_simsd(
     Logits, those of carried tokens mean nothing; and the K/V of `before`.
 
   Raises:
-    ValueError: unshared positions of several blocks.
+    InputError: unshared positions of several blocks.
 
   Reference: SimSD, arXiv 2606.02544.
   """
@@ -93,7 +94,7 @@ def verify_simsd(
   slots = masks.draft_slots(time_BNK, _start(cache, before), clean=clean)
   if not share_positions:
     if blocks > 1 or clean:
-      raise ValueError(f"share_positions=False is for one block without a copy, not {blocks}.")
+      raise InputError(f"share_positions=False is for one block without a copy, not {blocks}.")
     slots = slots.replace(position=_unshared(slots, size))
   flat = tokens_BNK.reshape(batch, blocks * size)
   tokens = jnp.concatenate([flat, jnp.full_like(flat, mask_id)] + ([flat] if clean else []), axis=1)

@@ -87,7 +87,7 @@ def _masked_prior(denoiser, process, tokens_NL, valid_NL, batch_size):
 
 def _removal(denoiser, process, tokens_NL, noisy_NL, valid_NL, batch_size, t):
   """Return −log p(x₀ | xₜ) of every sequence, in batches of one size."""
-  nats_N = np.empty(len(tokens_NL), np.float64)
+  nats_N, batch_size = np.empty(len(tokens_NL), np.float64), min(batch_size, len(tokens_NL) or 1)
   for start in range(0, len(tokens_NL), batch_size):
     rows = np.arange(start, start + batch_size) % len(tokens_NL)
     given = tokens_NL[rows], noisy_NL[rows], valid_NL[rows]

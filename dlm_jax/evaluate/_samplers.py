@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool
 
-from dlm_jax import draw
+from dlm_jax import draw, mesh
 from dlm_jax.errors import InputError
 
+_KEPT = 4  # arrays as wide as the network that a pass holds at least
 _OURS = ("batch", "denoiser", "frozen", "length", "proc", "prompt", "return_trace", "rng", "steps")
 
 
@@ -45,8 +46,10 @@ class Sampler:
     """Compile sampling of `batch` sequences in `nfe` steps.
 
     Raises:
-      InputError: the denoiser's logits are not numbers; samples would hide it.
+      InputError: the denoiser's logits are not numbers; samples would hide it. Or the batch is more
+        than the memory there is.
     """
+    self._check_room(batch, nfe)
     networks = self._networks()
     refuse_unless(_fine(self.denoiser, self.process, self.length))
     compiled = self._compile(networks, batch=batch, nfe=nfe)
@@ -63,10 +66,20 @@ class Sampler:
     sizes = {"steps": nfe, "proc": self.process, "length": self.length}
     return sum(sample.evaluations(**{**self.options, **sizes}).values())
 
-  def check(self) -> None:
-    """Trace one step; raises InputError for options that the sampler does not take."""
+  def check(self, batch: int = 1, nfe: int = 1, samples: int = 1) -> None:
+    """Trace one step; compute nothing.
+
+    Raises:
+      InputError: the sampler does not take its options, or memory does not hold a batch, or all
+        samples.
+    """
+    self._check_room(batch, nfe, samples)
     generate = functools.partial(self._generate, batch=1, nfe=1)
     jax.eval_shape(generate, *self._networks(), jax.random.key(0))
+
+  def _check_room(self, batch, nfe, samples=1):
+    check_room(self.denoiser, "batch_size", batch, self.length, nfe)
+    mesh.check_room(f"samples={samples} × length={self.length} tokens", 4 * samples * self.length)
 
   def _networks(self):
     return self.denoiser, self.critic if self.options.get("sampler") == "rgas" else None
@@ -112,8 +125,9 @@ class TemplateSampler(Sampler):
       )
     return list(asked)
 
-  def check(self) -> None:
-    """Trace one step; raises InputError for options that the sampler does not take."""
+  def check(self, batch: int = 1, nfe: int = 1, samples: int = 1) -> None:
+    """Trace one step; see `Sampler.check`."""
+    self._check_room(batch, nfe, samples)
     given = self.templates(1, 1)
     generate = functools.partial(self._generate, batch=1, nfe=1)
     shapes = _shapes(1, given.lengths[0])
@@ -124,6 +138,7 @@ class TemplateSampler(Sampler):
 
     A batch holds one bucket; rows that fill up a bucket's last batch cost time, too.
     """
+    self._check_room(batch, nfe, samples)
     given, networks = self.templates(samples, batch), self._networks()
     refuse_unless(_fine(self.denoiser, self.process, given.lengths[0]))
     compiled = {
@@ -140,6 +155,24 @@ class TemplateSampler(Sampler):
 
     tokens_NL = given.draw(run)
     return tokens_NL, time.perf_counter() - start
+
+
+def check_room(denoiser: Any, name: str, count: int, length: int, steps: int) -> None:
+  """Refuse samples that the memory of this machine cannot hold.
+
+  Args:
+    denoiser: a network of known or unknown width.
+    name: of the option that asks for so many at a time.
+    count: samples at a time.
+    length: tokens of each.
+    steps: states of each that may be kept.
+
+  Raises:
+    InputError: they do not fit.
+  """
+  config = getattr(getattr(denoiser, "model", None), "config", None)
+  floats = count * length * (_KEPT * getattr(config, "dim", 1) + max(steps, 1))
+  mesh.check_room(f"{name}={count} × length={length} tokens in {steps} steps", 4 * floats)
 
 
 def numbers(denoiser, process, length: int) -> Bool[Array, ""]:

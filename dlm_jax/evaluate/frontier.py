@@ -20,7 +20,13 @@ import numpy as np
 from dlm_jax import disk, draw, json_file
 from dlm_jax.errors import InputError, check_counts
 from dlm_jax.evaluate import generative, tables
-from dlm_jax.evaluate._samplers import Sampler, TemplateSampler, numbers, refuse_unless
+from dlm_jax.evaluate._samplers import (
+  Sampler,
+  TemplateSampler,
+  check_room,
+  numbers,
+  refuse_unless,
+)
 from dlm_jax.evaluate.judge import JudgeWithTokens
 from dlm_jax.train import progress
 
@@ -29,6 +35,7 @@ __all__ = [
   "Sampler",
   "SamplerFactory",
   "TemplateSampler",
+  "check_room",
   "checked_nfes",
   "draw_samples",
   "numbers",

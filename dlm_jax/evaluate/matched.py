@@ -27,11 +27,11 @@ def sweep(
   Args:
     samplers: by name; their own temperature is replaced.
     nfes: numbers of network evaluations.
-    temperatures: > 0, at least two.
+    temperatures: 0 or more, at least two.
     **options: of `frontier.sweep`.
 
   Raises:
-    InputError: fewer than two temperatures, or one that is not positive.
+    InputError: fewer than two temperatures, or a negative one.
   """
   check_temperatures(temperatures)
   rows = []
@@ -45,10 +45,10 @@ def sweep(
 
 
 def check_temperatures(temperatures: Sequence[float]) -> None:
-  """Raise InputError unless there are two temperatures, and all are positive."""
-  if len(set(temperatures)) < 2 or min(temperatures) <= 0:
+  """Raise InputError unless there are two temperatures, and none is negative."""
+  if len(set(temperatures)) < 2 or min(temperatures) < 0:
     raise InputError(
-      f"temperatures={list(temperatures)}: give at least two positive ones, e.g. 0.8,0.9,1.0,1.1."
+      f"temperatures={list(temperatures)}: give at least two, 0 or more, e.g. 0.8,0.9,1.0,1.1."
     )
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from dlm_jax.arrays import FloatBKD, FloatBKV, FloatBLD, FloatBLV, IntBL
+from dlm_jax.errors import InputError
 from dlm_jax.mesh import split_batch
 from dlm_jax.models.cache import KV, Cache
 from dlm_jax.models.dit import DiTConfig, Head, TimeEmbedding, modulation, scan_layers
@@ -21,13 +22,13 @@ class BlockDiTConfig(DiTConfig):
   """Shape and policies of a `BlockDiT`; the fields of `DiTConfig`, no time and no dropout in use.
 
   Raises:
-    ValueError: as `DiTConfig`, or time conditioning.
+    InputError: as `DiTConfig`, or time conditioning.
   """
 
   def __post_init__(self):
     super().__post_init__()
     if self.time_conditioning:
-      raise ValueError("model.time_conditioning must be False: blocks have no time of their own.")
+      raise InputError("model.time_conditioning must be False: blocks have no time of their own.")
 
   @property
   def kv_heads(self) -> int:

@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from dlm_jax.arrays import FloatBLV, IntBL, KeyB, Params
+from dlm_jax.errors import InputError
 from dlm_jax.mesh import split_batch
 from dlm_jax.models import masks
 from dlm_jax.models.attention import Attention
@@ -88,6 +89,6 @@ def next_token_logits(
     )
     return model.apply({"params": params}, tokens_BL, position, masks.causal(slots), **options)
   if position is not None:
-    raise ValueError("several sequences share a row: use a decoder, which keeps them apart.")
+    raise InputError("several sequences share a row: use a decoder, which keeps them apart.")
   keys = () if rng_B is None else (rng_B,)
   return model.apply({"params": params}, tokens_BL, *keys, **options)

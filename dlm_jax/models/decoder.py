@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from dlm_jax.arrays import FloatBKD, FloatBKV, FloatBLD, FloatBLV, IntBL
+from dlm_jax.errors import InputError
 from dlm_jax.fields import Number
 from dlm_jax.mesh import split_batch
 from dlm_jax.models.cache import KV, Cache
@@ -79,24 +80,24 @@ class DecoderConfig:
     for name in ("rope_theta", "eps"):
       Number("(0, ∞)").check(f"model.{name}", getattr(self, name))
     if self.storage not in STORAGES:
-      raise ValueError(f"model.storage={self.storage!r} is unknown; use {', '.join(STORAGES)}.")
+      raise InputError(f"model.storage={self.storage!r} is unknown; use {', '.join(STORAGES)}.")
     if self.storage != "stacked" and self.remat != "none":
-      raise ValueError(f"model.remat={self.remat!r} needs model.storage='stacked'.")
+      raise InputError(f"model.remat={self.remat!r} needs model.storage='stacked'.")
     if self.heads % self.kv_heads:
-      raise ValueError(f"model.kv_heads={self.kv_heads} must divide model.heads={self.heads}.")
+      raise InputError(f"model.kv_heads={self.kv_heads} must divide model.heads={self.heads}.")
     if self.head_dim % 2:
-      raise ValueError(f"model.head_dim={self.head_dim} must be even.")
+      raise InputError(f"model.head_dim={self.head_dim} must be even.")
     if self.layers * self.experts > _MOST_EXPERTS:
-      raise ValueError(
+      raise InputError(
         f"model.experts={self.experts} in model.layers={self.layers} are more than {_MOST_EXPERTS}."
       )
     if self.experts and self.expert_dim < 1:
-      raise ValueError(
+      raise InputError(
         f"model.experts={self.experts} of width model.expert_dim={self.expert_dim} must be at "
         "least 1 each; experts=0 is none."
       )
     if self.experts and not 1 <= self.experts_per_token <= self.experts:
-      raise ValueError(
+      raise InputError(
         f"model.experts_per_token={self.experts_per_token} must be in 1 … {self.experts}."
       )
 

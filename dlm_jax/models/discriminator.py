@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dlm_jax.arrays import FloatB, FloatBKD, FloatBL, FloatBLD, KeyB, Params
+from dlm_jax.errors import InputError
 from dlm_jax.models.dit import Block, DiTConfig, TimeEmbedding, scan_layers
 from dlm_jax.models.exported import exportable
 from dlm_jax.models.layers import Embedding, Network, fan_in_uniform, rotary_tables
@@ -104,7 +105,7 @@ class Discriminator(Network):
   def setup(self):
     cfg = self.config
     if not 1 <= self.trained_layers <= cfg.layers:
-      raise ValueError(f"trained_layers={self.trained_layers} must be in 1 … {cfg.layers}.")
+      raise InputError(f"trained_layers={self.trained_layers} must be in 1 … {cfg.layers}.")
     self.embed = Embedding(cfg.vocab_size, cfg.dim, cfg.gradient_of_embedding, jnp.dtype(cfg.dtype))
     self.time = TimeEmbedding(cfg.cond_dim)
     if self._kept:

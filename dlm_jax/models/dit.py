@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dlm_jax.arrays import FloatB, FloatBKD, FloatBKV, FloatBLD, FloatBLV, KeyB, Params
+from dlm_jax.errors import InputError
 from dlm_jax.fields import Number, Whole, check_types
 from dlm_jax.mesh import split_batch
 from dlm_jax.models.attention import IMPLEMENTATIONS, Attention
@@ -53,12 +54,12 @@ def check_config(config) -> None:
   """Check the fields that our Transformers share, as far as the config has them.
 
   Raises:
-    ValueError: a size below 1, an unknown choice, a rate outside [0, 1), heads that do not fit.
+    InputError: a size below 1, an unknown choice, a rate outside [0, 1), heads that do not fit.
   """
   check_fields(config)
   Number("[0, 1)").check("model.dropout", config.dropout)
   if config.dim % config.heads or (config.dim // config.heads) % 2:
-    raise ValueError(
+    raise InputError(
       f"model.heads={config.heads} must divide model.dim={config.dim} into an even number."
     )
 
@@ -67,7 +68,7 @@ def check_fields(config) -> None:
   """Check types, sizes, and the choices that a config has of those that our Transformers share.
 
   Raises:
-    ValueError: a field of another type, a size out of range, or an unknown choice.
+    InputError: a field of another type, a size out of range, or an unknown choice.
   """
   check_types(config, "model.")
   for field, kind in SIZES.items():
@@ -76,7 +77,7 @@ def check_fields(config) -> None:
   for field, allowed in _CHOICES.items():
     value = getattr(config, field, allowed[0])
     if value not in allowed:
-      raise ValueError(f"model.{field}={value!r} is unknown; use one of {', '.join(allowed)}.")
+      raise InputError(f"model.{field}={value!r} is unknown; use one of {', '.join(allowed)}.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,8 @@ import flax.struct
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
+from dlm_jax.errors import InputError
+
 # Kinds. NOISY and CLEAN are the halves of a training sequence; DATA and MASK the drafted tokens of
 # a block and the masks that ask about them; CLEAN is also a finished copy of a drafted block.
 PAD, COMMITTED, PROMPT, DATA, MASK, CLEAN, NOISY = range(7)
@@ -108,12 +110,12 @@ def simsd(
       COMMITTED; later blocks then see it in place of the data.
 
   Raises:
-    ValueError: the layout is unknown.
+    InputError: the layout is unknown.
 
   Reference: SimSD, arXiv 2606.02544.
   """
   if layout not in LAYOUTS:
-    raise ValueError(f"layout={layout!r} is unknown; use {' or '.join(LAYOUTS)}.")
+    raise InputError(f"layout={layout!r} is unknown; use {' or '.join(LAYOUTS)}.")
   q, k, meet = _pair(q, k)
   before = (k.kind == COMMITTED) | (k.kind == PROMPT)
   # of the own block

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from dlm_jax.arrays import Params
+from dlm_jax.errors import InputError
 
 STORAGES = ("stacked", "layers", "fused")
 # Name of the fused matrix and its parts, by the module that holds them.
@@ -64,12 +65,12 @@ def regroup(model: Any, params: Params, storage: str, *, consume: bool = False):
       parameters once and their largest array twice. `params` cannot be used afterwards.
 
   Raises:
-    ValueError: the storage is unknown, or the parameters are not stacked.
+    InputError: the storage is unknown, or the parameters are not stacked.
   """
   if not hasattr(model.config, "storage"):
     return model, params
   if model.config.storage != "stacked":
-    raise ValueError(f"parameters are kept as {model.config.storage!r} already; give stacked ones.")
+    raise InputError(f"parameters are kept as {model.config.storage!r} already; give stacked ones.")
   regrouped = model.clone(config=dataclasses.replace(model.config, storage=storage))
   if storage == "stacked":
     return model, params

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from dlm_jax.errors import InputError
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Yarn:
@@ -28,7 +30,7 @@ class Yarn:
     truncate: the two ends of the blend are rounded outwards to whole channels.
 
   Raises:
-    ValueError: a number that does not fit.
+    InputError: a number that does not fit.
 
   Reference: YaRN, arXiv 2309.00071, sections 3.2 and 3.3.
   """
@@ -42,15 +44,15 @@ class Yarn:
 
   def __post_init__(self):
     if not 1 <= self.factor < 1e6:
-      raise ValueError(f"yarn: factor={self.factor} must be at least 1 and below 1e6.")
+      raise InputError(f"yarn: factor={self.factor} must be at least 1 and below 1e6.")
     if not 1 <= self.original_length < 2**31:
-      raise ValueError(f"yarn: original_length={self.original_length} must be at least 1.")
+      raise InputError(f"yarn: original_length={self.original_length} must be at least 1.")
     if not 0 < self.beta_slow < self.beta_fast < math.inf:
-      raise ValueError(
+      raise InputError(
         f"yarn: beta_slow={self.beta_slow} must be above 0 and below beta_fast={self.beta_fast}."
       )
     if self.attention is not None and not 0 < self.attention < math.inf:
-      raise ValueError(f"yarn: attention={self.attention} must be above 0.")
+      raise InputError(f"yarn: attention={self.attention} must be above 0.")
 
   @property
   def length(self) -> int:

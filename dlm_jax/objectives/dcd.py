@@ -137,7 +137,7 @@ class Options(ChunkedOptions):
     divergence: "kl-bwd" or "kl-fwd", see `consistency`.
 
   Raises:
-    ValueError: an unknown name, or a number that does not fit.
+    InputError: an unknown name, or a number that does not fit.
   """
 
   ema_decay: float | None = 0.999
@@ -167,7 +167,7 @@ def make(*, model: DiT, process: Uniform, optimizers: Optimizers, **options: Any
     An objective with trees "teacher" and "student".
 
   Raises:
-    ValueError: the network is not time-conditioned, or an option does not fit.
+    InputError: the network is not time-conditioned, or an option does not fit.
 
   Reference: Duo, arXiv 2506.10892, section 5 and algorithm 1.
   """

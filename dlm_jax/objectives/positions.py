@@ -16,6 +16,7 @@ from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from jaxtyping import Array, Float
 
 from dlm_jax.arrays import FloatBK, FloatBL
+from dlm_jax.errors import InputError
 
 Pieces = tuple[Array, ...]
 _ENTRIES = 2**22  # per sequence: 16 MiB in float32
@@ -25,13 +26,13 @@ def positions_per_chunk(chunk: int | None, length: int, vocab_size: int) -> int:
   """Return the chunk asked for, or the largest divisor of L with [chunk, V] ≤ 2²² entries.
 
   Raises:
-    ValueError: the chunk does not divide the length.
+    InputError: the chunk does not divide the length.
   """
   if chunk is None:
     most = min(max(1, _ENTRIES // vocab_size), length)
     return max(k for k in range(1, most + 1) if length % k == 0)
   if chunk < 1 or length % chunk:
-    raise ValueError(f"objective.chunk={chunk} does not divide the sequence length {length}.")
+    raise InputError(f"objective.chunk={chunk} does not divide the sequence length {length}.")
   return chunk
 
 
@@ -66,7 +67,7 @@ def in_chunks(step: Callable, carry: Any, arrays: Any, chunk: int | None) -> tup
   if chunk is None or chunk >= length:
     return step(carry, arrays)
   if length % chunk:
-    raise ValueError(f"objective.chunk={chunk} does not divide the sequence length {length}.")
+    raise InputError(f"objective.chunk={chunk} does not divide the sequence length {length}.")
 
   def cut(x):
     return jnp.swapaxes(x.reshape(x.shape[0], length // chunk, chunk, *x.shape[2:]), 0, 1)

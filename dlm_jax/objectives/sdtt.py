@@ -203,7 +203,7 @@ class Options(ChunkedOptions):
     eps: smallest time.
 
   Raises:
-    ValueError: an unknown name, or a number that does not fit.
+    InputError: an unknown name, or a number that does not fit.
   """
 
   update_teacher_every: int = 10_000
@@ -279,7 +279,7 @@ def make(*, model: DiT, process: Absorbing, optimizers: Optimizers, **options: A
     An objective with trees "teacher" and "student".
 
   Raises:
-    ValueError: an option does not fit.
+    InputError: an option does not fit.
 
   Reference: SDTT, arXiv 2410.21035, algorithm 1.
   """

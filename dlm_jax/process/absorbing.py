@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from dlm_jax.arrays import NEG_INF, FloatL, FloatLV, IntL, RngKey, Scalar
+from dlm_jax.errors import InputError
 from dlm_jax.fields import check_types
 from dlm_jax.schedules import LogLinear, Schedule
 
@@ -38,13 +39,13 @@ class Absorbing:
   def __post_init__(self):
     check_types(self)
     if not 0 <= self.mask_id < self.vocab_size:
-      raise ValueError(f"mask_id={self.mask_id} is outside the vocabulary of {self.vocab_size}.")
+      raise InputError(f"mask_id={self.mask_id} is outside the vocabulary of {self.vocab_size}.")
     if wrong := [i for i in self.blocked if not 0 <= i < self.vocab_size or i == self.mask_id]:
-      raise ValueError(
+      raise InputError(
         f"blocked={wrong} must be ids of the vocabulary of {self.vocab_size} other than the mask."
       )
     if len(set(self.blocked)) > self.vocab_size - 2:
-      raise ValueError(f"blocked={list(self.blocked)} leaves no token to predict.")
+      raise InputError(f"blocked={list(self.blocked)} leaves no token to predict.")
 
   def impossible(self, ids: Int[Array, "*shape"]) -> Bool[Array, "*shape"]:
     """Return which ids no prediction may hold: the mask and the blocked ones."""

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from dlm_jax.arrays import BoolL, FloatL, IntL, RngKey
+from dlm_jax.errors import InputError
 from dlm_jax.process.absorbing import Absorbing
 
 LEVELS = ("block", "document")
@@ -101,7 +102,7 @@ class BlockNoise:
       over, and then one mask at random. Biased towards high levels; most so for short documents.
 
   Raises:
-    ValueError: an unknown name.
+    InputError: an unknown name.
 
   Reference: BD3-LM, arXiv 2503.09573; SDAR, arXiv 2510.06303.
   """
@@ -114,7 +115,7 @@ class BlockNoise:
   def __post_init__(self):
     for name, allowed in (("levels", LEVELS), ("weight", WEIGHTS)):
       if getattr(self, name) not in allowed:
-        raise ValueError(
+        raise InputError(
           f"objective.{name}={getattr(self, name)!r} is unknown; use {' or '.join(allowed)}."
         )
 

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 from scipy import special
 
 from dlm_jax.arrays import RngKey
+from dlm_jax.errors import InputError
 
 _MOST = 32  # entries; beyond that dense arrays are as good
 _ROUNDING = 2.0**-24
@@ -40,10 +41,10 @@ def enough(vocab_size: int, spread: float, tau: float) -> int | None:
     tau: temperature, the largest in use.
 
   Raises:
-    ValueError: a temperature that is not positive.
+    InputError: a temperature that is not positive.
   """
   if not tau > 0:
-    raise ValueError(f"tau={tau} must be positive.")
+    raise InputError(f"tau={tau} must be positive.")
   top = special.ndtri(1 - 0.01 / vocab_size)  # a level that is rarely passed: hazards rise with it
   hazard = math.exp(-(top**2) / 2) / math.sqrt(2 * math.pi) / (0.01 / vocab_size)
   r = spread / (hazard * tau)

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 from scipy import special
 
 from dlm_jax.arrays import FloatLV, IntL, RngKey, Scalar
+from dlm_jax.errors import InputError
 from dlm_jax.process import extremes
 from dlm_jax.process.uniform import Uniform
 from dlm_jax.schedules import Schedule, Times
@@ -120,7 +121,7 @@ class GaussianDuality:
 
   def __post_init__(self):
     if not self.gamma_min < self.gamma_max:
-      raise ValueError(f"gamma_min={self.gamma_min} must be below gamma_max={self.gamma_max}.")
+      raise InputError(f"gamma_min={self.gamma_min} must be below gamma_max={self.gamma_max}.")
 
   @property
   def process(self) -> Uniform:

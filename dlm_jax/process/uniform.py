@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from dlm_jax.arrays import FloatL, FloatLV, IntL, RngKey, Scalar
+from dlm_jax.errors import InputError
 from dlm_jax.fields import check_types
 from dlm_jax.process import _uniform_nelbo as nelbo
 from dlm_jax.schedules import LogLinear, Schedule
@@ -34,7 +35,7 @@ class Uniform:
   def __post_init__(self):
     check_types(self)
     if self.vocab_size < 2:
-      raise ValueError(f"vocab_size={self.vocab_size}: a uniform process needs at least 2 tokens.")
+      raise InputError(f"vocab_size={self.vocab_size}: a uniform process needs at least 2 tokens.")
 
   def prior(self, rng: RngKey, length: int) -> IntL:
     """Draw the state at t = 1: independent uniform tokens."""

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from dlm_jax import draw
 from dlm_jax.arrays import FloatL, FloatLV, Scalar
 from dlm_jax.sample._request import GridSampler, Request, walk
 
@@ -63,7 +64,7 @@ class Analytic(GridSampler):
     def remove(x_BL, greedy):
       log_f_BLV = log_estimate(x_BL, t_K[-1])
       if greedy:
-        return request.reveal_all(x_BL, jnp.argmax(log_f_BLV, axis=-1))
+        return request.reveal_all(x_BL, draw.most_probable(log_f_BLV))
       return settle(x_BL, log_f_BLV, request.steps, jnp.ones(x_BL.shape))
 
     inputs = (jnp.arange(request.steps), t_K[:-1], alpha_K[:-1], alpha_K[1:])

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What `generate` is given, checked before anything is traced: sizes, network, key, prompt."""
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from dlm_jax.errors import InputError
 from dlm_jax.fields import MOST, Whole, shown
@@ -65,6 +67,46 @@ def given(prompt: Any, frozen: Any, vocab_size: int) -> None:
         raise InputError(f"prompt has the id {wrong}; ids are 0 … {vocab_size - 1}.")
   if frozen is not None:
     _check_array("frozen", frozen, "b", "true or false")
+
+
+@dataclasses.dataclass(frozen=True)
+class Shaped:
+  """A denoiser whose arrays are checked as they are traced, which costs nothing when they run.
+
+  Attributes:
+    denoiser: the network.
+    vocab_size: of the process.
+  """
+
+  denoiser: Any
+  vocab_size: int
+
+  def __getattr__(self, name: str) -> Any:
+    return getattr(self.denoiser, name)
+
+  def __call__(self, tokens: Array, *given: Any, **options: Any) -> Array:
+    """Return logits of all positions."""
+    logits = self.denoiser(tokens, *given, **options)
+    return self._checked("logits", logits, (*tokens.shape[:2], self.vocab_size))
+
+  def trunk(self, tokens: Array, *given: Any, **options: Any) -> Array:
+    """Return hidden states, of any width."""
+    hidden = self.denoiser.trunk(tokens, *given, **options)
+    return self._checked("trunk", hidden, (*tokens.shape[:2], *np.shape(hidden)[2:3]))
+
+  def head(self, hidden: Array, *given: Any, **options: Any) -> Array:
+    """Return logits of gathered positions."""
+    logits = self.denoiser.head(hidden, *given, **options)
+    return self._checked("head", logits, (*hidden.shape[:2], self.vocab_size))
+
+  def _checked(self, what, array, wanted):
+    if np.shape(array) != wanted or len(wanted) != 3:
+      last = "D" if what == "trunk" else f"V = {self.vocab_size}, the process' vocabulary"
+      raise InputError(
+        f"denoiser: {what} has shape {list(np.shape(array))}; with {wanted[0]} sequences of "
+        f"{wanted[1]} positions it must be [{wanted[0]}, {wanted[1]}, {last}]."
+      )
+    return array
 
 
 def _check_array(name, value, kinds, what):

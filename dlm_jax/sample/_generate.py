@@ -95,11 +95,12 @@ def generate(
 
   Returns:
     int32 [batch, length]; with `return_trace` also the state after every step, int32
-    [steps + 1, batch, length] (one less with noise_removal="none").
+    [steps + 1, batch, length] (one less with noise_removal="none"). Where logits were NaN or +inf a
+    token is −1, `draw.NONE`.
 
   Raises:
-    InputError: steps < 1, a prompt longer than `length`, an option unknown or out of range, or a
-      sampler that the process does not have.
+    InputError: steps < 1, a prompt longer than `length`, an option unknown or out of range, a
+      sampler that the process does not have, or a network whose arrays have other shapes.
 
   Reference: absorbing: MDLM, arXiv 2406.07524, equation 7; first hitting: arXiv 2409.02908;
   uniform: Duo, arXiv 2506.10892; psi: ReMDM, arXiv 2503.00307; analytic: SEDD, arXiv 2310.16834;
@@ -127,9 +128,10 @@ def generate(
     rng_prior_B, rng_B = _split_each(rng_B)
     x_BL, frozen_BL = map(split_batch, _start(proc, rng_prior_B, length, prompt, frozen))
     x_BL = varying_like(x_BL, (denoiser, rng, prompt, frozen, options))
+    network = _checks.Shaped(denoiser, proc.vocab_size)
     return run(
       Request(
-        denoiser=denoiser, process=proc, rng_B=rng_B, x_BL=x_BL, frozen_BL=frozen_BL, steps=steps
+        denoiser=network, process=proc, rng_B=rng_B, x_BL=x_BL, frozen_BL=frozen_BL, steps=steps
       )
     )
 

@@ -83,7 +83,7 @@ class Legacy(GridOptions):
     def remove(x_BL, greedy):
       log_x0_BLV = log_x0(x_BL, t_K[-1])
       if greedy:
-        return request.reveal_all(x_BL, jnp.argmax(log_x0_BLV, -1))
+        return request.reveal_all(x_BL, draw.most_probable(log_x0_BLV))
       # α_s = 1: the mask has weight 0 and every weight the same factor
       weights_BLV = jnp.exp(log_x0_BLV).at[..., process.mask_id].set(0.0)
       return settle(x_BL, weights_BLV, t_K.shape[0] - 1)

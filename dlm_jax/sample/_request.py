@@ -138,7 +138,7 @@ class Truncation:
   checked where they are numbers.
 
   Attributes:
-    temperature: divides the logits.
+    temperature: divides the logits; 0 takes the most probable token.
     nucleus: p of nucleus truncation.
     top_k: how many tokens to keep; 0 keeps all.
 
@@ -155,11 +155,11 @@ class Truncation:
     for name in ("temperature", "nucleus"):
       if known(getattr(self, name)):
         Number().check(name, getattr(self, name))
-    cold = known(self.temperature) and self.temperature <= 0
-    if cold or (known(self.nucleus) and not 0 < self.nucleus <= 1):
+    negative = known(self.temperature) and self.temperature < 0
+    if negative or (known(self.nucleus) and not 0 < self.nucleus <= 1):
       raise InputError(
-        f"temperature={self.temperature} must be positive and nucleus={self.nucleus} in (0, 1]; "
-        "for the most probable tokens use a small nucleus."
+        f"temperature={self.temperature} must be 0 or more and nucleus={self.nucleus} in (0, 1]; "
+        "temperature=0 takes the most probable tokens."
       )
     if self.top_k < 0:
       raise InputError(f"top_k={self.top_k} is negative; 0 keeps all tokens.")

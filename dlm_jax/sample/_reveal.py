@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from dlm_jax import draw
 from dlm_jax.arrays import BoolBL, FloatB, FloatBKD, FloatBKV, FloatBLD, IntBL
 from dlm_jax.process import Absorbing
 from dlm_jax.sample._request import Truncation
@@ -79,7 +80,7 @@ class Revealer:
       if change is not None:
         logits_BKV = change(logits_BKV, position_BK)
       if greedy:
-        return jnp.argmax(logits_BKV, -1).astype(x_BL.dtype)
+        return draw.most_probable(logits_BKV).astype(x_BL.dtype)
       uniform_BK2 = jnp.take_along_axis(draws_BL2, position_BK[..., None], axis=1)
       return self.truncation.draw(logits_BKV, uniform_BK2).astype(x_BL.dtype)
 

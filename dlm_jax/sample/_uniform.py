@@ -90,7 +90,8 @@ def redraw(
   p_K = draw.softmax(logits_KV)
   keep_K, predict_K = mixture(process.vocab_size, p_K.probability(x_K), *step)
   predicted_K = p_K.draw(given.token)
-  moved_K = jnp.where(given.which < keep_K + predict_K, predicted_K, given.noise)
+  taken_K = (given.which < keep_K + predict_K) | (predicted_K == draw.NONE)
+  moved_K = jnp.where(taken_K, predicted_K, given.noise)
   return jnp.where(given.which < keep_K, x_K, moved_K).astype(x_K.dtype)
 
 
@@ -145,7 +146,7 @@ class UniformAncestral(GridSampler):
       return settle(x_BL, ~request.frozen_BL & (given.which >= least), t, tokens)
 
     def most_probable(x_BL, _):
-      best = lambda logits_BKV, _: jnp.argmax(logits_BKV, axis=-1).astype(x_BL.dtype)  # noqa: E731
+      best = lambda logits_BKV, _: draw.most_probable(logits_BKV).astype(x_BL.dtype)  # noqa: E731
       return settle(x_BL, ~request.frozen_BL, t_K[-1], best)
 
     of_step = (t_K[:count], alpha_K[:count], alpha_K[1 : count + 1], kappa_K[:count])

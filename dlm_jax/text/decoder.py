@@ -20,6 +20,7 @@ from dlm_jax.errors import InputError
 from dlm_jax.models.protocols import Cached
 from dlm_jax.text import prompts as read
 from dlm_jax.text import requests, stops
+from dlm_jax.text.denoiser import check_logits
 from dlm_jax.text.follow import Follow, rows_of
 from dlm_jax.text.requests import Plan
 
@@ -171,7 +172,7 @@ class TextDecoder:
       >>> pipe = dlm_jax.load("models/SDAR-8B-Chat-b8")  # doctest: +SKIP
       >>> pipe.generate("2 + 2?", chat=True, max_new_tokens=64).texts[0]  # doctest: +SKIP
     """
-    prompts = _repeated(prompts, num)
+    prompts = _repeated(prompts, num, self.model.config)
     return self.run(self.plan(prompts, **_known(request)), seed=seed, on_text=on_text)
 
   def plan(
@@ -227,6 +228,8 @@ class TextDecoder:
     ids = read.encode(*here, prompts, talk, mask_id, self.model.config.vocab_size)
     laid = requests.lay_out(self.source, ids, most, self.model.config)
     rows = rows.replace(limit_B=laid.pop("limit_B"))
+    what = f"{len(ids)} texts in a cache of {laid['window']} positions"
+    requests.check_room(what, self.model.config, len(ids), laid["window"])
     ends = {"stop_ids": stop_ids, "stop_texts": stop_texts, "watched": watched}
     return Plan(rule=rule, speculative=speculative, options=rows, **ends, **laid)
 
@@ -257,7 +260,7 @@ class TextDecoder:
         options=plan.options,
         on_round=follow,
       )
-    self._check_logits(info)
+    check_logits(self.source, np.isnan(np.asarray(info.log_prob_BL)), self.model.config.dtype)
     rows, texts, info = follow.finish(rows_of(tokens_BL, info.prompt_B, info.lengths_B), info)
     drafted_B = info.counts.get("draft_passes", np.zeros(1, np.int32))
     return Generation(
@@ -269,18 +272,6 @@ class TextDecoder:
       mode=plan.mode,
     )
 
-  def _check_logits(self, info: sample.Info) -> None:
-    """Refuse a text whose log-probabilities are no numbers: nor were the logits it came from."""
-    wrong_BL = np.isnan(np.asarray(info.log_prob_BL))
-    if wrong_BL.any():
-      row, place = (int(axis[0]) for axis in np.nonzero(wrong_BL))
-      exact = self.model.config.dtype == "float32"
-      raise InputError(
-        f"{self.source}: the logits of token {place + 1} of text {row + 1} are NaN or infinite, "
-        "though its weights are finite; "
-        + ("fetch or train it again." if exact else "try dtype='float32'.")
-      )
-
   def _text(self, ids: Sequence[int], stop_ids: Sequence[int]) -> str:
     """Return the text of decided ids; rows that no token has, and ends, show as nothing."""
     if ids and ids[-1] in stop_ids:
@@ -289,11 +280,13 @@ class TextDecoder:
     return self.tokenizer.decode([i for i in ids if i < size and i not in silent])
 
 
-def _repeated(prompts, num):
+def _repeated(prompts, num, config):
   """Return every prompt `num` times."""
   if not read.is_whole(num) or num < 1:
     raise InputError(f"num={num!r}: there must be at least 1 text, a whole number of them.")
-  return [prompt for prompt in read.each(prompts) for _ in range(num)]
+  prompts = read.each(prompts)
+  requests.check_room(f"num={num} texts of {len(prompts)} prompts", config, num * len(prompts), 1)
+  return [prompt for prompt in prompts for _ in range(num)]
 
 
 _ELSEWHERE = ("grid", "length", "noise_removal", "nucleus", "precision", "sampler")

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
-from dlm_jax import convert, draw, fields, mesh, models, process, sample
+from dlm_jax import convert, draw, fields, models, process, sample
 from dlm_jax.convert import places
 from dlm_jax.data import dataset, templates, tokenizers
 from dlm_jax.errors import InputError
@@ -141,15 +141,17 @@ class Pipeline:
 
     A protein's are its start, residues, end, and padding up to the bucket that it was trained in.
     """
-    steps, num = (
-      fields.Whole(-fields.MOST).check(*one) for one in (("steps", steps), ("num", num))
-    )
+    steps, num = fields.Whole(-fields.MOST).check("steps", steps), fields.Whole(1).check("num", num)
     seed = fields.SEED.check("seed", seed)
     given, frozen, length = self._start(prompt, options.pop("length", None))
     critic = self.critic if options.get("sampler") == "rgas" else None
     run = _generate(self.process, num, length, steps, self._key(options, critic))
-    self._check_room(num, length, steps)
-    return run(self.denoiser, critic, draw.key(seed), given, frozen)
+    frontier.check_room(self.denoiser, "num", num, length, steps)
+    drawn = run(self.denoiser, critic, draw.key(seed), given, frozen)
+    dtype = getattr(getattr(getattr(self.denoiser, "model", None), "config", None), "dtype", None)
+    rows = np.asarray(drawn[0] if isinstance(drawn, tuple) else drawn)
+    check_logits(self.source, rows == draw.NONE, dtype)
+    return drawn
 
   def given(self, prompt: str = "", length: int | None = None) -> Bool[np.ndarray, "L"]:
     """Return where nothing is drawn: at the prompt, and in the frame of a protein.
@@ -183,13 +185,6 @@ class Pipeline:
         ) from None
     return tuple((name, value, type(value)) for name, value in sorted(options.items()))
 
-  def _check_room(self, num: int, length: int, steps: int) -> None:
-    """Complain about samples that the memory of this machine cannot hold."""
-    config = getattr(getattr(self.denoiser, "model", None), "config", None)
-    width = getattr(config, "dim", 1)
-    floats = num * length * (_KEPT * width + max(steps, 1))
-    mesh.check_room(f"num={num} × length={length} tokens in {steps} steps", 4 * floats)
-
   def _start(self, prompt: str, length: int | None):
     """Return what is given, where it is, and how many positions there are in all."""
     tokenizer, prompt = self.tokenizer, fields.Text().check("prompt", prompt)
@@ -211,7 +206,6 @@ class Pipeline:
 
 
 _STEPS = 16
-_KEPT = 4  # arrays as wide as the network that a pass holds at least
 _OURS = {  # arguments of `sample.generate` that follow from others here
   "batch": "ask for num texts",
   "critic": "the discriminator beside the network is taken",
@@ -224,6 +218,7 @@ _GUIDED = ("h", "candidates", "ratio", "reward")  # of sampler="rgas": they deci
 _ELSEWHERE = (
   "block_length",
   "chat",
+  "confidence",
   "draft",
   "layout",
   "max_new_tokens",
@@ -309,6 +304,28 @@ def load_denoiser(
     source=source,
     guide=convert.Weights(guide),
   )
+
+
+def check_logits(
+  source: pathlib.Path | None, wrong_BL: Bool[np.ndarray, "B L"], dtype: str | None
+) -> None:
+  """Refuse texts of which some tokens came from logits that are no numbers.
+
+  Args:
+    source: of the network, for the message.
+    wrong_BL: where.
+    dtype: of the network's products.
+
+  Raises:
+    InputError: there are such tokens.
+  """
+  if wrong_BL.any():
+    row, place = (int(axis[0]) for axis in np.nonzero(wrong_BL))
+    raise InputError(
+      f"{source}: the logits of token {place + 1} of text {row + 1} are NaN or infinite, "
+      "though its weights are finite; "
+      + ("fetch or train it again." if dtype == "float32" else "try dtype='float32'.")
+    )
 
 
 def default_dtype() -> str:

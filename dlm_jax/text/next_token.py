@@ -18,7 +18,7 @@ from dlm_jax.fields import MOST, SEED, Number, Text, Whole
 from dlm_jax.mesh import check_room
 from dlm_jax.models import next_token_logits
 from dlm_jax.models.protocols import NextToken
-from dlm_jax.text.denoiser import Samples
+from dlm_jax.text.denoiser import Samples, check_logits
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
@@ -109,6 +109,7 @@ class TextContinuation:
     arguments = (tokens_BL, len(given), draw.key(seed), temperature, nucleus)
     rows = self.tokenizer.vocab_size
     written_BL = np.asarray(_write(self.model, rows, top_k, self.params, *arguments))
+    check_logits(self.source, written_BL == draw.NONE, getattr(self.model.config, "dtype", None))
     return Samples(
       texts=[self.tokenizer.decode(row) for row in written_BL],
       tokens=written_BL.tolist(),
@@ -126,10 +127,10 @@ def _check(given, length, most, temperature, nucleus, top_k):
       if given < most
       else f"the prompt is {given - 1} tokens and this network reads {most}; shorten it."
     )
-  if temperature <= 0 or not 0 < nucleus <= 1 or top_k < 0:
+  if temperature < 0 or not 0 < nucleus <= 1 or top_k < 0:
     raise InputError(
-      f"temperature={temperature} must be positive, nucleus={nucleus} in (0, 1] and top_k={top_k} "
-      "0 or more; for the most probable tokens use top_k=1."
+      f"temperature={temperature} must be 0 or more, nucleus={nucleus} in (0, 1] and top_k={top_k} "
+      "0 or more; temperature=0 takes the most probable tokens."
     )
 
 

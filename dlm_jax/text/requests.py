@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key
 
-from dlm_jax import draw, fields, sample
+from dlm_jax import draw, fields, mesh, sample
 from dlm_jax.errors import InputError, hint
 from dlm_jax.text.prompts import is_whole, unwrapped
 
@@ -278,6 +278,23 @@ def lay_out(
   prompt_BP, lengths_B = sample.pad_prompts(rows, min(width, window))
   limit_B = lengths_B + np.asarray(new, np.int32)
   return {"prompt_BP": prompt_BP, "lengths_B": lengths_B, "limit_B": limit_B, "window": window}
+
+
+def check_room(what: str, config: Any, rows: int, window: int) -> None:
+  """Refuse texts whose cache and logits the memory of this machine cannot hold.
+
+  Args:
+    what: they are, for the message.
+    config: of the network.
+    rows: texts.
+    window: positions of each in the cache.
+
+  Raises:
+    InputError: they do not fit.
+  """
+  of_token = 2 * config.layers * config.kv_heads * config.head_dim  # keys and values
+  cached = window * of_token * jnp.dtype(config.dtype).itemsize
+  mesh.check_room(what, rows * (cached + 4 * config.vocab_size))
 
 
 def check_pair(target: Any, draft: Any) -> None:

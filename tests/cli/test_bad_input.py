@@ -412,12 +412,12 @@ def test_corrupted_metrics_are_no_obstacle(tiny, finished, tmp_path):
   "option, message",
   [
     ("--steps=0", "steps=0: sampling needs at least 1"),
-    ("--num=0", "batch=0"),
+    ("--num=0", "num=0 must be at least 1"),
     ("--length=-4", "length=-4"),
     ("--sampler=euler", "sampler='euler' is unknown"),
     ("--noise_removal=maybe", "noise_removal"),
     ("--precision=half", "precision='half' is unknown"),
-    ("--temperature=0", "temperature"),
+    ("--temperature=-1", "temperature=-1.0 must be 0 or more"),
     ("--nucleus=0", "nucleus"),
     ("--prompt=" + "word and " * 99, "the prompt has"),
   ],
@@ -454,8 +454,8 @@ def test_frontier(fails, tiny, workdir):
   assert "write NAME=PATH" in fails("frontier", "--model=a=runs/a,psi", *common[1:])
   assert "--model=t=… is given twice" in fails("frontier", common[0], *common)
   assert "'wall' is not among nfe" in fails("frontier", *common, "--x=wall")
-  assert "at least two positive" in fails("frontier", *common, "--temperatures=0.9")
-  assert "at least two positive" in fails("frontier", *common, "--entropy=4")
+  assert "give at least two, 0 or more" in fails("frontier", *common, "--temperatures=0.9")
+  assert "give at least two, 0 or more" in fails("frontier", *common, "--entropy=4")
   assert "is not a list like" in fails("frontier", *common, "--temperatures=a,b")
   assert "needs a discriminator" in fails(
     "frontier", f"--model=t={tiny.teacher},sampler=rgas", *common[1:]

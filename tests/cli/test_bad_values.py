@@ -318,6 +318,8 @@ def test_frontier(fails, tiny, tmp_path):
   assert "at most 9223372036854775807" in fails("frontier", model, *rest, f"--seed={2**63}")
   assert "at most 2147483647" in fails("frontier", model, *rest, f"--nfes={HUGE}")
   assert "at most 2147483647" in fails("frontier", model, *rest, f"--samples={HUGE}")
+  many = (f"--samples={BIG}", f"--batch_size={BIG}")
+  assert f"batch_size={BIG} × length=16" in fails("frontier", model, *rest, *many)
   assert "is not a prepared dataset" in fails("frontier", model, *rest, "--data=/none")
   assert not (tmp_path / "run").exists()
 
@@ -328,6 +330,8 @@ def test_evaluate_says_it_before_it_measures(fails, tiny):
   assert "has no option 'x'" in fails("evaluate", *both, "--option=x=1")
   assert "steps=0 must be at least 1" in fails("evaluate", *both, "--steps=0")
   assert "samples=0 must be at least 1" in fails("evaluate", *both, "--samples=0")
+  many = (f"--samples={BIG}", f"--batch_size={BIG}")
+  assert f"batch_size={BIG} × length=16" in fails("evaluate", *both, *many)
   assert "/none holds no network" in fails("evaluate", *both[:2], "--judge=/none")
   assert "at most 9223372036854775807" in fails("evaluate", *both, f"--seed={2**63}")
 

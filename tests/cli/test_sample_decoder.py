@@ -109,6 +109,7 @@ def test_flags_reach_the_request(folder, monkeypatch, tmp_path, capsys):
       "--block_length=4",
       "--steps=2",
       "--strategy=sequential",
+      "--confidence=untempered",
       "--threshold=0.5",
       "--temperature=0.7",
       "--top_k=0",
@@ -126,6 +127,7 @@ def test_flags_reach_the_request(folder, monkeypatch, tmp_path, capsys):
     "block_length": 4,
     "steps": 2,
     "strategy": "sequential",
+    "confidence": "untempered",
     "threshold": 0.5,
     "temperature": 0.7,
     "top_k": 0,
@@ -215,6 +217,7 @@ _FLAGS = [
   (["--seed=9223372036854775808"], "seed=9223372036854775808 must be at most 9223372036854775807"),
   (["--temperature=-1"], "temperature=-1.0 must be 0 or more"),
   (["--top_p=0"], "top_p=0.0"),
+  (["--confidence=untempred"], "did you mean 'untempered'"),
   (["--strategy=low_confidence_statik"], "did you mean 'low_confidence_static'"),
 ]
 

@@ -68,7 +68,7 @@ def test_next_tokens(value, said):
 
 @pytest.mark.parametrize("value", [jnp.nan, jnp.inf])
 def test_samples(value):
-  """A draw from NaN is token 0: without this a frontier says "618.5 ± 0.0"."""
+  """Without this a frontier says "618.5 ± 0.0" of one token everywhere."""
   judge = JudgeWithTokens(judge=lambda tokens_BL: jnp.zeros((*tokens_BL.shape, V)))
   for proc in (PROC, UNIFORM):
     options = {"process": proc, "length": L}

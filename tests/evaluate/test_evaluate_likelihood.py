@@ -90,6 +90,7 @@ def test_elbo_does_not_depend_on_batch_size(denoiser, tokens):
     return evaluate.elbo(denoiser, proc, tokens[:10], jax.random.key(1), batch_size=size)
 
   np.testing.assert_allclose(run(4)["nelbo"], run(10)["nelbo"], rtol=1e-6)
+  np.testing.assert_allclose(run(10**9)["nelbo"], run(10)["nelbo"], rtol=1e-6)
   np.testing.assert_allclose(run(1)["nelbo_se"], run(64)["nelbo_se"], rtol=1e-6)
 
 

@@ -92,7 +92,8 @@ def test_the_entropy_that_all_reach():
   assert math.isnan(matched.common_entropy([*ROWS, _row("c", 4, 1.0, 9.0, 6.0)]))
 
 
-@pytest.mark.parametrize("temperatures", [[], [1.0], [1.0, 1.0], [0.0, 1.0]])
+@pytest.mark.parametrize("temperatures", [[], [1.0], [1.0, 1.0], [-0.1, 1.0]])
 def test_temperatures_are_checked(temperatures):
-  with pytest.raises(InputError, match="at least two positive"):
+  matched.check_temperatures([0.0, 1.0])
+  with pytest.raises(InputError, match="at least two, 0 or more"):
     matched.sweep({}, [4], temperatures or [1.0])

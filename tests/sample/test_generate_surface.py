@@ -275,6 +275,83 @@ def test_sharpening_may_be_traced(sampler):
     np.testing.assert_array_equal(traced(temperature, nucleus), wanted)
 
 
+@pytest.mark.parametrize(
+  "options",
+  [
+    {},
+    {"sampler": "psi"},
+    {"sampler": "analytic"},
+    {"sampler": "first_hitting"},
+    {"proc": process.Uniform(vocab_size=toy.VOCABULARY)},
+  ],
+  ids=str,
+)
+def test_temperature_0_takes_the_most_probable_token(options):
+  """As a nucleus does that has room for one; traced or not, and what tends to it."""
+  fixed = {"proc": PROC, "batch": 16, "length": L, "steps": 3, **options}
+  run = lambda t: sample.generate(_toy(L), rng=KEY, temperature=t, **fixed)  # noqa: E731
+  wanted = _generate(nucleus=1e-9, **fixed)
+  assert (_generate(**fixed) != wanted).any()
+  np.testing.assert_array_equal(jax.jit(lambda: run(0.0))(), wanted)
+  traced = jax.jit(run)
+  for temperature in (0.0, 1e-38):
+    np.testing.assert_array_equal(traced(temperature), wanted)
+
+
+@pytest.mark.parametrize(
+  "options",
+  [
+    {},
+    {"noise_removal": "greedy", "temperature": 0.0},
+    {"sampler": "psi"},
+    {"sampler": "analytic", "noise_removal": "greedy"},
+    {"sampler": "first_hitting"},
+    {"precision": "legacy"},
+    {"proc": process.Uniform(vocab_size=4)},
+    {"proc": process.Uniform(vocab_size=4), "noise_removal": "greedy"},
+  ],
+  ids=str,
+)
+def test_logits_that_are_no_numbers_leave_no_token(options):
+  """Token 0 would hide them."""
+  wrong = sample.from_logits(lambda x_BL, _: jnp.full((*x_BL.shape, 4), jnp.nan))
+  given = {"proc": process.Absorbing(vocab_size=4, mask_id=3), "steps": 4, **options}
+  run = lambda rng: sample.generate(wrong, rng=rng, batch=2, length=8, **given)  # noqa: E731
+  assert (jax.jit(run)(KEY) == -1).any(axis=1).all()
+
+
+@pytest.mark.parametrize("sampler", ["ancestral", "psi", "analytic", "first_hitting", "uniform"])
+@pytest.mark.parametrize(
+  ("wrong", "said"),
+  [
+    ({"head": 5}, r"denoiser: (head|logits) has shape \[2, \d, 5\]; .* V = 4, the process"),
+    (
+      {"trunk": (8, 3)},
+      r"denoiser: (trunk|logits) has shape \[2, 8, 8, 3\]; with 2 seq",
+    ),
+    ({"trunk": ()}, r"denoiser: (trunk|logits) has shape \[2, 8\]; .* it must be \[2, 8, "),
+  ],
+)
+def test_networks_of_other_shapes(sampler, wrong, said):
+  class Network:
+    def trunk(self, x_BL, _):
+      return jnp.zeros((*x_BL.shape, *wrong.get("trunk", (3,))))
+
+    def head(self, hidden, _):
+      return jnp.zeros((*hidden.shape[:-1], wrong["head"])) if "head" in wrong else hidden
+
+    def __call__(self, *given):
+      return self.head(self.trunk(*given), given[1])
+
+  proc = process.Absorbing(vocab_size=4, mask_id=3)
+  given = {"proc": proc, "sampler": sampler}
+  if sampler == "uniform":
+    given = {"proc": process.Uniform(vocab_size=4)}
+  with pytest.raises(InputError, match=said) as caught:
+    jax.eval_shape(lambda rng: sample.generate(Network(), rng=rng, batch=2, length=8, **given), KEY)
+  assert "\n" not in str(caught.value)
+
+
 def test_top_k_keeps_the_most_probable():
   proc = process.Absorbing(vocab_size=toy.VOCABULARY, mask_id=toy.MASK)
   best = _generate(batch=16, steps=L, sampler="first_hitting", top_k=1)
@@ -390,7 +467,6 @@ def test_real_network(small, sampler):
     ({"sampler": "ancestrel"}, "ancestral"),
     ({"precision": "double"}, "legacy"),
     ({"noise_removal": "ancestrl"}, "greedy"),
-    ({"temperature": 0.0}, "temperature"),
     ({"temperature": -1.0}, "temperature"),
     ({"nucleus": 0.0}, "nucleus"),
     ({"nucleus": 1.5}, "nucleus"),

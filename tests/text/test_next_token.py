@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Judges that write: the law of what they draw, prompts, and what is refused."""
 
+import dataclasses
 import itertools
 import json
 import string
@@ -83,6 +84,7 @@ def test_it_has_the_face_of_all_that_write(pipe):
   assert pipe.generate(seed=1).lengths == [pipe.length]
   sure = [pipe(top_k=1, seed=seed) for seed in (0, 1)]
   assert sure[0] == sure[1] != pipe(seed=1)
+  assert [pipe(temperature=cold, seed=2) for cold in (0.0, 1e-38)] == [sure[0], sure[0]]
 
 
 def test_other_numbers_and_prompts_compile_nothing(pipe, monkeypatch):
@@ -113,7 +115,7 @@ def test_a_gpt2_writes(tmp_path):
     ({"length": 1}, "use 2 … 16"),
     ({"prompt": "many words " * 30}, "this network reads 16; shorten it"),
     ({"num": 0}, "num=0"),
-    ({"temperature": 0.0}, "temperature=0.0 must be positive"),
+    ({"temperature": -0.5}, "temperature=-0.5 must be 0 or more"),
     ({"nucleus": 0.0}, "nucleus=0.0"),
     ({"top_k": -1}, "top_k=-1"),
   ],
@@ -122,6 +124,15 @@ def test_refused_calls(pipe, options, message):
   with pytest.raises(InputError, match=message) as caught:
     pipe(**options)
   assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 1}, {"temperature": 0.0}], ids=str)
+def test_logits_that_overflow_are_said(pipe, options):
+  huge = dataclasses.replace(pipe, params=jax.tree.map(lambda x: x * 1e30, pipe.params))
+  with pytest.raises(
+    InputError, match=r"token 2 of text 1 are NaN or infinite, though its weights"
+  ):
+    huge(num=2, length=4, **options)
 
 
 def test_refused_networks(pipe, tmp_path):

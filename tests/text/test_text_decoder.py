@@ -10,7 +10,7 @@ import tiny_sdar
 from compiled import at_most
 
 import dlm_jax
-from dlm_jax import convert, sample
+from dlm_jax import convert, mesh, sample
 from dlm_jax.data import tokenizers
 from dlm_jax.errors import InputError
 from dlm_jax.text import decoder, load, requests
@@ -241,6 +241,15 @@ def test_refused_requests(pipe, request_, message):
   with pytest.raises(InputError, match=message) as error:
     pipe.plan(**{"prompts": "a", **request_})
   assert "\n" not in str(error.value)
+
+
+def test_texts_that_no_memory_holds(pipe, monkeypatch):
+  """Before a list of them is made."""
+  with pytest.raises(InputError, match=r"num=1000000000 texts of 1 prompts need .* GiB at least"):
+    pipe(prompt="a", num=10**9)
+  monkeypatch.setattr(mesh, "memory", lambda: 10**5)
+  with pytest.raises(InputError, match=r"9 texts in a cache of .* positions need"):
+    pipe.plan(["a"] * 9, max_new_tokens=16)
 
 
 def test_refused_networks(folder, tmp_path):

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """`dlm_jax.load`: strings in three lines."""
 
+import dataclasses
 import json
 import pathlib
 import shutil
 import string
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -85,7 +87,7 @@ def test_trace_and_length(pipe):
   "options, message",
   [
     ({"steps": 0}, "steps=0"),
-    ({"num": 0}, "batch=0"),
+    ({"num": 0}, "num=0 must be at least 1"),
     ({"prompt": "many words " * 30}, "the prompt has"),
     ({"sampler": "euler"}, "sampler='euler' is unknown"),
   ],
@@ -93,6 +95,20 @@ def test_trace_and_length(pipe):
 def test_bad_calls(pipe, options, message):
   with pytest.raises(InputError, match=message):
     pipe(**options)
+
+
+@pytest.mark.parametrize(
+  "options", [{}, {"noise_removal": "greedy"}, {"temperature": 0.0}], ids=str
+)
+def test_logits_that_overflow_are_said(pipe, options):
+  """Finite weights do not make finite logits; no text is made of those."""
+  huge = jax.tree.map(lambda x: x * 1e30, pipe.denoiser.params)
+  broken = dataclasses.replace(pipe, denoiser=pipe.denoiser.replace(params=huge))
+  with pytest.raises(InputError, match=r"of text 1 are NaN or infinite, though its weights") as it:
+    broken(num=2, steps=2, **options)
+  assert str(pipe.source) in str(it.value)
+  with pytest.raises(InputError, match="are NaN or infinite"):
+    broken.tokens(steps=2, return_trace=True, **options)
 
 
 def test_bad_paths(tmp_path):

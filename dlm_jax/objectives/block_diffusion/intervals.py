@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from dlm_jax.errors import InputError
 from dlm_jax.process.block import FULL
 
 WIDTHS = (0.5, 0.6, 0.7, 0.8, 0.9)
@@ -16,12 +17,12 @@ def candidates(
   """Return every interval [β, β + width] in [0, 1] with β a multiple of the stride.
 
   Raises:
-    ValueError: a width is outside (0, 1].
+    InputError: a width is outside (0, 1].
 
   Reference: BD3-LM, arXiv 2503.09573, section 5.3 and appendix.
   """
   if not widths or min(widths) <= 0 or max(widths) > 1:
-    raise ValueError(f"objective.search_widths={tuple(widths)} must be in (0, 1], one at least.")
+    raise InputError(f"objective.search_widths={tuple(widths)} must be in (0, 1], one at least.")
   found = [
     (max(i * stride, low), i * stride + width)
     for width in widths

@@ -226,7 +226,7 @@ class Options(ChunkedOptions):
     search_widths: of the intervals that are tried.
 
   Raises:
-    ValueError: a number that does not fit.
+    InputError: a number that does not fit.
   """
 
   block_length: int = 4
@@ -282,7 +282,7 @@ def make(
     **options: fields of `Options`.
 
   Raises:
-    ValueError: another network or process, or a number that does not fit.
+    InputError: another network or process, or a number that does not fit.
 
   Reference: BD3-LM, arXiv 2503.09573, equations 3 and 8; SDAR, arXiv 2510.06303.
   """
