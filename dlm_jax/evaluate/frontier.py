@@ -261,9 +261,19 @@ def draw_samples(factory, nfe, samples, batch, seed) -> tuple[np.ndarray, float]
   """Return int32 [samples, L] and the seconds they took.
 
   Batches have one size; what the last one has too many is dropped, and its time is not counted.
+
+  Raises:
+    InputError: a token was drawn from logits that are no numbers.
   """
   if hasattr(factory, "draw"):
-    return factory.draw(nfe, samples, batch, seed)
+    tokens_NL, seconds = factory.draw(nfe, samples, batch, seed)
+  else:
+    tokens_NL, seconds = _in_batches(factory, nfe, samples, batch, seed)
+  refuse_unless(not np.any(tokens_NL == draw.NONE))
+  return tokens_NL, seconds
+
+
+def _in_batches(factory, nfe, samples, batch, seed):
   run = factory(batch, nfe)
   rng = jax.random.fold_in(draw.key(seed), nfe)
   rngs = [jax.random.fold_in(rng, i) for i in range(-(-samples // batch))]

@@ -66,6 +66,12 @@ def test_next_tokens(value, said):
   assert np.isfinite(evaluate.genppl(judge, TOKENS, valid_NL=valid)["genppl"])
 
 
+def _late(x_BL, sigma_B, value):
+  """Logits that are numbers at t = 1 alone."""
+  late_B11 = sigma_B[:, None, None] < PROC.schedule.sigma(0.9)
+  return jnp.zeros((*x_BL.shape, V)) + jnp.where(late_B11, value, 0.0)
+
+
 @pytest.mark.parametrize("value", [jnp.nan, jnp.inf])
 def test_samples(value):
   """Without this a frontier says "618.5 ± 0.0" of one token everywhere."""
@@ -75,5 +81,10 @@ def test_samples(value):
     broken = frontier.Sampler(denoiser=sample.from_logits(_broken(value)), **options)
     with pytest.raises(InputError, match="logits hold NaN or infinity, so its samples mean noth"):
       frontier.sweep({"broken": broken}, [2], judge=judge, samples=2)
+    late = sample.from_logits(lambda x_BL, sigma_B: _late(x_BL, sigma_B, value))
+    with pytest.raises(InputError, match="logits hold NaN or infinity, so its samples mean noth"):
+      frontier.sweep(
+        {"late": frontier.Sampler(denoiser=late, **options)}, [4], judge=judge, samples=2
+      )
   impossible = frontier.Sampler(denoiser=sample.from_logits(_broken(-jnp.inf)), **options)
   assert frontier.sweep({"fine": impossible}, [2], judge=judge, samples=2)
