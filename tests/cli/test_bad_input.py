@@ -164,7 +164,7 @@ _CONFIG_ERRORS = [
     "does not exist; write it first with `dlm-jax prepare`",
   ),
   ("idlm", {"data__length": "32"}, "holds sequences of 16 tokens"),
-  ("idlm", {"seed": "-1"}, "seed=-1"),
+  ("idlm", {"seed": str(2**63)}, "seed=9223372036854775808"),
 ]
 
 

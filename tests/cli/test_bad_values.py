@@ -144,7 +144,7 @@ def test_a_byte_order_mark_is_no_part_of_a_prompt(tiny, tmp_path, capsys):
     ("train.steps", HUGE, f"train.steps={HUGE} must be at most"),
     ("train.steps", "2.0", "expected int"),
     ("seed", str(2**63), "seed=9223372036854775808 must be at most 9223372036854775807"),
-    ("seed", "-1", "seed=-1 must be at least 0"),
+    ("seed", str(-(2**63) - 1), "must be at least -9223372036854775808"),
     ("data.length", HUGE, f"data.length={HUGE} must be at most 2147483647"),
     ("data.length", BIG, "data.length=1000000000 must be at most 16777216"),
     ("data.block_length", "-1", "data.block_length=-1 must be at least 0"),
