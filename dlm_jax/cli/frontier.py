@@ -184,7 +184,6 @@ def _parser() -> flags.Parser:
     """
 dlm-jax frontier --model teacher=runs/t --model student=runs/s --judge=runs/j --workdir=runs/f
 dlm-jax frontier --model teacher=shipped:teacher --judge=shipped:judge --nfes=4,8 --workdir=runs/f
-dlm-jax frontier --model a=runs/s --model b=runs/s,nucleus=0.9 --judge=gpt2 --workdir=runs/f
 dlm-jax frontier --join=runs/teachers,runs/students --workdir=runs/all
 """,
   )
@@ -233,13 +232,17 @@ dlm-jax frontier --join=runs/teachers,runs/students --workdir=runs/all
     type=flags.number,
     help="nats to match; default: at every NFE what all models reach",
   )
+  _add_baseline(parser)
+  return parser
+
+
+def _add_baseline(parser) -> None:
   parser.add_argument(
     "--baseline",
     default="",
     metavar="NAME",
     help="model beside which evaluations are saved, at matched entropies",
   )
-  return parser
 
 
 def _add_join(parser) -> None:

@@ -6,14 +6,13 @@ the identity it is a Markov chain. Given any visible tokens the law of every oth
 the forward-backward recursion, so a denoiser of this chain makes no error of its own.
 """
 
-import functools
-
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from dlm_jax import draw
 from dlm_jax.arrays import FloatB, FloatBLV, FloatLV, IntBL, IntL, RngKey
 from dlm_jax.process import Absorbing, Uniform
 from dlm_jax.sample import from_logits
@@ -44,14 +43,16 @@ class Chain:
   def draw(self, rng: RngKey, batch: int, length: int) -> IntBL:
     """Draw exact sequences."""
     rng_0, rng_z, rng_x = jax.random.split(rng, 3)
-    draw = functools.partial(jax.random.categorical, mode="high")
-    z_B = draw(rng_0, jnp.log(self.start_S)[None] * jnp.ones((batch, 1)))
+
+    def one_of(rng, probs):
+      return draw.softmax(jnp.log(probs + _TINY)).draw(draw.uniforms(rng, probs.shape[:-1]))
 
     def step(z_B, rng):
-      return draw(rng, jnp.log(self.move_SS + _TINY)[z_B]), z_B
+      return one_of(rng, self.move_SS[z_B]), z_B
 
+    z_B = one_of(rng_0, jnp.broadcast_to(self.start_S, (batch, self.start_S.size)))
     z_LB = jax.lax.scan(step, z_B, jax.random.split(rng_z, length))[1]
-    return draw(rng_x, jnp.log(self.emit_SV + _TINY)[z_LB.T]).astype(jnp.int32)
+    return one_of(rng_x, self.emit_SV[z_LB.T]).astype(jnp.int32)
 
   @property
   def uniform(self) -> Uniform:

@@ -115,7 +115,7 @@ class _Guide:
   revealer: Revealer
   critic: Any
   reward: str
-  order: str
+  order: str = "random"
 
   def due(self, masked_BL, uniform_BL, k, s, t):
     """Return which masks a step reveals."""

@@ -22,7 +22,6 @@ from dlm_jax.errors import InputError
 from dlm_jax.text import denoiser
 
 
-@pytest.mark.slow
 @pytest.fixture(scope="module")
 def pipe():
   return dlm_jax.load(str(tiny_runs.make().teacher))
