@@ -43,6 +43,18 @@ def pytest_configure(config):
     os.environ["DLM_JAX_METHOD"] = config.getoption("--method")
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items):
+  """Mark all but the first case of a test that bears `first_case` as slow."""
+  seen = set()
+  for item in items:
+    if item.get_closest_marker("first_case") and not item.get_closest_marker("slow"):
+      name = (item.path, item.originalname)
+      if name in seen:
+        item.add_marker(pytest.mark.slow)
+      seen.add(name)
+
+
 @pytest.fixture
 def optimised():
   """Compile with every optimisation: for programs whose running takes longer than compiling."""

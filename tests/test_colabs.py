@@ -152,6 +152,7 @@ def test_runs(executed, path):
   assert executed(path)[1]
 
 
+@pytest.mark.slow
 def test_few_step_sampling(executed):
   folder, outputs = executed(ROOT / "colabs" / "few_step_sampling.ipynb")
   assert not [output.text for output in outputs if output.get("name") == "stderr"]

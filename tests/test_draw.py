@@ -66,6 +66,7 @@ def _heavy_tail(vocabulary=50258, tail=49_950, mass=1e-3):
   return probs[order], order >= vocabulary - tail
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("vocabulary", [1, 2, 5, 255, 256, 257, 512, 4096, 50258])
 def test_law(vocabulary):
   rng = np.random.default_rng(vocabulary)
@@ -183,6 +184,7 @@ def test_gumbel_law(vocabulary):
     assert _p_value(tokens, probs) > FOLLOWS
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("optimised")
 def test_gumbel_reaches_the_tail():
   """The noise is the fine one, and a tail of 0.1 % of the mass comes up as often as it should."""

@@ -125,6 +125,7 @@ def _exchanged(text):
   return [shape for call in calls for shape in re.findall(r"\w+\[[\d,]*\]", call)]
 
 
+@pytest.mark.slow
 def test_weights_are_gathered_not_activations():
   """Left to itself the compiler sums [B, L, F] activations over the devices that hold weights."""
   built = _built(**MESHES["fsdp=8"])

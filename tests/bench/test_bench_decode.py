@@ -278,6 +278,7 @@ def test_passes_and_acceptance(arms):
     assert 0 < arm.target_passes < static.target_passes and arm.draft_passes > 0
 
 
+@pytest.mark.slow
 def test_what_is_timed_has_a_fixed_number_of_tokens(monkeypatch):
   """Nothing stops in a timed run, and repeats go through the arms in turn."""
   model, params = tiny.make(SMALL)

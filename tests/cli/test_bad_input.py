@@ -342,6 +342,7 @@ def _listing(folder):
   return {str(p.relative_to(folder)): p.stat().st_size for p in folder.rglob("*") if p.is_file()}
 
 
+@pytest.mark.slow
 def test_a_seed_of_64_bits_is_resumed_under_itself(fails, tiny, tmp_path, capsys):
   run = lambda seed, steps: (  # noqa: E731
     "train",
@@ -356,6 +357,7 @@ def test_a_seed_of_64_bits_is_resumed_under_itself(fails, tiny, tmp_path, capsys
   assert (tmp_path / "checkpoints" / "2").is_dir()
 
 
+@pytest.mark.slow
 def test_workdir_of_another_run(fails, tiny, finished):
   before = _listing(finished)
   line = fails("train", *tiny.flags("teacher", seed="7"), f"--workdir={finished}")

@@ -133,6 +133,7 @@ def test_sample_json_and_prompt(capsys):
   assert len(texts) == 3 and all("def parse" in t for t in texts)
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize(
   "options",
   [
@@ -293,6 +294,7 @@ def test_frontier(capsys, tmp_path):
   assert again == text, "nothing is measured twice: the seconds are the same too"
 
 
+@pytest.mark.slow
 def test_frontier_draws_held_out_text(capsys, tmp_path):
   """A prepared dataset, and a text file; another run of the same sweep may ask for another one."""
   tiny, few = tiny_runs.make(), ["--nfes=1", "--samples=4", "--batch_size=4"]

@@ -46,6 +46,7 @@ def test_text_goes_to_stdout_and_the_rest_to_stderr(run, folder):
   assert err[1].startswith("6 tokens in ") and err[1].endswith(" target passes per token")
 
 
+@pytest.mark.slow
 def test_streaming_prints_the_same(run):
   """Two prompts, so that pieces of the second wait for the first."""
   prompts = ("--prompt=It was", "--prompt=a", *FEW)

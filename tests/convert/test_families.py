@@ -99,6 +99,7 @@ def test_a_network_may_write_otherwise(tmp_path):
   assert not (tmp_path / "no").exists()
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("name, model, proc, writes", _ROWS)
 @pytest.mark.parametrize("on_host", [2**26, 0])
 def test_a_mesh_changes_no_number(tmp_path, monkeypatch, name, model, proc, writes, on_host):

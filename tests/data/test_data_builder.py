@@ -154,6 +154,7 @@ def test_unwritable_places(corpus, tmp_path):
   assert prepare(corpus, tmp_path / "empty").created
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("limit", [0, 2000, 100_000])
 def test_full_disk(limit, tmp_path):
   """A limit on file sizes stands in: TFDS metadata or the records do not fit."""

@@ -199,6 +199,7 @@ def test_hosts_together_see_the_global_batch(hosts, directory):
   assert whole.position() == parts[0].position() == parts[-1].position()
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("steps", [0, 1, 14, 15, 37])
 @pytest.mark.parametrize("together", [1, 2])
 def test_resume_continues_with_the_next_batch(steps, together, directory):

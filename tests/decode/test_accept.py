@@ -87,6 +87,7 @@ def _reference(draft, best, fails, bonus, is_open, fill):
   return dict(zip(todo, final, strict=False)), accepted
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("fill", FILLS)
 @pytest.mark.parametrize("rule", ["greedy_match", "rejection"])
 def test_rules_against_a_reference(rule, fill):

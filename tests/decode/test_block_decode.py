@@ -160,6 +160,7 @@ def test_cached_decode_equals_uncached(name):
   assert toy.MASK not in np.asarray(tokens)
 
 
+@pytest.mark.slow
 def test_a_dit_of_blocks_is_decoded_as_decoders_are():
   """Public BD3-LMs: other layers, the same rounds; cached equals uncached."""
   config = models.BlockDiTConfig(

@@ -35,6 +35,7 @@ def _rule(strategy="low_confidence_static", **more):
   )
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("strategy", select.STRATEGIES)
 def test_logits_that_are_no_numbers_end(strategy):
   """Every position is decided, in as many passes as ever, and its log-probability tells."""
@@ -54,6 +55,7 @@ def test_temperatures_near_0_are_0():
     jax.tree.map(np.testing.assert_array_equal, cold, greedy)
 
 
+@pytest.mark.slow
 def test_untempered_confidence_keeps_its_order_at_any_temperature():
   """At 0.01 every tempered confidence is 1, and the order is left to right."""
   greedy, greedy_info = _decode(_script(), _rule(steps=SIZE), temperature=0.0)
@@ -114,6 +116,7 @@ def test_an_empty_prompt_with_a_draft_and_without():
   np.testing.assert_array_equal(info.step_BL, other_info.step_BL)
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("verify", ["stacked", "simsd"])
 def test_numbers_of_64_bits(verify):
   """What the loops carry keeps its type."""

@@ -246,6 +246,7 @@ def test_no_token_is_a_stop_id_of_minus_one():
   assert int(after.length_B[0]) == 4 and int(after.reason_B[0]) == sample.LENGTH
 
 
+@pytest.mark.slow
 def test_what_no_row_asks_for_is_not_computed(monkeypatch):
   """No noise for greedy rows, no sorting without truncation; rows that are done ask for nothing."""
   calls = {"drawn": 0, "sorted": 0}

@@ -268,6 +268,7 @@ def _law(model, params, prompt, temperature):
   return law / law.sum()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verify", [pytest.param("stacked", marks=pytest.mark.slow), "simsd"])
 def test_no_key_is_used_twice(verify):
   """Draft and target share noise by making the same key, not by using one twice."""

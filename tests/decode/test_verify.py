@@ -193,6 +193,7 @@ TABLE = [
 ]
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("layers, steps, carried, unified, published", TABLE)
 def test_table_of_exactness(layers, steps, carried, unified, published):
   """9.3-b, 9.3-i: equal where claimed and, so that nobody claims more, different elsewhere."""

@@ -72,6 +72,7 @@ def _late(x_BL, sigma_B, value):
   return jnp.zeros((*x_BL.shape, V)) + jnp.where(late_B11, value, 0.0)
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("value", [jnp.nan, jnp.inf])
 def test_samples(value):
   """Without this a frontier says "618.5 ± 0.0" of one token everywhere."""

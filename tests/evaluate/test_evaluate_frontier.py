@@ -250,6 +250,7 @@ def test_write(tmp_path):
     assert near[:, :1100].sum() > 500 and near[:, 1100:].sum() > 500
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("count", [1, 9, 20])
 def test_any_number_of_models(tmp_path, count):
   rows = [row(f"model {i}", 4, 50.0 + i) for i in range(count)]

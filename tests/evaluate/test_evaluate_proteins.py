@@ -33,6 +33,7 @@ def _words(count, letters):
   return ["".join(draw.choices(letters, k=draw.choice(lengths))) for _ in range(count)]
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("letters", ["AC", "ACDEFGHIKLMNPQRSTVWYX"])
 def test_identity_is_the_textbooks(letters):
   words = _words(26, letters)

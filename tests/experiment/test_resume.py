@@ -271,6 +271,7 @@ def test_no_checkpoint_is_left(straight, tmp_path):
   assert (workdir / "checkpoints" / "8").exists() and (workdir / "final").exists()
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_a_run_that_goes_on_later(tmp_path, monkeypatch):
   """The files of the checkpoint of step 4 may have 20 kB each; Orbax meets that in a thread."""
   config = tiny_runs.make().config("teacher", train__steps="4")

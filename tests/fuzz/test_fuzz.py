@@ -124,6 +124,7 @@ def test_every_step_changes_something(folder):
     assert mutations.apply("json", json_, [step]) == wanted, step
 
 
+@pytest.mark.slow
 def test_bounds_of_the_child(child):
   """A command that crosses one ends its process, and the next command is answered all the same."""
   for argv, code in ((["spin"], "SIGPROF"), (["fill"], 1), (["crash"], "SIGSEGV")):

@@ -143,6 +143,7 @@ def test_the_mean_of_the_estimator_is_the_gradient_of_the_divergence(two_steps):
   assert np.abs(wanted["logits"]).max() > 0.01
 
 
+@pytest.mark.slow
 def test_drawn_paths_follow_their_law():
   """A rollout draws what it scores, and the score of a replay is that of the draw."""
   count = 60_000

@@ -143,6 +143,7 @@ def test_everything_starts_from_the_teacher_and_the_check_sees_it():
       objective.check(state.replace(trees={**state.trees, tree: value}))
 
 
+@pytest.mark.slow
 def test_what_moves():
   objective, state, _ = _make()
   after, metrics = jax.jit(objective.step)(state, tiny.batch())
@@ -311,6 +312,7 @@ def test_bad_options(options, message):
     _make(**options)
 
 
+@pytest.mark.slow
 def test_a_teacher_that_is_told_the_time_is_refused():
   model, _ = tiny.network(time_conditioning=True)
   with pytest.raises(ValueError, match="not told the time"):

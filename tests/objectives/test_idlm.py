@@ -284,6 +284,7 @@ def test_rollout_states():
   np.testing.assert_array_equal(_rollout(batch, chunk=2).z, z)
 
 
+@pytest.mark.slow
 def test_rollout_draws_from_the_prediction():
   """At t_gen = 1, t = 0: z is distributed as the student's prediction from all masks."""
   count = 4000
@@ -443,6 +444,7 @@ def test_one_batch_serves_both():
   assert objective.batches == 2 and objective.output == "student"
 
 
+@pytest.mark.slow
 def test_averages_of_student_and_fake():
   """At step n the rate is min(decay, (1 + n)/(10 + n)): 2/11 at the first."""
   objective, params = _objective()

@@ -204,6 +204,7 @@ def _rollout(params, xt, times, delta, rng, chunk=None):
   return sdtt.rollout(params, xt, times, delta, rng, setting=setting)
 
 
+@pytest.mark.slow
 def test_a_step_reveals_its_share():
   """δ/t of the masks in the first step, δ/(t − δ) of the rest in the second."""
   size, t, delta = 2048, 0.8, 0.2

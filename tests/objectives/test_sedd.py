@@ -44,6 +44,7 @@ def _loss(params, batch, **options):
   return sedd.loss(params, batch, **options)
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize(
   "schedule", [schedules.LogLinear(), schedules.Polynomial(power=2.0)], ids=["linear", "square"]
 )

@@ -94,6 +94,7 @@ class _Denoiser:
     return self.head(self.trunk(tokens, sigma_B), sigma_B)
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize(
   "kind, options",
   [

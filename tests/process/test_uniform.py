@@ -423,6 +423,7 @@ def test_a_vocabulary_of_one():
   assert "\n" not in str(error.value)
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize(
   "distance,of_value,of_gradient", [(3.0, 3e-6, 3e-5), (0.1, 3e-5, 2e-5), (1e-3, 1e-3, 5e-2)]
 )

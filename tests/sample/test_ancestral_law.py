@@ -42,6 +42,7 @@ def _plain_samples(steps):
   return _generate(toy.make(L), _process(), steps, seed=steps)
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("steps", [1, 2, 3, 8])
 def test_law_of_the_reverse_chain(steps):
   law = toy.chain_law(toy.make(L), _process(), L, steps)

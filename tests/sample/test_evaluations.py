@@ -78,6 +78,7 @@ def test_evaluations_are_those_made(proc, options, noise_removal, steps):
     assert sampler.evaluations(steps) == made
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("steps", [pytest.param(1, marks=pytest.mark.slow), 4])
 @pytest.mark.parametrize("noise_removal", ["ancestral", "greedy", "none"])
 @pytest.mark.parametrize("reward", ["sum", "all"])

@@ -260,6 +260,7 @@ def test_number_of_network_evaluations():
   assert 1 <= _evaluations(steps=100, batch=1) <= L + 1
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("sampler", ["ancestral", "psi", "analytic"])
 def test_sharpening_may_be_traced(sampler):
   """One program for all temperatures and nuclei; the same tokens as with numbers."""
@@ -275,6 +276,7 @@ def test_sharpening_may_be_traced(sampler):
     np.testing.assert_array_equal(traced(temperature, nucleus), wanted)
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize(
   "options",
   [
@@ -298,6 +300,7 @@ def test_temperature_0_takes_the_most_probable_token(options):
     np.testing.assert_array_equal(traced(temperature), wanted)
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize(
   "options",
   [
@@ -375,6 +378,7 @@ def test_inside_shard_map(options):
   np.testing.assert_array_equal(tokens, np.concatenate(wanted))
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("name", ["ancestral", "first_hitting", "psi", "analytic", "uniform"])
 def test_any_function_of_logits_is_a_denoiser(name):
   """The same tokens as from the network that it calls; as an argument, a closure or a pytree."""

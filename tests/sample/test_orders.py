@@ -57,6 +57,7 @@ def _law(step_NL, length=L, start=None):
   return total
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize(
   "length,steps", [(1, 1), (4, 3), (7, 7), (8, 3), (33, 5), (64, 16), (5, 10)]
 )
@@ -76,12 +77,14 @@ def test_free_positions_alone_are_shared_out():
   assert (counts_LK == counts_LK[0]).all()
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("length", [1, 2, 5, 16, 100, 257])
 def test_as_many_steps_as_positions_reveal_one_each(length):
   step_NL = _steps(length, length, fine=3)
   assert (np.sort(step_NL, axis=1) == np.arange(length)).all()
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("length,steps", [(256, 4), (256, 6), (100, 8), (256, 16), (96, 12)])
 def test_no_group_has_neighbours(length, steps):
   """Distances inside a group are at least half of the mean one, L/K over positions."""
@@ -225,6 +228,7 @@ def test_entropy_reveals_what_its_bound_allows():
     assert due_BL.sum() == count and due_BL[0, 1] and not due_BL[0, 2]
 
 
+@pytest.mark.slow
 def test_law_of_first_hitting():
   """One position at a time, from one end of the ranks to the other."""
   law = _law(_steps(L, L))
@@ -233,6 +237,7 @@ def test_law_of_first_hitting():
   assert toy.p_value(tokens_BL, _law(_steps(L, 2))) < DIFFERS
 
 
+@pytest.mark.slow
 def test_a_consistent_denoiser_gives_its_joint_law_in_any_order():
   """Conditionals of one joint law: as many steps as positions lose nothing; one step does."""
   joint = np.random.default_rng(3).dirichlet(np.full(3**L, 0.3)).reshape((3,) * L)

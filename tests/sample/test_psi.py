@@ -163,6 +163,7 @@ def _generate(proc, rng=KEY, prompt=None, **options):
   return jax.tree.map(np.asarray, _compiled(proc, **options)(_toy(L), rng, prompt))
 
 
+@pytest.mark.first_case
 @BOTH
 @pytest.mark.parametrize("kappa,eta,steps", [(0.0, 0.0, 8), ("cap", 0.3, 8), ("rescale", 0.5, 8)])
 def test_law_of_the_chain(proc, kappa, eta, steps):
@@ -240,6 +241,7 @@ def test_a_sequence_depends_on_its_own_key_only(proc):
   np.testing.assert_array_equal(_generate(proc, batch=3, **options), eight[:3])
 
 
+@pytest.mark.slow
 def test_no_key_is_used_twice():
   with jax.debug_key_reuse(True):
     for proc in (ABSORBING, UNIFORM):

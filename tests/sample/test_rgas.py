@@ -197,6 +197,7 @@ def _tilted_rows(critic, scale):
   return rows
 
 
+@pytest.mark.slow
 def test_law_of_tilted_steps():
   critic = Taste(2.0)
   tokens = _draw(critic, steps=2, ratio=0.0, h=(3.0, 3.0))
@@ -233,6 +234,7 @@ def _first_step():
   return states, q / q.sum(), PROC.schedule.sigma(grid[1])
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("reward", ["sum", "mean", "all"])
 def test_law_of_ranking(reward):
   """The better of two candidates more often; "sum" and "mean" compare equal sets of masks."""

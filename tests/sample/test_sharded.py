@@ -98,6 +98,7 @@ DIFFERENT = {
 }
 
 
+@pytest.mark.first_case
 @every_sampler("ancestral", "psi", "analytic", "uniform")
 @pytest.mark.parametrize("axes", [{"data": 2, "fsdp": 2}, pytest.param({"x": 4}, marks=SLOW)])
 @pytest.mark.parametrize(
@@ -137,6 +138,7 @@ def _alone(name):
   return jax.jit(functools.partial(_draw, name))(toy.make(L), KEY)
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto], ids=["explicit", "auto"])
 @pytest.mark.parametrize("axes,ways", MESHES, ids=str)
 def test_the_batch_is_split_over_whatever_mesh_is_in_force(axes, ways, kind):
@@ -158,6 +160,7 @@ def test_explicit_axes(name):
   np.testing.assert_array_equal(tokens, _alone(name))
 
 
+@pytest.mark.slow
 def test_explicit_axes_eagerly_with_a_split_prompt_and_a_trace():
   mesh = _mesh({"data": 2, "fsdp": 2}, AxisType.Explicit)
   prompt = _rows(4).reshape(8, L)

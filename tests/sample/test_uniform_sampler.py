@@ -142,6 +142,7 @@ def test_a_wrong_law_is_noticed(steps, other):
     assert toy.p_value(_plain_samples(steps), toy.chain_law(_toy(L), cosine, L, steps)) < DIFFERS
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("noise_removal", ["ancestral", "greedy", "none"])
 def test_law_of_the_noise_removal(noise_removal):
   proc = process.Uniform(vocab_size=toy.VOCABULARY, schedule=LATE)
@@ -178,6 +179,7 @@ def test_law_given_frozen_tokens(noise_removal):
   assert toy.p_value(tokens, law) > FOLLOWS
 
 
+@pytest.mark.slow
 def test_law_in_the_time_of_the_gaussian_window():
   """α ends below 1 there, at γ_min: the ancestral tail still goes to α = 1."""
   proc = process.GaussianDuality(vocab_size=toy.VOCABULARY, gamma_min=-1.0, gamma_max=4.0).process
