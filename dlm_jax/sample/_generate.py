@@ -88,10 +88,12 @@ def generate(
     frozen: bool, shape of prompt: given positions. Default: wherever the prompt is not the mask;
       all of it under a uniform process, which has no mask.
     return_trace: also return the state after every step.
-    **sampler_options: of every sampler: grid ("uniform", "cosine"), noise_removal ("ancestral",
-      "greedy", "none"), and temperature, nucleus and top_k, which act on the prediction of the
-      clean token; see `GridOptions` and `Truncation`. Of "ancestral" under an absorbing process
-      also precision="legacy": the public float32 race, see `Legacy`.
+    **sampler_options: of every sampler: grid ("uniform", "cosine", "rising"), noise_removal
+      ("ancestral", "greedy", "none"), and temperature, nucleus and top_k, which act on the
+      prediction of the clean token; see `GridOptions` and `Truncation`. Of "ancestral" under an
+      absorbing process also order, which positions a step reveals ("random", "spaced", adaptive
+      ones, or your own: see `orders`), and precision="legacy": the public float32 race, see
+      `Legacy`. "first_hitting", "psi" and "rgas" take the orders "random" and "spaced".
 
   Returns:
     int32 [batch, length]; with `return_trace` also the state after every step, int32
