@@ -120,7 +120,7 @@ def test_spaced_orders_lose_less(chain, steps):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("steps", [1, 2, 3, 4, 6, 8, 12, 16, 24, 32])
+@pytest.mark.parametrize("steps", [2, 6, 16, 32])
 @pytest.mark.parametrize("chain", list(oracle.CHAINS))
 def test_spaced_orders_never_lose_more(chain, steps):
   (spaced, spaced_error), (random, random_error) = (
@@ -129,9 +129,7 @@ def test_spaced_orders_never_lose_more(chain, steps):
   assert spaced < random + 2 * np.hypot(spaced_error, random_error)
 
 
-@pytest.mark.parametrize(
-  "name", ["uniform", *map(slow, ("analytic", "psi", "confidence", "entropy"))]
-)
+@pytest.mark.parametrize("name", ["uniform", *map(slow, ("analytic", "entropy"))])
 def test_many_steps_lose_nothing(name):
   """Every sampler of an exact denoiser tends to the true law."""
   few, many = (

@@ -237,7 +237,7 @@ def _losses(model, params, *given, **options):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("chunk", [4, pytest.param(None, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("chunk", [4])
 def test_the_gradient_of_a_jitted_loss(chunk):
   """Either order of `grad` and `jit`, of a loss whose sums have a rule of differentiation."""
   model, params = _tiny(dropout=0.0)
