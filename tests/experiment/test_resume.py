@@ -175,7 +175,8 @@ def test_truncated_files_are_never_read_as_other_values(straight, tmp_path):
   expected, refused = _restore(straight), set()
   step = straight / "checkpoints" / "8"
   files = [p.relative_to(step) for p in step.rglob("*") if p.is_file() and p.stat().st_size > 1]
-  for number, file in enumerate(sorted(files)):
+  values = [file for file in files if file.as_posix().startswith("state/d/")]
+  for number, file in enumerate(sorted(set(files) - set(values[2:]))):  # of values two
     copy = tmp_path / str(number)
     shutil.copytree(step, copy / "checkpoints" / "8")
     cut = copy / "checkpoints" / "8" / file

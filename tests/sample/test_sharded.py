@@ -100,9 +100,13 @@ DIFFERENT = {
 
 @pytest.mark.first_case
 @every_sampler("ancestral", "psi", "analytic", "uniform")
-@pytest.mark.parametrize("axes", [{"data": 2, "fsdp": 2}, pytest.param({"x": 4}, marks=SLOW)])
 @pytest.mark.parametrize(
-  "what", ["keys", *(pytest.param(x, marks=SLOW) for x in list(DIFFERENT)[1:])]
+  "axes, what",
+  [
+    ({"data": 2, "fsdp": 2}, "keys"),
+    *(pytest.param({"data": 2, "fsdp": 2}, x, marks=SLOW) for x in list(DIFFERENT)[1:]),
+    pytest.param({"x": 4}, "keys", marks=SLOW),
+  ],
 )
 def test_inside_shard_map(name, axes, what):
   """Whatever differs between devices, a loop's carry has the type of it from the start."""
