@@ -60,11 +60,11 @@ def test_the_hash_never_changes():
 
 def test_files_of_every_kind(tmp_path):
   (tmp_path / "1.txt").write_bytes(b"\xef\xbb\xbfone\r\n")
-  (tmp_path / "2.txt.gz").write_bytes(gzip.compress("zwö".encode()))
+  (tmp_path / "2.txt.gz").write_bytes(gzip.compress("zwö".encode(), mtime=0))
   (tmp_path / "3.txt.xz").write_bytes(lzma.compress(b"three"))
   (tmp_path / "4.txt.bz2").write_bytes(bz2.compress(b"four"))
   lines = "\n".join(json.dumps({"text": text, "n": 1}) for text in ("five\n", " ", "six"))
-  (tmp_path / "5.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+  (tmp_path / "5.jsonl.gz").write_bytes(gzip.compress(lines.encode(), mtime=0))
   (tmp_path / "6.txt").write_text(" \n")
   (tmp_path / "sub").mkdir()
   (tmp_path / "sub" / "7.txt").write_text("seven")
@@ -127,7 +127,7 @@ def test_description_follows_the_files(tmp_path):
     ("a.jsonl", b'{"text": 3}', r"no text in field 'text'"),
     ("a.jsonl", b"[1]", r"no text in field 'text'; the line holds: list"),
     ("a.jsonl", b'{"text": "\\ud800"}', r"half a surrogate pair"),
-    ("a.gz", gzip.compress(b"text" * 99, mtime=0)[:-9], r"a\.gz is not a whole \.gz file"),
+    ("a.gz", gzip.compress(b"text" * 99, mtime=0, mtime=0)[:-9], r"a\.gz is not a whole \.gz file"),
     ("a.gz", b"text", r"a\.gz is not a whole \.gz file"),
     ("a.xz", lzma.compress(b"text" * 99)[:-9], r"a\.xz is not a whole \.xz file"),
     ("a.zst", b"\x28\xb5\x2f\xfd", r"\.zst files are not read; decompress it \(zstd -d\)"),
@@ -135,12 +135,16 @@ def test_description_follows_the_files(tmp_path):
     ("a.parquet", b"PAR1\xff", r"\.parquet files are not read; convert it to \.jsonl"),
     ("a.txt", b"PAR1\xff", r"a\.txt is a \.parquet file, which is not read; convert it to \.jsonl"),
     ("a.txt", b"\x28\xb5\x2f\xfd", r"a\.txt is a \.zst file, which is not read; decompress it"),
-    ("a.jsonl", gzip.compress(b"{}"), r"a\.jsonl is a \.gz file; let its name end in \.gz"),
+    (
+      "a.jsonl",
+      gzip.compress(b"{}", mtime=0),
+      r"a\.jsonl is a \.gz file; let its name end in \.gz",
+    ),
     ("a.json", b'{"text": "a"}\n{"text": "b"}', r"holds records \(text\).*; name it a\.jsonl"),
     ("a.json", b'\xef\xbb\xbf\n{"x": 1,\n"y": 2}\n\n{"x": 3}', r"holds records \(x, y\)"),
     ("a.json", b'{"text": "a"}\n', r"name it a\.jsonl, or a\.txt to train on the JSON itself"),
     ("a.json", b'[\n {"q": 1},\n {"q": 2}]', r"write one a line \(jq -c '\.\[\]'\) to a\.jsonl"),
-    ("a.json.gz", gzip.compress(b'[{"q": 1}]'), r"a\.json\.gz holds records \(q\)"),
+    ("a.json.gz", gzip.compress(b'[{"q": 1}]', mtime=0), r"a\.json\.gz holds records \(q\)"),
   ],
 )
 def test_unusable_files(name, content, message, tmp_path):
