@@ -127,7 +127,7 @@ def test_description_follows_the_files(tmp_path):
     ("a.jsonl", b'{"text": 3}', r"no text in field 'text'"),
     ("a.jsonl", b"[1]", r"no text in field 'text'; the line holds: list"),
     ("a.jsonl", b'{"text": "\\ud800"}', r"half a surrogate pair"),
-    ("a.gz", gzip.compress(b"text" * 99, mtime=0, mtime=0)[:-9], r"a\.gz is not a whole \.gz file"),
+    ("a.gz", gzip.compress(b"text" * 99, mtime=0)[:-9], r"a\.gz is not a whole \.gz file"),
     ("a.gz", b"text", r"a\.gz is not a whole \.gz file"),
     ("a.xz", lzma.compress(b"text" * 99)[:-9], r"a\.xz is not a whole \.xz file"),
     ("a.zst", b"\x28\xb5\x2f\xfd", r"\.zst files are not read; decompress it \(zstd -d\)"),
