@@ -151,8 +151,8 @@ def test_public_checkpoints_with_a_tokenizer_given_by_path(tmp_path, family, nam
 
 
 def _keep_the_start(request):
-  """Return what a sampler gets instead of sampling: the state, −1 where nothing is given."""
-  return jnp.where(request.frozen_BL, request.x_BL, -1)[None]
+  """Return what a sampler gets instead of sampling: the state, token 9 where nothing is given."""
+  return jnp.where(request.frozen_BL, request.x_BL, 9)[None]
 
 
 @pytest.mark.parametrize("family", ["mdlm", "duo"])
@@ -161,7 +161,7 @@ def test_a_prompt_is_given_whatever_the_process(tmp_path, family):
   tokens = np.asarray(public.tokens(num=2, length=8, prompt="abc", sampler=_keep_the_start))
   given = [46, *public.tokenizer.encode("abc")]
   assert given == [46, 45, 2]
-  np.testing.assert_array_equal(tokens, [given + [-1] * 5] * 2)
+  np.testing.assert_array_equal(tokens, [given + [9] * 5] * 2)
 
 
 def test_uniform_samples_keep_their_prompt(tmp_path):
