@@ -56,8 +56,9 @@ def main(argv: list[str]) -> None:
     "path": finished,
     "valid_NL": _valid(options, data),
   }
-  rounds = len(samplers) * (1 + len(set(options.temperatures)))
-  with sweep_progress(rounds * sum(set(options.nfes))) as told:
+  asked = list(dict.fromkeys(options.nfes))
+  of_round = sum(sum(sampler.nfes(asked)) for sampler in samplers.values())
+  with sweep_progress(of_round * (1 + len(set(options.temperatures)))) as told:
 
     def on_row(*row):
       told(*row)
@@ -169,10 +170,9 @@ def _samplers(options, data):
     if tokenizer is not None and pipe.tokenizer.fingerprint != tokenizer.fingerprint:
       raise InputError(f"--model={name}={path} has another tokenizer than the first model.")
     tokenizer = pipe.tokenizer
-    samplers[name] = pipe.sampler(data or "", **sampling)
-    samplers[name].check(
-      min(options.batch_size, options.samples), max(options.nfes), options.samples
-    )
+    sampler = samplers[name] = pipe.sampler(data or "", **sampling)
+    batch, most = min(options.batch_size, options.samples), max(sampler.nfes(options.nfes))
+    sampler.check(batch, most, options.samples)
     fingerprints[name] = convert.fingerprint(places.network_directory(path))
   return samplers, tokenizer, fingerprints
 

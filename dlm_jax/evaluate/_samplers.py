@@ -46,10 +46,10 @@ class Sampler:
     """Compile sampling of `batch` sequences in `nfe` steps.
 
     Raises:
-      InputError: the denoiser's logits are not numbers; samples would hide it. Or the batch is more
-        than the memory there is.
+      InputError: the denoiser's logits are not numbers; samples would hide it. Or the sampler has
+        no such NFE, or the batch is more than the memory there is.
     """
-    self._check_room(batch, nfe)
+    self._check_sizes(batch, nfe)
     networks = self._networks()
     refuse_unless(_fine(self.denoiser, self.process, self.length))
     compiled = self._compile(networks, batch=batch, nfe=nfe)
@@ -70,14 +70,19 @@ class Sampler:
     """Trace one step; compute nothing.
 
     Raises:
-      InputError: the sampler does not take its options, or memory does not hold a batch, or all
-        samples.
+      InputError: the sampler does not take its options or has no such NFE, or memory does not hold
+        a batch, or all samples.
     """
-    self._check_room(batch, nfe, samples)
+    self._check_sizes(batch, nfe, samples)
     generate = functools.partial(self._generate, batch=1, nfe=1)
     jax.eval_shape(generate, *self._networks(), jax.random.key(0))
 
-  def _check_room(self, batch, nfe, samples=1):
+  def _check_sizes(self, batch, nfe, samples=1):
+    if nfe not in self.nfes([nfe]):
+      raise InputError(
+        "sampler='first_hitting' takes one evaluation per masked token whatever the NFE, so it has "
+        f"no frontier but one point, NFE {self.length}; ask for that, or use 'ancestral'."
+      )
     check_room(self.denoiser, "batch_size", batch, self.length, nfe)
     mesh.check_room(f"samples={samples} × length={self.length} tokens", 4 * samples * self.length)
 
@@ -127,7 +132,7 @@ class TemplateSampler(Sampler):
 
   def check(self, batch: int = 1, nfe: int = 1, samples: int = 1) -> None:
     """Trace one step; see `Sampler.check`."""
-    self._check_room(batch, nfe, samples)
+    self._check_sizes(batch, nfe, samples)
     given = self.templates(1, 1)
     generate = functools.partial(self._generate, batch=1, nfe=1)
     shapes = _shapes(1, given.lengths[0])
@@ -138,7 +143,7 @@ class TemplateSampler(Sampler):
 
     A batch holds one bucket; rows that fill up a bucket's last batch cost time, too.
     """
-    self._check_room(batch, nfe, samples)
+    self._check_sizes(batch, nfe, samples)
     given, networks = self.templates(samples, batch), self._networks()
     refuse_unless(_fine(self.denoiser, self.process, given.lengths[0]))
     compiled = {

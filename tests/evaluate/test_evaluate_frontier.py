@@ -216,6 +216,11 @@ def test_sampler_draws_with_the_library():
   one_by_one = frontier.Sampler(
     denoiser=denoiser, process=proc, length=6, options={"sampler": "first_hitting"}
   )
+  with pytest.raises(InputError, match="has no frontier"):
+    one_by_one(3, 2)
+  with pytest.raises(InputError, match="NFE 6; ask for that"):
+    one_by_one.check(nfe=2)
+  one_by_one.check(nfe=6)
   rows = frontier.sweep({"limit": one_by_one}, [2, 4], judge=judge, samples=4, batch_size=3)
   assert [(row["nfe"], row["evaluations"]) for row in rows] == [(6, 6)]
 
