@@ -4,7 +4,7 @@
 from dlm_jax import decode as _rounds
 from dlm_jax import draw
 from dlm_jax.decode import *  # noqa: F403
-from dlm_jax.sample import grids, orders
+from dlm_jax.process import grids, orders
 from dlm_jax.sample._generate import SAMPLERS, check_options, evaluations, generate
 from dlm_jax.sample._logits import from_logits
 from dlm_jax.sample._request import NOISE_REMOVALS, Request

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dlm_jax.arrays import BoolBL, FloatBKV, IntBL
-from dlm_jax.sample import orders
+from dlm_jax.process import orders
 from dlm_jax.sample._request import Request, walk
 from dlm_jax.sample._reveal import Revealer
 

@@ -27,7 +27,8 @@ from jaxtyping import Array, Float, Int
 
 from dlm_jax.arrays import KeyB
 from dlm_jax.errors import InputError
-from dlm_jax.sample import _adaptive, grids, orders
+from dlm_jax.process import grids, orders
+from dlm_jax.sample import _adaptive
 from dlm_jax.sample._request import GridSampler, Request, walk
 from dlm_jax.sample._reveal import Revealer, capacity_for
 
@@ -61,9 +62,7 @@ class Ancestral(GridSampler):
 
   def times(self, request: Request) -> Float[Array, "K"]:
     """Return the times of the grid, one more than there are steps."""
-    if self.grid is None and isinstance(self.order, str) and self.order.startswith("spaced"):
-      return grids.make("rising", request.steps, length=request.length)
-    return super().times(request)
+    return grids.make(self.grid or orders.grid(self.order), request.steps, length=request.length)
 
   def run(self, request: Request) -> Int[Array, "K B L"]:
     """Return the states after every step; the last one is the sample."""

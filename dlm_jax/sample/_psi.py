@@ -27,8 +27,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dlm_jax.errors import InputError, check_choice
-from dlm_jax.process import Absorbing, Uniform
-from dlm_jax.sample import orders
+from dlm_jax.process import Absorbing, Uniform, orders
 from dlm_jax.sample._request import GridSampler, Request, walk
 from dlm_jax.sample._reveal import Revealer, capacity_for
 from dlm_jax.sample._uniform import UniformAncestral

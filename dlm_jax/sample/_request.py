@@ -17,7 +17,7 @@ from dlm_jax import draw
 from dlm_jax.arrays import BoolBL, FloatB, IntBL, KeyB, Scalar
 from dlm_jax.errors import InputError
 from dlm_jax.fields import Number
-from dlm_jax.sample import grids
+from dlm_jax.process import grids
 
 NOISE_REMOVALS = ("ancestral", "greedy", "none")
 

@@ -31,7 +31,7 @@ from jaxtyping import Array, Float, Int
 from dlm_jax.arrays import BoolBL, FloatB, FloatBKD, FloatBKV, FloatBLD, IntBL
 from dlm_jax.errors import InputError, check_choice
 from dlm_jax.fields import Number, Whole
-from dlm_jax.sample import orders
+from dlm_jax.process import orders
 from dlm_jax.sample._request import GridSampler, Request, walk
 from dlm_jax.sample._reveal import Revealer, capacity_for
 

@@ -31,7 +31,7 @@ from jaxtyping import Array, Float, Int
 from dlm_jax.arrays import BoolBL, IntBL, KeyB, RngKey
 from dlm_jax.errors import InputError, check_choice
 from dlm_jax.fields import shown
-from dlm_jax.process import Absorbing
+from dlm_jax.process.absorbing import Absorbing
 
 PLANNED = ("random", "spaced")  # known before the first evaluation
 ADAPTIVE = ("confidence", "margin", "entropy", "spaced_confidence")
@@ -48,6 +48,11 @@ def check(order: Any) -> None:
       f"order={shown(order)} is unknown; use one of {', '.join(NAMES)}, integers [L] that give "
       "the step of each position, or a function (rng, length, steps) -> integers [L]."
     )
+
+
+def grid(order: Any) -> str:
+  """Return the name of the grid that a sampler takes with an order, unless it is given one."""
+  return "rising" if isinstance(order, str) and order.startswith("spaced") else "uniform"
 
 
 def spaced(free_BL: BoolBL, uniform_B2: Float[Array, "B 2"]) -> tuple[IntBL, Int[Array, "B"]]:
