@@ -68,6 +68,23 @@ def counted(batch: Batch, skip: int = 0) -> Batch:
   return {**batch, "count": jnp.broadcast_to(count, (rows,))}
 
 
+def position_weights(batch: Batch, shape: tuple[int, ...], *, by_sequence: bool) -> FloatBL:
+  """Return weights of positions that make a sum L times a mean over valid tokens.
+
+  Args:
+    batch: with "valid", or all tokens count.
+    shape: [B, L].
+    by_sequence: a mean in each sequence first, then over sequences; else over all of them at once.
+  """
+  if "valid" not in batch:
+    return jnp.full(shape, 1 / shape[0], jnp.float32)
+  valid_BL = batch["valid"]
+  count_B = jnp.maximum(valid_BL.sum(1), 1)
+  if not by_sequence:
+    count_B = (batch if "count" in batch else counted(batch))["count"]
+  return valid_BL * (shape[1] / shape[0] / count_B[:, None])
+
+
 def token_mean(loss_BL: FloatBL, batch: Batch) -> Float[Array, ""]:
   """Return the mean over all valid tokens of the whole batch, see `counted`; 0 without any.
 

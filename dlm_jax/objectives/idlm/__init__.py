@@ -2,6 +2,7 @@
 """Inverse distillation (IDLM) of discrete diffusion teachers into few-step students."""
 
 from dlm_jax.objectives.idlm.absorbing import HardStates
+from dlm_jax.objectives.idlm.groups import GroupedStates
 from dlm_jax.objectives.idlm.method import (
   NETWORK,
   PASSES,
@@ -22,6 +23,7 @@ __all__ = [
   "PASSES",
   "TIME_COUPLINGS",
   "TRAINED",
+  "GroupedStates",
   "HardStates",
   "Options",
   "SoftStates",

@@ -21,13 +21,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dlm_jax.arrays import KeyB, Metrics, Params
-from dlm_jax.errors import check_choice
-from dlm_jax.fields import Number
+from dlm_jax.errors import InputError, check_choice
+from dlm_jax.fields import Items, Number, Whole
 from dlm_jax.models import DiT
 from dlm_jax.models.dit import head_params
+from dlm_jax.objectives import orders
 from dlm_jax.objectives.batch import Batch, counted, split_each, stratified_times
 from dlm_jax.objectives.gaussian_states import Relaxation
 from dlm_jax.objectives.idlm.absorbing import HardSample, HardStates
+from dlm_jax.objectives.idlm.groups import GroupedStates
 from dlm_jax.objectives.idlm.uniform import SoftSample, SoftStates
 from dlm_jax.objectives.options import ChunkedOptions
 from dlm_jax.objectives.positions import positions_per_chunk, sum_positions
@@ -96,14 +98,15 @@ def cross_entropy(
   Nats per sequence, mean over the batch; differentiate with respect to `params`, the fake's.
   """
   z_BL, (fake_BLD,) = states.read(student, sample, batch, (params,), (dropout_B,))
+  told_B = states.told(sample, batch)
 
   def nll(head, fake, hidden, x_gen, z):
     predicted = states.head(student, hidden, batch["t_gen"])
-    logits = states.head(head, fake, batch["t"])
+    logits = states.head(head, fake, told_B)
     return jax.vmap(states.process.nll_predicted)(logits, z, predicted, x_gen, batch["t"]), ()
 
   fixed = (sample.hidden, sample.x_gen, z_BL)
-  weights_BL = _weights(batch, z_BL.shape, states.by_sequence)
+  weights_BL = states.weights(sample, batch)
   return sum_positions(nll, head_params(params), (fake_BLD,), fixed, weights_BL, states.chunk)[0]
 
 
@@ -123,13 +126,13 @@ def gap(
   positions that carry loss: entropy of the student's predictions, and the advantage, the root mean
   square under p of a − ⟨p, a⟩ (nats).
   """
-  process, t_B = states.process, batch["t"]
+  process, t_B, told_B = states.process, batch["t"], states.told(sample, batch)
   z_BL, read = states.read(params, sample, batch, (teacher, fake), (None, None))
 
   def difference(head, hidden, teacher_hidden, fake_hidden, x_gen, z):
     predicted = states.head(head, hidden, batch["t_gen"])
-    of_teacher = states.head(teacher, teacher_hidden, t_B)
-    of_fake = states.head(fake, fake_hidden, t_B)
+    of_teacher = states.head(teacher, teacher_hidden, told_B)
+    of_fake = states.head(fake, fake_hidden, told_B)
     nll = lambda logits: jax.vmap(process.nll_predicted)(logits, z, predicted, x_gen, t_B)  # noqa: E731
     gap = nll(of_teacher) - nll(of_fake)
     p = jnp.exp(jax.vmap(process.log_x0)(predicted, x_gen))
@@ -146,7 +149,7 @@ def gap(
     head_params(params),
     arrays[:moving],
     arrays[moving:],
-    _weights(batch, z_BL.shape, states.by_sequence),
+    states.weights(sample, batch),
     states.chunk,
   )
   counted_BL = states.counted(sample, z_BL, batch)
@@ -163,7 +166,11 @@ class Options(ChunkedOptions):
   scripts'.
 
   Attributes:
-    time_coupling: "same_order" or "permuted", see `couple_times`.
+    time_coupling: "same_order" or "permuted", see `couple_times`; with `steps` always "permuted".
+    order: of an absorbing process: "random" or "spaced", the reveal order that the student will be
+      sampled with; see `objectives.orders`.
+    steps: of an absorbing process: numbers of steps K of the samplers whose own loss is taken, see
+      `groups`; (): that of the whole prediction.
     gamma_min, gamma_max: of a uniform process; see `GaussianDuality`.
     tau, path_gradient: of a uniform process; see `Relaxation`.
 
@@ -172,6 +179,8 @@ class Options(ChunkedOptions):
   """
 
   time_coupling: str = "same_order"
+  order: str = "random"
+  steps: tuple[int, ...] = ()
   gamma_min: float = -3.55
   gamma_max: float = -1.85
   tau: float = 1e-3
@@ -180,6 +189,8 @@ class Options(ChunkedOptions):
   def __post_init__(self):
     super().__post_init__()
     check_choice("objective.time_coupling", self.time_coupling, TIME_COUPLINGS)
+    orders.check(self.order)
+    Items(Whole(1)).check("objective.steps", self.steps)
     Number("(0, ∞)").check("objective.tau", self.tau)
 
 
@@ -187,7 +198,15 @@ def hard_states(model: DiT, process: Absorbing, options: Options) -> HardStates:
   """Return the states of an absorbing process; None for a chunk keeps all positions alive."""
   if options.chunk:
     positions_per_chunk(options.chunk, model.config.length, process.vocab_size)
-  return HardStates(model=model, process=process, chunk=options.chunk)
+  shared = {"model": model, "process": process, "chunk": options.chunk, "order": options.order}
+  if not options.steps:
+    return HardStates(**shared)
+  if max(options.steps) > model.config.length:
+    raise InputError(
+      f"objective.steps={options.steps}: a sequence of {model.config.length} tokens is revealed in "
+      "at most as many steps."
+    )
+  return GroupedStates(**shared, steps=options.steps)
 
 
 def soft_states(model: DiT, process: Uniform, options: Options) -> SoftStates:
@@ -195,6 +214,12 @@ def soft_states(model: DiT, process: Uniform, options: Options) -> SoftStates:
 
   Only samplers use the schedule of the process itself.
   """
+  for name, unset in (("order", "random"), ("steps", ())):
+    if getattr(options, name) != unset:
+      raise InputError(
+        f"objective.{name}={getattr(options, name)!r} says which masks are revealed together, and "
+        f"process.name='uniform' has no masks; leave it at {unset!r}."
+      )
   check_time_conditioning(model)
   duality = GaussianDuality(
     vocab_size=process.vocab_size, gamma_min=options.gamma_min, gamma_max=options.gamma_max
@@ -238,6 +263,8 @@ def make(
   make_states = next(make for kind, make in STATES.items() if isinstance(process, kind))
   states = make_states(model, process, chosen)
   couple = functools.partial(couple_times, coupling=chosen.time_coupling)
+  if isinstance(states, GroupedStates):
+    couple = lambda batch: states.choose(couple_times(batch, coupling="permuted"))  # noqa: E731
 
   def step(state, batch):
     fake_batch, student_batch = batch if isinstance(batch, tuple) else (batch, batch)
@@ -252,18 +279,3 @@ def make(
 
   init = init_from_teacher("IDLM", ("fake", "student"), optimizers, chosen)
   return Objective(init, step, output="student", batches=2)
-
-
-def _weights(batch, shape, by_sequence):
-  """Return weights of positions that make a sum L times a mean over valid tokens.
-
-  By sequence, then over sequences, as the reference does under masks; or over the whole batch, as
-  it does for uniform states.
-  """
-  if "valid" not in batch:
-    return jnp.full(shape, 1 / shape[0], jnp.float32)
-  valid_BL = batch["valid"]
-  count_B = jnp.maximum(valid_BL.sum(1), 1)
-  if not by_sequence:
-    count_B = (batch if "count" in batch else counted(batch))["count"]
-  return valid_BL * (shape[1] / shape[0] / count_B[:, None])

@@ -9,8 +9,8 @@ through w in the networks' inputs. Training without the second one is reported t
 import dataclasses
 from typing import ClassVar, NamedTuple
 
-from dlm_jax.arrays import BoolBL, FloatBLD, IntBL, KeyB, Params
-from dlm_jax.objectives.batch import Batch, valid_tokens
+from dlm_jax.arrays import BoolBL, FloatB, FloatBL, FloatBLD, IntBL, KeyB, Params
+from dlm_jax.objectives.batch import Batch, position_weights, valid_tokens
 from dlm_jax.objectives.gaussian_states import Noising, Relaxation, embed_data, embed_predictions
 from dlm_jax.objectives.setting import Setting
 
@@ -39,7 +39,6 @@ class SoftStates(Setting):
 
   relaxation: Relaxation
   through_inputs: ClassVar[bool] = True  # whether gradients pass through teacher and fake
-  by_sequence: ClassVar[bool] = False  # whether valid tokens are averaged in each sequence first
 
   def rollout(
     self, params: Params, batch: Batch, rngs: tuple[KeyB, ...], dropout_B: KeyB | None
@@ -70,6 +69,18 @@ class SoftStates(Setting):
     )
     each = zip(trees, inputs, dropouts, strict=True)
     return z_BL, tuple(self.body(tree, x_BLD, batch["t"], rng_B) for tree, x_BLD, rng_B in each)
+
+  def told(self, sample: SoftSample, batch: Batch) -> FloatB:
+    """Return the time that networks are told which read the loss state."""
+    del sample
+    return batch["t"]
+
+  def weights(self, sample: SoftSample, batch: Batch) -> FloatBL:
+    """Return weights of positions that make a sum L times a mean over all valid tokens.
+
+    Over the whole batch at once, as the reference does.
+    """
+    return position_weights(batch, sample.x_gen.shape, by_sequence=False)
 
   def counted(self, sample: SoftSample, z_BL: IntBL, batch: Batch) -> BoolBL:
     """Return which positions carry loss."""
