@@ -5,16 +5,21 @@ Reference: IDLM, arXiv 2602.19066, appendix; released scripts.
 """
 
 from dlm_jax.configs.base import optional
+from ml_collections import ConfigDict
 
 
 def masked(c, teacher, judge, chunk=0):
   """Distil a masked teacher."""
   c.objective.name = "idlm"
   c.objective.time_coupling = "same_order"  # same_order or permuted
+  c.objective.order = "random"  # random or spaced: the reveal order of the student's sampler
+  c.objective.steps = ()  # of the samplers whose own loss is taken, e.g. (4, 8); (): all at once
+  c.objective.fake_updates = 1  # of the fake per update of the student, each on its own batch
   c.objective.chunk = optional(int, chunk)  # positions per chunk of logits; 0: all
   c.teacher.path = teacher
   c.evaluate.judge = judge
   c.optim.clip = 0.0
+  c.optim.fake = ConfigDict({"lr": optional(float)})  # its own peak; none: optim.lr
 
 
 def uniform(c, teacher, judge, chunk=0, tau=1e-3):

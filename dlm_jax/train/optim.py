@@ -60,6 +60,8 @@ class OptimConfig:
 def per_tree(fields: dict[str, Any], trees: Iterable[str]) -> dict[str, OptimConfig]:
   """Return options per trained tree: the given ones, changed by the group of that tree's name.
 
+  What a group leaves at None is as for all trees.
+
   Raises:
     InputError: a group names no tree, or holds what is no option.
   """
@@ -72,7 +74,8 @@ def per_tree(fields: dict[str, Any], trees: Iterable[str]) -> dict[str, OptimCon
       )
     if unknown := sorted(set(changes) - set(fields)):
       raise InputError(f"optim.{name}.{unknown[0]} is no field of optim{hint(unknown[0], fields)}.")
-  given = {tree: {**fields, **groups.get(tree, {})} for tree in trees}
+  own = {tree: {k: v for k, v in groups.get(tree, {}).items() if v is not None} for tree in trees}
+  given = {tree: {**fields, **own[tree]} for tree in trees}
   return {tree: make(OptimConfig, fields, "optim.") for tree, fields in given.items()}
 
 

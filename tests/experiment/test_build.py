@@ -144,6 +144,16 @@ def test_one_tree_has_an_optimiser_of_its_own():
   assert configs["fake"].b2 == plain["fake"].b2
 
 
+def test_the_fake_has_a_learning_rate_of_its_own():
+  """From the command line; unset, it is that of all trees."""
+  for text, rate in (("none", 0.25), ("2.5", 2.5)):
+    config = load_config("novels_idlm", {"optim.lr": "0.25", "optim.fake.lr": text})
+    read = plan.read(config)
+    configs = optim.per_tree(read.optim, ("fake", "student"))
+    assert (configs["fake"].lr, configs["student"].lr) == (rate, 0.25)
+    assert dataclasses.replace(configs["fake"], lr=0.25) == configs["student"]
+
+
 @pytest.mark.parametrize(
   ("config", "message"),
   [

@@ -418,6 +418,7 @@ def test_micro_batches_change_nothing():
       r"objective.order='confidence' is unknown; use one of rand",
     ),
     ({"steps": (4, 0)}, r"objective.steps\[1\]=0 must be at least 1"),
+    ({"fake_updates": 0}, r"objective.fake_updates=0 must be at least 1"),
     ({"steps": (8,)}, r"objective.steps=\(8,\): a sequence of 4 tokens .* at most as many steps"),
   ],
 )
@@ -431,3 +432,41 @@ def test_a_uniform_process_has_no_masks(options):
   model, _ = tiny.network(time_conditioning=True)
   with pytest.raises(ValueError, match=r"'uniform' has no masks; leave it at"):
     idlm.make(model=model, process=tiny.UNIFORM, optimizers=_optimizers(), **options)
+
+
+# --- several updates of the fake -----------------------------------------------------------------
+
+
+@functools.cache
+def _alternation(student_rate, fake_rate, fake_updates=1):
+  model, _ = tiny.network(dropout=0.0)
+  optimizers = {"student": optax.sgd(student_rate), "fake": optax.sgd(fake_rate)}
+  options = {"fake_updates": fake_updates, "order": "spaced", "ema_decay": None}
+  made = idlm.make(model=model, process=tiny.PROCESS, optimizers=optimizers, **options)
+  return made._replace(step=jax.jit(made.step))
+
+
+def test_the_fake_is_updated_several_times_each_on_its_own_batch():
+  _, params = tiny.network(dropout=0.0)
+  several, batches = _alternation(1.0, 0.1, 2), tuple(tiny.batch(i) for i in range(3))
+  assert several.batches == 3
+  start = several.init(jax.random.key(0), params)
+  after, _ = several.step(start, batches)
+  state = start
+  for batch in batches[:2]:  # a student that does not move
+    state, _ = _alternation(0.0, 0.1).step(state, (batch, batch))
+  state, _ = _alternation(1.0, 0.0).step(state, (batches[2], batches[2]))  # a fake that does not
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+  jax.tree.map(close, after.trees, state.trees)
+  assert after.step == 1 and not tiny.equal(after.trees["student"], params)
+  other, _ = several.step(start, (batches[0], batches[0], batches[2]))
+  assert not tiny.equal(other.trees["fake"], after.trees["fake"])
+
+
+@pytest.mark.slow
+def test_one_batch_serves_all_updates():
+  _, params = tiny.network(dropout=0.0)
+  several, batch = _alternation(1.0, 0.1, 2), tiny.batch(5)
+  start = several.init(jax.random.key(0), params)
+  alone, three = several.step(start, batch), several.step(start, (batch,) * 3)
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), alone, three)

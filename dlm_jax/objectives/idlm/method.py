@@ -42,7 +42,7 @@ TIME_COUPLINGS = ("same_order", "permuted")
 TRAINED = ("fake", "student")  # trees with an optimiser
 NETWORK = (DiT,)  # classes of networks that it trains
 # Forward and backward passes of the network that a step needs at least, by Algorithm 1 of arXiv
-# 2602.19066: student 2 + 1, teacher 1, fake 2 + 1.
+# 2602.19066: student 2 + 1, teacher 1, fake 2 + 1. Another update of the fake is 2 and 1 more.
 PASSES = (5, 2)
 
 
@@ -171,6 +171,8 @@ class Options(ChunkedOptions):
       sampled with; see `objectives.orders`.
     steps: of an absorbing process: numbers of steps K of the samplers whose own loss is taken, see
       `groups`; (): that of the whole prediction.
+    fake_updates: updates of the fake before each of the student, each on a fresh batch. The gap is
+      one only while the fake keeps up; its own learning rate is `optim.fake.lr`.
     gamma_min, gamma_max: of a uniform process; see `GaussianDuality`.
     tau, path_gradient: of a uniform process; see `Relaxation`.
 
@@ -181,6 +183,7 @@ class Options(ChunkedOptions):
   time_coupling: str = "same_order"
   order: str = "random"
   steps: tuple[int, ...] = ()
+  fake_updates: int = 1
   gamma_min: float = -3.55
   gamma_max: float = -1.85
   tau: float = 1e-3
@@ -191,6 +194,7 @@ class Options(ChunkedOptions):
     check_choice("objective.time_coupling", self.time_coupling, TIME_COUPLINGS)
     orders.check(self.order)
     Items(Whole(1)).check("objective.steps", self.steps)
+    Whole(1).check("objective.fake_updates", self.fake_updates)
     Number("(0, ∞)").check("objective.tau", self.tau)
 
 
@@ -249,8 +253,8 @@ def make(
     **options: fields of `Options`.
 
   Returns:
-    An objective with trees "teacher" (frozen), "fake" and "student". Its step takes a pair of
-    batches (for the fake, for the student); a single batch serves both.
+    An objective with trees "teacher" (frozen), "fake" and "student". Its step takes a tuple of
+    batches (one per update of the fake, and one for the student); a single batch serves all.
 
   Raises:
     InputError: the network, the process or an option does not fit.
@@ -267,10 +271,12 @@ def make(
     couple = lambda batch: states.choose(couple_times(batch, coupling="permuted"))  # noqa: E731
 
   def step(state, batch):
-    fake_batch, student_batch = batch if isinstance(batch, tuple) else (batch, batch)
+    batches = batch if isinstance(batch, tuple) else (batch,) * (chosen.fake_updates + 1)
+    *fake_batches, student_batch = batches
     loss = functools.partial(fake_loss, states=states, student=state.trees["student"])
-    batch, tx = couple(fake_batch), optimizers["fake"]
-    state, fake_metrics, _ = update(state, "fake", loss, batch, tx, **chosen.updates)
+    for fake_batch in fake_batches:
+      batch, tx = couple(fake_batch), optimizers["fake"]
+      state, fake_metrics, _ = update(state, "fake", loss, batch, tx, **chosen.updates)
     frozen = {"teacher": state.trees["teacher"], "fake": state.trees["fake"]}
     loss = functools.partial(student_loss, states=states, **frozen)
     batch, tx = couple(student_batch), optimizers["student"]
@@ -278,4 +284,4 @@ def make(
     return state.replace(step=state.step + 1), {**fake_metrics, **student_metrics}
 
   init = init_from_teacher("IDLM", ("fake", "student"), optimizers, chosen)
-  return Objective(init, step, output="student", batches=2)
+  return Objective(init, step, output="student", batches=chosen.fake_updates + 1)
