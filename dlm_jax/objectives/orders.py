@@ -8,9 +8,11 @@ position is masked with the same probability under both, so weights of losses st
 which positions are masked *together* differs.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from dlm_jax.arrays import BoolBL, FloatB, IntBL, KeyB
 from dlm_jax.errors import check_choice
@@ -40,22 +42,31 @@ def masked(
   if order == "random":
     xt_BL = jax.vmap(process.corrupt)(rng_B, tokens_BL, t_B)
     return jnp.where(valid_BL, xt_BL, tokens_BL)
-  rank_BL, count_B, rounding_B = ranks(rng_B, valid_BL)
-  left_B = remaining(count_B, 1 - process.schedule.alpha(t_B), rounding_B)
-  return jnp.where(valid_BL & (rank_BL < left_B[:, None]), process.mask_id, tokens_BL)
+  masked_BL = draw(rng_B, valid_BL).masks(process, t_B)
+  return jnp.where(valid_BL & masked_BL, process.mask_id, tokens_BL)
 
 
-def ranks(rng_B: KeyB, valid_BL: BoolBL) -> tuple[IntBL, Int[Array, "B"], FloatB]:
-  """Draw a spaced order per sequence: ranks, how many positions are valid, and its rounding.
+class Spaced(NamedTuple):
+  """A spaced order of every sequence, see `process.orders`.
 
-  One rounding serves all times of a sequence, so that masks only ever get fewer.
+  Attributes:
+    rank: of every valid position; the highest is revealed first.
+    count: valid positions.
+    rounding: a uniform that rounds how many are masked. One serves all times, so that masks only
+      ever get fewer.
   """
+
+  rank: IntBL
+  count: Int[Array, "B"]
+  rounding: FloatB
+
+  def masks(self, process: Absorbing, t_B: FloatB) -> BoolBL:
+    """Return which valid positions are masked at times; what it says of others means nothing."""
+    left_B = jnp.floor(self.count * (1 - process.schedule.alpha(t_B)) + self.rounding)
+    return self.rank < left_B[:, None]
+
+
+def draw(rng_B: KeyB, valid_BL: BoolBL) -> Spaced:
+  """Draw a spaced order of the valid positions of every sequence."""
   uniform_B3 = jax.vmap(lambda rng: jax.random.uniform(rng, (3,)))(rng_B)
-  return *orders.spaced(valid_BL, uniform_B3[:, :2]), uniform_B3[:, 2]
-
-
-def remaining(
-  count_B: Int[Array, "B"], share_B: FloatB | Float[Array, ""], rounding_B: FloatB
-) -> Int[Array, "B"]:
-  """Return how many masks a share of so many positions is: those of the lowest ranks."""
-  return jnp.floor(count_B * share_B + rounding_B).astype(jnp.int32)
+  return Spaced(*orders.spaced(valid_BL, uniform_B3[:, :2]), uniform_B3[:, 2])

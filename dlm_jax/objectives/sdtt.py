@@ -5,6 +5,10 @@ The teacher takes a few ancestral steps of size δ from a masked state. The targ
 what the teacher predicted there when it revealed it, or at its last step if it is still masked.
 The student predicts all of this at once. δ doubles every round, when the student's raw parameters
 also become the teacher.
+
+Under the order "spaced" (see `objectives.orders`) the state is masked as a sampler with that order
+meets it, and the teacher's steps go on in the same order: they reveal the next ranks, as many as
+the time says.
 """
 
 import dataclasses
@@ -31,8 +35,8 @@ from dlm_jax.arrays import (
 from dlm_jax.errors import InputError
 from dlm_jax.fields import Number
 from dlm_jax.models import DiT
-from dlm_jax.objectives import rounds
-from dlm_jax.objectives.batch import Batch, split_each
+from dlm_jax.objectives import orders, rounds
+from dlm_jax.objectives.batch import Batch, split_each, valid_tokens
 from dlm_jax.objectives.options import ChunkedOptions
 from dlm_jax.objectives.positions import map_positions, positions_per_chunk
 from dlm_jax.objectives.setting import Setting
@@ -92,19 +96,36 @@ def rollout(
   *,
   setting: Setting,
   eps: float = 1e-5,
+  order: orders.Spaced | None = None,
 ) -> Rollout:
   """Take ancestral steps of size δ with the teacher, without dropout.
 
   A step draws in two stages, whether to reveal and then which token, exactly. Times are kept at
   `eps` or above, where a step reveals nothing more.
+
+  Args:
+    teacher: its parameters.
+    xt_BL: the state that it starts from.
+    times_SB: times of the steps.
+    delta: their size.
+    rng_B: a key per sequence.
+    setting: what the teacher runs on.
+    eps: smallest time.
+    order: what the state's masks are a prefix of: steps reveal in this order. None: every mask for
+      itself.
   """
   num, length, process = times_SB.shape[0], xt_BL.shape[1], setting.process
   rngs = split_each(rng_B, 2 * num)
   times_SB = jnp.maximum(times_SB, eps)
   x_BL, hidden, states = xt_BL, [], []
   for i, t_B in enumerate(times_SB):
-    reveal_B = jax.vmap(process.reveal_probability)(jnp.maximum(t_B - delta, eps), t_B)
-    u_BL = jax.vmap(lambda rng: jax.random.uniform(rng, (length,)))(rngs[2 * i])
+    s_B = jnp.maximum(t_B - delta, eps)
+    if order is None:
+      reveal_B = jax.vmap(process.reveal_probability)(s_B, t_B)
+      u_BL = jax.vmap(lambda rng: jax.random.uniform(rng, (length,)))(rngs[2 * i])
+      due_BL = u_BL < reveal_B[:, None]
+    else:
+      due_BL = ~order.masks(process, s_B)
     u_BL2 = jax.vmap(lambda rng: draw.uniforms(rng, (length,)))(rngs[2 * i + 1])
     hidden.append(setting.trunk(teacher, x_BL, t_B))
 
@@ -113,7 +134,7 @@ def rollout(
       return draw.softmax(process.clean_logits(logits)).draw(u_BK2)
 
     token_BL = map_positions(tokens, (hidden[-1], u_BL2), setting.chunk)
-    revealed_BL = (x_BL == process.mask_id) & (u_BL < reveal_B[:, None])
+    revealed_BL = (x_BL == process.mask_id) & due_BL
     x_BL = jnp.where(revealed_BL, token_BL, x_BL)
     states.append(x_BL)
   return Rollout(tuple(hidden), times_SB, chosen_steps(tuple(states), process.mask_id))
@@ -169,8 +190,10 @@ def position_loss(
   return map_positions(compare, (student_BLD, xt_BL, steps.chosen, *steps.hidden), setting.chunk)
 
 
-def corrupt(batch: Batch, *, process: Absorbing, eps: float = 1e-5) -> Batch:
+def corrupt(batch: Batch, *, process: Absorbing, eps: float = 1e-5, order: str = "random") -> Batch:
   """Add "xt" and "weight" to a global batch, and stretch its times from [1e-3, 1] to [ε, 1].
+
+  Of order "spaced" also "order", of which the masks are a prefix.
 
   The weight makes a mean over sequences one over all masked positions of the global batch, however
   it is cut into micro-batches. Strata of the times are one per sequence; the published code shifts
@@ -179,9 +202,14 @@ def corrupt(batch: Batch, *, process: Absorbing, eps: float = 1e-5) -> Batch:
   rng_B, rng_noise_B = split_each(batch["rng"], 2)
   t_B = eps + (1 - eps) * (batch["t"] - _BATCH_EPS) / (1 - _BATCH_EPS)
   t_B = jnp.clip(t_B, eps, 1.0)
-  xt_BL = jax.vmap(process.corrupt)(rng_noise_B, batch["tokens"], t_B)
-  if "valid" in batch:
-    xt_BL = jnp.where(batch["valid"], xt_BL, batch["tokens"])
+  valid_BL = valid_tokens(batch)
+  if order == "random":
+    xt_BL = orders.masked(order, process, rng_noise_B, batch["tokens"], valid_BL, t_B)
+  else:
+    spaced = orders.draw(rng_noise_B, valid_BL)
+    batch = {**batch, "order": spaced}
+    masked_BL = valid_BL & spaced.masks(process, t_B)
+    xt_BL = jnp.where(masked_BL, process.mask_id, batch["tokens"])
   masked = jnp.maximum(jnp.sum(xt_BL == process.mask_id), 1)
   weight_B = jnp.full(t_B.shape, t_B.shape[0] / masked)
   return {**batch, "rng": rng_B, "t": t_B, "xt": xt_BL, "weight": weight_B}
@@ -200,6 +228,7 @@ class Options(ChunkedOptions):
     num_distill_steps: steps of the teacher that one of the student replaces.
     divergence: "kl-bwd", "kl-fwd", "mse" or "tvd".
     published_times: times of the teacher as in the released code, see `teacher_times`.
+    order: "random" or "spaced": which positions are masked, and revealed, together.
     eps: smallest time.
 
   Raises:
@@ -212,12 +241,14 @@ class Options(ChunkedOptions):
   num_distill_steps: int = 2
   divergence: str = "kl-bwd"
   published_times: bool = False
+  order: str = "random"
   eps: float = 1e-5
 
   def __post_init__(self):
     super().__post_init__()
     rounds.check_divergence(self.divergence, rounds.DIVERGENCES)
     rounds.check_round(self.update_teacher_every)
+    orders.check(self.order)
     Number("[0, 1)").check("objective.eps", self.eps)
     if self.num_distill_steps < 1:
       raise InputError(f"objective.num_distill_steps={self.num_distill_steps} must be at least 1.")
@@ -252,7 +283,8 @@ def loss(
     batch["t"], delta, num=options.num_distill_steps, published=options.published_times
   )
   xt_BL = batch["xt"]
-  steps = rollout(teacher, xt_BL, times_SB, delta, rng_B, setting=setting, eps=options.eps)
+  given = {"setting": setting, "eps": options.eps, "order": batch.get("order")}
+  steps = rollout(teacher, xt_BL, times_SB, delta, rng_B, **given)
   loss_BL = position_loss(
     params,
     batch,
@@ -293,7 +325,8 @@ def make(*, model: DiT, process: Absorbing, optimizers: Optimizers, **options: A
     state = rounds.refresh_teacher(state, chosen.update_teacher_every)
     teacher = state.trees["teacher"]
     total = functools.partial(loss, setting=setting, teacher=teacher, delta=delta, options=chosen)
-    batch, tx = corrupt(batch, process=process, eps=chosen.eps), optimizers["student"]
+    batch = corrupt(batch, process=process, eps=chosen.eps, order=chosen.order)
+    tx = optimizers["student"]
     state, metrics, _ = update(state, "student", total, batch, tx, **chosen.updates)
     return state.replace(step=state.step + 1), metrics
 

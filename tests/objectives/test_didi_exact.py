@@ -143,11 +143,11 @@ def test_the_mean_of_the_estimator_is_the_gradient_of_the_divergence(two_steps):
   assert np.abs(wanted["logits"]).max() > 0.01
 
 
-@pytest.mark.slow
-def test_drawn_paths_follow_their_law():
+@pytest.mark.parametrize("order", [pytest.param("random", marks=pytest.mark.slow), "spaced"])
+def test_drawn_paths_follow_their_law(order):
   """A rollout draws what it scores, and the score of a replay is that of the draw."""
   count = 60_000
-  options = Options(t0=0.0)
+  options = Options(t0=0.0, order=order)
   run = jax.jit(functools.partial(rollout, setting=SETTING, options=options, teacher=TEACHER))
   terms, path = run(STUDENT, _batch(count))
   replay, _ = run(STUDENT, _batch(count), path=path)
@@ -157,8 +157,14 @@ def test_drawn_paths_follow_their_law():
   place = {int(c): i for i, c in enumerate(code(every))}
   counts = np.bincount([place[int(c)] for c in code(Path(*map(np.asarray, path)))], minlength=36)
   law = np.asarray(_law(STUDENT, True), np.float64)
+  if order == "spaced":  # of two positions one is masked, or none: 2 (1 − α) = 0.9 are
+    masks, share = (every.z == MASK).sum(1), T * (1 - 1e-3)
+    independent = (share**masks) * (1 - share) ** (L - masks)
+    law *= np.array([1 - L * share, share, 0])[masks] / independent
   expected = count * law / law.sum()
-  chi_square = np.sum((counts - expected) ** 2 / expected)
+  possible = expected > 0
+  assert not np.any(counts[~possible])
+  chi_square = np.sum((counts - expected)[possible] ** 2 / expected[possible])
   assert chi_square < 90, "35 degrees of freedom: beyond 90 has probability 1e-6"
 
 

@@ -188,8 +188,9 @@ def test_what_moves():
       },
       marks=pytest.mark.slow,
     ),
+    pytest.param({"order": "spaced", "remask": 0.2, "kl_beta": 1.0}, marks=pytest.mark.slow),
   ],
-  ids=["one step, teacher samples", "regularised"],
+  ids=["one step, teacher samples", "regularised", "spaced"],
 )
 def test_one_run_of_the_student_gives_what_a_replay_gives(options):
   """Every switch; two micro-batches replay the rollout, one keeps its gradient."""

@@ -38,6 +38,7 @@ from jaxtyping import Array, Float
 from dlm_jax.arrays import FloatB, Metrics, Params
 from dlm_jax.errors import InputError
 from dlm_jax.models import Critic, Discriminator, DiT, discriminator
+from dlm_jax.objectives import orders
 from dlm_jax.objectives.batch import Batch, fold_each, split_each, stratified_times, valid_tokens
 from dlm_jax.objectives.didi_instruct.options import Options
 from dlm_jax.objectives.didi_instruct.rewards import (
@@ -101,7 +102,9 @@ def draw_times(batch: Batch, options: Options, process: Absorbing) -> Batch:
   return {**batch, "rng": rng_B, "t": t_B, "t_mid": t_mid_B, "weight": weight_B}
 
 
-def noised(batch: Batch, generated: Array, real: Array, process: Absorbing) -> Batch:
+def noised(
+  batch: Batch, generated: Array, real: Array, process: Absorbing, order: str = "random"
+) -> Batch:
   """Add "fake" and "real", both sides masked to time t afresh, and what makes their means global.
 
   The weights make means over sequences of sums over masked positions into means over all masked
@@ -109,8 +112,9 @@ def noised(batch: Batch, generated: Array, real: Array, process: Absorbing) -> B
   """
   masks = []
   for tag, clean_BL in ((100, generated), (101, real)):
-    noisy_BL = jax.vmap(process.corrupt)(fold_each(batch["rng"], tag), clean_BL, batch["t"])
-    masks.append(jnp.where(valid_tokens(batch), noisy_BL, batch["tokens"]))
+    rng_B, valid_BL = fold_each(batch["rng"], tag), valid_tokens(batch)
+    kept_BL = jnp.where(valid_BL, clean_BL, batch["tokens"])
+    masks.append(orders.masked(order, process, rng_B, kept_BL, valid_BL, batch["t"]))
   size = batch["t"].shape[0]
   counts = [jnp.maximum(jnp.sum(x == process.mask_id), 1) for x in masks]
   weights = [jnp.full((size,), size / count) for count in counts]
@@ -287,7 +291,8 @@ def _step(state, batch, *, setting, options, critic, txs):
     *kept, path = jax.vjp(functools.partial(roll, batch=batch), student, has_aux=True)
   else:
     path = over_micro_batches(lambda b: roll(student, b)[1], batch, count)
-  batch = noised(batch, path.x0, _real(teacher, batch, setting, options), process)
+  real_BL = _real(teacher, batch, setting, options)
+  batch = noised(batch, path.x0, real_BL, process, options.order)
 
   loss = functools.partial(
     discriminator_loss,

@@ -5,6 +5,7 @@ import dataclasses
 import math
 
 from dlm_jax.errors import InputError
+from dlm_jax.objectives import orders
 from dlm_jax.objectives.didi_instruct.rewards import OMEGAS
 from dlm_jax.objectives.options import ChunkedOptions
 
@@ -34,6 +35,8 @@ class Options(ChunkedOptions):
       as well. Two runs of the quick start's teacher (322.1 GenPPL at 4.32 nats with 8 evaluations,
       64 samples): own times, G = 4, 352.1 at 4.40 after 60 steps; one time, G = 8, 322.2 at 4.38.
     t0: time of the final state; at 1e-3 one mask in a thousand is left, at 0 none.
+    order: "random" or "spaced": which positions the student's steps reveal together, and the noise
+      of rewards masks together; see `objectives.orders`. The teacher's samples stay random.
     remask: probability that a token of the intermediate state is masked again.
     group_size: G, consecutive sequences whose rewards are normalised together.
     reward_clip: largest logit of a position; the best discriminator of smoothed labels stays below
@@ -65,6 +68,7 @@ class Options(ChunkedOptions):
   importance_weight: bool = False
   shared_time: bool = False
   t0: float = 1e-3
+  order: str = "random"
   remask: float = 0.0
   group_size: int = 4
   reward_clip: float = 8.0
@@ -82,6 +86,7 @@ class Options(ChunkedOptions):
 
   def __post_init__(self):
     super().__post_init__()
+    orders.check(self.order)
     if self.group_size < 2:
       raise InputError(
         f"objective.group_size={self.group_size}: rewards are normalised by their spread within a "

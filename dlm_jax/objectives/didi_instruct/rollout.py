@@ -6,8 +6,9 @@ and draws revealed tokens from p. So the score of a step is that of the tokens i
 
   ∇ log P(xₛ | xₜ) = Σ over newly revealed positions of ∇ log p(xₛ | xₜ),
 
-and masks that stay contribute nothing. Tokens and score come from one run of the network: draws
-carry no gradient, log-probabilities do.
+and masks that stay contribute nothing. With a spaced order (see `objectives.orders`) a step reveals
+the next ranks, as many as its times say: the network has no part in that either. Tokens and score
+come from one run of the network: draws carry no gradient, log-probabilities do.
 
 Reference: DiDi-Instruct, arXiv 2509.25035, section 3.3.
 """
@@ -20,11 +21,14 @@ import jax.numpy as jnp
 
 from dlm_jax import draw
 from dlm_jax.arrays import FloatB, IntBL, KeyB, Params
+from dlm_jax.objectives import orders
 from dlm_jax.objectives.batch import Batch, fold_each, split_each, valid_tokens
 from dlm_jax.objectives.didi_instruct.options import Options
 from dlm_jax.objectives.positions import map_positions
 from dlm_jax.objectives.setting import Setting
 from dlm_jax.process import Absorbing
+
+_ORDER = 50  # folded into keys; steps take 0 to 3
 
 
 class Terms(NamedTuple):
@@ -78,7 +82,9 @@ def rollout(
   middle = [batch["t_mid"]] if options.score_decomposition else []
   times = [ones_B, *middle, options.t0 * ones_B]
   states = [x_BL]
-  log_prob_B, divergences, entropies = 0.0, [], []
+  log_prob_B, divergences, entropies, order = 0.0, [], [], None
+  if options.order == "spaced":
+    order = orders.draw(fold_each(batch["rng"], _ORDER), valid_tokens(batch))
   for k, (t_B, s_B) in enumerate(itertools.pairwise(times)):
     rngs = tuple(fold_each(batch["rng"], 2 * k + i) for i in (0, 1))
     last = k == len(times) - 2
@@ -92,6 +98,7 @@ def rollout(
       setting=setting,
       teacher=teacher,
       jeffreys=options.jeffreys,
+      order=order,
       remask=0.0 if last else options.remask,
       known=known,
       dropout_B=rngs[1] if options.dropout else None,
@@ -114,6 +121,7 @@ def _step(
   setting,
   teacher=None,
   jeffreys=0.0,
+  order=None,
   remask=0.0,
   known=None,
   dropout_B=None,
@@ -132,8 +140,12 @@ def _step(
   rng_reveal_B, rng_token_B = split_each(rng_B, 2)
   uniform_BL2 = jax.vmap(lambda rng: draw.uniforms(rng, (length,)))(rng_token_B)
   chance_BL2 = jax.vmap(lambda rng: jax.random.uniform(rng, (length, 2)))(rng_reveal_B)
-  reveal_B = jax.vmap(process.reveal_probability)(s_B, t_B)
-  new_BL = masked_BL & (chance_BL2[..., 0] < reveal_B[:, None]) & (chance_BL2[..., 1] >= remask)
+  if order is None:
+    reveal_B = jax.vmap(process.reveal_probability)(s_B, t_B)
+    due_BL = chance_BL2[..., 0] < reveal_B[:, None]
+  else:
+    due_BL = ~order.masks(process, s_B)
+  new_BL = masked_BL & due_BL & (chance_BL2[..., 1] >= remask)
   if known is not None:
     new_BL = masked_BL & (known != process.mask_id)
 

@@ -49,7 +49,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from dlm_jax.arrays import BoolBL, FloatB, FloatBL, IntBL, KeyB
-from dlm_jax.objectives import orders as objective_orders
+from dlm_jax.objectives import orders as spaced
 from dlm_jax.objectives.batch import Batch, valid_tokens
 from dlm_jax.objectives.idlm.absorbing import HardSample, HardStates
 from dlm_jax.process import grids, orders
@@ -116,7 +116,7 @@ class GroupedStates(HardStates):
       u_BL = jax.vmap(lambda rng: jax.random.uniform(rng, (length,)))(rng_B)
       rows = [jnp.concatenate([jnp.ones(1), share_K])[None] for share_K in survives]
       return u_BL, [jnp.broadcast_to(row, (u_BL.shape[0], row.shape[1])) for row in rows]
-    rank_BL, count_B, rounding_B = objective_orders.ranks(rng_B, valid_BL)
+    rank_BL, count_B, rounding_B = spaced.draw(rng_B, valid_BL)
     left = [orders.left(count_B, share_K, rounding_B) for share_K in survives]
     return rank_BL, [jnp.concatenate([count_B[:, None], left_BK], axis=1) for left_BK in left]
 
