@@ -118,8 +118,12 @@ def _training(c: ConfigDict) -> None:
   c.evaluate.judge = ""  # workdir or model directory of an autoregressive judge
   c.evaluate.nfes = (8,)  # network evaluations per sample
   c.evaluate.noise_removal = "ancestral"  # last evaluation: ancestral, greedy or none
+  c.evaluate.order = ""  # reveal order of samples, e.g. spaced; "": objective.order if there is one
   c.evaluate.samples = 64
   c.evaluate.batch_size = 64
+  c.evaluate.select = "matched"  # the best has the lowest GenPPL relative to the teacher's at equal
+  # entropy, by temperature (matched), or the lowest GenPPL (genppl)
+  c.evaluate.temperatures = (0.7, 0.8, 0.9, 1.0, 1.1)  # of the teacher, measured once, for matched
   c.evaluate.max_entropy_drop = 0.25  # nats below the teacher that the best student may be
   c.evaluate.patience = 3  # evaluations beyond that before training stops
 

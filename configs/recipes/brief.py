@@ -39,4 +39,5 @@ def distillation(
   c.evaluate.nfes = nfes
   c.evaluate.samples = 128
   c.evaluate.batch_size = 128
+  c.evaluate.select = "genppl"  # as the students of the figures in the docstrings were chosen
   c.evaluate.max_entropy_drop = max_entropy_drop

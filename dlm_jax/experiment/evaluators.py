@@ -5,19 +5,22 @@ import math
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from dlm_jax import convert, mesh, models, sample
+from dlm_jax import convert, mesh, models, process, sample
 from dlm_jax.data import loader, templates
 from dlm_jax.data.dataset import Dataset
 from dlm_jax.decode.passes import Bound
-from dlm_jax.evaluate import blocks, frontier, likelihood
+from dlm_jax.evaluate import blocks, curve, frontier, likelihood
 from dlm_jax.evaluate.generative import Quality
 from dlm_jax.evaluate.judge import load_judge
 from dlm_jax.experiment import several
 from dlm_jax.experiment.build import Experiment
+from dlm_jax.experiment.plan import Plan
 from dlm_jax.objectives import TrainState, output_params
+from dlm_jax.train.progress import Bar
 from dlm_jax.train.selection import Selection
 
 # Makes a key of a likelihood's noise that no step of training, seeded with 0, has.
@@ -51,6 +54,15 @@ def chosen(
   return several.Several(made) if len(made) > 1 else made[names[0]]
 
 
+def sampling_order(plan: Plan) -> str:
+  """Return the reveal order that students are measured with; "": the sampler's own.
+
+  That of `evaluate.order`, else the one that they are trained for.
+  """
+  masked = plan.process.name in process.MASKED
+  return plan.evaluate.order or (plan.objective.options.get("order", "") if masked else "")
+
+
 class Samples:
   """Measure samples during training; keep the best network in workdir/best, see `Selection`."""
 
@@ -68,16 +80,23 @@ class Samples:
     self._built, self._export = built, export
     self._best = epath.Path(workdir) / "best"
     self._selection = Selection(
-      max_entropy_drop=options.max_entropy_drop, patience=options.patience
+      select=options.select,
+      max_entropy_drop=options.max_entropy_drop,
+      patience=options.patience,
     )
     self._reference: dict[str, float] = {}  # the teacher's entropy by NFE
+    self._curves: dict[str, list[dict[str, float]]] = {}  # its temperatures by NFE, see `curve`
     batch = min(options.batch_size, options.samples)
     self._rounds = -(-options.samples // batch)
     self._templates = None
     if given:
       self._templates = templates.like_validation(dataset, options.samples, batch)
 
-    def draw(denoiser, rng, nfe, prompt=None, frozen=None):
+    order = {"order": name} if (name := sampling_order(built.plan)) else {}
+    given = {"noise_removal": options.noise_removal, **order}
+    sample.check_options("ancestral", built.process, given)
+
+    def draw(denoiser, rng, nfe, temperature, prompt=None, frozen=None):
       length = built.plan.data.length if prompt is None else prompt.shape[1]
       return sample.generate(
         denoiser,
@@ -88,7 +107,8 @@ class Samples:
         steps=nfe,
         prompt=prompt,
         frozen=frozen,
-        noise_removal=options.noise_removal,
+        temperature=temperature,
+        **given,
       )
 
     def fine(denoiser):
@@ -106,50 +126,77 @@ class Samples:
 
   def to_json(self) -> dict:
     """Return what a checkpoint must keep."""
-    return {"selection": self._selection.to_json(), "reference": self._reference}
+    kept = {"selection": self._selection.to_json(), "reference": self._reference}
+    return {**kept, "curves": self._curves}
 
   def from_json(self, state: dict) -> None:
     """Take back what `to_json` returned."""
     if state:
       self._selection.from_json(state["selection"])
-      self._reference = state["reference"]
+      self._reference, self._curves = state["reference"], state.get("curves", {})
 
   def __call__(self, step: int, state: TrainState) -> tuple[dict[str, float], bool]:
     """Return scores, and whether the entropy has collapsed."""
     params = output_params(state, self._built.objective)
     measured = self._measure(params)
-    if not self._reference:
+    matching = self._selection.select == "matched"
+    if not self._reference or (matching and not self._curves):
       teacher = measured if step == 0 else self._measure(state.trees["teacher"])
       self._reference = {nfe: quality.entropy for nfe, quality in teacher.items()}
-    genppl = math.exp(np.mean([math.log(q.genppl) for q in measured.values()]))
+      if matching:
+        self._curves = self._measure_curves(state.trees["teacher"], teacher)
     drop = max(self._reference[nfe] - q.entropy for nfe, q in measured.items())
-    # One host's rounding must not let it decide otherwise than the rest.
-    genppl, drop = (float(x) for x in mesh.from_first_host(np.array([genppl, drop])))
-    if self._selection.update(step, genppl, drop):
-      self._export(self._best, self._built, state, step)
     scores = {"entropy_drop": drop}
     for nfe, quality in measured.items():
       scores |= {f"nfe{nfe}/genppl": quality.genppl, f"nfe{nfe}/entropy": quality.entropy}
+    if matching:
+      above = {nfe: curve.above(self._curves[nfe], q) for nfe, q in measured.items()}
+      # The first student is the teacher, also where a curve has no two entropies.
+      score = np.mean([value for value, _ in above.values()]) if step else 0.0
+      error = math.hypot(*(error for _, error in above.values())) / len(above) if step else 0.0
+      scores |= {f"nfe{nfe}/matched": value for nfe, (value, _) in above.items()}
+      scores |= {"matched": score, "matched_se": error}
+    else:
+      score, error = math.exp(np.mean([math.log(q.genppl) for q in measured.values()])), 0.0
+    # One host's rounding must not let it decide otherwise than the rest.
+    decided = mesh.from_first_host(np.array([score, drop, error]))
+    if self._selection.update(step, *map(float, decided)):
+      self._export(self._best, self._built, state, step)
+    if self._selection.best:
+      scores["best_step"] = self._selection.best[0]
     return scores, self._selection.stop
 
-  def _measure(self, params) -> dict[str, Quality]:
+  def _measure_curves(self, teacher, warm: dict[str, Quality]) -> dict[str, list[dict]]:
+    """Return the teacher's curves, with what is known of temperature 1."""
+    temperatures = self._built.plan.evaluate.temperatures
+    label, silent = "teacher at other temperatures", jax.process_index() != 0
+    found = {nfe: [curve.row(1.0, quality)] for nfe, quality in warm.items()}
+    with Bar(label, len(set(temperatures) - {1.0}), silent=silent) as bar:
+      for temperature in sorted(set(temperatures) - {1.0}):
+        for nfe, quality in self._measure(teacher, temperature).items():
+          found[nfe].append(curve.row(temperature, quality))
+        bar.update()
+    return found
+
+  def _measure(self, params, temperature: float = 1.0) -> dict[str, Quality]:
     options = self._built.plan.evaluate
     denoiser = models.Denoiser(self._built.model.rolled(), params)
     frontier.refuse_unless(self._fine(denoiser))
     measured = {}
     for nfe in options.nfes:
-      tokens_BL = self._samples(denoiser, nfe)
+      tokens_BL = self._samples(denoiser, nfe, temperature)
       given = {} if self._templates is None else {"valid_NL": self._templates.valid_NL}
       measured[str(nfe)] = self._judge.quality(tokens_BL, batch_size=options.batch_size, **given)
     return measured
 
-  def _samples(self, denoiser, nfe: int) -> np.ndarray:
+  def _samples(self, denoiser, nfe: int, temperature: float) -> np.ndarray:
     """Draw all samples with so many evaluations; what validation records give is kept."""
 
     def draw(i, prompt_BL=None):
       rng = jax.random.fold_in(jax.random.key(nfe), i)
       frozen_BL = None if prompt_BL is None else prompt_BL != self._templates.tokenizer.mask_id
-      return np.asarray(self._draw(denoiser, rng, nfe, prompt_BL, frozen_BL))
+      warmth = jnp.float32(temperature)  # traced: one program for all
+      return np.asarray(self._draw(denoiser, rng, nfe, warmth, prompt_BL, frozen_BL))
 
     if self._templates is not None:
       return self._templates.draw(draw)

@@ -21,8 +21,9 @@ from dlm_jax.convert.family import Family
 from dlm_jax.errors import InputError, check_choice, hint
 from dlm_jax.fields import MOST, SEED, Items, Number, Switch, Text, Whole, shown
 from dlm_jax.models.dit import SIZES
-from dlm_jax.sample import NOISE_REMOVALS
+from dlm_jax.sample import NOISE_REMOVALS, orders
 from dlm_jax.train.loop import LoopConfig
+from dlm_jax.train.selection import RULES
 
 MEASURES = ("samples", "likelihood")
 _COUNT = Whole(1)
@@ -39,6 +40,9 @@ _RANGES = {  # fields whose types alone do not say what they may be; others, wha
     "every": Whole(0),
     "nfes": Items(Whole(-MOST)),
     "noise_removal": Text(NOISE_REMOVALS),
+    "order": Text(("", *orders.NAMES)),
+    "select": Text(RULES),
+    "temperatures": Items(Number("[0, ∞)")),
     "samples": _COUNT,
     "batch_size": _COUNT,
     "patience": _COUNT,
@@ -119,8 +123,11 @@ class Evaluation:
   judge: str
   nfes: tuple[int, ...]
   noise_removal: str
+  order: str
   samples: int
   batch_size: int
+  select: str
+  temperatures: tuple[float, ...]
   max_entropy_drop: float
   patience: int
 
@@ -239,6 +246,11 @@ def _checked(config) -> dict[str, Any]:
   for group, kinds in _RANGES.items():
     for name, kind in kinds.items():
       kind.check(f"{group}.{name}", c[group][name])
+  if c["evaluate"]["select"] == "matched" and not set(c["evaluate"]["temperatures"]) - {1.0}:
+    raise InputError(
+      f"evaluate.temperatures={c['evaluate']['temperatures']}: give at least one besides 1, to "
+      "select at matched entropy, e.g. 0.7,0.8,0.9,1.0,1.1."
+    )
   for name, rows, length in (
     ("loader.batch_size", c["loader"]["batch_size"], c["data"]["length"]),
     ("evaluate.batch_size", c["evaluate"]["batch_size"], c["data"]["length"]),

@@ -132,7 +132,7 @@ def test_the_entropy_drop_is_how_far_a_student_is_below_its_teacher():
   samples._built = types.SimpleNamespace(objective=objective, plan=config, model=network)
   samples._judge = _FakeJudge(judge=Judge(None, None), eos_id=0)
   samples._selection = Selection(max_entropy_drop=1.0, patience=1)
-  samples._samples = lambda denoiser, nfe: np.zeros((1, 4), np.int32)
+  samples._samples = lambda denoiser, nfe, temperature: np.zeros((1, 4), np.int32)
   samples._fine = lambda denoiser: True
   samples._templates, samples._export, samples._best = None, lambda *where: None, None
   state = objectives.TrainState(

@@ -138,6 +138,31 @@ def test_selection_survives_json(sequence):
   assert again == chosen
 
 
+def test_narrowing_alone_is_never_kept():
+  """Of matched scores only those count that are below the teacher's, 0, by two errors."""
+  scores = [(0.0, 0.0, 0.0), (-0.03, 0.1, 0.02), (-0.05, 0.1, 0.02), (-0.04, 0.0, 0.01)]
+  scores += [(math.nan, 0.0, math.nan), (-0.9, 0.3, 0.01), (-0.06, 0.25, 0.01), (0.2, 0.0, 0.0)]
+  chosen, better = _follow(scores, select="matched", max_entropy_drop=0.25)
+  assert better == [True, False, True, False, False, False, True, False]
+  assert chosen.best == (6, -0.06, 0.25)
+  again = selection.Selection(select="matched")
+  again.from_json(json.loads(json.dumps(chosen.to_json())))
+  assert again.best == chosen.best
+  other = selection.Selection(select="genppl")
+  other.from_json(chosen.to_json())  # a score of another kind says nothing
+  assert other.best is None and other.update(7, 500.0, 0.0)
+
+
+def test_a_start_without_a_score_is_not_the_best():
+  chosen, better = _follow([(math.nan, 0.0, math.nan), (-0.5, 0.0, 0.1)], select="matched")
+  assert better == [False, True] and chosen.best[0] == 1
+
+
+def test_unknown_rules_are_refused():
+  with pytest.raises(InputError, match=r"evaluate.select='entropy' is unknown; use one of matched"):
+    selection.Selection(select="entropy")
+
+
 # --- writer ---------------------------------------------------------------------------------------
 
 
