@@ -14,12 +14,28 @@ def masked(c, teacher, judge, chunk=0):
   c.objective.time_coupling = "same_order"  # same_order or permuted
   c.objective.order = "random"  # random or spaced: the reveal order of the student's sampler
   c.objective.steps = ()  # of the samplers whose own loss is taken, e.g. (4, 8); (): all at once
+  c.objective.interval = (1e-3, 1.0)  # smallest and largest loss time
   c.objective.fake_updates = 1  # of the fake per update of the student, each on its own batch
   c.objective.chunk = optional(int, chunk)  # positions per chunk of logits; 0: all
   c.teacher.path = teacher
   c.evaluate.judge = judge
   c.optim.clip = 0.0
   c.optim.fake = ConfigDict({"lr": optional(float)})  # its own peak; none: optim.lr
+
+
+def of_steps(c, steps):
+  """Distil a masked teacher into a student of samplers with so many spaced steps.
+
+  The loss is that of the sampler itself, with few positions of a group hidden at a time; the best
+  student is the one furthest below the teacher's temperature curve.
+  """
+  c.objective.order = "spaced"
+  c.objective.steps = steps
+  c.objective.interval = (1e-3, 0.3)
+  c.optim.lr = 1e-5
+  c.optim.schedule = "cosine"
+  c.evaluate.nfes = steps
+  c.evaluate.select = "matched"
 
 
 def uniform(c, teacher, judge, chunk=0, tau=1e-3):

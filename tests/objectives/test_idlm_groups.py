@@ -418,6 +418,11 @@ def test_micro_batches_change_nothing():
       r"objective.order='confidence' is unknown; use one of rand",
     ),
     ({"steps": (4, 0)}, r"objective.steps\[1\]=0 must be at least 1"),
+    (
+      {"interval": (0.5, 0.2)},
+      r"objective.interval=\(0.5, 0.2\) must be two times in \(0, 1\], rising",
+    ),
+    ({"interval": (0.1,)}, r"objective.interval=\(0.1,\) must be two times"),
     ({"fake_updates": 0}, r"objective.fake_updates=0 must be at least 1"),
     ({"steps": (8,)}, r"objective.steps=\(8,\): a sequence of 4 tokens .* at most as many steps"),
   ],
@@ -425,6 +430,16 @@ def test_micro_batches_change_nothing():
 def test_refused(options, said):
   with pytest.raises(ValueError, match=said):
     idlm.make(model=tiny.network()[0], process=tiny.PROCESS, optimizers=_optimizers(), **options)
+
+
+def test_loss_times_fill_their_interval_evenly():
+  batch, size = tiny.batch(size=500), 500
+  usual = idlm.couple_times(batch, coupling="permuted")
+  moved = idlm.couple_times(batch, coupling="permuted", interval=(0.1, 0.3))
+  np.testing.assert_array_equal(usual["t"], batch["t"])
+  np.testing.assert_array_equal(usual["t_gen"], moved["t_gen"])
+  edges = np.linspace(0.1, 0.3, 11)
+  assert np.all(np.abs(np.histogram(moved["t"], edges)[0] - size / 10) <= 1)
 
 
 @pytest.mark.parametrize("options", [{"order": "spaced"}, {"steps": (2,)}])

@@ -36,6 +36,7 @@ from dlm_jax.objectives.positions import positions_per_chunk, sum_positions
 from dlm_jax.objectives.setting import check_time_conditioning
 from dlm_jax.objectives.state import Objective, Optimizers, check_class, init_from_teacher, update
 from dlm_jax.process import Absorbing, GaussianDuality, Uniform
+from dlm_jax.process.block import FULL
 
 TIME_COUPLINGS = ("same_order", "permuted")
 
@@ -46,8 +47,12 @@ NETWORK = (DiT,)  # classes of networks that it trains
 PASSES = (5, 2)
 
 
-def couple_times(batch: Batch, *, coupling: str, eps: float = 1e-3) -> Batch:
+def couple_times(
+  batch: Batch, *, coupling: str, interval: tuple[float, float] = FULL, eps: float = FULL[0]
+) -> Batch:
   """Add the student's input time "t_gen" to a global batch that holds the loss time "t".
+
+  Loss times, which fill `FULL`, are moved to the interval.
 
   "same_order" gives sequence i the same stratum for both, so |t_gen − t| < 1/B: what the released
   code does. "permuted" shuffles the strata, the independent draws that the paper's text describes.
@@ -56,7 +61,10 @@ def couple_times(batch: Batch, *, coupling: str, eps: float = 1e-3) -> Batch:
   t_gen_B = stratified_times(rng_time_B, eps)
   if coupling == "permuted":
     t_gen_B = jax.random.permutation(rng_order_B[0], t_gen_B)
-  return counted({**batch, "rng": rng_B, "t_gen": t_gen_B})
+  t_B = batch["t"]
+  if tuple(interval) != FULL:
+    t_B = interval[0] + (t_B - FULL[0]) / (FULL[1] - FULL[0]) * (interval[1] - interval[0])
+  return counted({**batch, "rng": rng_B, "t": t_B, "t_gen": t_gen_B})
 
 
 def fake_loss(
@@ -171,6 +179,8 @@ class Options(ChunkedOptions):
       sampled with; see `objectives.orders`.
     steps: of an absorbing process: numbers of steps K of the samplers whose own loss is taken, see
       `groups`; (): that of the whole prediction.
+    interval: smallest and largest loss time. Under `steps` few hidden positions at a time, a
+      largest of 0.3, bring the gradient nearer to that of the joint law, see `groups`.
     fake_updates: updates of the fake before each of the student, each on a fresh batch. The gap is
       one only while the fake keeps up; its own learning rate is `optim.fake.lr`.
     gamma_min, gamma_max: of a uniform process; see `GaussianDuality`.
@@ -183,6 +193,7 @@ class Options(ChunkedOptions):
   time_coupling: str = "same_order"
   order: str = "random"
   steps: tuple[int, ...] = ()
+  interval: tuple[float, ...] = FULL
   fake_updates: int = 1
   gamma_min: float = -3.55
   gamma_max: float = -1.85
@@ -195,6 +206,8 @@ class Options(ChunkedOptions):
     orders.check(self.order)
     Items(Whole(1)).check("objective.steps", self.steps)
     Whole(1).check("objective.fake_updates", self.fake_updates)
+    if len(self.interval) != 2 or not 0 < self.interval[0] <= self.interval[1] <= 1:
+      raise InputError(f"objective.interval={self.interval} must be two times in (0, 1], rising.")
     Number("(0, ∞)").check("objective.tau", self.tau)
 
 
@@ -266,9 +279,10 @@ def make(
   check_class("process.name", process, tuple(STATES), "states are drawn from predictions")
   make_states = next(make for kind, make in STATES.items() if isinstance(process, kind))
   states = make_states(model, process, chosen)
-  couple = functools.partial(couple_times, coupling=chosen.time_coupling)
+  coupling = "permuted" if chosen.steps else chosen.time_coupling
+  couple = functools.partial(couple_times, coupling=coupling, interval=chosen.interval)
   if isinstance(states, GroupedStates):
-    couple = lambda batch: states.choose(couple_times(batch, coupling="permuted"))  # noqa: E731
+    couple = lambda batch, at=couple: states.choose(at(batch))  # noqa: E731
 
   def step(state, batch):
     batches = batch if isinstance(batch, tuple) else (batch,) * (chosen.fake_updates + 1)
