@@ -124,7 +124,7 @@ def test_a_method_without_orders_has_the_samplers_own():
 )
 def test_refused(field, text, message):
   with pytest.raises(InputError, match=message):
-    plan.read(load_config("novels_idlm", {f"evaluate.{field}": text}))
+    plan.read(load_config("owt_idlm", {f"evaluate.{field}": text}))
 
 
 @pytest.mark.slow
