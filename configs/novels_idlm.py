@@ -18,7 +18,5 @@ from dlm_jax.configs.recipes import brief, idlm, novels
 def get_config():
   c = novels.novels()
   idlm.masked(c, teacher="runs/novels_teacher", judge="runs/novels_judge")
-  brief.distillation(c, steps=400, every=50, checkpoint_every=100)
-  idlm.of_steps(c, (4, 8))
-  c.evaluate.samples = 256
+  brief.distillation(c, steps=120, every=20, max_entropy_drop=0.15, checkpoint_every=60)
   return c

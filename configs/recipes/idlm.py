@@ -23,21 +23,6 @@ def masked(c, teacher, judge, chunk=0):
   c.optim.fake = ConfigDict({"lr": optional(float)})  # its own peak; none: optim.lr
 
 
-def of_steps(c, steps):
-  """Distil a masked teacher into a student of samplers with so many spaced steps.
-
-  The loss is that of the sampler itself, with few positions of a group hidden at a time; the best
-  student is the one furthest below the teacher's temperature curve.
-  """
-  c.objective.order = "spaced"
-  c.objective.steps = steps
-  c.objective.interval = (1e-3, 0.3)
-  c.optim.lr = 1e-5
-  c.optim.schedule = "cosine"
-  c.evaluate.nfes = steps
-  c.evaluate.select = "matched"
-
-
 def uniform(c, teacher, judge, chunk=0, tau=1e-3):
   """Distil a uniform-state teacher."""
   masked(c, teacher, judge, chunk)
