@@ -15,6 +15,7 @@ import jax
 from dlm_jax import __version__
 from dlm_jax.evaluate import frontier
 from dlm_jax.evaluate.generative import plus_minus
+from dlm_jax.text import viz
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,12 +89,12 @@ def write(
   ]
   for i, row in enumerate(zip(*texts.values(), strict=True), start=1):
     named = dict(zip(texts, row, strict=True))
-    lines += ["", f"### {i}", "", *_side_by_side(named, tokenizer.eos_text)]
+    lines += ["", f"### {i}", "", *_side_by_side(named, tokenizer)]
   (workdir / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
   (workdir / "samples.json").write_text(json.dumps({"nfe": shown_nfe, **texts}, indent=2) + "\n")
   summary = [table, "", *verdicts, "", "samples, first of each:", ""]
   for name, drawn in texts.items():
-    summary += [f"── {name}, {shown_nfe} NFE ──", _clean(drawn[0], tokenizer.eos_text), ""]
+    summary += [f"── {name}, {shown_nfe} NFE ──", viz.plain(drawn[0], tokenizer).strip("\n"), ""]
   summary += [f"report: {workdir / 'report.md'}   figure: {workdir / 'frontier.png'}"]
   summary += [f"more:   dlm-jax sample {_named(next(iter(students.values())))} --steps=8 --num=4"]
   (workdir / "summary.txt").write_text("\n".join(summary) + "\n", encoding="utf-8")
@@ -194,17 +195,12 @@ def _saved(at: dict, student: str) -> str:
   )
 
 
-def _clean(text: str, separator: str) -> str:
-  """Show document separators as a short end mark."""
-  return text.removeprefix(separator).removesuffix(separator).replace(separator, "⏹").strip("\n")
-
-
-def _side_by_side(texts: dict[str, str], separator: str) -> list[str]:
+def _side_by_side(texts: dict[str, str], tokenizer) -> list[str]:
   """Return texts as columns of one code block; long lines are wrapped, not cut."""
   width, columns = 124 // len(texts), []
   for text in texts.values():
     wrapped = []
-    for line in _clean(text, separator).expandtabs(4).splitlines() or [""]:
+    for line in viz.plain(text, tokenizer).strip("\n").expandtabs(4).splitlines() or [""]:
       wrapped += [line[i : i + width] for i in range(0, len(line), width)] or [""]
     columns.append(wrapped)
   height = max(map(len, columns))
