@@ -14,11 +14,10 @@ from dlm_jax.convert import places
 from dlm_jax.data import loader, packing, templates
 from dlm_jax.data.dataset import open_dataset
 from dlm_jax.errors import InputError, check_choice, check_counts
-from dlm_jax.evaluate import frontier, joined, matched, saving
+from dlm_jax.evaluate import frontier, joined, matched, reference, saving
 from dlm_jax.evaluate.frontier import sweep_progress
 from dlm_jax.evaluate.judge import load_judge
 from dlm_jax.experiment.run import make_workdir
-from dlm_jax.quickstart import comparison
 from dlm_jax.text import denoiser, prompts
 
 
@@ -68,14 +67,14 @@ def main(argv: list[str]) -> None:
     rows, warm = frontier.sweep(samplers, options.nfes, **settings), []
     if options.temperatures:
       warm = matched.sweep(samplers, options.nfes, options.temperatures, **settings)
-  reference = None if real_NL is None else comparison.score(judge, real_NL)
-  written = frontier.write(rows, mirror.folder, reference=reference, axes=options.x)
+  real = None if real_NL is None else reference.score(judge, real_NL)
+  written = frontier.write(rows, mirror.folder, reference=real, axes=options.x)
   paths = list(written.values())
   print(frontier.table(rows))
-  if reference is not None:
-    print(f"\n{reference.label}: {reference.genppl:.1f} at {reference.entropy:.2f} nats")
+  if real is not None:
+    print(f"\n{real.label}: {real.genppl:.1f} at {real.entropy:.2f} nats")
   if warm:
-    paths += _match(warm, options, mirror.folder, reference)
+    paths += _match(warm, options, mirror.folder, real)
   mirror.sync()
   print("\n".join(f"{options.workdir.rstrip('/')}/{path.name}" for path in paths))
 
@@ -97,19 +96,19 @@ def _parsed(argv) -> argparse.Namespace:
 
 def _join(options) -> None:
   """Write and print finished sweeps as one."""
-  rows, reference = joined.join(options.join)
+  rows, real = joined.join(options.join)
   workdir = options.workdir.rstrip("/")
   if remote.exists(f"{workdir}/frontier.jsonl"):
     raise InputError(f"{workdir} holds a sweep of its own; join into another --workdir.")
   make_workdir(options.workdir)
   mirror = remote.Mirror(options.workdir)
-  written = frontier.write(rows, mirror.folder, reference=reference, axes=options.x)
+  written = frontier.write(rows, mirror.folder, reference=real, axes=options.x)
   mirror.sync()
   print(frontier.table(rows))
   print("\n".join(f"{workdir}/{path.name}" for path in written.values()))
 
 
-def _match(rows, options, folder, reference) -> list[pathlib.Path]:
+def _match(rows, options, folder, real) -> list[pathlib.Path]:
   """Print and write the comparison at matched entropy."""
   saved = saving.table(rows, options.baseline, options.entropy) if options.baseline else ""
   rows = matched.match(rows, options.entropy)
@@ -120,7 +119,7 @@ def _match(rows, options, folder, reference) -> list[pathlib.Path]:
     print(f"\nevaluations saved beside {options.baseline}, two errors in brackets:\n{saved}")
   if not any(math.isfinite(row["genppl"]) for row in rows):
     return []
-  settings = {"reference": reference, "axes": options.x, "stem": "matched"}
+  settings = {"reference": real, "axes": options.x, "stem": "matched"}
   return list(frontier.write(rows, folder, **settings).values())
 
 

@@ -28,6 +28,7 @@ from dlm_jax.evaluate._samplers import (
   refuse_unless,
 )
 from dlm_jax.evaluate.judge import JudgeWithTokens
+from dlm_jax.evaluate.reference import Reference
 from dlm_jax.train import progress
 
 __all__ = [
@@ -81,25 +82,6 @@ class SamplerFactory(Protocol):
   """
 
   def __call__(self, batch: int, nfe: int) -> Callable[[jax.Array], Any]: ...
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Reference:
-  """What real text scores: the horizontal lines of the plot.
-
-  Attributes:
-    genppl: the judge's perplexity of held-out text; None draws no line.
-    entropy: its entropy in nats; None draws no line.
-    label: what to call it.
-    genppl_se: standard error of the first; None: it is not known.
-    entropy_se: of the second.
-  """
-
-  genppl: float | None = None
-  entropy: float | None = None
-  label: str = "validation text"
-  genppl_se: float | None = None
-  entropy_se: float | None = None
 
 
 def sweep(

@@ -15,9 +15,9 @@ from jaxtyping import Int
 from dlm_jax import convert, fields, json_file
 from dlm_jax.convert import places
 from dlm_jax.errors import InputError, check_counts
-from dlm_jax.evaluate import frontier
+from dlm_jax.evaluate import frontier, reference
 from dlm_jax.evaluate.frontier import sweep_progress
-from dlm_jax.evaluate.judge import JudgeWithTokens, load_judge
+from dlm_jax.evaluate.judge import load_judge
 from dlm_jax.quickstart import report
 from dlm_jax.remote import write_json
 from dlm_jax.text import denoiser
@@ -120,15 +120,15 @@ def write(
   }
   with clock.measure("frontier"):
     rows = _sweep(pipes, compared.nfes, settings)
-  reference = score(judge, held_out(pipes["teacher"]))
-  frontier.write(rows, workdir, reference=reference)
+  real = reference.score(judge, held_out(pipes["teacher"]))
+  frontier.write(rows, workdir, reference=real)
   shown = {"steps": compared.shown_nfe, "num": compared.shown, "seed": _SEEDS["the samples below"]}
   texts = {name: pipe(**shown) for name, pipe in pipes.items()}
   trained = {} if compared.seed is None else {"training": compared.seed}
   report.write(
     workdir,
     rows=rows,
-    reference=reference,
+    reference=real,
     texts=texts,
     shown_nfe=compared.shown_nfe,
     made=report.Made(
@@ -140,24 +140,6 @@ def write(
     tokenizer=pipes["teacher"].tokenizer,
     max_entropy_drop=compared.max_entropy_drop,
     students=compared.students,
-  )
-
-
-def score(judge: JudgeWithTokens, tokens_NL: Int[np.ndarray, "N L"]) -> frontier.Reference:
-  """Return what real text scores: GenPPL and entropy as of samples, with their errors.
-
-  Args:
-    judge: of `evaluate.judge.load_judge`.
-    tokens_NL: held-out text in the generators' ids, as long as their samples.
-  """
-  count = len(tokens_NL)
-  quality = judge.quality(tokens_NL, batch_size=min(count, 64))
-  return frontier.Reference(
-    genppl=quality.genppl,
-    genppl_se=quality.genppl_se,
-    entropy=quality.entropy,
-    entropy_se=quality.entropy_se,
-    label=f"{count} validation texts",
   )
 
 
