@@ -75,13 +75,18 @@ def match(rows: Sequence[frontier.Row], entropy: float | None = None) -> list[fr
   return found
 
 
-def common_entropy(rows: Sequence[frontier.Row]) -> float:
-  """Return the middle of the entropies that every model reaches; NaN if there are none."""
+def common_range(rows: Sequence[frontier.Row]) -> tuple[float, float]:
+  """Return the ends of the entropies that all models reach with all NFEs; NaN if there are none."""
   groups: dict = {}
   for row in rows:
     groups.setdefault((row["name"], row["nfe"]), []).append(row["entropy"])
   low, high = max(map(min, groups.values())), min(map(max, groups.values()))
-  return (low + high) / 2 if low <= high else math.nan
+  return (low, high) if low <= high else (math.nan, math.nan)
+
+
+def common_entropy(rows: Sequence[frontier.Row]) -> float:
+  """Return the middle of the entropies that every model reaches; NaN if there are none."""
+  return sum(common_range(rows)) / 2
 
 
 def _error(row, slope: float) -> float:

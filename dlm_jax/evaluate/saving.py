@@ -71,10 +71,7 @@ def entropies(rows: Sequence[frontier.Row], count: int = 3) -> list[float]:
     rows: of `matched.sweep`.
     count: how many; none if there is no common range.
   """
-  groups: dict = {}
-  for row in rows:
-    groups.setdefault((row["name"], row["nfe"]), []).append(row["entropy"])
-  low, high = max(map(min, groups.values())), min(map(max, groups.values()))
+  low, high = matched.common_range(rows)
   steps = [(i + 0.5) / count for i in range(count)]
   return [low + step * (high - low) for step in steps] if low < high else []
 
