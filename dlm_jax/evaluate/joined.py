@@ -12,6 +12,7 @@ from dlm_jax.evaluate import frontier
 from dlm_jax.fields import SEED, Items, Kind, Number, Object, Optional, Text, Whole, build, read
 
 _MEASURED = Optional(Number())  # JSON has no NaN
+_BEFORE = {"correlation": 0.0, "distinct_4": None}  # of sweeps that have none yet
 _KINDS: dict[str, Kind] = {
   "name": Text(),
   "nfe": Whole(1),
@@ -21,6 +22,7 @@ _KINDS: dict[str, Kind] = {
   "entropy": _MEASURED,
   "entropy_se": _MEASURED,
   "correlation": _MEASURED,
+  "distinct_4": _MEASURED,
   "samples": Whole(1),
   "tokens": Whole(),
   "seconds": Number("[0, ∞)"),
@@ -69,7 +71,7 @@ def _read(directory) -> tuple[list[frontier.Row], frontier.Reference | None]:
   path = epath.Path(directory) / "frontier.json"
   try:
     content = read("", json_file.read_object(path), {"rows": Items(), "reference": Kind()})
-    rows = [read("", row, _KINDS, {"correlation": 0.0}) for row in content["rows"]]
+    rows = [read("", row, _KINDS, _BEFORE) for row in content["rows"]]
     real = content["reference"]
     reference = None if real is None else build(frontier.Reference, "", real)
   except (OSError, ValueError) as error:

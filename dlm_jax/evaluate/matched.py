@@ -103,6 +103,7 @@ def _between(group, entropy):
   temperatures = [row["options"]["temperature"] for row in group]
   result = {**group[0], "entropy": entropy, "entropy_se": 0.0, "genppl": math.nan}
   result |= {"genppl_se": math.nan, "options": {**group[0]["options"], "temperature": math.nan}}
+  result["distinct_4"] = math.nan
   result["seconds"] = float(np.mean([row["seconds"] for row in group]))
   for (a, b), (cold, warm) in zip(
     itertools.pairwise(group), itertools.pairwise(temperatures), strict=True
@@ -117,6 +118,7 @@ def _between(group, entropy):
       result["genppl_se"] = result["genppl"] * math.hypot(
         (1 - share) * errors[0], share * errors[1]
       )
+      result["distinct_4"] = mix(a["distinct_4"], b["distinct_4"])
       result["options"]["temperature"] = mix(cold, warm)
       break
   return result

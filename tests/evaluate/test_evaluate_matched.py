@@ -21,6 +21,7 @@ def _row(name, nfe, temperature, genppl, entropy, genppl_se=0.0, correlation=0.0
     "entropy": entropy,
     "entropy_se": 0.02,
     "correlation": correlation,
+    "distinct_4": 0.9,
     "samples": 8,
     "tokens": 64,
     "seconds": 2.0,

@@ -19,6 +19,7 @@ def _row(name, nfe, temperature, genppl, entropy, *, error=0.01, evaluations=Non
     "entropy": entropy,
     "entropy_se": 0.0,
     "correlation": 0.0,
+    "distinct_4": 0.9,
     "samples": 512,
     "seconds": 1.0,
     "options": {"temperature": temperature},

@@ -25,6 +25,7 @@ def _rows(**genppl):
       "genppl_se": 0.01,
       "entropy": 5 - value / 100,
       "entropy_se": 0.001,
+      "distinct_4": 0.99,
       "samples": 64,
     }
     for name, by_nfe in genppl.items()
