@@ -53,7 +53,7 @@ def join(
     for row in found:
       _check_same(directory, of_name, "the judge", row["context"].get("judge"))
       _check_same(directory, of_name, f"the model {row['name']}", _model(row))
-      place = row["name"], row["nfe"]
+      place = row["name"], row["nfe"], row["options"].get("temperature")
       if place not in at:
         at[place] = row
         rows.append(row)
@@ -83,9 +83,13 @@ def _read(directory) -> tuple[list[frontier.Row], frontier.Reference | None]:
 
 
 def _model(row) -> tuple:
-  """Return what makes a model the same: its sampler's options and, if recorded, its weights."""
+  """Return what makes a model the same: its sampler's options and, if recorded, its weights.
+
+  It may have been measured at several temperatures.
+  """
   weights = row["context"].get("weights")
-  return row["options"], weights.get(row["name"]) if isinstance(weights, dict) else None
+  options = {name: value for name, value in row["options"].items() if name != "temperature"}
+  return options, weights.get(row["name"]) if isinstance(weights, dict) else None
 
 
 def _check_same(directory, seen, what, value) -> None:
