@@ -36,12 +36,16 @@ def sweep(
   check_temperatures(temperatures)
   rows = []
   for temperature in dict.fromkeys(temperatures):
-    at = {
-      name: dataclasses.replace(s, options={**s.options, "temperature": temperature})
-      for name, s in samplers.items()
-    }
-    rows += frontier.sweep(at, nfes, **options)
+    rows += frontier.sweep(at(samplers, temperature), nfes, **options)
   return rows
+
+
+def at(samplers: Mapping[str, frontier.Sampler], temperature: float) -> dict[str, frontier.Sampler]:
+  """Return the samplers with another temperature, whatever they had."""
+  return {
+    name: dataclasses.replace(s, options={**s.options, "temperature": temperature})
+    for name, s in samplers.items()
+  }
 
 
 def check_temperatures(temperatures: Sequence[float]) -> None:
@@ -122,19 +126,19 @@ def entropies(rows: Sequence[frontier.Row], count: int = 3) -> list[float]:
   return [low + (i + 0.5) / count * width for i in range(count)] if width else []
 
 
-def table(rows: Sequence[frontier.Row], at: Sequence[float]) -> str:
+def table(rows: Sequence[frontier.Row], nats: Sequence[float]) -> str:
   """Return GenPPL at some entropies as a Markdown table; "–" where a model does not reach one.
 
   Args:
     rows: of `sweep`.
-    at: nats.
+    nats: entropies.
   """
-  columns = [match(rows, entropy) for entropy in at]
+  columns = [match(rows, entropy) for entropy in nats]
   cells = [
     (same[0]["name"], str(same[0]["evaluations"]), *(_shown(row) for row in same))
     for same in zip(*columns, strict=True)
   ]
-  titles = (f"GenPPL at {entropy:.2f} nats" for entropy in at)
+  titles = (f"GenPPL at {entropy:.2f} nats" for entropy in nats)
   return tables.markdown(("model", "evaluations", *titles), cells)
 
 

@@ -106,6 +106,29 @@ def savings(
   return found
 
 
+def nearest(rows: Sequence[frontier.Row], baseline: str) -> list[Saving]:
+  """Return one saving per sampler and number of evaluations, at an entropy that was measured.
+
+  Of several temperatures that is taken whose entropy is nearest to the middle of what the
+  baseline's last point reaches: a choice that its GenPPL has no part in.
+
+  Args:
+    rows: of `matched.sweep`; the baseline at two temperatures or more.
+    baseline: name of the sampler that is to be saved.
+  """
+  names = (baseline, limit_name(baseline))
+  base = [row for row in rows if row["name"] in names]
+  last = max(matched.groups(base), key=lambda group: (len(group), group[0]["evaluations"]))
+  reached = [row["entropy"] for row in last]
+  middle = (min(reached) + max(reached)) / 2
+  found: dict = {}
+  for one in savings(rows, baseline):
+    key, away = (one.name, one.evaluations), abs(one.entropy - middle)
+    if key not in found or away < abs(found[key].entropy - middle):
+      found[key] = one
+  return sorted(found.values(), key=lambda one: (one.name, one.evaluations))
+
+
 def _curve(base, entropy) -> list[tuple]:
   """Return evaluations, log GenPPL, its error, and its slope in entropy, of the baseline."""
   points = []
@@ -161,8 +184,8 @@ def told(one: Saving, baseline: str) -> str:
     baseline: how to name the sampler that is to be saved.
   """
   what = (
-    f"At an entropy of {one.entropy:.2f} nats {one.name} with {one.evaluations} evaluations has "
-    f"GenPPL {generative.plus_minus(one.genppl, one.genppl_se)}"
+    f'With {one.evaluations} evaluations "{one.name}" has GenPPL '
+    f"{generative.plus_minus(one.genppl, one.genppl_se)} at an entropy of {one.entropy:.2f} nats"
   )
   if not one.shown:
     known = f"{one.times:.1f} times fewer {_bounds(one)}"
@@ -170,7 +193,7 @@ def told(one: Saving, baseline: str) -> str:
     return f"{what}; beside {baseline} no saving is shown: {known}."
   needed = f"{one.times * one.evaluations:.0f}"
   if one.limited:
-    needed += ", its exact limit, or would need more"
+    needed += " or more, which it was not given"
   times = f"{one.times:.1f} times fewer evaluations {_bounds(one)}"
   return f"{what}, for which {baseline} needs {needed}: {times}."
 

@@ -143,8 +143,8 @@ def test_what_is_said_needs_two_errors():
 
   shown, text = told(2, 0.01)
   assert shown and text == (
-    "At an entropy of 4.80 nats x with 8 evaluations has GenPPL 150.0 ± 1.5, for which the teacher "
-    "needs 16: 2.0 times fewer evaluations (1.9 … 2.2)."
+    'With 8 evaluations "x" has GenPPL 150.0 ± 1.5 at an entropy of 4.80 nats, for which the '
+    "teacher needs 16: 2.0 times fewer evaluations (1.9 … 2.2)."
   )
   shown, text = told(2, 0.2)
   assert not shown and "no saving is shown: 2.0 times fewer (" in text and "needs" not in text
