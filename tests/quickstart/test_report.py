@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from dlm_jax import __version__
+from dlm_jax import __version__, process
 from dlm_jax.evaluate import frontier, saving
 from dlm_jax.quickstart import comparison, distil, report, shipped
 
@@ -156,3 +156,50 @@ def test_the_command_of_a_report():
   )
   few = shipped.Options(workdir=folder, samples=4)
   assert comparison.command(few, "--pretrained").endswith("runs' --samples=4")
+
+
+def _measured(monkeypatch, nfes, *, exact=True, proc=None, critic=None):
+  """Return what the quick start's sweep asks for: (name, NFEs, options)."""
+  asked = []
+
+  def sweep(samplers, nfes, *, on_row, **settings):
+    asked.extend((name, nfes, dict(s.options)) for name, s in samplers.items())
+    return []
+
+  def pipe():
+    shared = {"denoiser": None, "process": proc, "length": 128}
+    make = lambda **options: frontier.Sampler(options=options, **shared)  # noqa: E731
+    return types.SimpleNamespace(process=proc, critic=critic, sampler=make)
+
+  monkeypatch.setattr(frontier, "sweep", sweep)
+  compared = types.SimpleNamespace(nfes=nfes, exact=exact)
+  comparison._sweep({"teacher": pipe(), "student": pipe()}, compared, {})
+  return asked
+
+
+def test_what_the_quick_start_measures(monkeypatch):
+  """The teacher up to its exact limit, never in more steps than a text has tokens."""
+  masks = process.Absorbing(vocab_size=5, mask_id=4)
+  teacher = {"order": "random", "temperature": 1.0}
+  limit = {"sampler": "first_hitting", "temperature": 1.0}
+  spaced = {"order": "spaced", "temperature": 1.0}
+  assert _measured(monkeypatch, (1, 4, 16, 64, 128, 256), proc=masks) == [
+    ("teacher", [1, 4, 16, 64], teacher),
+    ("teacher", [16, 64], teacher | {"temperature": 0.85}),
+    ("teacher, exact limit", [128], limit),
+    ("teacher, exact limit", [128], limit | {"temperature": 0.85}),
+    ("teacher, spaced", [4, 16], spaced),
+    ("student, spaced", [4, 16], spaced),
+    ("teacher, spaced", [4, 16], spaced | {"temperature": 0.9}),
+    ("student, spaced", [4, 16], spaced | {"temperature": 0.9}),
+  ]
+  names = [name for name, *_ in _measured(monkeypatch, (4, 16), exact=False, proc=masks)]
+  assert "teacher, exact limit" not in names and "teacher, spaced" in names
+  guided = _measured(monkeypatch, (4, 8, 16), proc=masks, critic=object())[-1]
+  assert guided[:2] == ("student, guided", [4, 8]) and guided[2]["sampler"] == "rgas"
+
+
+def test_uniform_states_have_no_order_and_no_limit(monkeypatch):
+  asked = _measured(monkeypatch, (4, 256), proc=process.Uniform(vocab_size=5))
+  assert {name for name, *_ in asked} == {"teacher", "student"}
+  assert asked[0][1] == [4, 256] and not any("order" in options for *_, options in asked)
