@@ -30,7 +30,8 @@ class Saving:
     entropy: nats, at which both are compared.
     genppl, genppl_se: of the sampler at that entropy.
     times: m/n; NaN where the baseline's curve does not reach its GenPPL from above.
-    low, high: the same with both curves two combined standard errors worse and better.
+    low, high: the same with both curves two combined standard errors worse and better; high is
+      infinite where the baseline has points of more evaluations, but none at this entropy.
     limited: whether the sampler is better than the baseline's last point, within an error: then m
       is that point's evaluations, and more cannot be told.
   """
@@ -98,11 +99,12 @@ def savings(
   others = [row for row in rows if row["name"] not in names]
   if entropy is not None:
     others = matched.match(others, entropy)
+  last = max((row["evaluations"] for row in base), default=0)
   found = []
   for row in others:
     curve = _curve(base, row["entropy"])
     if curve and math.isfinite(row["genppl"]):
-      found.append(_saving(row, curve))
+      found.append(_saving(row, curve, last))
   return found
 
 
@@ -206,15 +208,19 @@ def _times(one: Saving) -> str:
 
 def _bounds(one: Saving) -> str:
   bounds = [f"{x:.1f}" if math.isfinite(x) else "?" for x in (one.low, one.high)]
-  return f"({' … '.join(bounds)}{', its limit' if one.limited else ''})"
+  ended = one.limited and math.isfinite(one.high)
+  return f"({' … '.join(bounds)}{', its limit' if ended else ''})"
 
 
-def _saving(row, curve) -> Saving:
+def _saving(row, curve, last) -> Saving:
+  """Compare; where the baseline's last point lies at other entropies, the upper end is open."""
   n, value = row["evaluations"], math.log(row["genppl"])
   _, _, error_there, slope = min(curve, key=lambda point: abs(point[1] - value))
   error_here = matched.error(row, slope)  # an interpolated row has no error of its entropy
   error = math.hypot(error_here, error_there)  # of the difference
   times, low, high = (_crossing(curve, value + shift * error) / n for shift in (0, 2, -2))
+  if curve[-1][0] < last and value - 2 * error <= curve[-1][1]:
+    high = math.inf
   return Saving(
     name=row["name"],
     evaluations=n,

@@ -184,3 +184,14 @@ def test_the_exact_limit_of_a_sampler():
   assert saving.limit(uniform) is None
   templates = frontier.TemplateSampler(process=masks, templates=lambda *_: None, **shared)
   assert saving.limit(templates) is None
+
+
+def test_a_curve_that_ends_early_bounds_nothing_from_above():
+  """The last point lies at lower entropies: here the baseline may need any number."""
+  narrow = [row | {"entropy": row["entropy"] - (row["nfe"] == 256)} for row in TEACHER]
+  (found,) = saving.savings(narrow + _rows("x", (8,), lambda n: 90.0), "teacher", 4.75)
+  assert found.low == found.times == 8 and found.high == math.inf
+  assert "needs 64 or more" in saving.told(found, "it")
+  assert "8.0 times fewer evaluations (8.0 … ?)" in saving.told(found, "it")
+  (inside,) = saving.savings(narrow + _rows("x", (8,), lambda n: 140.0), "teacher", 4.75)
+  assert inside.high < 8 and not inside.limited
