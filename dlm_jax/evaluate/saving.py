@@ -111,18 +111,19 @@ def savings(
 def nearest(rows: Sequence[frontier.Row], baseline: str) -> list[Saving]:
   """Return one saving per sampler and number of evaluations, at an entropy that was measured.
 
-  Of several temperatures that is taken whose entropy is nearest to the middle of what the
-  baseline's last point reaches: a choice that its GenPPL has no part in.
+  Of several temperatures that is taken whose entropy is nearest to where most points of the
+  baseline can be compared: a choice that its GenPPL has no part in.
 
   Args:
     rows: of `matched.sweep`; the baseline at two temperatures or more.
     baseline: name of the sampler that is to be saved.
   """
   names = (baseline, limit_name(baseline))
-  base = [row for row in rows if row["name"] in names]
-  last = max(matched.groups(base), key=lambda group: (len(group), group[0]["evaluations"]))
-  reached = [row["entropy"] for row in last]
-  middle = (min(reached) + max(reached)) / 2
+  groups = matched.groups([row for row in rows if row["name"] in names])
+  wide = [row for group in groups if len(group) > 1 for row in group]
+  middle = next(iter(matched.entropies(wide, 1) if wide else []), None)
+  if middle is None:
+    return []
   found: dict = {}
   for one in savings(rows, baseline):
     key, away = (one.name, one.evaluations), abs(one.entropy - middle)
@@ -195,7 +196,7 @@ def told(one: Saving, baseline: str) -> str:
     return f"{what}; beside {baseline} no saving is shown: {known}."
   needed = f"{one.times * one.evaluations:.0f}"
   if one.limited:
-    needed += " or more, which it was not given"
+    needed += ", the last of its curve" if math.isfinite(one.high) else " or more"
   times = f"{one.times:.1f} times fewer evaluations {_bounds(one)}"
   return f"{what}, for which {baseline} needs {needed}: {times}."
 

@@ -30,7 +30,7 @@ _SEEDS = {"the table": 0, "the samples below": 1}
 _BASELINE = "teacher"
 _FEW = (2, 16)  # evaluations of spaced orders
 _COLDER = 8  # evaluations from which the baseline is measured at a lower temperature, too
-_COLD = (0.85, 0.9)  # of the baseline, and of the others, whose entropies are to lie between
+_COLD = {"baseline": 0.85, "limit": 0.9, "spaced": 0.9}  # so that their entropies overlap
 _TILT = (5.0, 5.0)  # the published 30 … 40 narrows the quick start's student to 2.3 nats
 
 
@@ -176,10 +176,10 @@ def _sweep(pipes, compared, settings) -> list[frontier.Row]:
   exact = saving.limit(base) if compared.exact else None
   jobs = [({_BASELINE: base}, below, (1.0,))]
   if colder := [nfe for nfe in below if nfe >= _COLDER]:
-    jobs.append(({_BASELINE: base}, colder, _COLD[:1]))
+    jobs.append(({_BASELINE: base}, colder, (_COLD["baseline"],)))
   if exact is not None:
-    jobs.append(({saving.limit_name(_BASELINE): exact}, [base.length], (1.0, *_COLD[:1])))
-  jobs.append((models, few, (1.0, *_COLD[1:])))
+    jobs.append(({saving.limit_name(_BASELINE): exact}, [base.length], (1.0, _COLD["limit"])))
+  jobs.append((models, few, (1.0, _COLD["spaced"])))
   if guided:
     jobs.append((guided, [nfe for nfe in below if nfe <= _GUIDED_NFE][-2:] or below, (1.0,)))
   total = sum(len(samplers) * sum(asked) * len(at) for samplers, asked, at in jobs)

@@ -195,3 +195,15 @@ def test_a_curve_that_ends_early_bounds_nothing_from_above():
   assert "8.0 times fewer evaluations (8.0 … ?)" in saving.told(found, "it")
   (inside,) = saving.savings(narrow + _rows("x", (8,), lambda n: 140.0), "teacher", 4.75)
   assert inside.high < 8 and not inside.limited
+
+
+def test_nearest_takes_the_temperature_at_which_most_can_be_compared():
+  """Whatever its GenPPL: of the two the colder lies beside all but one point of the baseline."""
+  wide = _rows("teacher", (4, 8, 16), lambda n: 100 * (1 + 8 / n))
+  exact = [
+    row | {"entropy": row["entropy"] - 0.02}
+    for row in _rows(saving.limit_name("teacher"), (64,), lambda n: 112.5)
+  ]
+  x = [_row("x", 4, t, genppl, h) for t, genppl, h in ((0.9, 90.0, 4.69), (1.0, 150.0, 4.74))]
+  assert [one.entropy for one in saving.nearest(wide + exact + x, "teacher")] == [4.74]
+  assert saving.nearest(wide[:1] + x, "teacher") == [], "one temperature compares nothing"

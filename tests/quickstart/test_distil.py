@@ -105,7 +105,7 @@ def test_everything_is_there(done):
     ("student, spaced", 2, 8),
   ]
   limits = [row["options"] for row in rows["rows"][2:4]]
-  assert [options["temperature"] for options in limits] == [1.0, 0.85]
+  assert [options["temperature"] for options in limits] == [1.0, 0.9]
   assert all(options["sampler"] == "first_hitting" for options in limits)
   measured = (done / "frontier.jsonl").read_text().splitlines()
   assert len(measured) == 8, "the spaced ones at a lower temperature too"
