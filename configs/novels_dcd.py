@@ -2,8 +2,8 @@
 """Discrete consistency distillation of the novels Duo teacher.
 
 Needs runs/novels_duo and runs/novels_judge. 500 steps took 67 s on one H100. Of the
-teacher's GenPPL / entropy 711 / 4.44 with 4 evaluations, 331 / 4.49 with 8 and 198 / 4.53 with 32
-they left 362 / 4.36, 224 / 4.41 and 169 / 4.46 (512 samples, greedy tail).
+teacher's GenPPL / entropy 711 / 4.44 in 4 steps, 331 / 4.49 in 8 and 198 / 4.53 in 32 they left
+362 / 4.36, 224 / 4.41 and 169 / 4.46 (512 samples; the greedy tail is one evaluation more).
 
 Reference: Duo, arXiv 2506.10892, section 5.
 

@@ -2,9 +2,9 @@
 """IDLM student of the novels Duo teacher.
 
 Needs runs/novels_duo and runs/novels_judge. 250 updates took 139 s on one H100. Of the teacher's
-GenPPL / entropy 331 / 4.49 with 8 evaluations and 228 / 4.51 with 16 they left 264 / 4.82 and
-198 / 4.83 (512 samples, greedy tail), and it still improved: docs/results.md says what the
-temperature does.
+GenPPL / entropy 331 / 4.49 in 8 steps and 228 / 4.51 in 16 they left 264 / 4.82 and 198 / 4.83 (512
+samples; with the greedy tail 9 and 17 evaluations), and it still improved: docs/results.md says
+what the temperature does.
 
 Reference: IDLM, arXiv 2602.19066.
 

@@ -14,11 +14,10 @@ from dlm_jax.convert import places
 from dlm_jax.data import loader, packing, templates
 from dlm_jax.data.dataset import open_dataset
 from dlm_jax.errors import InputError, check_choice, check_counts
-from dlm_jax.evaluate import frontier, joined, matched, saving
+from dlm_jax.evaluate import frontier, joined, matched, reference, saving
 from dlm_jax.evaluate.frontier import sweep_progress
 from dlm_jax.evaluate.judge import load_judge
 from dlm_jax.experiment.run import make_workdir
-from dlm_jax.quickstart import comparison
 from dlm_jax.text import denoiser, prompts
 
 
@@ -56,6 +55,7 @@ def main(argv: list[str]) -> None:
     "path": finished,
     "valid_NL": _valid(options, data),
   }
+  samplers |= _limits(samplers, options.baseline)
   asked = list(dict.fromkeys(options.nfes))
   of_round = sum(sum(sampler.nfes(asked)) for sampler in samplers.values())
   with sweep_progress(of_round * (1 + len(set(options.temperatures)))) as told:
@@ -68,16 +68,22 @@ def main(argv: list[str]) -> None:
     rows, warm = frontier.sweep(samplers, options.nfes, **settings), []
     if options.temperatures:
       warm = matched.sweep(samplers, options.nfes, options.temperatures, **settings)
-  reference = None if real_NL is None else comparison.score(judge, real_NL)
-  written = frontier.write(rows, mirror.folder, reference=reference, axes=options.x)
+  real = None if real_NL is None else reference.score(judge, real_NL)
+  written = frontier.write(rows, mirror.folder, reference=real, axes=options.x)
   paths = list(written.values())
   print(frontier.table(rows))
-  if reference is not None:
-    print(f"\n{reference.label}: {reference.genppl:.1f} at {reference.entropy:.2f} nats")
+  if real is not None:
+    print(f"\n{real.label}: {real.genppl:.1f} at {real.entropy:.2f} nats")
   if warm:
-    paths += _match(warm, options, mirror.folder, reference)
+    paths += _match(warm, options, mirror.folder, real)
   mirror.sync()
   print("\n".join(f"{options.workdir.rstrip('/')}/{path.name}" for path in paths))
+
+
+def _limits(samplers, baseline) -> dict[str, frontier.Sampler]:
+  """Return the exact limit of the baseline, with which its curve ends; {} if it has none."""
+  exact = saving.limit(samplers[baseline]) if baseline else None
+  return {saving.limit_name(baseline): exact} if exact is not None else {}
 
 
 def _parsed(argv) -> argparse.Namespace:
@@ -97,31 +103,49 @@ def _parsed(argv) -> argparse.Namespace:
 
 def _join(options) -> None:
   """Write and print finished sweeps as one."""
-  rows, reference = joined.join(options.join)
+  rows, real = joined.join(options.join)
   workdir = options.workdir.rstrip("/")
   if remote.exists(f"{workdir}/frontier.jsonl"):
     raise InputError(f"{workdir} holds a sweep of its own; join into another --workdir.")
   make_workdir(options.workdir)
   mirror = remote.Mirror(options.workdir)
-  written = frontier.write(rows, mirror.folder, reference=reference, axes=options.x)
+  written = frontier.write(rows, mirror.folder, reference=real, axes=options.x)
   mirror.sync()
   print(frontier.table(rows))
   print("\n".join(f"{workdir}/{path.name}" for path in written.values()))
 
 
-def _match(rows, options, folder, reference) -> list[pathlib.Path]:
+def _match(rows, options, folder, real) -> list[pathlib.Path]:
   """Print and write the comparison at matched entropy."""
-  saved = saving.table(rows, options.baseline, options.entropy) if options.baseline else ""
+  told = []
+  if at := [options.entropy] if options.entropy is not None else matched.entropies(rows):
+    told.append(f"GenPPL at common entropies:\n{matched.table(rows, at)}")
+  if options.baseline:
+    saved = saving.table(rows, options.baseline, options.entropy)
+    told.append(f"evaluations saved beside {options.baseline}, two errors in brackets:\n{saved}")
+    told += _said(rows, at, options.baseline)
   rows = matched.match(rows, options.entropy)
   if not all(math.isfinite(row["genppl"]) for row in rows):
     print("\nnot every model reaches the entropy between these --temperatures: nan below.")
   print(f"\nat matched entropy:\n{frontier.table(rows)}")
-  if saved:
-    print(f"\nevaluations saved beside {options.baseline}, two errors in brackets:\n{saved}")
+  for text in told:
+    print(f"\n{text}")
   if not any(math.isfinite(row["genppl"]) for row in rows):
     return []
-  settings = {"reference": reference, "axes": options.x, "stem": "matched"}
+  settings = {"reference": real, "axes": options.x, "stem": "matched"}
   return list(frontier.write(rows, folder, **settings).values())
+
+
+def _said(rows, at, baseline) -> list[str]:
+  """Say of every model what it saves at the middle one of the entropies and of its evaluations.
+
+  Not what it saves at most: the largest of many is large by chance, too.
+  """
+  found = saving.savings(rows, baseline, at[len(at) // 2]) if at else []
+  by_name: dict = {}
+  for one in sorted(found, key=lambda one: one.evaluations):
+    by_name.setdefault(one.name, []).append(one)
+  return [saving.told(own[len(own) // 2], baseline) for own in by_name.values()]
 
 
 def _held_out(options, data, words, length) -> np.ndarray | None:
@@ -241,7 +265,8 @@ def _add_baseline(parser) -> None:
     "--baseline",
     default="",
     metavar="NAME",
-    help="model beside which evaluations are saved, at matched entropies",
+    help="model beside which evaluations are saved, at matched entropies; masks: its exact limit "
+    "is drawn too",
   )
 
 

@@ -71,7 +71,7 @@ def draw(
     _ticks(axes, x, sorted({row["x"] for row in rows}))
   if trade:
     panels.append(below.subplots())
-    _trade(panels[2], rows, real, title)
+    _trade(panels[2], rows, real)
   figure.supxlabel(_footnote(rows), fontsize=8, color=_FAINT)
   figure.draw_without_rendering()  # fixes the scales, by which labels are kept apart
   for axes, key in zip(panels, ("genppl", "entropy", "genppl"), strict=False):
@@ -149,7 +149,7 @@ def _scale(axes, key):
     _log_ticks(axes)
 
 
-def _trade(axes, rows, real, title):
+def _trade(axes, rows, real):
   """Draw GenPPL against entropy, a model's points in the order of their evaluations."""
   for points, *look in _drawn(rows):
     x, y = (np.array([row[key] for row in points], float) for key in ("entropy", "genppl"))
@@ -165,7 +165,7 @@ def _trade(axes, rows, real, title):
   axes.set_xlim(low - missing / 2, high + missing / 2)
   cross = ", real text where the dashed lines meet" if None not in real.values() else ""
   head(axes, "GenPPL against entropy", f"down is better, left is narrower{cross}")
-  axes.set_xlabel(f"entropy, nats; numbers are {title}", labelpad=6)
+  axes.set_xlabel("entropy, nats; numbers are evaluations made per sample", labelpad=6)
 
 
 def _numbers(rows):
@@ -176,7 +176,9 @@ def _numbers(rows):
     ranks = [min(i, len(finite) - 1 - i) for i in range(len(finite))]
     found += [(rank, colour, row) for rank, row in zip(ranks, finite, strict=True)]
   found.sort(key=lambda one: one[0])
-  return [(f"{row['nfe']:g}", colour, row["entropy"], row["genppl"]) for _, colour, row in found]
+  return [
+    (f"{row['evaluations']:g}", colour, row["entropy"], row["genppl"]) for _, colour, row in found
+  ]
 
 
 def head(axes, title, subtitle):

@@ -28,6 +28,7 @@ from dlm_jax.evaluate._samplers import (
   refuse_unless,
 )
 from dlm_jax.evaluate.judge import JudgeWithTokens
+from dlm_jax.evaluate.reference import Reference
 from dlm_jax.train import progress
 
 __all__ = [
@@ -55,6 +56,7 @@ COLUMNS = (
   "entropy",
   "entropy_se",
   "correlation",
+  "distinct_4",
   "samples",
   "tokens",
   "seconds",
@@ -67,6 +69,7 @@ AXES = {  # what quality may be plotted against: the axis' title
   "evaluations": "network evaluations made per sample, of all networks",
   "seconds": "milliseconds per sample, drawn in batches",
 }
+_BEFORE = {"correlation": 0.0, "distinct_4": math.nan}  # of rows that have none yet
 _IDENTITY = ("name", "nfe", "samples", "seed", "options", "context")
 
 
@@ -81,25 +84,6 @@ class SamplerFactory(Protocol):
   """
 
   def __call__(self, batch: int, nfe: int) -> Callable[[jax.Array], Any]: ...
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Reference:
-  """What real text scores: the horizontal lines of the plot.
-
-  Attributes:
-    genppl: the judge's perplexity of held-out text; None draws no line.
-    entropy: its entropy in nats; None draws no line.
-    label: what to call it.
-    genppl_se: standard error of the first; None: it is not known.
-    entropy_se: of the second.
-  """
-
-  genppl: float | None = None
-  entropy: float | None = None
-  label: str = "validation text"
-  genppl_se: float | None = None
-  entropy_se: float | None = None
 
 
 def sweep(
@@ -213,6 +197,7 @@ def table(rows: Sequence[Row]) -> str:
 
   "all nets" counts the evaluations made, of all networks, where they are not the NFE everywhere.
   """
+  varied = any(math.isfinite(row["distinct_4"]) for row in rows)
   counted = any(row["evaluations"] != row["nfe"] for row in rows)
   header = (
     "model",
@@ -220,6 +205,7 @@ def table(rows: Sequence[Row]) -> str:
     *(("all nets",) if counted else ()),
     "GenPPL",
     "entropy (nats)",
+    *(("distinct 4-grams",) if varied else ()),
     "samples",
     "seconds",
   )
@@ -230,6 +216,7 @@ def table(rows: Sequence[Row]) -> str:
       *((str(row["evaluations"]),) if counted else ()),
       generative.plus_minus(row["genppl"], row["genppl_se"]),
       generative.plus_minus(row["entropy"], row["entropy_se"], 2),
+      *((f"{row['distinct_4']:.3f}",) if varied else ()),
       f"{row['samples']:,}",
       f"{row['seconds']:.1f}",
     )
@@ -318,8 +305,7 @@ class _Finished:
 
   def _parse(self, line, number, torn):
     try:
-      # Rows of before have no correlation.
-      return [_row({"correlation": 0.0} | json_file.parse(line, finite=False))]
+      return [_row(_BEFORE | json_file.parse(line, finite=False))]
     except (ValueError, TypeError, KeyError) as error:
       if torn:
         return []

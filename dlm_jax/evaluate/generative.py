@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from dlm_jax.errors import InputError
+from dlm_jax.evaluate import diversity
 from dlm_jax.evaluate.likelihood import Mask, Tokens, batches, check_finite, ratio_error, token_nll
 
 
@@ -30,6 +31,7 @@ class Quality:
     samples: number of samples.
     tokens: number of judged tokens.
     correlation: of the errors of log GenPPL and of the entropy; 0 where either is none.
+    distinct_4: share of distinct 4-grams over all samples, see `diversity.distinct`.
   """
 
   genppl: float
@@ -39,6 +41,7 @@ class Quality:
   samples: int
   tokens: int
   correlation: float = 0.0
+  distinct_4: float = math.nan
 
   def __str__(self) -> str:
     return (
@@ -86,7 +89,8 @@ def quality(
   spread = entropy(tokens_BL, valid_NL)
   spread = {key: spread[key] for key in ("entropy", "entropy_se")}
   together = _correlation(nats_BM, counts_BM, entropies(tokens_BL, valid_NL))
-  return Quality(**spread, **judged, correlation=together)
+  varied = diversity.distinct(tokens_BL, 4, valid_NL=valid_NL)
+  return Quality(**spread, **judged, correlation=together, distinct_4=varied)
 
 
 def _correlation(nats_BM, counts_BM, entropy_B) -> float:

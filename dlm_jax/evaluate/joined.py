@@ -12,6 +12,7 @@ from dlm_jax.evaluate import frontier
 from dlm_jax.fields import SEED, Items, Kind, Number, Object, Optional, Text, Whole, build, read
 
 _MEASURED = Optional(Number())  # JSON has no NaN
+_BEFORE = {"correlation": 0.0, "distinct_4": None}  # of sweeps that have none yet
 _KINDS: dict[str, Kind] = {
   "name": Text(),
   "nfe": Whole(1),
@@ -21,6 +22,7 @@ _KINDS: dict[str, Kind] = {
   "entropy": _MEASURED,
   "entropy_se": _MEASURED,
   "correlation": _MEASURED,
+  "distinct_4": _MEASURED,
   "samples": Whole(1),
   "tokens": Whole(),
   "seconds": Number("[0, ∞)"),
@@ -51,7 +53,7 @@ def join(
     for row in found:
       _check_same(directory, of_name, "the judge", row["context"].get("judge"))
       _check_same(directory, of_name, f"the model {row['name']}", _model(row))
-      place = row["name"], row["nfe"]
+      place = row["name"], row["nfe"], row["options"].get("temperature")
       if place not in at:
         at[place] = row
         rows.append(row)
@@ -69,7 +71,7 @@ def _read(directory) -> tuple[list[frontier.Row], frontier.Reference | None]:
   path = epath.Path(directory) / "frontier.json"
   try:
     content = read("", json_file.read_object(path), {"rows": Items(), "reference": Kind()})
-    rows = [read("", row, _KINDS, {"correlation": 0.0}) for row in content["rows"]]
+    rows = [read("", row, _KINDS, _BEFORE) for row in content["rows"]]
     real = content["reference"]
     reference = None if real is None else build(frontier.Reference, "", real)
   except (OSError, ValueError) as error:
@@ -81,9 +83,13 @@ def _read(directory) -> tuple[list[frontier.Row], frontier.Reference | None]:
 
 
 def _model(row) -> tuple:
-  """Return what makes a model the same: its sampler's options and, if recorded, its weights."""
+  """Return what makes a model the same: its sampler's options and, if recorded, its weights.
+
+  It may have been measured at several temperatures.
+  """
   weights = row["context"].get("weights")
-  return row["options"], weights.get(row["name"]) if isinstance(weights, dict) else None
+  options = {name: value for name, value in row["options"].items() if name != "temperature"}
+  return options, weights.get(row["name"]) if isinstance(weights, dict) else None
 
 
 def _check_same(directory, seen, what, value) -> None:

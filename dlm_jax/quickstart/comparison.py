@@ -15,9 +15,10 @@ from jaxtyping import Int
 from dlm_jax import convert, fields, json_file
 from dlm_jax.convert import places
 from dlm_jax.errors import InputError, check_counts
-from dlm_jax.evaluate import frontier
+from dlm_jax.evaluate import frontier, matched, reference, saving
 from dlm_jax.evaluate.frontier import sweep_progress
-from dlm_jax.evaluate.judge import JudgeWithTokens, load_judge
+from dlm_jax.evaluate.judge import load_judge
+from dlm_jax.process import has_mask
 from dlm_jax.quickstart import report
 from dlm_jax.remote import write_json
 from dlm_jax.text import denoiser
@@ -26,6 +27,10 @@ from dlm_jax.text.denoiser import Pipeline
 METHODS = {"idlm": "inverse distillation (IDLM)", "didi": "DiDi-Instruct"}
 _GUIDED_NFE = 8  # guided samples cost about four times as much: the last two NFEs up to this
 _SEEDS = {"the table": 0, "the samples below": 1}
+_BASELINE = "teacher"
+_FEW = (2, 16)  # evaluations of spaced orders
+_COLDER = 8  # evaluations from which the baseline is measured at a lower temperature, too
+_COLD = {"baseline": 0.85, "limit": 0.9, "spaced": 0.9}  # so that their entropies overlap
 _TILT = (5.0, 5.0)  # the published 30 … 40 narrows the quick start's student to 2.3 nats
 
 
@@ -41,6 +46,7 @@ class Comparison:
     told: what the report begins with; "{made}" in it becomes the methods and their updates.
     max_entropy_drop: rule by which the students were chosen, nats.
     nfes: numbers of network evaluations.
+    exact: whether the teacher's curve ends with its exact limit, an evaluation per token.
     samples: samples per row of the frontier.
     shown: samples of each model in the report.
     shown_nfe: at this number of evaluations.
@@ -55,6 +61,7 @@ class Comparison:
   told: str
   max_entropy_drop: float
   nfes: tuple[int, ...]
+  exact: bool
   samples: int
   shown: int
   shown_nfe: int
@@ -119,16 +126,17 @@ def write(
     "context": {"weights": [convert.fingerprint(directory) for directory in used]},
   }
   with clock.measure("frontier"):
-    rows = _sweep(pipes, compared.nfes, settings)
-  reference = score(judge, held_out(pipes["teacher"]))
-  frontier.write(rows, workdir, reference=reference)
+    rows = _sweep(pipes, compared, settings)
+  real = reference.score(judge, held_out(pipes["teacher"]))
+  frontier.write([row for row in rows if _drawn(row)], workdir, reference=real)
   shown = {"steps": compared.shown_nfe, "num": compared.shown, "seed": _SEEDS["the samples below"]}
-  texts = {name: pipe(**shown) for name, pipe in pipes.items()}
+  texts = {name: pipe(**shown, **_order(pipe, "spaced")) for name, pipe in pipes.items()}
   trained = {} if compared.seed is None else {"training": compared.seed}
   report.write(
     workdir,
     rows=rows,
-    reference=reference,
+    baseline=_BASELINE,
+    reference=real,
     texts=texts,
     shown_nfe=compared.shown_nfe,
     made=report.Made(
@@ -143,38 +151,50 @@ def write(
   )
 
 
-def score(judge: JudgeWithTokens, tokens_NL: Int[np.ndarray, "N L"]) -> frontier.Reference:
-  """Return what real text scores: GenPPL and entropy as of samples, with their errors.
+def _order(pipe, order) -> dict[str, str]:
+  """Return the option of a reveal order, where there are masks to reveal."""
+  return {"order": order} if has_mask(pipe.process) else {}
 
-  Args:
-    judge: of `evaluate.judge.load_judge`.
-    tokens_NL: held-out text in the generators' ids, as long as their samples.
+
+def _sweep(pipes, compared, settings) -> list[frontier.Row]:
+  """Measure the teacher in random order, up to its exact limit, and all models in spaced order.
+
+  Every one at two temperatures, so that they can be compared at one entropy; those with a
+  discriminator also with its guidance.
   """
-  count = len(tokens_NL)
-  quality = judge.quality(tokens_NL, batch_size=min(count, 64))
-  return frontier.Reference(
-    genppl=quality.genppl,
-    genppl_se=quality.genppl_se,
-    entropy=quality.entropy,
-    entropy_se=quality.entropy_se,
-    label=f"{count} validation texts",
-  )
-
-
-def _sweep(pipes, nfes, settings) -> list[frontier.Row]:
-  """Measure every model, and those with a discriminator once more with its guidance."""
-  plain = {name: pipe.sampler() for name, pipe in pipes.items()}
+  base, nfes = pipes["teacher"].sampler(**_order(pipes["teacher"], "random")), compared.nfes
+  below = [nfe for nfe in nfes if not has_mask(base.process) or nfe < base.length] or [1]
+  few = [nfe for nfe in nfes if _FEW[0] <= nfe <= _FEW[1]] or below
+  models = {f"{name}, spaced" if _order(p, "") else name: p for name, p in pipes.items()}
+  models = {name: p.sampler(**_order(p, "spaced")) for name, p in models.items()}
+  models.pop(_BASELINE, None)
   guided = {
     f"{name}, guided": pipe.sampler(sampler="rgas", h=_TILT)
     for name, pipe in pipes.items()
     if pipe.critic is not None
   }
-  few = sorted({nfe for nfe in nfes if nfe <= _GUIDED_NFE})[-2:] if guided else []
-  total = len(plain) * sum(set(nfes)) + len(guided) * sum(set(few))
+  exact = saving.limit(base) if compared.exact else None
+  jobs = [({_BASELINE: base}, below, (1.0,))]
+  if colder := [nfe for nfe in below if nfe >= _COLDER]:
+    jobs.append(({_BASELINE: base}, colder, (_COLD["baseline"],)))
+  if exact is not None:
+    jobs.append(({saving.limit_name(_BASELINE): exact}, [base.length], (1.0, _COLD["limit"])))
+  jobs.append((models, few, (1.0, _COLD["spaced"])))
+  if guided:
+    jobs.append((guided, [nfe for nfe in below if nfe <= _GUIDED_NFE][-2:] or below, (1.0,)))
+  total = sum(len(samplers) * sum(asked) * len(at) for samplers, asked, at in jobs)
   with sweep_progress(total) as on_row:
-    rows = frontier.sweep(plain, nfes, on_row=on_row, **settings)
-    rows += frontier.sweep(guided, few, on_row=on_row, **settings) if few else []
-  return rows
+    return [
+      row
+      for samplers, asked, at in jobs
+      for temperature in at
+      for row in frontier.sweep(matched.at(samplers, temperature), asked, on_row=on_row, **settings)
+    ]
+
+
+def _drawn(row) -> bool:
+  """Return whether a row is in the figure: at temperature 1, and the exact limit at all."""
+  return row["options"]["temperature"] == 1.0 or row["name"] == saving.limit_name(_BASELINE)
 
 
 def _made(compared: Comparison) -> str:

@@ -204,6 +204,7 @@ def _compared(options: Options, config) -> comparison.Comparison:
     told=f"{_TOLD} Teacher and judge: {source}.",
     max_entropy_drop=config.evaluate.max_entropy_drop,
     nfes=options.nfes,
+    exact=True,
     samples=options.samples,
     shown=options.shown,
     shown_nfe=options.shown_nfe,

@@ -3,7 +3,6 @@
 
 import dataclasses
 import json
-import math
 import os
 import pathlib
 import platform
@@ -13,8 +12,9 @@ from importlib import metadata
 import jax
 
 from dlm_jax import __version__
-from dlm_jax.evaluate import frontier
+from dlm_jax.evaluate import frontier, saving
 from dlm_jax.evaluate.generative import plus_minus
+from dlm_jax.text import viz
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,6 +38,7 @@ def write(
   workdir: pathlib.Path,
   *,
   rows,
+  baseline: str,
   reference: frontier.Reference,
   texts: dict[str, list[str]],
   shown_nfe: int,
@@ -50,7 +51,9 @@ def write(
 
   Args:
     workdir: where frontier.png already is.
-    rows: of `frontier.sweep`: model "teacher", the students, and maybe guided ones.
+    rows: of `matched.sweep`: teacher and students, and maybe guided ones; at temperature 1 and at
+      others, which are left out of the table.
+    baseline: name of the model whose evaluations are to be saved.
     reference: what held-out text scores.
     texts: samples by model, "teacher" and the students.
     shown_nfe: their number of network evaluations.
@@ -59,8 +62,9 @@ def write(
     max_entropy_drop: rule by which the student was chosen, nats.
     students: path of each student; the last line says how to sample from the first.
   """
-  table = frontier.table(rows)
-  verdicts = [_verdict(rows, shown_nfe, name) for name in students]
+  table = frontier.table([row for row in rows if row["options"].get("temperature", 1.0) == 1.0])
+  saved = saving.nearest(rows, baseline)
+  verdicts = verdict(saved, shown_nfe, baseline)
   lines = [
     "# A few-step student of a masked diffusion language model",
     "",
@@ -71,6 +75,7 @@ def write(
     *(f"**{verdict}**\n" for verdict in verdicts),
     "![Quality against network evaluations](frontier.png)",
     "",
+    *_at_one_entropy(saved, baseline),
     table,
     "",
     "GenPPL is the perplexity of the samples under an autoregressive judge: lower is better, but a",
@@ -88,15 +93,54 @@ def write(
   ]
   for i, row in enumerate(zip(*texts.values(), strict=True), start=1):
     named = dict(zip(texts, row, strict=True))
-    lines += ["", f"### {i}", "", *_side_by_side(named, tokenizer.eos_text)]
+    lines += ["", f"### {i}", "", *_side_by_side(named, tokenizer)]
   (workdir / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
   (workdir / "samples.json").write_text(json.dumps({"nfe": shown_nfe, **texts}, indent=2) + "\n")
-  summary = [table, "", *verdicts, "", "samples, first of each:", ""]
+  summary = [table, "", *([saving.tabled(saved), ""] if saved else []), *verdicts]
+  summary += ["", "samples, first of each:", ""]
   for name, drawn in texts.items():
-    summary += [f"── {name}, {shown_nfe} NFE ──", _clean(drawn[0], tokenizer.eos_text), ""]
+    summary += [f"── {name}, {shown_nfe} NFE ──", viz.plain(drawn[0], tokenizer).strip("\n"), ""]
   summary += [f"report: {workdir / 'report.md'}   figure: {workdir / 'frontier.png'}"]
   summary += [f"more:   dlm-jax sample {_named(next(iter(students.values())))} --steps=8 --num=4"]
+  spaced = any(row["options"].get("order") == "spaced" for row in rows)
+  summary[-1] += " --option order=spaced" if spaced else ""
   (workdir / "summary.txt").write_text("\n".join(summary) + "\n", encoding="utf-8")
+
+
+def _at_one_entropy(saved, baseline) -> list[str]:
+  """Return the table of savings with what it takes to read it."""
+  return [
+    f"Evaluations saved beside the {baseline} at one entropy, in brackets two combined errors:",
+    "",
+    saving.tabled(saved) if saved else "none: the models have no entropy in common.",
+    "",
+    f"The {baseline} reveals positions in random order, its exact limit one at a time; what is",
+    "called spaced reveals positions together that are far apart. Each is compared at its samples'",
+    f"entropy, where the {baseline} is interpolated between temperatures: a lower one lowers",
+    "GenPPL, too.",
+    "At temperature 1:",
+    "",
+  ]
+
+
+def verdict(saved: list[saving.Saving], nfe: int, baseline: str) -> list[str]:
+  """Say of every model what it saves with so many evaluations, or with the next fewer measured.
+
+  The number is given before anything is measured: the largest saving of many is large by chance.
+
+  Args:
+    saved: of `saving.nearest`.
+    nfe: evaluations.
+    baseline: what is to be saved.
+  """
+  by_name: dict = {}
+  for one in saved:
+    by_name.setdefault(one.name, []).append(one)
+  told = []
+  for own in by_name.values():
+    fewer = [one for one in own if one.evaluations <= nfe] or own[:1]
+    told.append(saving.told(fewer[-1], f"the {baseline}"))
+  return told or ["No entropy is one that both reach, so no saving is shown."]
 
 
 def _how(made: Made) -> list[str]:
@@ -129,82 +173,12 @@ def _on_guidance(rows) -> list[str]:
   ]
 
 
-def _verdict(rows, nfe: int, name: str) -> str:
-  """Say in one sentence what the table shows of a student, and which teacher it is better than."""
-  at = {(row["name"], row["nfe"]): row for row in rows}
-  if ("teacher", nfe) not in at:
-    nfe = min(row["nfe"] for row in rows)
-  teacher, student = at["teacher", nfe], at[name, nfe]
-  ratio = student["genppl"] / teacher["genppl"]
-  ratio_se = ratio * _combined(*(row["genppl_se"] / row["genppl"] for row in (student, teacher)))
-  drop = teacher["entropy"] - student["entropy"]
-  drop_se = _combined(student["entropy_se"], teacher["entropy_se"])
-  gap, lower = plus_minus(abs(drop), drop_se, 2), "lower" if drop >= 0 else "higher"
-  genppl = [plus_minus(row["genppl"], row["genppl_se"]) for row in (student, teacher)]
-  who = "the student" if name == "student" else f"the {name} student"
-  text = (
-    f"At {nfe} NFE {who}'s GenPPL is {genppl[0]} against the teacher's {genppl[1]} "
-    f"({plus_minus(ratio, ratio_se, 2)}×), with an entropy {gap} nats {lower} "
-    f"({student['samples']} samples each)."
-  )
-  if _narrower(student, teacher):
-    text += (
-      " A lower temperature narrows the teacher, too, and lowers its GenPPL: compare them at one "
-      "entropy (`dlm-jax frontier --temperatures`)."
-    )
-  return text + _saved(at, name)
-
-
-def _combined(*errors: float) -> float:
-  """Return the standard error of a difference; one that is unknown (NaN) stays so."""
-  return math.hypot(*errors)
-
-
-def _narrower(student, teacher) -> bool:
-  """Tell whether a student's entropy is below its teacher's, beyond two standard errors."""
-  error = _combined(student["entropy_se"], teacher["entropy_se"])
-  return not teacher["entropy"] - student["entropy"] <= 2 * error
-
-
-def _saved(at: dict, student: str) -> str:
-  """Say where the student needs the fewest evaluations for better than what the teacher reaches.
-
-  Only of pairs whose GenPPL differs by more than two combined standard errors, at no lower entropy:
-  the best of many noisy pairs says nothing, and less entropy is had by a lower temperature.
-  """
-
-  def better(s, t):
-    error = _combined(s["genppl_se"], t["genppl_se"])
-    return t["genppl"] - s["genppl"] > 2 * error and not _narrower(s, t)
-
-  pairs = [
-    (t, s)
-    for (name, _), t in at.items()
-    for (other, _), s in at.items()
-    if (name, other) == ("teacher", student) and t["evaluations"] > s["evaluations"]
-    if better(s, t)
-  ]
-  if not pairs:
-    return ""
-  fewer = lambda t, s: t["evaluations"] / s["evaluations"]  # noqa: E731
-  t, s = max(pairs, key=lambda pair: (fewer(*pair), pair[0]["nfe"]))
-  return (
-    f" With {s['nfe']} it is at {s['genppl']:.1f} (entropy {s['entropy']:.2f}), the teacher with "
-    f"{t['nfe']} at {t['genppl']:.1f} ({t['entropy']:.2f}): {fewer(t, s):g} times fewer."
-  )
-
-
-def _clean(text: str, separator: str) -> str:
-  """Show document separators as a short end mark."""
-  return text.removeprefix(separator).removesuffix(separator).replace(separator, "⏹").strip("\n")
-
-
-def _side_by_side(texts: dict[str, str], separator: str) -> list[str]:
+def _side_by_side(texts: dict[str, str], tokenizer) -> list[str]:
   """Return texts as columns of one code block; long lines are wrapped, not cut."""
   width, columns = 124 // len(texts), []
   for text in texts.values():
     wrapped = []
-    for line in _clean(text, separator).expandtabs(4).splitlines() or [""]:
+    for line in viz.plain(text, tokenizer).strip("\n").expandtabs(4).splitlines() or [""]:
       wrapped += [line[i : i + width] for i in range(0, len(line), width)] or [""]
     columns.append(wrapped)
   height = max(map(len, columns))

@@ -58,6 +58,7 @@ def run(options: Options, say: Callable[[str], None] = print) -> None:
     told=_TOLD,
     max_entropy_drop=load_config(_CONFIG).evaluate.max_entropy_drop,
     nfes=options.nfes,
+    exact=False,
     samples=options.samples,
     shown=options.shown,
     shown_nfe=options.shown_nfe,

@@ -347,6 +347,23 @@ def test_frontier_at_matched_entropy(capsys, tmp_path):
   assert "not every model reaches the entropy" in capsys.readouterr().out
 
 
+def test_frontier_beside_a_baseline(capsys, tmp_path):
+  """Its exact limit is drawn with as many evaluations as a text has tokens, whatever the NFEs."""
+  arguments = _frontier(tmp_path, "a={}", "spaced={},order=spaced")
+  arguments += ["--nfes=2", "--samples=8", "--temperatures=0.3,1.5", "--baseline=a"]
+  assert main(arguments) == 0
+  out = capsys.readouterr().out
+  assert "GenPPL at common entropies:" in out and "evaluations saved beside a, two errors" in out
+  rows = json.loads((tmp_path / "frontier.json").read_text())["rows"]
+  assert [row["name"] for row in rows] == ["a", "spaced", "a, exact limit"]
+  assert rows[-1]["nfe"] == rows[-1]["evaluations"] > 2
+  assert rows[-1]["options"] == {"sampler": "first_hitting"}
+  assert rows[1]["options"] == {"order": "spaced"} and 0 < rows[1]["distinct_4"] <= 1
+  table = out.partition("evaluations saved beside")[2]
+  assert "| spaced " in table and "| a " not in table and "exact limit |" not in table
+  assert ("no saving is shown" in table) or ("times fewer evaluations" in table)
+
+
 def test_module_is_the_command():
   """`python -m dlm_jax` and the console script's entry point."""
   answer = subprocess.run(

@@ -46,7 +46,7 @@ class Uniform:
 
 def row(name, nfe, genppl=100.0, entropy=5.0, **changes):
   values = {"genppl": genppl, "genppl_se": genppl / 20, "entropy": entropy, "entropy_se": 0.02}
-  values["correlation"] = 0.0
+  values |= {"correlation": 0.0, "distinct_4": 0.99}
   fixed = {"samples": 512, "tokens": 9, "seconds": 1.5, "seed": 0, "options": {}, "context": {}}
   return {"name": name, "nfe": nfe, "evaluations": nfe, **values, **fixed, **changes}
 
@@ -105,6 +105,22 @@ def test_resume_skips_finished_rows(tmp_path):
   fresh = frontier.sweep(first, [2, 4], judge=judge, samples=4)
   assert [r | {"seconds": 0} for r in rows] == [r | {"seconds": 0} for r in fresh]
   assert [json.loads(line) for line in path.read_text().splitlines()] == rows
+  assert 0 < rows[0]["distinct_4"] <= 1
+
+
+def test_rows_of_before_are_found(tmp_path):
+  """They know no correlation and no distinct 4-grams; the others' columns stand in the table."""
+  path = tmp_path / "rows.jsonl"
+  options = {"judge": judge, "samples": 4, "path": path}
+  (old,) = frontier.sweep({"a": Uniform()}, [4], **options)
+  before = {key: value for key, value in old.items() if key not in ("correlation", "distinct_4")}
+  path.write_text(json.dumps(before) + "\n")
+  again = Uniform()
+  rows = frontier.sweep({"a": again}, [4, 8], **options)
+  assert again.prepared == [8] and math.isnan(rows[0]["distinct_4"])
+  lines = frontier.table(rows).splitlines()
+  assert "distinct 4-grams" in lines[0] and " nan " in lines[2]
+  assert "distinct" not in frontier.table(rows[:1])
 
 
 @pytest.mark.parametrize("change", [{"samples": 5}, {"seed": 1}, {"context": {"step": 2}}])
@@ -391,6 +407,7 @@ def test_table():
     "1",
     "1080.0 ± 54.0",
     "5.20 ± 0.02",
+    "0.990",
     "512",
     "1.5",
   ]

@@ -21,6 +21,7 @@ def _row(name, nfe, temperature, genppl, entropy, genppl_se=0.0, correlation=0.0
     "entropy": entropy,
     "entropy_se": 0.02,
     "correlation": correlation,
+    "distinct_4": 0.9,
     "samples": 8,
     "tokens": 64,
     "seconds": 2.0,
@@ -97,3 +98,30 @@ def test_temperatures_are_checked(temperatures):
   matched.check_temperatures([0.0, 1.0])
   with pytest.raises(InputError, match="at least two, 0 or more"):
     matched.sweep({}, [4], temperatures or [1.0])
+
+
+def test_entropies_lie_where_most_can_be_compared():
+  """Rows of one evaluation reach none that the others have; every model must be there."""
+  rows = [*ROWS, _row("a", 1, 0.8, 900.0, 6.0), _row("a", 1, 1.0, 950.0, 6.5)]
+  assert matched.entropies(ROWS) == pytest.approx([4 + 1 / 6 * 0.8, 4.4, 4 + 5 / 6 * 0.8])
+  assert matched.entropies(rows) == matched.entropies(ROWS)
+  assert matched.entropies(ROWS, 1) == pytest.approx([4.4])
+  apart = [row | {"entropy": row["entropy"] - 2 * (row["name"] == "b")} for row in ROWS]
+  assert matched.entropies(apart) == []
+
+
+def test_table_at_common_entropies():
+  """Evaluations are those made; a row that does not reach an entropy has a dash."""
+  rows = [row | {"evaluations": row["nfe"] + 1} for row in ROWS]
+  lines = matched.table(rows, [3.5, 4.5]).splitlines()
+  assert "GenPPL at 3.50 nats" in lines[0] and "evaluations" in lines[0]
+  a = [cell.strip() for cell in lines[2].split("|")[1:-1]]
+  assert a[:3] == ["a", "5", "–"] and a[3].startswith("100.0 ± ")
+  assert len(lines) == 4 and "–" not in lines[3]
+
+
+def test_orders_of_one_name_are_not_mixed():
+  """Only rows that differ in nothing but their temperature are interpolated."""
+  other = [row | {"options": {**row["options"], "order": "spaced"}} for row in ROWS[:2]]
+  found = matched.match([*ROWS[:2], *other], 4.5)
+  assert len(found) == 2 and found[1]["options"]["order"] == "spaced"

@@ -190,7 +190,14 @@ def _frontier(root, tiny):
   folder = root / "frontier"
   folder.mkdir()
   row = {"name": "a", "nfe": 1, "evaluations": 1, "genppl": 2.5, "genppl_se": 0.1, "entropy": 1.5}
-  row |= {"entropy_se": 0.1, "correlation": 0.0, "samples": 2, "tokens": 32, "seconds": 0.5}
+  row |= {
+    "entropy_se": 0.1,
+    "correlation": 0.0,
+    "distinct_4": 0.9,
+    "samples": 2,
+    "tokens": 32,
+    "seconds": 0.5,
+  }
   row |= {"seed": 0, "options": {"sampler": "psi"}, "context": {"judge": "x", "weights": {}}}
   (folder / "frontier.jsonl").write_text(f"{json.dumps(row)}\n{json.dumps(row | {'nfe': 2})}\n")
   argv = ("frontier", f"--model=a={tiny.teacher}", f"--judge={tiny.judge}", "--workdir=../it")

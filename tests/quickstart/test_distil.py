@@ -99,18 +99,27 @@ def test_everything_is_there(done):
   assert [(row["name"], row["nfe"], row["samples"]) for row in rows["rows"]] == [
     ("teacher", 1, 8),
     ("teacher", 2, 8),
-    ("student", 1, 8),
-    ("student", 2, 8),
+    ("teacher, exact limit", 32, 8),
+    ("teacher, exact limit", 32, 8),
+    ("teacher, spaced", 2, 8),
+    ("student, spaced", 2, 8),
   ]
+  limits = [row["options"] for row in rows["rows"][2:4]]
+  assert [options["temperature"] for options in limits] == [1.0, 0.9]
+  assert all(options["sampler"] == "first_hitting" for options in limits)
+  measured = (done / "frontier.jsonl").read_text().splitlines()
+  assert len(measured) == 8, "the spaced ones at a lower temperature too"
   assert rows["reference"]["genppl"] > 1 and rows["reference"]["entropy"] > 0
   with (done / "frontier.csv").open() as file:
-    assert len(list(csv.DictReader(file))) == 4
+    assert len(list(csv.DictReader(file))) == 6
   assert (done / "frontier.png").read_bytes().startswith(b"\x89PNG")
   samples = json.loads((done / "samples.json").read_text())
   assert len(samples["teacher"]) == len(samples["student"]) == 8
   report = (done / "report.md").read_text()
   assert "![" in report and "frontier.png" in report and "trained here from scratch" in report
-  assert report.count("| teacher") == 2 and report.count("| student") == 2
+  table = report.partition("At temperature 1:")[2]
+  assert table.count("| teacher") == 4 and table.count("| student") == 1
+  assert "Evaluations saved beside the teacher at one entropy" in report
   assert all(f"### {i}\n" in report for i in range(1, 9))
   assert "Seeds: 0 of training, 0 of the table, 1 of the samples below." in report
   assert f"`dlm-jax quickstart --workdir={done}" in report and "--from_scratch" in report
@@ -150,11 +159,13 @@ def test_a_second_method_is_added(done, arguments):
   assert (done / "distillation" / "done.json").read_text() == first
   assert (done / "student_didi" / "discriminator.safetensors").exists()
   rows = json.loads((done / "frontier.json").read_text())["rows"]
-  names = ["teacher", "idlm", "didi", "didi, guided"]
-  assert [(row["name"], row["nfe"]) for row in rows] == [(n, k) for n in names for k in (1, 2)]
+  at = [("teacher", 1), ("teacher", 2), *[("teacher, exact limit", 32)] * 2]
+  at += [(f"{name}, spaced", 2) for name in ("teacher", "idlm", "didi")]
+  at += [("didi, guided", 1), ("didi, guided", 2)]
+  assert [(row["name"], row["nfe"]) for row in rows] == at
   assert rows[-1]["evaluations"] > rows[-1]["nfe"]
   report = (done / "report.md").read_text()
-  assert "DiDi-Instruct (" in report and "the didi student's GenPPL" in report
+  assert "DiDi-Instruct (" in report and "| didi, spaced " in report
   assert set(json.loads((done / "samples.json").read_text())) == {"nfe", "teacher", "idlm", "didi"}
 
 

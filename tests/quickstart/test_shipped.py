@@ -38,8 +38,8 @@ def test_everything_is_written_without_training(done):
   assert [(row["name"], row["nfe"], row["samples"]) for row in rows["rows"]] == [
     ("teacher", 1, 4),
     ("teacher", 2, 4),
-    ("student", 1, 4),
-    ("student", 2, 4),
+    ("teacher, spaced", 2, 4),
+    ("student, spaced", 2, 4),
   ]
   assert rows["reference"]["label"] == "4 validation texts"
   assert np.isfinite(rows["reference"]["genppl"]) and rows["reference"]["entropy"] > 3
