@@ -397,6 +397,7 @@ def test_prompts_are_no_group(order):
   assert np.isfinite(loss[0]) and all(np.isfinite(x) for x in loss[1][0].values())
 
 
+@pytest.mark.slow
 def test_micro_batches_change_nothing():
   model, params = tiny.network(dropout=0.0)
   after = []
@@ -461,6 +462,7 @@ def _alternation(student_rate, fake_rate, fake_updates=1):
   return made._replace(step=jax.jit(made.step))
 
 
+@pytest.mark.slow
 def test_the_fake_is_updated_several_times_each_on_its_own_batch():
   _, params = tiny.network(dropout=0.0)
   several, batches = _alternation(1.0, 0.1, 2), tuple(tiny.batch(i) for i in range(3))

@@ -46,6 +46,7 @@ def test_steps_of_the_teacher_go_on_in_the_order_of_the_masks():
   assert np.any(np.asarray(random.chosen)[masked] != wanted[masked])
 
 
+@pytest.mark.slow
 def test_micro_batches_of_a_spaced_order_change_nothing():
   ends = []
   for accumulate in (1, 4):
