@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from dlm_jax import draw
 from dlm_jax.arrays import BoolBL, FloatBLD, IntBL, KeyB, Params
-from dlm_jax.objectives.batch import Batch, valid_tokens
+from dlm_jax.objectives.batch import Batch, split_each, valid_tokens
 from dlm_jax.objectives.positions import map_positions
 from dlm_jax.objectives.setting import Setting
 
@@ -52,14 +52,18 @@ class HardStates(Setting):
     Args:
       params: the student's.
       batch: with "tokens", "t" and "t_gen".
-      rngs: keys for the student's input, for the draw from its prediction, for the loss state.
+      rngs: keys for the student's input and the noise of its masks, for the draw from its
+        prediction, for the loss state.
       dropout_B: keys for dropout in the student; None for evaluation.
     """
     rng_gen_B, rng_token_B, rng_z_B = rngs
+    noise_B = None
+    if self.mask_noise:
+      rng_gen_B, noise_B = split_each(rng_gen_B, 2)
     x0_BL, valid_BL, process = batch["tokens"], valid_tokens(batch), self.process
     x_gen_BL = jax.vmap(process.corrupt)(rng_gen_B, x0_BL, batch["t_gen"])
     x_gen_BL = jnp.where(valid_BL, x_gen_BL, x0_BL)
-    hidden_BLD = self.trunk(params, x_gen_BL, batch["t_gen"], dropout_B)
+    hidden_BLD = self.trunk(params, x_gen_BL, batch["t_gen"], dropout_B, noise_B)
 
     length = x0_BL.shape[1]
     uniform_BL2 = jax.vmap(lambda rng: draw.uniforms(rng, (length,)))(rng_token_B)
