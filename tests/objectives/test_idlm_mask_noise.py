@@ -14,12 +14,14 @@ import optax
 import pytest
 import tiny
 
-from dlm_jax import models, sample
+from dlm_jax import convert, models, sample
+from dlm_jax.errors import InputError
+from dlm_jax.evaluate import likelihood
 from dlm_jax.models import DiT
 from dlm_jax.objectives import draw_batch, idlm, mdlm
 from dlm_jax.objectives.idlm import mask_noise
 from dlm_jax.objectives.state import output_params
-from dlm_jax.process import Absorbing
+from dlm_jax.process import Absorbing, Uniform
 
 TOKENS, L, BATCH, WIDTH = 2, 2, 128, 4
 PROCESS = Absorbing(vocab_size=TOKENS + 1, mask_id=TOKENS)
@@ -152,14 +154,49 @@ def test_anchor_is_unbiased():
   assert wanted > 1e-2  # else anything would do
 
 
-@pytest.mark.parametrize("options", [{}, {"sampler": "first_hitting"}, {"sampler": "psi"}])
+@pytest.mark.parametrize(
+  "options",
+  [
+    {},
+    *(pytest.param({"sampler": name}, marks=pytest.mark.slow) for name in ("first_hitting", "psi")),
+  ],
+)
 def test_samples_do_not_depend_on_the_batch(options):
   _, state = prepared()
   denoiser = models.Denoiser(network(WIDTH), state.trees["student"])
-  draw = lambda denoiser, batch: np.asarray(  # noqa: E731
-    sample.generate(denoiser, PROCESS, jax.random.key(2), batch=batch, length=L, steps=2, **options)
-  )
-  many = draw(denoiser, 64)
+
+  @functools.partial(jax.jit, static_argnums=1)
+  def draw(denoiser, batch):
+    rng = jax.random.key(2)
+    return sample.generate(denoiser, PROCESS, rng, batch=batch, length=L, steps=2, **options)
+
+  many = np.asarray(draw(denoiser, 64))
   np.testing.assert_array_equal(draw(denoiser, 48), many[:48])
   loud = denoiser.replace(params={**denoiser.params, "mask_noise": jnp.full((WIDTH, 16), 9.0)})
-  assert (draw(loud, 64) != many).any()  # the noise is given
+  assert (np.asarray(draw(loud, 64)) != many).any()  # the noise is given
+
+
+def test_files_keep_the_noise(tmp_path):
+  _, state = prepared()
+  convert.save(tmp_path, network(WIDTH), state.trees["student"], PROCESS)
+  model, params, _ = convert.load(tmp_path)
+  assert model.config.mask_noise == WIDTH
+  np.testing.assert_array_equal(params["mask_noise"], state.trees["student"]["mask_noise"])
+
+
+def test_refusals():
+  """What gives masks no noise, or has none, says so in one line."""
+  _, state = prepared()
+  denoiser = models.Denoiser(network(WIDTH), state.trees["student"])
+  generate = functools.partial(
+    sample.generate, denoiser, PROCESS, jax.random.key(0), batch=2, length=L
+  )
+  for options in ({"sampler": "analytic"}, {"precision": "legacy"}):
+    with pytest.raises(InputError, match="no noise"):
+      generate(**options)
+  with pytest.raises(InputError, match="an average over it"):
+    likelihood.elbo(denoiser, PROCESS, np.zeros((2, L), np.int32), jax.random.key(0))
+  uniform = Uniform(vocab_size=TOKENS + 1)
+  timed = DiT(tiny.config(**SHAPE, mask_noise=WIDTH, time_conditioning=True))
+  with pytest.raises(InputError, match="absorbing"):
+    idlm.make(model=timed, process=uniform, optimizers={})

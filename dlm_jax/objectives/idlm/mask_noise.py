@@ -29,7 +29,7 @@ from dlm_jax.models.dit import head_params
 from dlm_jax.objectives.batch import Batch
 from dlm_jax.objectives.idlm.absorbing import HardSample, HardStates
 from dlm_jax.objectives.positions import sum_positions
-from dlm_jax.process import Absorbing
+from dlm_jax.process import Absorbing, Process
 
 PROJECTION = "mask_noise"  # name of the parameter
 
@@ -95,7 +95,7 @@ def started(trees: dict[str, Params], rng: RngKey, width: int, scale: float) -> 
   return {name: {**tree, PROJECTION: projections[name]} for name, tree in trees.items()}
 
 
-def check(process: Absorbing, width: int) -> None:
+def check(process: Process, width: int) -> None:
   """Raise InputError where noise has no masks to go with."""
   if width and not isinstance(process, Absorbing):
     raise InputError(f"model.mask_noise={width} needs an absorbing process; use 0.")
