@@ -192,7 +192,7 @@ class Options(ChunkedOptions):
   tau: float = 1e-3
   path_gradient: bool = True
   anchor: float = 10.0
-  noise_scale: float = 1.0
+  noise_scale: float = 2.0
 
   def __post_init__(self):
     super().__post_init__()
