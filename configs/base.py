@@ -70,6 +70,7 @@ def _network(c: ConfigDict) -> None:
   c.model.dtype = "bfloat16"  # of matrix products
   c.model.attention = "auto"  # auto, xla, cudnn or splash
   c.model.embedding_gradient = "auto"  # dit only: auto, scatter, matmul or segment
+  c.model.mask_noise = 0  # dit only: width of the Gaussian noise of an idlm student's masks
   c.model.remat = "none"  # none, dots or full
   c.model.unroll = 1  # layers per turn of the layer loop; all of them train a quarter faster
 

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from dlm_jax.arrays import NEG_INF, RngKey, Scalar
+from dlm_jax.arrays import NEG_INF, KeyB, RngKey, Scalar
 
 NONE = -1  # no token: there was no law to draw from
 _BLOCK = 256  # of the order of √V for the vocabularies in use
@@ -47,6 +47,13 @@ def fold_32(seed: int) -> int:
 def uniforms(rng: RngKey, shape: tuple[int, ...]) -> Float[Array, "*shape 2"]:
   """Return two independent uniforms in [0, 1) per draw, for `categorical`."""
   return jax.random.uniform(rng, (*shape, 2))
+
+
+def mask_noise(rng_B: KeyB, masked_BL: Bool[Array, "B L"], width: int) -> Float[Array, "B L N"]:
+  """Return standard Gaussian noise of every mask, and zeros elsewhere; one key per sequence."""
+  shape = (masked_BL.shape[1], width)
+  noise_BLN = jax.vmap(lambda rng: jax.random.normal(rng, shape))(rng_B)
+  return jnp.where(masked_BL[..., None], noise_BLN, 0.0)
 
 
 def _first_above(cdf, threshold):

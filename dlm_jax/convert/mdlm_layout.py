@@ -71,7 +71,9 @@ _UNUSED = {"reward_baseline"}  # a scalar that DiDi-Instruct's trainer registers
 
 def denoiser_entries(model: models.DiT | models.BlockDiT) -> Iterator[Entry]:
   """Yield where a denoiser's tensors lie, in the order of the public modules."""
-  return _entries(model, _EMBED + _TIME, _BLOCK + _MODULATION, _OUTPUT)
+  yield from _entries(model, _EMBED + _TIME, _BLOCK + _MODULATION, _OUTPUT)
+  if model.config.mask_noise:  # ours, behind what public files have
+    yield Entry(f"{PREFIX}mask_noise.weight", "mask_noise", transposed=True)
 
 
 def causal_entries(model: models.Causal) -> Iterator[Entry]:

@@ -90,9 +90,15 @@ def elbo(
     `bits_per_byte`. With one sequence the standard errors are NaN.
 
   Raises:
-    InputError: no tokens, ids that are no clean data, a count below 1, or nats that are not finite.
+    InputError: no tokens, ids that are no clean data, a count below 1, nats that are not finite, or
+      a network whose masks carry noise.
   """
   check_counts(batch_size=batch_size, samples_per_sequence=samples_per_sequence)
+  if getattr(denoiser, "mask_noise", 0):
+    raise InputError(
+      f"masks of this network carry noise (model.mask_noise={denoiser.mask_noise}), and its law is "
+      "an average over it, of which no bound is known; score its samples."
+    )
   nats, counts, evaluations = [], [], 0
   sizes = {"batch_size": batch_size, "eps": eps}
   for i, (ids_NL, scored_NL) in enumerate(by_length(tokens_NL, valid_NL)):

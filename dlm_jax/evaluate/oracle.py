@@ -157,7 +157,8 @@ def _trace(chain, rng, x_BL, steps, options):
     steps=steps,
   )
 
-  def predict(now_BL, t, _):
+  def predict(now_BL, k, t, _):
+    del k
     logits_BLV = process.clean_logits(exact(now_BL, request.sigma(t)))
     return x_BL, _adaptive.score(options["order"], logits_BLV)
 

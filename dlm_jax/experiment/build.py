@@ -113,6 +113,10 @@ def make_objective(plan: Plan, model, proc) -> objectives.Objective:
     raise InputError(
       f"objective.name={name!r} trains a {names}, but model.name={plan.model.name!r}."
     )
+  if getattr(model.config, "mask_noise", 0) and not getattr(module, "MASK_NOISE", False):
+    raise InputError(
+      f"objective.name={name!r} trains no noise of masks: model.mask_noise must be 0; use 'idlm'."
+    )
   optimizers = optim.for_trees(plan.optim, module.TRAINED, plan.loop.steps)
   arguments = {"model": model, "process": proc, "optimizers": optimizers, **options}
   try:

@@ -189,6 +189,11 @@ def _open(path, built, tokenizer) -> convert.Network:
   """Open a network of the tokens of this run; its parameters are read into the run's shardings."""
   network = convert.open_network(places.network_directory(path), mesh=built.mesh)
   check_tokenizer(network, tokenizer)
+  if getattr(network.model.config, "mask_noise", 0):
+    raise InputError(
+      f"{network.source} is a student whose masks carry noise; it can be sampled from, but neither "
+      "taught by nor trained on."
+    )
   return network
 
 

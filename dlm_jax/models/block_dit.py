@@ -27,6 +27,8 @@ class BlockDiTConfig(DiTConfig):
 
   def __post_init__(self):
     super().__post_init__()
+    if self.mask_noise:
+      raise InputError("model.mask_noise must be 0: blocks are decoded without noise.")
     if self.time_conditioning:
       raise InputError("model.time_conditioning must be False: blocks have no time of their own.")
 

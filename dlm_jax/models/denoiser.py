@@ -35,18 +35,25 @@ class Denoiser:
     """Return float32 logits for ids [B, L] or soft tokens [B, L, V]."""
     return self._apply(tokens, sigma_B)
 
-  def trunk(self, tokens, sigma_B: FloatB) -> FloatBLD:
-    """Return the hidden states that `head` reads."""
-    return self._apply(tokens, sigma_B, method="trunk")
+  @property
+  def mask_noise(self) -> int:
+    """Return the width N of the Gaussian noise that masks are given in sampling; 0: none."""
+    return getattr(getattr(self.model, "config", None), "mask_noise", 0)
+
+  def trunk(self, tokens, sigma_B: FloatB, noise_BLN: Any = None) -> FloatBLD:
+    """Return the hidden states that `head` reads; noise is float [B, L, N], 0 but at masks."""
+    if noise_BLN is None:
+      return self._apply(tokens, sigma_B, method="trunk")
+    return self._apply(tokens, sigma_B, None, noise_BLN, method="trunk")
 
   def head(self, hidden_BKD: FloatBKD, sigma_B) -> FloatBKV:
     """Return float32 logits of hidden states at any positions."""
     return self._apply(hidden_BKD, sigma_B, method="head")
 
-  def _apply(self, x, sigma_B, **options):
+  def _apply(self, x, *given, **options):
     run = lambda params, *inputs: self.model.apply({"params": params}, *inputs, **options)  # noqa: E731
     rows = PartitionSpec(batch_axes(x.shape[0]) or None)
-    return by_compiler(run, rows)(self.params, x, sigma_B)
+    return by_compiler(run, rows)(self.params, x, *given)
 
   def cast(self, dtype: DTypeLike) -> "Denoiser":
     """Return a copy with matrices in `dtype`: a sampling loop then casts them once, not per step.

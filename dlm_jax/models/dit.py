@@ -2,6 +2,7 @@
 """The bidirectional diffusion Transformer (DiT) that MDLM, Duo and IDLM share."""
 
 import dataclasses
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -20,6 +21,7 @@ from dlm_jax.models.layers import (
   Linear,
   Network,
   dropout,
+  matmul,
   rotary_tables,
   timestep_features,
 )
@@ -47,6 +49,7 @@ SIZES = {
   "experts": Whole(0, 2**13),
   "experts_per_token": Whole(0, 2**13),
   "expert_dim": Whole(0, 2**24),
+  "mask_noise": Whole(0, 2**20),
 }
 
 
@@ -126,11 +129,13 @@ class DiTConfig(TransformerConfig):
     cond_dim: width of the time embedding.
     time_conditioning: False feeds σ = 0 always; the modulation is then one constant per layer.
     embedding_gradient: see `layers.lookup`; "auto" is "matmul" up to V = 8192, else "segment".
+    mask_noise: width N of the Gaussian noise that masks may be given; 0 has no parameters for it.
   """
 
   cond_dim: int = 128
   time_conditioning: bool = False
   embedding_gradient: str = "auto"
+  mask_noise: int = 0
 
   @property
   def gradient_of_embedding(self) -> str:
@@ -247,6 +252,9 @@ class DiT(Network):
   def setup(self):
     cfg = self.config
     self.embed = Embedding(cfg.vocab_size, cfg.dim, cfg.gradient_of_embedding, jnp.dtype(cfg.dtype))
+    if cfg.mask_noise:
+      zeros = nn.with_logical_partitioning(nn.initializers.zeros, (None, "embed"))
+      self.mask_noise = self.param("mask_noise", zeros, (cfg.mask_noise, cfg.dim))
     self.time = TimeEmbedding(cfg.cond_dim)
     self.blocks = scan_layers(Block, cfg, broadcast=3)
     self.output = Head(cfg)
@@ -256,16 +264,23 @@ class DiT(Network):
     """Return arguments to initialise the network with: one sequence of ids, and its σ."""
     return jnp.zeros((1, length), jnp.int32), jnp.zeros((1,))
 
-  def __call__(self, tokens, sigma_B: FloatB, rng_B: KeyB | None = None) -> FloatBLV:
-    return self.head(self.trunk(tokens, sigma_B, rng_B), sigma_B)
+  def __call__(
+    self, tokens, sigma_B: FloatB, rng_B: KeyB | None = None, noise_BLN: Any = None
+  ) -> FloatBLV:
+    return self.head(self.trunk(tokens, sigma_B, rng_B, noise_BLN), sigma_B)
 
-  def trunk(self, tokens, sigma_B: FloatB, rng_B: KeyB | None = None) -> FloatBLD:
+  def trunk(
+    self, tokens, sigma_B: FloatB, rng_B: KeyB | None = None, noise_BLN: Any = None
+  ) -> FloatBLD:
     """Return the residual stream after the last block, float32."""
-    return self.body(self.embedded(tokens), sigma_B, rng_B)
+    return self.body(self.embedded(tokens, noise_BLN), sigma_B, rng_B)
 
-  def embedded(self, tokens) -> FloatBKD:
+  def embedded(self, tokens, noise_BKN: Any = None) -> FloatBKD:
     """Return embeddings of ids or soft tokens, at any positions: lets callers chunk over L."""
-    return self.embed(tokens)
+    x_BKD = self.embed(tokens)
+    if noise_BKN is None:
+      return x_BKD
+    return x_BKD + matmul(noise_BKN, self.mask_noise, jnp.dtype(self.config.dtype))
 
   def body(self, x_BLD: FloatBLD, sigma_B: FloatB, rng_B: KeyB | None = None) -> FloatBLD:
     """Return what `trunk` returns, from embeddings."""

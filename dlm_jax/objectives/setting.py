@@ -3,6 +3,7 @@
 
 import dataclasses
 
+from dlm_jax import draw
 from dlm_jax.arrays import FloatB, FloatBKD, FloatBKV, FloatBLD, IntBL, KeyB, Params
 from dlm_jax.errors import InputError
 from dlm_jax.models import DiT
@@ -23,16 +24,29 @@ class Setting:
   process: Absorbing | Uniform
   chunk: int | None = None
 
+  @property
+  def mask_noise(self) -> int:
+    """Return the width of the noise that the network may be given with its masks; 0: none."""
+    return self.model.config.mask_noise
+
   def sigma(self, t_B: FloatB) -> FloatB:
     """Return what the network is told of times."""
     return self.process.schedule.sigma(t_B)
 
   def trunk(
-    self, params: Params, tokens_BL: IntBL, t_B: FloatB, dropout_B: KeyB | None = None
+    self,
+    params: Params,
+    tokens_BL: IntBL,
+    t_B: FloatB,
+    dropout_B: KeyB | None = None,
+    noise_B: KeyB | None = None,
   ) -> FloatBLD:
-    """Return hidden states of tokens at their times; dropout where it has keys."""
-    sigma_B = self.sigma(t_B)
-    return self.model.apply({"params": params}, tokens_BL, sigma_B, dropout_B, method="trunk")
+    """Return hidden states of tokens at their times; dropout, and noise of masks, by their keys."""
+    inputs = (tokens_BL, self.sigma(t_B), dropout_B)
+    if noise_B is not None:
+      masked_BL = tokens_BL == self.process.mask_id
+      inputs += (draw.mask_noise(noise_B, masked_BL, self.mask_noise),)
+    return self.model.apply({"params": params}, *inputs, method="trunk")
 
   def body(
     self, params: Params, embedded_BLD: FloatBLD, t_B: FloatB, dropout_B: KeyB | None = None

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from dlm_jax.arrays import Metrics, Params
+from dlm_jax.arrays import Metrics, Params, RngKey
 from dlm_jax.errors import InputError
 from dlm_jax.objectives.batch import Batch
 from dlm_jax.objectives.options import MethodOptions
@@ -119,6 +119,7 @@ def init_from_teacher(
   copies: tuple[str, ...],
   optimizers: Optimizers,
   options: MethodOptions,
+  change: Callable[[dict[str, Params], RngKey], dict[str, Params]] | None = None,
 ) -> Callable[..., TrainState]:
   """Return the `init` of a method that starts from a teacher.
 
@@ -127,11 +128,12 @@ def init_from_teacher(
     copies: trees besides "teacher" that start as its copies.
     optimizers: by trained tree.
     options: say whether there are averages of the copies.
+    change: (trees, rng) -> trees, where a copy starts with more than the teacher has.
   """
 
   def init(rng, teacher_params=None):
-    del rng
     trees = dict.fromkeys(("teacher", *copies), check_teacher(method, teacher_params))
+    trees = change(trees, rng) if change else trees
     return make_state(trees, optimizers, options.averaged(*copies))
 
   return init

@@ -39,10 +39,10 @@ def run(options, request: Request, revealer: Revealer) -> Int[Array, "K B L"]:
     revealer: draws tokens.
   """
 
-  def predict(x_BL, t, token_BL2):
+  def predict(x_BL, k, t, token_BL2):
     """Return a token and a score of every position, some positions at a time."""
     sigma_B = request.sigma(t)
-    hidden_BLD = request.denoiser.trunk(x_BL, sigma_B)
+    hidden_BLD = request.trunk(x_BL, sigma_B, k)
 
     def some(inputs):
       hidden_BD, uniform_B2 = inputs
@@ -64,7 +64,7 @@ def states(options, request: Request, predict: Callable) -> Int[Array, "K B L"]:
   Args:
     options: `Ancestral`.
     request: of the samples.
-    predict: (state, time, uniforms [B, L, 2]) -> tokens and scores [B, L].
+    predict: (state, step, time, uniforms [B, L, 2]) -> tokens and scores [B, L].
   """
   t_K, steps, length = options.times(request), request.steps, request.length
   draws_BL3 = jax.vmap(lambda rng: jax.random.uniform(rng, (length + 1, 3)))(request.rng_B)
@@ -77,7 +77,7 @@ def states(options, request: Request, predict: Callable) -> Int[Array, "K B L"]:
     masked_BL = request.masked(x_BL)
 
     def reveal(x_BL):
-      tokens_BL, score_BL = predict(x_BL, t, token_BL2)
+      tokens_BL, score_BL = predict(x_BL, k, t, token_BL2)
       score_BL = score_BL + options.selection_temperature * noise_BL
       due_BL = due(options.order, score_BL, masked_BL, left_B, rank_BL, options.bound)
       due_BL = jnp.where(k == steps - 1, masked_BL, due_BL)

@@ -19,6 +19,7 @@ Mask-or-token and which-token are two separate draws, so nothing races: see `dlm
 """
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -96,7 +97,9 @@ class Ancestral(GridSampler):
 
     def reveal(x_BL, k, t_B, greedy=False):
       sigma_B = request.process.schedule.sigma(t_B)
-      return revealer.reveal(x_BL, reveal_BL == k, token_BL2, sigma_B, greedy)
+      trunk = functools.partial(request.trunk, k=k)
+      due_BL = reveal_BL == k
+      return revealer.reveal(x_BL, due_BL, token_BL2, sigma_B, greedy, trunk=trunk)
 
     count = t_KB.shape[0] - 1
     _, trace_KBL = walk(reveal, request.x_BL, (jnp.arange(count), t_KB[:-1]))

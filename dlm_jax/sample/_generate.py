@@ -66,7 +66,8 @@ def generate(
   Args:
     denoiser: a `models.Denoiser`, `from_logits` of any function, or any object with
       `trunk(tokens_BL, sigma_B) -> hidden_BLD` and `head(hidden_BKD, sigma_B) -> logits_BKV`;
-      "analytic" and precision="legacy" also call it, (tokens_BL, sigma_B) -> logits_BLV.
+      "analytic" and precision="legacy" also call it, (tokens_BL, sigma_B) -> logits_BLV. One whose
+      `mask_noise` is N > 0 gets fresh noise in every evaluation: `trunk(…, noise_BLN)`.
     proc: the forward process that the denoiser was trained on.
     rng: one typed key.
     batch: number of sequences.
@@ -122,24 +123,39 @@ def generate(
   _checks.arguments(denoiser, proc, rng)
   return_trace = Switch().check("return_trace", return_trace)
   _checks.given(prompt, frozen, proc.vocab_size)
-  _choose(sampler, proc, sampler_options)
+  chosen = _choose(sampler, proc, sampler_options)
+  if _noisy(denoiser) and not callable(sampler):
+    _check_noise(sampler, chosen.__self__)
 
   def draw(denoiser, rng, prompt, frozen, options):
     run = _choose(sampler, proc, options)
     rng_B = split_batch(jax.vmap(lambda i: jax.random.fold_in(rng, i))(jnp.arange(batch)))
     rng_prior_B, rng_B = _split_each(rng_B)
+    rng_B, noise_B = _split_each(rng_B) if _noisy(denoiser) else (rng_B, None)
     x_BL, frozen_BL = map(split_batch, _start(proc, rng_prior_B, length, prompt, frozen))
     x_BL = varying_like(x_BL, (denoiser, rng, prompt, frozen, options))
     network = _checks.Shaped(denoiser, proc.vocab_size)
-    return run(
-      Request(
-        denoiser=network, process=proc, rng_B=rng_B, x_BL=x_BL, frozen_BL=frozen_BL, steps=steps
-      )
-    )
+    given = {"rng_B": rng_B, "noise_B": noise_B, "x_BL": x_BL, "frozen_BL": frozen_BL}
+    return run(Request(denoiser=network, process=proc, steps=steps, **given))
 
   rows = PartitionSpec(None, batch_axes(batch) or None)
   trace_KBL = by_compiler(draw, rows)(denoiser, rng, prompt, frozen, sampler_options)
   return (trace_KBL[-1], trace_KBL) if return_trace else trace_KBL[-1]
+
+
+def _noisy(denoiser):
+  """Return whether a denoiser's masks take noise: `Denoiser.mask_noise`."""
+  return bool(getattr(denoiser, "mask_noise", 0))
+
+
+def _check_noise(name, sampler):
+  """Raise InputError where a sampler gives masks no noise."""
+  given = isinstance(sampler, Ancestral | Psi | _rgas.Rgas)
+  if not given or isinstance(sampler, UniformAncestral):
+    raise InputError(
+      f"sampler={name!r} gives masks no noise, which this network needs (model.mask_noise); use "
+      "'ancestral', 'first_hitting', 'psi' or 'rgas' with precision='exact'."
+    )
 
 
 def _split_each(rng_B):

@@ -22,6 +22,7 @@ Reference: ReMDM, arXiv 2503.00307, sections 3 and 4.
 """
 
 import dataclasses
+import functools
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -91,13 +92,15 @@ class Psi(GridSampler):
         due_BL = orders.spread(masked_BL, draws_BR3[:, length])
         back_BL = orders.spread(shown_BL, draws_BR3[:, length + 1])
       due_BL, back_BL = masked_BL & (due_BL < probability), shown_BL & (back_BL < sigma)
-      x_BL = revealer.reveal(x_BL, due_BL, draws_BL3[..., 1:], request.sigma(t))
+      trunk = functools.partial(request.trunk, k=k)
+      x_BL = revealer.reveal(x_BL, due_BL, draws_BL3[..., 1:], request.sigma(t), trunk=trunk)
       return jnp.where(back_BL, mask_id, x_BL)
 
     def remove(x_BL, greedy):
       draws_BL2 = request.uniforms(steps, length, 3)[..., 1:]
       due_BL, sigma_B = request.masked(x_BL), request.sigma(t_K[-1])
-      return revealer.reveal(x_BL, due_BL, draws_BL2, sigma_B, greedy)
+      trunk = functools.partial(request.trunk, k=steps)
+      return revealer.reveal(x_BL, due_BL, draws_BL2, sigma_B, greedy, trunk=trunk)
 
     inputs = (jnp.arange(steps), t_K[:-1], sigma_K, reveal_K)
     return self.remove_noise(walk(step, request.x_BL, inputs)[1], remove)

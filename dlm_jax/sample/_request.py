@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dlm_jax import draw
-from dlm_jax.arrays import BoolBL, FloatB, IntBL, KeyB, Scalar
+from dlm_jax.arrays import BoolBL, FloatB, FloatBLD, IntBL, KeyB, Scalar
 from dlm_jax.errors import InputError
 from dlm_jax.fields import Number
 from dlm_jax.process import grids
@@ -33,6 +33,7 @@ class Request:
     x_BL: initial state: noise, and given tokens where frozen.
     frozen_BL: positions that never change.
     steps: K grid steps.
+    noise_B: one key per sequence for the noise of masks, of a denoiser with `mask_noise`.
   """
 
   denoiser: Any
@@ -41,6 +42,7 @@ class Request:
   x_BL: IntBL
   frozen_BL: BoolBL
   steps: int
+  noise_B: KeyB | None = None
 
   @property
   def length(self) -> int:
@@ -50,6 +52,15 @@ class Request:
   def sigma(self, t: Scalar) -> FloatB:
     """Return what the denoiser is told of a time that all sequences share."""
     return jnp.broadcast_to(self.process.schedule.sigma(t), self.rng_B.shape)
+
+  def trunk(self, x_BL: IntBL, sigma_B: FloatB, k: Int[Array, ""] | int) -> FloatBLD:
+    """Return the denoiser's hidden states, with noise of evaluation k where its masks take any."""
+    if self.noise_B is None:
+      return self.denoiser.trunk(x_BL, sigma_B)
+    rng_B = jax.vmap(jax.random.fold_in, (0, None))(self.noise_B, k)
+    masked_BL = x_BL == self.process.mask_id
+    noise_BLN = draw.mask_noise(rng_B, masked_BL, self.denoiser.mask_noise)
+    return self.denoiser.trunk(x_BL, sigma_B, noise_BLN)
 
   def uniforms(self, k: Int[Array, ""] | int, *shape: int) -> Float[Array, "B *shape"]:
     """Return uniforms of step k per sequence."""

@@ -25,7 +25,7 @@ class Revealer:
   """Put clean tokens in place of masks.
 
   Attributes:
-    denoiser: has `trunk` and `head`.
+    denoiser: has `head`.
     process: absorbing.
     capacity: positions per row that are gathered at a time, see `capacity_for`.
     truncation: of the draw of a token.
@@ -43,6 +43,8 @@ class Revealer:
     draws_BL2: Float[Array, "B L 2"],
     sigma_B: FloatB,
     greedy: bool = False,
+    *,
+    trunk: Callable[[IntBL, FloatB], FloatBLD],
   ) -> IntBL:
     """Return the state with the due masks revealed.
 
@@ -52,10 +54,11 @@ class Revealer:
       draws_BL2: uniforms of the tokens, see `draw.categorical`.
       sigma_B: what the denoiser is told.
       greedy: take the most probable token.
+      trunk: of the denoiser, see `Request.trunk`.
     """
 
     def fill(x_BL):
-      hidden_BLD = self.denoiser.trunk(x_BL, sigma_B)
+      hidden_BLD = trunk(x_BL, sigma_B)
       return self.fill(x_BL, hidden_BLD, due_BL, draws_BL2, sigma_B, greedy)
 
     return jax.lax.cond(due_BL.any(), fill, lambda x_BL: x_BL, x_BL)

@@ -102,7 +102,8 @@ class Rgas(GridSampler):
 
     def remove(x_BL, greedy):
       draws_BL2, sigma_B = request.uniforms(steps, length, 2), request.sigma(t_K[-1])
-      return revealer.reveal(x_BL, request.masked(x_BL), draws_BL2, sigma_B, greedy)
+      due_BL, trunk = request.masked(x_BL), functools.partial(request.trunk, k=steps)
+      return revealer.reveal(x_BL, due_BL, draws_BL2, sigma_B, greedy, trunk=trunk)
 
     return self.remove_noise(jnp.concatenate([first_KBL, second_KBL, third_KBL]), remove)
 
@@ -128,7 +129,7 @@ class _Guide:
   def tilt(self, x_BL, k, t, s, scale, *, guided):
     masked_BL, sigma_B = self.request.masked(x_BL), self.request.sigma(t)
     draws_BL3 = self.request.uniforms(k, x_BL.shape[1], 3)
-    hidden_BLD = self.revealer.denoiser.trunk(x_BL, sigma_B)
+    hidden_BLD = self.request.trunk(x_BL, sigma_B, k)
     change = None
     if guided:
       slope_BLD = self.slope(x_BL, masked_BL, hidden_BLD, sigma_B)
@@ -162,7 +163,7 @@ class _Guide:
     draws_MBL3 = jnp.swapaxes(draws_BN[:, :-1].reshape(-1, candidates, length, 3), 0, 1)
     shared_BL = draws_MBL3[0, ..., 0]
     sigma_B = self.request.sigma(t)
-    hidden_BLD = self.revealer.denoiser.trunk(x_BL, sigma_B)
+    hidden_BLD = self.request.trunk(x_BL, sigma_B, k)
 
     def candidate(draws_BL3):
       chance_BL = draws_BL3[..., 0] if self.reward == "all" else shared_BL

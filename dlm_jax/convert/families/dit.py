@@ -97,6 +97,7 @@ def read_model(where: str, config: dict[str, Any], overrides: dict[str, Any]) ->
   if kind.dropout_optional and "dropout" not in config:
     keys.pop("dropout")
   fields = numbers(where, config, keys)
+  fields |= read_fields(where, config, {"mask_noise": SIZES["mask_noise"]}, {"mask_noise": 0})
   fields["time_conditioning"] = _time_conditioning(where, config, kind)
   if config.get("causal", False):
     given = shown(config["causal"])
@@ -152,6 +153,8 @@ def describe(model: models.DiT, proc: Process) -> dict[str, Any]:
   config |= {key: options[key] for key in ("cond_dim", "time_conditioning")}
   if kind == "DUO":
     config |= {"causal": False, "var_min": True}
+  if options["mask_noise"]:
+    config |= {"mask_noise": options["mask_noise"]}
   return config | {"mlp_ratio": options["mlp_ratio"], "dlm_jax": {"process": stored}}
 
 

@@ -4,6 +4,7 @@
 from dlm_jax.objectives.idlm.absorbing import HardStates
 from dlm_jax.objectives.idlm.groups import GroupedStates
 from dlm_jax.objectives.idlm.method import (
+  MASK_NOISE,
   NETWORK,
   PASSES,
   TIME_COUPLINGS,
@@ -19,6 +20,7 @@ from dlm_jax.objectives.idlm.method import (
 from dlm_jax.objectives.idlm.uniform import SoftStates
 
 __all__ = [
+  "MASK_NOISE",
   "NETWORK",
   "PASSES",
   "TIME_COUPLINGS",

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from dlm_jax import draw
 from dlm_jax.arrays import BoolBL, FloatB, FloatBL, FloatBLD, IntBL, KeyB, Params
 from dlm_jax.objectives import orders
-from dlm_jax.objectives.batch import Batch, position_weights, valid_tokens
+from dlm_jax.objectives.batch import Batch, position_weights, split_each, valid_tokens
 from dlm_jax.objectives.positions import map_positions
 from dlm_jax.objectives.setting import Setting
 
@@ -66,12 +66,16 @@ class HardStates(Setting):
     Args:
       params: the student's.
       batch: with "tokens", "t" and "t_gen".
-      rngs: keys for the student's input, for the draw from its prediction, for the loss state.
+      rngs: keys for the student's input and the noise of its masks, for the draw from its
+        prediction, for the loss state.
       dropout_B: keys for dropout in the student; None for evaluation.
     """
     rng_gen_B, rng_token_B, rng_z_B = rngs
+    noise_B = None
+    if self.mask_noise:
+      rng_gen_B, noise_B = split_each(rng_gen_B, 2)
     x_gen_BL, group_BL = self.inputs(batch, rng_gen_B)
-    hidden_BLD = self.trunk(params, x_gen_BL, batch["t_gen"], dropout_B)
+    hidden_BLD = self.trunk(params, x_gen_BL, batch["t_gen"], dropout_B, noise_B)
 
     process, length = self.process, x_gen_BL.shape[1]
     uniform_BL2 = jax.vmap(lambda rng: draw.uniforms(rng, (length,)))(rng_token_B)

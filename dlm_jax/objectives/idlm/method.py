@@ -28,6 +28,7 @@ from dlm_jax.models.dit import head_params
 from dlm_jax.objectives import orders
 from dlm_jax.objectives.batch import Batch, counted, split_each, stratified_times
 from dlm_jax.objectives.gaussian_states import Relaxation
+from dlm_jax.objectives.idlm import mask_noise
 from dlm_jax.objectives.idlm.absorbing import HardSample, HardStates
 from dlm_jax.objectives.idlm.groups import GroupedStates
 from dlm_jax.objectives.idlm.uniform import SoftSample, SoftStates
@@ -42,6 +43,7 @@ TIME_COUPLINGS = ("same_order", "permuted")
 
 TRAINED = ("fake", "student")  # trees with an optimiser
 NETWORK = (DiT,)  # classes of networks that it trains
+MASK_NOISE = True  # it trains networks whose masks carry noise
 # Forward and backward passes of the network that a step needs at least, by Algorithm 1 of arXiv
 # 2602.19066: student 2 + 1, teacher 1, fake 2 + 1. Another update of the fake is 2 and 1 more.
 PASSES = (5, 2)
@@ -84,11 +86,21 @@ def student_loss(
   states: HardStates | SoftStates,
   teacher: Params,
   fake: Params,
+  anchor: float = 0.0,
 ) -> tuple[Float[Array, ""], tuple[Metrics, None]]:
-  """Return the `gap` on samples of the student, which alone runs with dropout."""
-  *rngs, dropout_B = split_each(batch["rng"], 4)
+  """Return the `gap` on samples of the student, which alone runs with dropout.
+
+  Where masks carry noise, `anchor` times `mask_noise.anchor` is added.
+  """
+  rng_B, noise_B = split_each(batch["rng"], 2) if states.mask_noise else (batch["rng"], None)
+  *rngs, dropout_B = split_each(rng_B, 4)
   sample = states.rollout(params, batch, tuple(rngs), dropout_B)
   value, metrics = gap(params, sample, batch, states=states, teacher=teacher, fake=fake)
+  if states.mask_noise and anchor:
+    weights_BL = states.weights(sample, batch)
+    given = (params, sample, batch, noise_B, weights_BL)
+    distance = mask_noise.anchor(*given, states=states, teacher=teacher)
+    value, metrics = value + anchor * distance, {**metrics, "anchor": distance}
   return value, (metrics, None)
 
 
@@ -185,6 +197,9 @@ class Options(ChunkedOptions):
       one only while the fake keeps up; its own learning rate is `optim.fake.lr`.
     gamma_min, gamma_max: of a uniform process; see `GaussianDuality`.
     tau, path_gradient: of a uniform process; see `Relaxation`.
+    anchor, noise_scale: where `model.mask_noise` gives masks noise; see `mask_noise`: weight of the
+      distance of the student's mean prediction from the teacher's, and size of the noise's part of
+      a mask at the start, over that of an embedding.
 
   Raises:
     InputError: an unknown name, or a number out of range.
@@ -199,6 +214,8 @@ class Options(ChunkedOptions):
   gamma_max: float = -1.85
   tau: float = 1e-3
   path_gradient: bool = True
+  anchor: float = 10.0
+  noise_scale: float = 2.0
 
   def __post_init__(self):
     super().__post_init__()
@@ -209,6 +226,8 @@ class Options(ChunkedOptions):
     if len(self.interval) != 2 or not 0 < self.interval[0] <= self.interval[1] <= 1:
       raise InputError(f"objective.interval={self.interval} must be two times in (0, 1], rising.")
     Number("(0, ∞)").check("objective.tau", self.tau)
+    Number("[0, ∞)").check("objective.anchor", self.anchor)
+    Number("[0, ∞)").check("objective.noise_scale", self.noise_scale)
 
 
 def hard_states(model: DiT, process: Absorbing, options: Options) -> HardStates:
@@ -277,6 +296,8 @@ def make(
   chosen = Options.of(options)
   check_class("model.name", model, NETWORK, "a denoiser is distilled")
   check_class("process.name", process, tuple(STATES), "states are drawn from predictions")
+  width = model.config.mask_noise
+  mask_noise.check(process, width)
   make_states = next(make for kind, make in STATES.items() if isinstance(process, kind))
   states = make_states(model, process, chosen)
   coupling = "permuted" if chosen.steps else chosen.time_coupling
@@ -292,10 +313,13 @@ def make(
       batch, tx = couple(fake_batch), optimizers["fake"]
       state, fake_metrics, _ = update(state, "fake", loss, batch, tx, **chosen.updates)
     frozen = {"teacher": state.trees["teacher"], "fake": state.trees["fake"]}
-    loss = functools.partial(student_loss, states=states, **frozen)
+    loss = functools.partial(student_loss, states=states, anchor=chosen.anchor, **frozen)
     batch, tx = couple(student_batch), optimizers["student"]
     state, student_metrics, _ = update(state, "student", loss, batch, tx, **chosen.updates)
     return state.replace(step=state.step + 1), {**fake_metrics, **student_metrics}
 
-  init = init_from_teacher("IDLM", ("fake", "student"), optimizers, chosen)
+  def with_noise(trees, rng):
+    return mask_noise.started(trees, rng, width, chosen.noise_scale) if width else trees
+
+  init = init_from_teacher("IDLM", ("fake", "student"), optimizers, chosen, with_noise)
   return Objective(init, step, output="student", batches=chosen.fake_updates + 1)
