@@ -16,6 +16,7 @@ def masked(c, teacher, judge, chunk=0):
   c.objective.steps = ()  # of the samplers whose own loss is taken, e.g. (4, 8); (): all at once
   c.objective.interval = (1e-3, 1.0)  # smallest and largest loss time
   c.objective.fake_updates = 1  # of the fake per update of the student, each on its own batch
+  c.objective.guidance = 0.0  # of the teacher by what it says of masks alone; 0: none
   c.objective.chunk = optional(int, chunk)  # positions per chunk of logits; 0: all
   c.teacher.path = teacher
   c.evaluate.judge = judge

@@ -6,6 +6,7 @@ the losses draw them.
 """
 
 import collections
+import dataclasses
 import functools
 import itertools
 import math
@@ -22,7 +23,7 @@ from dlm_jax import process, sample, schedules
 from dlm_jax.models import DiT
 from dlm_jax.objectives import draw_batch, idlm
 from dlm_jax.objectives.batch import split_each
-from dlm_jax.objectives.idlm.absorbing import HardSample
+from dlm_jax.objectives.idlm.absorbing import HardSample, HardStates
 from dlm_jax.sample import grids
 from dlm_jax.sample._ancestral import Ancestral
 
@@ -424,6 +425,7 @@ def test_micro_batches_change_nothing():
       r"objective.interval=\(0.5, 0.2\) must be two times in \(0, 1\], rising",
     ),
     ({"interval": (0.1,)}, r"objective.interval=\(0.1,\) must be two times"),
+    ({"guidance": -0.5}, r"objective.guidance=-0.5 must be in \[0"),
     ({"fake_updates": 0}, r"objective.fake_updates=0 must be at least 1"),
     ({"steps": (8,)}, r"objective.steps=\(8,\): a sequence of 4 tokens .* at most as many steps"),
   ],
@@ -448,6 +450,42 @@ def test_a_uniform_process_has_no_masks(options):
   model, _ = tiny.network(time_conditioning=True)
   with pytest.raises(ValueError, match=r"'uniform' has no masks; leave it at"):
     idlm.make(model=model, process=tiny.UNIFORM, optimizers=_optimizers(), **options)
+
+
+# --- guidance -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", [(), (2,)])
+def test_guidance_is_another_teacher(steps):
+  """The law q(v | z)^(1 + w) / q(v | masks)^w, normalised: a table that can be written down."""
+  student, teacher, fake = trees("spaced", (2,))
+  log_q = jax.nn.log_softmax(teacher["logits"][..., :TOKENS])
+  nothing = log_q[code(np.full(L, MASK))][None]
+  other = jax.nn.log_softmax(1.5 * log_q - 0.5 * nothing)
+  other = {"logits": teacher["logits"].at[..., :TOKENS].set(other)}
+  plain = (
+    states("spaced", steps) if steps else HardStates(model=MODEL, process=PROC, order="spaced")
+  )
+  guided = dataclasses.replace(plain, guidance=0.5)
+  batch = idlm.couple_times(batch_of(jax.random.key(0), 64), coupling="permuted")
+  batch = plain.choose(batch) if steps else batch
+
+  def slope(made, teacher):
+    loss = functools.partial(idlm.student_loss, states=made, teacher=teacher, fake=fake)
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))(student, batch)
+
+  (value, _), gradient = slope(guided, teacher)
+  (wanted, _), of_other = slope(plain, other)
+  np.testing.assert_allclose(value, wanted, rtol=1e-5)
+  np.testing.assert_allclose(gradient["logits"], of_other["logits"], rtol=1e-4, atol=1e-5)
+  assert not np.allclose(gradient["logits"], slope(plain, teacher)[1]["logits"], atol=1e-3)
+
+
+@pytest.mark.parametrize("proc", [tiny.UNIFORM, tiny.SCORE])
+def test_guidance_needs_predictions_under_masks(proc):
+  model, _ = tiny.network(time_conditioning=True)
+  with pytest.raises(ValueError, match=r"objective.guidance=0.2 needs process.name='absorbing'"):
+    idlm.make(model=model, process=proc, optimizers=_optimizers(), guidance=0.2)
 
 
 # --- several updates of the fake -----------------------------------------------------------------

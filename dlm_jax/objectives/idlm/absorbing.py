@@ -53,9 +53,11 @@ class HardStates(Setting):
 
   Attributes:
     order: "random" or "spaced": which positions are masked together.
+    guidance: w of the teacher's, see `guidance`.
   """
 
   order: str = "random"
+  guidance: float = 0.0
   through_inputs: ClassVar[bool] = False  # whether gradients pass through teacher and fake
 
   def rollout(

@@ -28,7 +28,7 @@ from dlm_jax.models.dit import head_params
 from dlm_jax.objectives import orders
 from dlm_jax.objectives.batch import Batch, counted, split_each, stratified_times
 from dlm_jax.objectives.gaussian_states import Relaxation
-from dlm_jax.objectives.idlm import mask_noise
+from dlm_jax.objectives.idlm import guidance, mask_noise
 from dlm_jax.objectives.idlm.absorbing import HardSample, HardStates
 from dlm_jax.objectives.idlm.groups import GroupedStates
 from dlm_jax.objectives.idlm.uniform import SoftSample, SoftStates
@@ -148,10 +148,15 @@ def gap(
   """
   process, t_B, told_B = states.process, batch["t"], states.told(sample, batch)
   z_BL, read = states.read(params, sample, batch, (teacher, fake), (None, None))
+  length, weight = z_BL.shape[1], states.guidance
+  nothing = (guidance.of_nothing(states, teacher, length),) if weight else ()
 
-  def difference(head, hidden, teacher_hidden, fake_hidden, x_gen, z):
+  def difference(head, hidden, teacher_hidden, fake_hidden, x_gen, z, *nothing):
     predicted = states.head(head, hidden, batch["t_gen"])
     of_teacher = states.head(teacher, teacher_hidden, told_B)
+    for trunk in nothing:
+      of_nothing = states.head(teacher, trunk, jnp.ones(1))
+      of_teacher = guidance.sharpened(of_teacher, of_nothing, weight)
     of_fake = states.head(fake, fake_hidden, told_B)
     nll = lambda logits: jax.vmap(process.nll_predicted)(logits, z, predicted, x_gen, t_B)  # noqa: E731
     gap = nll(of_teacher) - nll(of_fake)
@@ -162,7 +167,7 @@ def gap(
     variance = jnp.maximum(jnp.sum(p * advantage**2, -1) - mean**2, 0)
     return gap, (variance, entropy)
 
-  arrays = (sample.hidden, *read, sample.x_gen, z_BL)
+  arrays = (sample.hidden, *read, sample.x_gen, z_BL, *nothing)
   moving = 3 if states.through_inputs else 1  # of the arrays, how many carry gradients
   value, (variance_BL, entropy_BL) = sum_positions(
     difference,
@@ -195,6 +200,7 @@ class Options(ChunkedOptions):
       largest of 0.3, bring the gradient nearer to that of the joint law, see `groups`.
     fake_updates: updates of the fake before each of the student, each on a fresh batch. The gap is
       one only while the fake keeps up; its own learning rate is `optim.fake.lr`.
+    guidance: w of the teacher's, see `guidance`; 0: the teacher itself.
     gamma_min, gamma_max: of a uniform process; see `GaussianDuality`.
     tau, path_gradient: of a uniform process; see `Relaxation`.
     anchor, noise_scale: where `model.mask_noise` gives masks noise; see `mask_noise`: weight of the
@@ -210,6 +216,7 @@ class Options(ChunkedOptions):
   steps: tuple[int, ...] = ()
   interval: tuple[float, ...] = FULL
   fake_updates: int = 1
+  guidance: float = 0.0
   gamma_min: float = -3.55
   gamma_max: float = -1.85
   tau: float = 1e-3
@@ -225,6 +232,7 @@ class Options(ChunkedOptions):
     Whole(1).check("objective.fake_updates", self.fake_updates)
     if len(self.interval) != 2 or not 0 < self.interval[0] <= self.interval[1] <= 1:
       raise InputError(f"objective.interval={self.interval} must be two times in (0, 1], rising.")
+    Number("[0, ∞)").check("objective.guidance", self.guidance)
     Number("(0, ∞)").check("objective.tau", self.tau)
     Number("[0, ∞)").check("objective.anchor", self.anchor)
     Number("[0, ∞)").check("objective.noise_scale", self.noise_scale)
@@ -235,6 +243,7 @@ def hard_states(model: DiT, process: Absorbing, options: Options) -> HardStates:
   if options.chunk:
     positions_per_chunk(options.chunk, model.config.length, process.vocab_size)
   shared = {"model": model, "process": process, "chunk": options.chunk, "order": options.order}
+  shared["guidance"] = options.guidance
   if not options.steps:
     return HardStates(**shared)
   if max(options.steps) > model.config.length:
@@ -298,6 +307,7 @@ def make(
   check_class("process.name", process, tuple(STATES), "states are drawn from predictions")
   width = model.config.mask_noise
   mask_noise.check(process, width)
+  guidance.check(process, chosen.guidance)
   make_states = next(make for kind, make in STATES.items() if isinstance(process, kind))
   states = make_states(model, process, chosen)
   coupling = "permuted" if chosen.steps else chosen.time_coupling

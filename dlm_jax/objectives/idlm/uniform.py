@@ -39,6 +39,7 @@ class SoftStates(Setting):
 
   relaxation: Relaxation
   through_inputs: ClassVar[bool] = True  # whether gradients pass through teacher and fake
+  guidance: ClassVar[float] = 0.0  # there is no state of nothing
 
   def rollout(
     self, params: Params, batch: Batch, rngs: tuple[KeyB, ...], dropout_B: KeyB | None
