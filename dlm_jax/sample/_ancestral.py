@@ -26,10 +26,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dlm_jax.arrays import KeyB
+from dlm_jax.arrays import KeyB, Scalar
 from dlm_jax.errors import InputError
+from dlm_jax.fields import Number
 from dlm_jax.process import grids, orders
 from dlm_jax.sample import _adaptive
+from dlm_jax.sample._guided import guided
 from dlm_jax.sample._request import GridSampler, Request, walk
 from dlm_jax.sample._reveal import Revealer, capacity_for
 
@@ -43,6 +45,8 @@ class Ancestral(GridSampler):
       position, [L] or [B, L], or a function (rng, length, steps) -> steps [L].
     selection_temperature: of adaptive orders: how much Gumbel noise their scores get.
     bound: nats of order "entropy", see `_adaptive`.
+    guidance: w, how much predictions are sharpened against that for masks alone: see `_guided`. One
+      more evaluation, of one sequence, serves all; may be traced.
 
   Raises:
     InputError: an unknown order, or a number out of range.
@@ -51,10 +55,13 @@ class Ancestral(GridSampler):
   order: Any = "random"
   selection_temperature: float = 0.0
   bound: float = 0.1
+  guidance: Scalar = 0.0
 
   def __post_init__(self):
     super().__post_init__()
     orders.check(self.order)
+    if not isinstance(self.guidance, jax.core.Tracer):
+      Number("[0, ∞)").check("guidance", self.guidance)
     if self.selection_temperature < 0 or self.bound < 0:
       raise InputError(
         f"selection_temperature={self.selection_temperature} and bound={self.bound} must be at "
@@ -67,6 +74,7 @@ class Ancestral(GridSampler):
 
   def run(self, request: Request) -> Int[Array, "K B L"]:
     """Return the states after every step; the last one is the sample."""
+    request = guided(request, self.guidance)
     t_K, length = self.times(request), request.length
     capacity = capacity_for(length / request.steps, length)
     if isinstance(self.order, str) and self.order in orders.ADAPTIVE:
@@ -128,6 +136,7 @@ class FirstHitting(Ancestral):
 
   def run(self, request: Request) -> Int[Array, "K B L"]:
     """Return the states after every step; the last one is the sample."""
+    request = guided(request, self.guidance)
 
     def reveal_times(draws):
       u_BL = jnp.where(request.frozen_BL, 2.0, draws.reveal_BL)

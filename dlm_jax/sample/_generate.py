@@ -93,8 +93,9 @@ def generate(
       ("ancestral", "greedy", "none"), and temperature, nucleus and top_k, which act on the
       prediction of the clean token; see `GridOptions` and `Truncation`. Of "ancestral" under an
       absorbing process also order, which positions a step reveals ("random", "spaced", adaptive
-      ones, or your own: see `orders`), and precision="legacy": the public float32 race, see
-      `Legacy`. "first_hitting", "psi" and "rgas" take the orders "random" and "spaced".
+      ones, or your own: see `orders`), guidance (w of predictions sharpened against that for masks
+      alone), and precision="legacy": the public float32 race, see `Legacy`. "first_hitting" takes
+      guidance, and as "psi" and "rgas" the orders "random" and "spaced".
 
   Returns:
     int32 [batch, length]; with `return_trace` also the state after every step, int32
