@@ -25,7 +25,7 @@ from dlm_jax.process import Absorbing, Uniform
 
 TOKENS, L, BATCH, WIDTH = 2, 2, 128, 4
 PROCESS = Absorbing(vocab_size=TOKENS + 1, mask_id=TOKENS)
-SHAPE = {"vocab_size": TOKENS + 1, "dim": 16, "layers": 1, "heads": 2, "length": L}
+SHAPE = {"vocab_size": TOKENS + 1, "dim": 32, "layers": 1, "heads": 2, "length": L}
 
 
 def network(width):
@@ -55,7 +55,7 @@ def trained(objective, steps, teacher=None, batches=1):
 
 @functools.cache
 def teacher():
-  steps = 800
+  steps = 3000
   rate = optax.adam(optax.cosine_decay_schedule(5e-3, steps))
   objective = mdlm.make(
     model=network(0), process=PROCESS, optimizers={"model": rate}, ema_decay=None
@@ -75,7 +75,7 @@ def method(width, steps=600, **options):
   )
 
 
-def distance(width, params, steps=1, count=8192):
+def distance(width, params, steps=1, count=65_536):
   """Return the total variation between samples and data."""
   denoiser = models.Denoiser(network(width), params)
   draw = jax.jit(
@@ -90,20 +90,22 @@ def distance(width, params, steps=1, count=8192):
 
 @pytest.mark.slow
 def test_noise_carries_dependence():
-  """By the sampler's own draws, 0.07: of it 0.015 is the teacher's, 3 standard errors are 0.02."""
+  """By the sampler's own draws: 0.044, and of two other seeds 0.035 and 0.031, each ± 0.002."""
   plain = distance(0, trained(method(0, 300), 300, teacher(), batches=2))
-  noisy = distance(WIDTH, trained(method(WIDTH, 1500), 1500, teacher(), batches=2))
+  noisy = distance(WIDTH, trained(method(WIDTH, 2000), 2000, teacher(), batches=2))
   alone = distance(WIDTH, trained(method(WIDTH, 300, anchor=0.0), 300, teacher(), batches=2))
   print(f"\ntotal variation: no noise {plain:.3f}, noise {noisy:.3f}, without anchor {alone:.3f}")
   assert distance(0, teacher()) > 0.45
   assert plain > 0.45
-  assert noisy < 0.1
+  assert noisy <= 0.05
   assert alone > 0.4
 
 
 def prepared(width=WIDTH):
   params = network(0).init(jax.random.key(3), *network(0).inputs(L))["params"]
-  params["output"]["project"]["kernel"] = jax.random.normal(jax.random.key(4), (16, TOKENS + 1))
+  params["output"]["project"]["kernel"] = jax.random.normal(
+    jax.random.key(4), (SHAPE["dim"], TOKENS + 1)
+  )
   return params, method(width).init(jax.random.key(5), params)
 
 
@@ -172,7 +174,9 @@ def test_samples_do_not_depend_on_the_batch(options):
 
   many = np.asarray(draw(denoiser, 64))
   np.testing.assert_array_equal(draw(denoiser, 48), many[:48])
-  loud = denoiser.replace(params={**denoiser.params, "mask_noise": jnp.full((WIDTH, 16), 9.0)})
+  loud = denoiser.replace(
+    params={**denoiser.params, "mask_noise": jnp.full((WIDTH, SHAPE["dim"]), 9.0)}
+  )
   assert (np.asarray(draw(loud, 64)) != many).any()  # the noise is given
 
 
