@@ -35,6 +35,7 @@ def runs(tmp_path_factory):
   return tiny, folder / "ar", folder / "blocks"
 
 
+@pytest.mark.slow
 def test_next_tokens_are_exported_with_a_row_for_the_mask(runs):
   tiny, ar, _ = runs
   model, _, proc = convert.load(ar / "final")

@@ -57,6 +57,7 @@ def folder(tmp_path_factory):
   return folder
 
 
+@pytest.mark.slow
 def test_a_teacher_is_scored_on_answers(folder, capsys):
   row = tiny_runs.metrics(folder / "teacher")[-1]
   assert 1 < row["validation/perplexity"] < 1000

@@ -58,6 +58,7 @@ def test_everything_is_written_without_training(done):
   assert summary in printed
 
 
+@pytest.mark.slow
 def test_again_nothing_is_measured_again(done, monkeypatch):
   command, workdir, _ = done
   before = (workdir / "frontier.json").read_text()

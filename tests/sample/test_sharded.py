@@ -176,9 +176,8 @@ def test_explicit_axes_eagerly_with_a_split_prompt_and_a_trace():
   assert [x.sharding.spec[-2] for x in found] == [("data", "fsdp")] * 2
 
 
-@pytest.mark.parametrize(
-  "axes", [{"data": 4, "fsdp": 1}, pytest.param({"x": 4}, marks=SLOW)], ids=str
-)
+@SLOW
+@pytest.mark.parametrize("axes", [{"data": 4, "fsdp": 1}, {"x": 4}], ids=str)
 def test_a_network_and_its_gradient_under_explicit_axes(axes):
   """Of tokens that are split, and of some that are not."""
   sizes = {"vocab_size": 11, "dim": 8, "heads": 2, "layers": 2, "cond_dim": 4, "dtype": "float32"}

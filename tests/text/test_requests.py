@@ -268,6 +268,7 @@ def free(pipe):
   pytest.fail("no such neighbours")
 
 
+@pytest.mark.slow
 def test_texts_of_several_tokens_end_rows(pipe, free):
   """Rows, texts and what is known about them are cut; other rows go on; streams tell no more."""
   options, whole, place, stop = free
