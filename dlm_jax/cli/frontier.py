@@ -142,10 +142,8 @@ def _said(rows, at, baseline) -> list[str]:
   Not what it saves at most: the largest of many is large by chance, too.
   """
   found = saving.savings(rows, baseline, at[len(at) // 2]) if at else []
-  by_name: dict = {}
-  for one in sorted(found, key=lambda one: one.evaluations):
-    by_name.setdefault(one.name, []).append(one)
-  return [saving.told(own[len(own) // 2], baseline) for own in by_name.values()]
+  each = saving.by_name(found).values()
+  return [saving.told(own[len(own) // 2], baseline) for own in each]
 
 
 def _held_out(options, data, words, length) -> np.ndarray | None:

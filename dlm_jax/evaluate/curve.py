@@ -37,15 +37,13 @@ def above(curve: Sequence[Mapping[str, Any]], quality: Quality) -> tuple[float, 
   points = sorted(curve, key=lambda point: point["temperature"])
   blank = dict.fromkeys(frontier.COLUMNS, math.nan)
   rows = [{**blank, **p, "options": {"temperature": p["temperature"]}} for p in points]
-  rows = [{**row, "name": "teacher", "nfe": 0} for row in rows]
+  rows = [{**one, "name": "teacher", "nfe": 0} for one in rows]
   (at,) = matched.match(rows, entropy=quality.entropy)
   if not (at["genppl"] > 0 and quality.genppl > 0):  # NaN is not
     return math.nan, math.nan
   warmer = next(i for i, p in enumerate(points) if p["temperature"] >= at["options"]["temperature"])
   a, b = points[max(warmer, 1) - 1], points[max(warmer, 1)]
   slope = math.log(b["genppl"] / a["genppl"]) / (b["entropy"] - a["entropy"])
-  of_genppl, of_entropy = quality.genppl_se / quality.genppl, slope * quality.entropy_se
-  both = quality.correlation * of_genppl * of_entropy
-  own = of_genppl**2 + of_entropy**2 - 2 * both
-  error = math.sqrt(own + (at["genppl_se"] / at["genppl"]) ** 2)
+  own = matched.error(row(1.0, quality), slope)
+  error = math.hypot(own, at["genppl_se"] / at["genppl"])
   return math.log(quality.genppl / at["genppl"]), error

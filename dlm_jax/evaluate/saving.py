@@ -164,6 +164,14 @@ def table(rows: Sequence[frontier.Row], baseline: str, entropy: float | None = N
   return tabled(sorted(found, key=lambda one: (one.name, one.entropy, one.evaluations)))
 
 
+def by_name(found: Sequence[Saving]) -> dict[str, list[Saving]]:
+  """Return savings by model, fewest evaluations first."""
+  named: dict[str, list[Saving]] = {}
+  for one in sorted(found, key=lambda one: one.evaluations):
+    named.setdefault(one.name, []).append(one)
+  return named
+
+
 def tabled(found: Sequence[Saving]) -> str:
   """Return savings as a Markdown table, in their order."""
   cells = [

@@ -133,11 +133,8 @@ def verdict(saved: list[saving.Saving], nfe: int, baseline: str) -> list[str]:
     nfe: evaluations.
     baseline: what is to be saved.
   """
-  by_name: dict = {}
-  for one in saved:
-    by_name.setdefault(one.name, []).append(one)
   told = []
-  for own in by_name.values():
+  for own in saving.by_name(saved).values():
     fewer = [one for one in own if one.evaluations <= nfe] or own[:1]
     told.append(saving.told(fewer[-1], f"the {baseline}"))
   return told or ["No entropy is one that both reach, so no saving is shown."]
