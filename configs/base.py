@@ -119,7 +119,7 @@ def _training(c: ConfigDict) -> None:
   c.evaluate.judge = ""  # workdir or model directory of an autoregressive judge
   c.evaluate.nfes = (8,)  # network evaluations per sample
   c.evaluate.noise_removal = "ancestral"  # last evaluation: ancestral, greedy or none
-  c.evaluate.order = ""  # reveal order of samples, e.g. spaced; "": objective.order if there is one
+  c.evaluate.order = ""  # reveal order of samples; "": the sampler's own, under masks spaced
   c.evaluate.samples = 64
   c.evaluate.batch_size = 64
   c.evaluate.select = "matched"  # the best has the lowest GenPPL relative to the teacher's at equal

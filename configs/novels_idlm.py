@@ -18,5 +18,6 @@ from dlm_jax.configs.recipes import brief, idlm, novels
 def get_config():
   c = novels.novels()
   idlm.masked(c, teacher="runs/novels_teacher", judge="runs/novels_judge")
-  brief.distillation(c, steps=120, every=20, max_entropy_drop=0.15, checkpoint_every=60)
+  brief.distillation(c, steps=400, every=50)
+  idlm.of_steps(c, 4, 8, lr=4e-6)
   return c

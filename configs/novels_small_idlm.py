@@ -19,7 +19,7 @@ from dlm_jax.configs.recipes import brief, idlm, novels
 def get_config():
   c = novels.novels(dim=256, layers=6, heads=4)
   idlm.masked(c, teacher="runs/novels_small_teacher", judge="runs/novels_small_judge")
-  brief.distillation(c, steps=160, every=10, lr=3e-6, b2=0.99, max_entropy_drop=0.15)
+  brief.distillation(c, steps=400, every=50)
+  idlm.of_steps(c, 4, 8, lr=1e-5)
   c.model.cond_dim = 64
-  c.evaluate.samples = 256
   return c

@@ -24,6 +24,22 @@ def masked(c, teacher, judge, chunk=0):
   c.optim.fake = ConfigDict({"lr": optional(float)})  # its own peak; none: optim.lr
 
 
+def of_steps(c, *steps, lr):
+  """Distil a masked teacher into a student of samplers with so many spaced steps.
+
+  The loss is the sampler's own, of few hidden positions of a group at a time; the student furthest
+  below the teacher's temperature curve is kept.
+  """
+  c.objective.order = "spaced"
+  c.objective.steps = steps
+  c.objective.interval = (1e-3, 0.3)
+  c.optim.lr = lr
+  c.optim.schedule = "cosine"
+  c.evaluate.nfes = steps
+  c.evaluate.samples = 256
+  c.evaluate.select = "matched"
+
+
 def uniform(c, teacher, judge, chunk=0, tau=1e-3):
   """Distil a uniform-state teacher."""
   masked(c, teacher, judge, chunk)

@@ -36,16 +36,27 @@ def sweep(
   check_temperatures(temperatures)
   rows = []
   for temperature in dict.fromkeys(temperatures):
-    rows += frontier.sweep(at(samplers, temperature), nfes, **options)
+    rows += sweep_at(samplers, nfes, temperature, **options)
   return rows
 
 
-def at(samplers: Mapping[str, frontier.Sampler], temperature: float) -> dict[str, frontier.Sampler]:
-  """Return the samplers with another temperature, whatever they had."""
-  return {
-    name: dataclasses.replace(s, options={**s.options, "temperature": temperature})
-    for name, s in samplers.items()
-  }
+def sweep_at(
+  samplers: Mapping[str, frontier.Sampler],
+  nfes: Sequence[int],
+  temperature: float,
+  **options,
+) -> list[frontier.Row]:
+  """Measure every sampler at one temperature, whatever it had; see `sweep`.
+
+  What `frontier.sweep` has measured without a temperature is not measured again for 1.
+  """
+  warmth = {} if temperature == 1 else {"temperature": temperature}
+  changed = {}
+  for name, sampler in samplers.items():
+    others = {key: value for key, value in sampler.options.items() if key != "temperature"}
+    changed[name] = dataclasses.replace(sampler, options=others | warmth)
+  rows = frontier.sweep(changed, nfes, **options)
+  return [row | {"options": {**row["options"], "temperature": temperature}} for row in rows]
 
 
 def check_temperatures(temperatures: Sequence[float]) -> None:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from dlm_jax import convert, mesh, models, process, sample
+from dlm_jax import convert, mesh, models, sample
 from dlm_jax.data import loader, templates
 from dlm_jax.data.dataset import Dataset
 from dlm_jax.decode.passes import Bound
@@ -18,7 +18,6 @@ from dlm_jax.evaluate.generative import Quality
 from dlm_jax.evaluate.judge import load_judge
 from dlm_jax.experiment import several
 from dlm_jax.experiment.build import Experiment
-from dlm_jax.experiment.plan import Plan
 from dlm_jax.objectives import TrainState, output_params
 from dlm_jax.train.progress import Bar
 from dlm_jax.train.selection import Selection
@@ -54,15 +53,6 @@ def chosen(
   return several.Several(made) if len(made) > 1 else made[names[0]]
 
 
-def sampling_order(plan: Plan) -> str:
-  """Return the reveal order that students are measured with; "": the sampler's own.
-
-  That of `evaluate.order`, else the one that they are trained for.
-  """
-  masked = plan.process.name in process.MASKED
-  return plan.evaluate.order or (plan.objective.options.get("order", "") if masked else "")
-
-
 class Samples:
   """Measure samples during training; keep the best network in workdir/best, see `Selection`."""
 
@@ -92,7 +82,7 @@ class Samples:
     if given:
       self._templates = templates.like_validation(dataset, options.samples, batch)
 
-    order = {"order": name} if (name := sampling_order(built.plan)) else {}
+    order = {"order": options.order} if options.order else {}
     given = {"noise_removal": options.noise_removal, **order}
     sample.check_options("ancestral", built.process, given)
 
@@ -140,8 +130,10 @@ class Samples:
     params = output_params(state, self._built.objective)
     measured = self._measure(params)
     matching = self._selection.select == "matched"
+    # But for noise in its masks the first student is the teacher.
+    first = step == 0 and not getattr(self._built.model.config, "mask_noise", 0)
     if not self._reference or (matching and not self._curves):
-      teacher = measured if step == 0 else self._measure(state.trees["teacher"])
+      teacher = measured if first else self._measure(state.trees["teacher"])
       self._reference = {nfe: quality.entropy for nfe, quality in teacher.items()}
       if matching:
         self._curves = self._measure_curves(state.trees["teacher"], teacher)
@@ -151,9 +143,9 @@ class Samples:
       scores |= {f"nfe{nfe}/genppl": quality.genppl, f"nfe{nfe}/entropy": quality.entropy}
     if matching:
       above = {nfe: curve.above(self._curves[nfe], q) for nfe, q in measured.items()}
-      # The first student is the teacher, also where a curve has no two entropies.
-      score = np.mean([value for value, _ in above.values()]) if step else 0.0
-      error = math.hypot(*(error for _, error in above.values())) / len(above) if step else 0.0
+      # That is nothing above itself, also where a curve has no two entropies.
+      score = 0.0 if first else np.mean([value for value, _ in above.values()])
+      error = 0.0 if first else math.hypot(*(error for _, error in above.values())) / len(above)
       scores |= {f"nfe{nfe}/matched": value for nfe, (value, _) in above.items()}
       scores |= {"matched": score, "matched_se": error}
     else:

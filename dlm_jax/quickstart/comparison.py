@@ -188,7 +188,7 @@ def _sweep(pipes, compared, settings) -> list[frontier.Row]:
       row
       for samplers, asked, at in jobs
       for temperature in at
-      for row in frontier.sweep(matched.at(samplers, temperature), asked, on_row=on_row, **settings)
+      for row in matched.sweep_at(samplers, asked, temperature, on_row=on_row, **settings)
     ]
 
 

@@ -13,7 +13,8 @@ whole batch evaluates nothing. The same u_l, taken as continuous times, give fir
 sampling: the limit of infinitely many steps, in at most L evaluations.
 
 Which positions share a step is the order's business: `dlm_jax.sample.orders`. The above is the
-order "random".
+order "random", the reverse process to the letter; the default is "spaced", where neighbours are
+never revealed together: the same number of evaluations loses less.
 
 Mask-or-token and which-token are two separate draws, so nothing races: see `dlm_jax.draw`.
 """
@@ -52,7 +53,7 @@ class Ancestral(GridSampler):
     InputError: an unknown order, or a number out of range.
   """
 
-  order: Any = "random"
+  order: Any = "spaced"
   selection_temperature: float = 0.0
   bound: float = 0.1
   guidance: Scalar = 0.0
@@ -125,6 +126,8 @@ class FirstHitting(Ancestral):
 
   One step per masked position: grid and number of steps are not read.
   """
+
+  order: str = "random"
 
   def __post_init__(self):
     super().__post_init__()

@@ -92,10 +92,11 @@ def generate(
     **sampler_options: of every sampler: grid ("uniform", "cosine", "rising"), noise_removal
       ("ancestral", "greedy", "none"), and temperature, nucleus and top_k, which act on the
       prediction of the clean token; see `GridOptions` and `Truncation`. Of "ancestral" under an
-      absorbing process also order, which positions a step reveals ("random", "spaced", adaptive
-      ones, or your own: see `orders`), guidance (w of predictions sharpened against that for masks
-      alone), and precision="legacy": the public float32 race, see `Legacy`. "first_hitting" takes
-      guidance, and as "psi" and "rgas" the orders "random" and "spaced".
+      absorbing process also order, which positions a step reveals ("spaced", by default; "random",
+      adaptive ones, or your own: see `orders`), guidance (w of predictions sharpened against that
+      for masks alone), and precision="legacy": the public float32 race, see `Legacy`.
+      "first_hitting" takes guidance, and as "psi" and "rgas" the orders "random", by default, and
+      "spaced".
 
   Returns:
     int32 [batch, length]; with `return_trace` also the state after every step, int32

@@ -31,10 +31,11 @@ class _Watched(evaluators.Samples):
   A temperature moves both by the same amount, by NFE.
   """
 
-  def __init__(self, select="matched"):
+  def __init__(self, select="matched", mask_noise=0):
     options = types.SimpleNamespace(temperatures=(0.8, 1.0, 1.1), select=select)
     read, objective = types.SimpleNamespace(evaluate=options), Objective(None, None, "student")
-    self._built = types.SimpleNamespace(objective=objective, plan=read)
+    model = types.SimpleNamespace(config=types.SimpleNamespace(mask_noise=mask_noise))
+    self._built = types.SimpleNamespace(objective=objective, plan=read, model=model)
     self._best, self.kept, self.measured = None, [], []
     self._selection = Selection(select=select, max_entropy_drop=0.5)
     self._reference, self._curves = {}, {}
@@ -87,30 +88,19 @@ def test_the_best_is_the_lowest_at_equal_entropy():
   assert 0.007 < scores["matched_se"] < 0.012
 
 
+def test_a_student_with_noisy_masks_does_not_start_as_the_teacher():
+  samples = _Watched(mask_noise=4)
+  scores, _ = samples(0, _state(5.5, 4.0))
+  assert ("teacher", 1.0) in samples.measured
+  assert scores["matched"] == pytest.approx(0.5) and samples.kept == [0]
+
+
 def test_genppl_alone_may_be_asked_for():
   samples = _Watched("genppl")
   for step, nll in enumerate((5.0, 4.85, 4.9)):
     scores, _ = samples(step, _state(nll, nll - 1))
   assert samples.kept == [0, 1] and "matched" not in scores and samples._curves == {}
   assert samples.measured == [("student", 1.0)] * 3
-
-
-@pytest.mark.parametrize(
-  "changes, order",
-  [
-    ({}, "random"),
-    ({"objective.order": "spaced"}, "spaced"),
-    ({"objective.order": "spaced", "evaluate.order": "confidence"}, "confidence"),
-    ({"process.name": "uniform", "model.time_conditioning": "true"}, ""),
-  ],
-)
-def test_students_are_sampled_in_the_order_that_they_are_trained_for(changes, order):
-  assert evaluators.sampling_order(plan.read(load_config("novels_idlm", changes))) == order
-
-
-def test_a_method_without_orders_has_the_samplers_own():
-  config = load_config("novels_teacher", {})
-  assert evaluators.sampling_order(plan.read(config)) == ""
 
 
 @pytest.mark.parametrize(
