@@ -75,6 +75,7 @@ def main(argv: list[str]) -> None:
   if real is not None:
     print(f"\n{real.label}: {real.genppl:.1f} at {real.entropy:.2f} nats")
   if warm:
+    frontier.write_json(warm, mirror.folder / joined.SWEPT, real)
     paths += _match(warm, options, mirror.folder, real)
   mirror.sync()
   print("\n".join(f"{options.workdir.rstrip('/')}/{path.name}" for path in paths))
@@ -95,24 +96,32 @@ def _parsed(argv) -> argparse.Namespace:
     if lacking:
       parser.error(f"the following arguments are required: {', '.join(lacking)}")
     return options
-  others = sorted(set(vars(options)) - {"join", "workdir", "x", "overrides"})
+  kept = {"join", "workdir", "x", "entropy", "baseline", "overrides"}
+  others = sorted(set(vars(options)) - kept)
   if idle := [name for name in others if getattr(options, name) != parser.get_default(name)]:
     parser.error(f"--join measures nothing: leave out --{idle[0]}")
   return options
 
 
 def _join(options) -> None:
-  """Write and print finished sweeps as one."""
+  """Write and print finished sweeps as one; with a baseline or an entropy, at matched entropy."""
   rows, real = joined.join(options.join)
+  matching, warm = options.baseline or options.entropy is not None, []
+  if matching:
+    warm, _ = joined.join(options.join, joined.SWEPT)
+  if options.baseline:
+    check_choice("--baseline", options.baseline, tuple(dict.fromkeys(r["name"] for r in rows)))
   workdir = options.workdir.rstrip("/")
   if remote.exists(f"{workdir}/frontier.jsonl"):
     raise InputError(f"{workdir} holds a sweep of its own; join into another --workdir.")
   make_workdir(options.workdir)
   mirror = remote.Mirror(options.workdir)
-  written = frontier.write(rows, mirror.folder, reference=real, axes=options.x)
-  mirror.sync()
+  paths = list(frontier.write(rows, mirror.folder, reference=real, axes=options.x).values())
   print(frontier.table(rows))
-  print("\n".join(f"{workdir}/{path.name}" for path in written.values()))
+  if matching:
+    paths += _match(warm, options, mirror.folder, real)
+  mirror.sync()
+  print("\n".join(f"{workdir}/{path.name}" for path in paths))
 
 
 def _match(rows, options, folder, real) -> list[pathlib.Path]:
@@ -206,7 +215,7 @@ def _parser() -> flags.Parser:
     """
 dlm-jax frontier --model teacher=runs/t --model student=runs/s --judge=runs/j --workdir=runs/f
 dlm-jax frontier --model teacher=shipped:teacher --judge=shipped:judge --nfes=4,8 --workdir=runs/f
-dlm-jax frontier --join=runs/teachers,runs/students --workdir=runs/all
+dlm-jax frontier --join=runs/teachers,runs/students --baseline=teacher --workdir=runs/all
 """,
   )
   parser.add_argument(
@@ -274,7 +283,8 @@ def _add_join(parser) -> None:
     type=_folders,
     default=[],
     metavar="DIR,DIR,…",
-    help="measure nothing: draw the finished frontiers of these workdirs as one",
+    help="measure nothing: draw the finished frontiers of these workdirs as one; with --baseline "
+    "or --entropy also compare their --temperatures",
   )
 
 

@@ -183,7 +183,7 @@ def write(
   try:
     directory.mkdir(parents=True, exist_ok=True)
     _write_csv(rows, paths["csv"])
-    _write_json(rows, paths["json"], reference)
+    write_json(rows, paths["json"], reference)
     for x, name in pictures.items():
       trade = x == "nfe" and stem == "frontier"  # matched entropies have none
       _plot.save(rows, directory / name, reference, x=x, title=AXES[x], trade=trade)
@@ -338,7 +338,9 @@ def _plain(key: Row) -> Row:
   return json_file.plain(key, encode)
 
 
-def _write_json(rows, path, reference):
+def write_json(rows: Sequence[Row], path: pathlib.Path, reference: Reference | None) -> None:
+  """Write rows, and what real text scores, as `write` does; NaN and infinities as null."""
+
   def finite(value):  # JSON knows no NaN
     if isinstance(value, Mapping):
       return {key: finite(inner) for key, inner in value.items()}

@@ -32,15 +32,19 @@ _KINDS: dict[str, Kind] = {
 }
 
 
+SWEPT = "temperatures.json"  # of a sweep over temperatures: its rows
+
+
 def join(
-  directories: Sequence[epath.PathLike],
+  directories: Sequence[epath.PathLike], file: str = "frontier.json"
 ) -> tuple[list[frontier.Row], frontier.Reference | None]:
   """Return the rows of finished sweeps, model by model, and the first score of real text.
 
   A row that two of them have is taken once.
 
   Args:
-    directories: with a `frontier.json` each, that of `frontier.write`.
+    directories: of sweeps.
+    file: in each, as `frontier.write_json` writes it; `SWEPT`: of all temperatures.
 
   Raises:
     InputError: a file is missing or damaged, or they do not belong together: other judges, or one
@@ -48,7 +52,7 @@ def join(
   """
   rows, references, of_name, at = [], [], {}, {}
   for directory in directories:
-    found, reference = _read(directory)
+    found, reference = _read(directory, file)
     references += [] if reference is None else [reference]
     for row in found:
       _check_same(directory, of_name, "the judge", row["context"].get("judge"))
@@ -67,8 +71,8 @@ def join(
   return rows, next(iter(references), None)
 
 
-def _read(directory) -> tuple[list[frontier.Row], frontier.Reference | None]:
-  path = epath.Path(directory) / "frontier.json"
+def _read(directory, file) -> tuple[list[frontier.Row], frontier.Reference | None]:
+  path = epath.Path(directory) / file
   try:
     content = read("", json_file.read_object(path), {"rows": Items(), "reference": Kind()})
     rows = [read("", row, _KINDS, _BEFORE) for row in content["rows"]]
@@ -76,8 +80,9 @@ def _read(directory) -> tuple[list[frontier.Row], frontier.Reference | None]:
     reference = None if real is None else build(frontier.Reference, "", real)
   except (OSError, ValueError) as error:
     told = (getattr(error, "strerror", None) or str(error)).rstrip(".")
+    which = " with --temperatures" if file == SWEPT else ""
     raise InputError(
-      f"{path} cannot be joined: {told}; name workdirs of finished `dlm-jax frontier` runs."
+      f"{path} cannot be joined: {told}; name workdirs of finished `dlm-jax frontier` runs{which}."
     ) from None
   return [{k: math.nan if v is None else v for k, v in row.items()} for row in rows], reference
 

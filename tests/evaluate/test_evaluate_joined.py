@@ -23,7 +23,7 @@ def _row(name, nfe, **changes):
 def _sweep(folder, rows, reference=None):
   """Write a finished sweep; the picture is not what is tested."""
   folder.mkdir()
-  frontier._write_json(rows, folder / "frontier.json", reference)
+  frontier.write_json(rows, folder / "frontier.json", reference)
   (folder / "frontier.jsonl").write_text("")
   return str(folder)
 
@@ -122,3 +122,32 @@ def test_a_sweep_still_needs_models_and_a_judge(tmp_path, capsys):
   ):
     assert main(["frontier", f"--workdir={tmp_path / 'out'}", *given]) == 2
     assert f"the following arguments are required: {lacking};" in capsys.readouterr().err
+
+
+def _warm(name, nfe, temperature, genppl):
+  """Entropy falls by a nat per unit of temperature, log GenPPL by three."""
+  warmth = temperature - 1
+  measured = {"genppl": genppl * math.exp(3 * warmth), "entropy": 4.5 + warmth, "entropy_se": 0.001}
+  return _row(name, nfe, **measured, genppl_se=0.01, options={"temperature": temperature})
+
+
+def test_at_matched_entropy(tmp_path, capsys):
+  teacher = {1: 400.0, 4: 200.0, 16: 100.0}
+  sweeps = (("t", teacher), ("s", {2: 200.0}))
+  folders = []
+  for name, genppl in sweeps:
+    folders.append(_sweep(tmp_path / name, [_row(name, nfe) for nfe in genppl]))
+    warm = [_warm(name, nfe, t, value) for nfe, value in genppl.items() for t in (0.8, 1.0)]
+    frontier.write_json(warm, tmp_path / name / joined.SWEPT, None)
+  main(["frontier", f"--join={','.join(folders)}", "--baseline=t", f"--workdir={tmp_path / 'all'}"])
+  said = capsys.readouterr().out
+  assert "for which t needs 4: 2.0 times fewer evaluations" in said
+  assert (tmp_path / "all/matched.png").exists()
+  given = ["frontier", f"--join={','.join(folders)}", f"--workdir={tmp_path / 'other'}"]
+  assert main([*given, "--baseline=u"]) == 2 and "--baseline='u'" in capsys.readouterr().err
+
+
+def test_a_sweep_at_one_temperature_has_no_matched_entropy(tmp_path):
+  folder = _sweep(tmp_path / "a", [_row("t", 8)])
+  with pytest.raises(InputError, match=r"temperatures.json cannot.*runs with --temperatures"):
+    joined.join([folder], joined.SWEPT)
