@@ -17,7 +17,6 @@ from dlm_jax.configs.recipes import brief, idlm, novels
 
 def get_config():
   c = novels.novels()
-  idlm.masked(c, teacher="runs/novels_teacher", judge="runs/novels_judge")
-  brief.distillation(c, steps=400, every=50)
-  idlm.of_steps(c, 4, 8, lr=4e-6)
+  idlm.of_steps(c, 4, 8, teacher="runs/novels_teacher", judge="runs/novels_judge")
+  brief.matched_distillation(c, steps=400, every=50, lr=4e-6)
   return c

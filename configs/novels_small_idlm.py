@@ -18,8 +18,7 @@ from dlm_jax.configs.recipes import brief, idlm, novels
 
 def get_config():
   c = novels.novels(dim=256, layers=6, heads=4)
-  idlm.masked(c, teacher="runs/novels_small_teacher", judge="runs/novels_small_judge")
-  brief.distillation(c, steps=400, every=50)
-  idlm.of_steps(c, 4, 8, lr=1e-5)
+  idlm.of_steps(c, 4, 8, teacher="runs/novels_small_teacher", judge="runs/novels_small_judge")
+  brief.matched_distillation(c, steps=400, every=50, lr=1e-5)
   c.model.cond_dim = 64
   return c
