@@ -30,8 +30,8 @@ def get_config(variant="teacher"):
   else:
     c.model.cond_dim = 64
   if variant == "student":
-    idlm.masked(c, **_MEASURED)
-    brief.distillation(c, steps=200, every=20)
+    idlm.of_steps(c, 4, 8, **_MEASURED)
+    brief.matched_distillation(c, steps=300, every=50, lr=1e-5)
   elif variant == "didi":
     didi.didi(c, **_MEASURED, shared_time=True, group_size=8, warmup=20)
     brief.distillation(c, steps=200, every=20, lr=1e-5, b2=0.98)

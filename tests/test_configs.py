@@ -88,6 +88,8 @@ def _tiny(name):
     small["objective.group_size"] = 2  # a micro-batch holds whole groups
   if config.objective.get("trained_layers"):
     small["objective.trained_layers"] = 1
+  if config.objective.get("steps"):
+    small["objective.interval"] = (1e-3, 1.0)  # or of eight positions none is hidden at first
   if config.objective.get("curriculum_end"):
     small["objective.curriculum_end"] = 1  # one step on soft inputs, one on hard tokens
   return load_config(name, {field: str(value) for field, value in small.items()})

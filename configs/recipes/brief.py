@@ -26,18 +26,34 @@ def distillation(
 
   The rate and b2 are those of IDLM; what trains the student on tokens takes other ones.
   """
+  _watched(c, steps, every, lr, b2, checkpoint_every)
+  c.optim.schedule = "constant"
+  c.evaluate.nfes = nfes
+  c.evaluate.samples = 128
+  c.evaluate.select = "genppl"  # as the students of the figures in the docstrings were chosen
+  c.evaluate.max_entropy_drop = max_entropy_drop
+
+
+def matched_distillation(c, *, steps, every, lr, b2=0.99):
+  """Train at a rate that falls in batches of 128, measure 256 samples after every `every` updates.
+
+  The student furthest below the teacher's temperature curve is kept.
+  """
+  _watched(c, steps, every, lr, b2, checkpoint_every=100)
+  c.optim.schedule = "cosine"
+  c.evaluate.samples = 256
+  c.evaluate.select = "matched"
+  c.evaluate.max_entropy_drop = 0.25
+
+
+def _watched(c, steps, every, lr, b2, checkpoint_every):
   c.loader.batch_size = 128
   c.objective.ema_decay = 0.98
   c.optim.lr = lr
   c.optim.warmup = 20
-  c.optim.schedule = "constant"
   c.optim.b2 = b2
   c.train.steps = steps
   c.train.log_every = 10
   c.train.checkpoint_every = checkpoint_every
   c.evaluate.every = every
-  c.evaluate.nfes = nfes
-  c.evaluate.samples = 128
   c.evaluate.batch_size = 128
-  c.evaluate.select = "genppl"  # as the students of the figures in the docstrings were chosen
-  c.evaluate.max_entropy_drop = max_entropy_drop

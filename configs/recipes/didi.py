@@ -34,7 +34,7 @@ def didi(
   c.objective.importance_weight = False  # divide by the Beta's density
   c.objective.shared_time = shared_time  # rewards of one noise level are compared: `DiDiOptions`
   c.objective.t0 = 1e-3  # time of the final state; 0: no mask is left
-  c.objective.order = "random"  # random or spaced: the reveal order of the student's sampler
+  c.objective.order = "random"  # random or spaced: which positions are masked together
   c.objective.remask = 0.0  # share of the intermediate state's tokens
   c.objective.group_size = group_size  # sequences whose rewards are normalised together
   c.objective.reward_clip = 8.0  # nats

@@ -17,7 +17,7 @@ def sdtt(c, teacher, judge, *, num_steps=1024, update_teacher_every=rounds.STEPS
   c.objective.update_teacher_every = update_teacher_every  # steps; each round doubles that time
   c.objective.divergence = "kl-bwd"  # kl-bwd, kl-fwd, mse or tvd
   c.objective.published_times = False  # True: the released code's second teacher time
-  c.objective.order = "random"  # random or spaced: the reveal order of the student's sampler
+  c.objective.order = "random"  # random or spaced: which positions are masked together
   c.objective.chunk = optional(int, chunk)  # positions per chunk of dense arrays; 0: by size
   c.teacher.path = teacher
   c.evaluate.judge = judge

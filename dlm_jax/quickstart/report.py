@@ -102,8 +102,6 @@ def write(
     summary += [f"── {name}, {shown_nfe} NFE ──", viz.plain(drawn[0], tokenizer).strip("\n"), ""]
   summary += [f"report: {workdir / 'report.md'}   figure: {workdir / 'frontier.png'}"]
   summary += [f"more:   dlm-jax sample {_named(next(iter(students.values())))} --steps=8 --num=4"]
-  spaced = any(row["options"].get("order") == "spaced" for row in rows)
-  summary[-1] += " --option order=spaced" if spaced else ""
   (workdir / "summary.txt").write_text("\n".join(summary) + "\n", encoding="utf-8")
 
 

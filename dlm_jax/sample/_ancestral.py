@@ -13,8 +13,9 @@ whole batch evaluates nothing. The same u_l, taken as continuous times, give fir
 sampling: the limit of infinitely many steps, in at most L evaluations.
 
 Which positions share a step is the order's business: `dlm_jax.sample.orders`. The above is the
-order "random", the reverse process to the letter; the default is "spaced", where neighbours are
-never revealed together: the same number of evaluations loses less.
+order "random", the reverse process to the letter. The default is "spaced": what a step reveals is
+far apart, and the same number of evaluations loses less. As every order but "random" it reveals all
+in the steps of the grid, whatever the schedule would leave to the removal of noise.
 
 Mask-or-token and which-token are two separate draws, so nothing races: see `dlm_jax.draw`.
 """

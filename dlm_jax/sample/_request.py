@@ -101,9 +101,9 @@ class GridOptions:
 
   Attributes:
     grid: name in `grids`; None: "rising" of a spaced order of `Ancestral`, else "uniform".
-    noise_removal: what happens to noise that outlives the grid (an expected 1e-5 of the masks),
-      for one more evaluation: an "ancestral" step to α = 1, its "greedy" form, the most probable
-      clean token, or "none".
+    noise_removal: what happens to noise that outlives the grid (an expected 1e-5 of the masks;
+      none of them in an order of `Ancestral` other than "random"), for one more evaluation: an
+      "ancestral" step to α = 1, its "greedy" form, the most probable clean token, or "none".
     removes_always: of a class: whether that evaluation is made even where no noise is left.
 
   Raises:

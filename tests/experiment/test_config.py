@@ -178,7 +178,7 @@ def test_what_may_not_be_unset(write):
 def test_tuples_of_the_base_are_emptied():
   for text in ("none", "()", "", "[]"):
     assert load_config("novels_idlm", {"data.buckets": text}).data.buckets == ()
-  _fails("novels_idlm", "expected tuple like (8, 16), got str", evaluate__nfes="few")
+  _fails("novels_idlm", "expected tuple like (4, 8), got str", evaluate__nfes="few")
 
 
 def test_an_unset_field_reaches_the_method():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Students are chosen at the teacher's temperature of equal entropy, sampled in their own order."""
+"""Students are chosen at the teacher's temperature of equal entropy, in the order asked for."""
 
 import json
 import math
@@ -118,23 +118,27 @@ def test_refused(field, text, message):
 
 
 @pytest.mark.slow
-def test_a_run_under_a_spaced_order(tmp_path, monkeypatch):
-  """One compiled program serves all temperatures; the best is written with its score."""
+@pytest.mark.parametrize("order", ["", "random"])
+def test_a_run_under_a_spaced_order(tmp_path, monkeypatch, order):
+  """One compiled program serves all temperatures; the best is written with its score.
+
+  Unless asked for another order, samples are in that of the sampler.
+  """
   seen, generate = [], at_most(sample.generate)
 
   def watched(*arguments, **options):
-    seen.append(options["order"])
+    seen.append(options.get("order", ""))
     return generate(*arguments, **options)
 
   monkeypatch.setattr(evaluators.sample, "generate", watched)
   changes = {"objective__order": "spaced", "objective__steps": "(2, 4)", "evaluate__every": "3"}
   changes |= {"objective__fake_updates": "2", "optim__fake__lr": "0.02"}
-  changes |= {"evaluate__select": "matched"}
+  changes |= {"evaluate__select": "matched", "evaluate__order": order}
   config = tiny_runs.make().config("idlm", **changes, evaluate__max_entropy_drop="100.0")
   assert isinstance(config.optim.fake, ConfigDict)
   assert run.train(config, tmp_path / "run").reason == "finished"
   rows = [row for row in tiny_runs.metrics(tmp_path / "run") if "matched" in row]
-  assert [row["step"] for row in rows] == [0, 3, 6] and seen == ["spaced"]
+  assert [row["step"] for row in rows] == [0, 3, 6] and seen == [order]
   assert rows[0]["matched"] == 0 and rows[0]["best_step"] == 0
   written = json.loads((tmp_path / "run" / "best" / "config.json").read_text())
   assert written["dlm_jax"]["step"] == rows[-1]["best_step"]

@@ -131,7 +131,7 @@ def test_a_report_says_how_it_was_made(tmp_path):
   assert "Time: frontier 2 s." in text and "± is one standard error" in text
   assert text.count("| teacher ") == 4 and text.count("| student ") == 2, "at temperature 1; saved"
   assert "**With 8 evaluations" in text and "times fewer" in text
-  assert "--num=4 --option order=spaced" in (tmp_path / "summary.txt").read_text()
+  assert (tmp_path / "summary.txt").read_text().endswith(" --steps=8 --num=4\n")
   nan = float("nan")
   text = _report(tmp_path, genppl=14.52, genppl_se=nan, entropy=4.081, entropy_se=nan)
   assert "Held-out text scores 14.5 at 4.08 nats (16 texts)." in text
@@ -163,7 +163,8 @@ def _measured(monkeypatch, nfes, *, exact=True, proc=None, critic=None):
   asked = []
 
   def sweep(samplers, nfes, *, on_row, **settings):
-    asked.extend((name, nfes, dict(s.options)) for name, s in samplers.items())
+    warm = {"temperature": 1.0}  # unless another is given
+    asked.extend((name, nfes, warm | dict(s.options)) for name, s in samplers.items())
     return []
 
   def pipe():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ancestral sampler's law against enumeration of the reverse chain.
+"""The law of the ancestral sampler in random order against enumeration of the reverse chain.
 
 A denoiser with a table of conditionals (deliberately not those of any joint law, so that the order
 of reveals matters), three tokens and a mask, L = 3. Seeds are fixed: P > 1e-4 is "follows the
@@ -28,10 +28,10 @@ def _process(schedule=None):
 
 
 def _generate(denoiser, proc, steps, *, seed=0, samples=SAMPLES, length=L, **options):
+  order = {} if "precision" in options else {"order": "random"}
+  options = {"sampler": "ancestral", **order, **options}
   generate = jax.jit(
-    functools.partial(
-      sample.generate, batch=samples, length=length, steps=steps, sampler="ancestral", **options
-    ),
+    functools.partial(sample.generate, batch=samples, length=length, steps=steps, **options),
     static_argnums=1,
   )
   return np.asarray(generate(denoiser, proc, jax.random.key(seed)))

@@ -68,6 +68,7 @@ def test_one_position(sampler):
 def test_trace_of_the_ancestral_sampler(noise_removal, steps):
   """LATE leaves masks to the noise removal, so the last entry differs from the one before."""
   options = {"proc": LATE, "batch": 256, "steps": steps, "noise_removal": noise_removal}
+  options["order"] = "random"
   tokens, trace_KBL = _generate(return_trace=True, **options)
   np.testing.assert_array_equal(tokens, _generate(**options))
   _check_trace(tokens, trace_KBL)
@@ -76,6 +77,16 @@ def test_trace_of_the_ancestral_sampler(noise_removal, steps):
   left = (np.asarray(trace_KBL) == toy.MASK).sum(axis=(1, 2))
   assert left[steps - 1] > 0
   assert (left[-1] > 0) == (noise_removal == "none")
+
+
+@pytest.mark.parametrize("noise_removal", ["ancestral", "none"])
+def test_trace_of_the_default_order(noise_removal):
+  """As many states as in random order, and no masks left to the noise removal, even under LATE."""
+  options = {"proc": LATE, "batch": 64, "steps": 2, "noise_removal": noise_removal}
+  tokens, trace_KBL = _generate(return_trace=True, **options)
+  _check_trace(tokens, trace_KBL)
+  assert len(trace_KBL) == 2 + (noise_removal != "none")
+  assert np.any(trace_KBL[0] == toy.MASK) and not np.any(trace_KBL[1] == toy.MASK)
 
 
 def test_trace_of_first_hitting():
@@ -154,8 +165,11 @@ every_option = pytest.mark.parametrize(
   [
     _options("one_step", steps=1, slow=True),
     _options("four_steps", steps=4),
-    _options("greedy", steps=4, proc=LATE, noise_removal="greedy", slow=True),
-    _options("sharpened", steps=4, proc=LATE, temperature=0.7, nucleus=0.9, slow=True),
+    _options("random", steps=4, order="random", slow=True),
+    _options("greedy", steps=4, proc=LATE, order="random", noise_removal="greedy", slow=True),
+    _options(
+      "sharpened", steps=4, proc=LATE, order="random", temperature=0.7, nucleus=0.9, slow=True
+    ),
     _options("first_hitting", sampler="first_hitting"),
     _options("legacy", steps=4, precision="legacy", slow=True),
   ],

@@ -30,7 +30,7 @@ def _generate(steps, order, *, length=L, **options):
   return _draw(toy.make(length), order, steps=steps, length=length, **options)
 
 
-def _steps(length, steps, free=None, fine=60):
+def _steps(length, steps, free=None, fine=60, grid="uniform"):
   """Return the reveal steps of every equally probable turn, side and rounding, [N, L]."""
   free_L = np.ones(length, bool) if free is None else np.asarray(free)
   middle = lambda n: (np.arange(n) + 0.5) / n  # noqa: E731
@@ -38,20 +38,25 @@ def _steps(length, steps, free=None, fine=60):
   draws_N3 = jnp.asarray(list(draws), jnp.float32)
   free_NL = jnp.broadcast_to(free_L, (len(draws_N3), length))
   rank_NL, count_N = orders.spaced(free_NL, draws_N3[:, :2])
-  survives_K = 1 - (jnp.arange(steps) + 1.0) / steps
+  survives_K = grids.make(grid, steps, 0.0, length=length)[1:]
   step_NL = orders.steps_of(rank_NL, orders.left(count_N, survives_K, draws_N3[:, 2]))
   return np.where(free_NL, np.asarray(step_NL), -1)
 
 
-def _law(step_NL, length=L, start=None):
-  """Return the law over states of groups revealed one after the other, a mean over their draws."""
+def _law(step_NL, length=L, start=None, probs=None):
+  """Return the law over states of groups revealed one after the other, a mean over their draws.
+
+  Predictions are those of `toy.make`, or `probs`, of every step.
+  """
   total, parts = 0, np.unique(step_NL, axis=0, return_counts=True)
   tokens, identity = toy.states(length), np.eye(toy.VOCABULARY)
-  probs = toy._predictions(toy.make(length), PROC, length, 0.0, 1.0, 1.0)
+  if probs is None:
+    always = toy._predictions(toy.make(length), PROC, length, 0.0, 1.0, 1.0)
+    probs = [always] * (step_NL.max() + 1)
   for step_L, count in zip(*parts, strict=True):
     law = toy.initial_law(PROC, length, start)
     for step in range(step_L.max() + 1):
-      rows = np.where((step_L == step)[None, :, None], probs, identity[tokens])
+      rows = np.where((step_L == step)[None, :, None], probs[step], identity[tokens])
       law = toy._apply(law, rows)
     total = total + law * count / len(step_NL)
   return total
@@ -100,6 +105,27 @@ def test_law_of_samples(steps):
   if steps > 1:
     wrong = _law(np.random.default_rng(0).permuted(_steps(L, steps), axis=1))
     assert toy.p_value(tokens_BL, wrong) < DIFFERS
+
+
+def _predicted(denoiser, times, **sharpened):
+  """Return what is predicted in steps that start at these times."""
+  sharpened = {"temperature": 1.0, "nucleus": 1.0, **sharpened}
+  told = [float(PROC.schedule.sigma(t)) for t in times]
+  return [toy._predictions(denoiser, PROC, L, sigma, **sharpened) for sigma in told]
+
+
+@pytest.mark.first_case
+@pytest.mark.parametrize("sharpened", [{}, {"temperature": 0.5}, {"nucleus": 0.7}])
+def test_law_of_the_defaults(sharpened):
+  """Spaced, on the rising grid, by a denoiser that is told when each step starts."""
+  steps, denoiser = 2, toy.make(L, seed=3, scale=1.0, tilt=0.5)
+  generate = functools.partial(sample.generate, batch=SAMPLES, length=L, steps=steps, **sharpened)
+  tokens_BL = jax.jit(generate, static_argnums=1)(denoiser, PROC, jax.random.key(2))
+  probs = _predicted(denoiser, grids.rising(steps, length=L)[:-1], **sharpened)
+  law = _law(_steps(L, steps, grid="rising"), probs=probs)
+  assert toy.p_value(tokens_BL, law) > FOLLOWS
+  for wrong in ({"probs": _predicted(denoiser, [1e-3, 1e-3], **sharpened)}, {}):
+    assert toy.p_value(tokens_BL, _law(_steps(L, steps, grid="rising"), **wrong)) < DIFFERS
 
 
 def test_law_given_frozen_tokens():
@@ -272,6 +298,28 @@ def test_the_default_grid_reveals_more_and_more():
     np.testing.assert_allclose(revealed_K.sum(), 1, atol=2e-5)
   np.testing.assert_allclose(grids.rising(64, length=64), grids.uniform(64), atol=1e-6)
   np.testing.assert_allclose(grids.rising(1, length=64), grids.uniform(1), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+  "sampler, order",
+  [("ancestral", "spaced"), *((name, "random") for name in ("first_hitting", "psi", "rgas"))],
+)
+def test_the_default_order(sampler, order):
+  """Token for token. The float32 race has no order; see `test_orders_without_a_meaning`."""
+
+  class Silent:
+    embedded = body = staticmethod(lambda *_: None)
+
+  critic = {"critic": Silent(), "h": (0.0, 0.0), "candidates": 1} if sampler == "rgas" else {}
+  sizes = {"batch": 64, "length": 3, "steps": 2, "sampler": sampler, **critic}
+
+  def draw(**options):
+    generate = functools.partial(sample.generate, **sizes, **options)
+    return np.asarray(jax.jit(generate, static_argnums=1)(toy.make(3), PROC, jax.random.key(0)))
+
+  other = {"spaced": "random", "random": "spaced"}[order]
+  np.testing.assert_array_equal(draw(), draw(order=order))
+  assert np.any(draw() != draw(order=other))
 
 
 @pytest.mark.slow

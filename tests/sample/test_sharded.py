@@ -41,6 +41,7 @@ class Taste:
 
 OPTIONS = {
   "ancestral": {},
+  "random": {"order": "random"},
   "first_hitting": {"sampler": "first_hitting"},
   "psi": {"sampler": "psi", "kappa": 0.5},
   "analytic": {"sampler": "analytic"},

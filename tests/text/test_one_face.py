@@ -71,7 +71,7 @@ def test_it_shows_itself_in_a_line(pipes, kind):
   [
     ("absorbing", {"max_new_tokens": 4}, "it takes steps, num, seed, prompt, length, sampler"),
     ("uniform", {"threshold": 0.5}, "it takes steps, num, seed, prompt, length, sampler"),
-    ("absorbing", {"tempature": 0.5}, r"it has \['bound', 'grid', 'noise_removal', 'nucleus'"),
+    ("absorbing", {"tempature": 0.5}, r"it has \['bound', 'grid', 'guidance', 'noise_removal',"),
     ("absorbing", {"return_trace": True}, "ask `tokens`"),
     ("blocks", {"sampler": "psi"}, "it takes steps, num, seed, prompt, chat, max_new_tokens"),
     ("blocks", {"length": 4}, "it takes steps, num, seed, prompt, chat, max_new_tokens"),

@@ -192,8 +192,8 @@ class Options(ChunkedOptions):
 
   Attributes:
     time_coupling: "same_order" or "permuted", see `couple_times`; with `steps` always "permuted".
-    order: of an absorbing process: "random" or "spaced", the reveal order that the student will be
-      sampled with; see `objectives.orders`.
+    order: of an absorbing process: "random" or "spaced", which positions are masked together, as a
+      sampler of that order meets them; see `objectives.orders`.
     steps: of an absorbing process: numbers of steps K of the samplers whose own loss is taken, see
       `groups`; (): that of the whole prediction.
     interval: smallest and largest loss time. Under `steps` few hidden positions at a time, a
