@@ -67,3 +67,12 @@ class Denoiser:
       return x.astype(dtype) if matrix else x
 
     return self.replace(params=jax.tree_util.tree_map_with_path(cast, self.params))
+
+  def aligned(self) -> "Denoiser":
+    """Return a copy with the vocabulary head padded, where a GPU wants that, for a loop's sake.
+
+    Any evaluation would pad it, to the same effect, and a compiler leaves that inside the loop: see
+    `layers.padded`. For inside a jitted function; a network without a method `aligned` stays as is.
+    """
+    align = getattr(self.model, "aligned", None)
+    return self if align is None else self.replace(params=align(self.params))

@@ -20,6 +20,7 @@ from dlm_jax.models.layers import (
   LayerNorm,
   Linear,
   Network,
+  aligned,
   dropout,
   matmul,
   rotary_tables,
@@ -263,6 +264,13 @@ class DiT(Network):
   def inputs(self, length: int = 1) -> tuple[Array, ...]:
     """Return arguments to initialise the network with: one sequence of ids, and its σ."""
     return jnp.zeros((1, length), jnp.int32), jnp.zeros((1,))
+
+  @nn.nowrap
+  def aligned(self, params: Params) -> Params:
+    """Return the parameters with the head as its product reads it: see `Denoiser.aligned`."""
+    output = params["output"]
+    kernel = aligned(output["project"]["kernel"], jnp.dtype(self.config.dtype))
+    return {**params, "output": {**output, "project": {**output["project"], "kernel": kernel}}}
 
   def __call__(
     self, tokens, sigma_B: FloatB, rng_B: KeyB | None = None, noise_BLN: Any = None

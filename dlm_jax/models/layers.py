@@ -130,8 +130,17 @@ def _pad(x, axis, width):
   return jnp.pad(x, widths) if widths[axis][1] else x
 
 
+def aligned(kernel: Float[Array, "D F"], dtype: DTypeLike) -> Float[Array, "D padded"]:
+  """Return the kernel of a `Linear` as its product in `dtype` reads it, if it has to be padded."""
+  width = padded(kernel.shape[1], dtype)
+  return kernel if width == kernel.shape[1] else _pad(kernel.astype(dtype), 1, width)
+
+
 class Linear(nn.Module):
-  """Multiply by a matrix in `dtype`, accumulate in float32, add a bias, return `out_dtype`."""
+  """Multiply by a matrix in `dtype`, accumulate in float32, add a bias, return `out_dtype`.
+
+  A kernel that is stored `aligned` is used as it is.
+  """
 
   features: int
   axes: tuple[str | None, str | None]
@@ -144,9 +153,11 @@ class Linear(nn.Module):
   def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch F"]:
     init = nn.initializers.zeros if self.zeros else fan_in_uniform
     shape = (x.shape[-1], self.features)
-    kernel = self.param("kernel", nn.with_logical_partitioning(init, self.axes), shape)
     dtype, out_dtype = jnp.dtype(self.dtype), jnp.dtype(self.out_dtype or self.dtype)
     width = padded(self.features, dtype)
+    kernel = self.get_variable("params", "kernel")
+    if width == self.features or np.shape(kernel) != (x.shape[-1], width):
+      kernel = self.param("kernel", nn.with_logical_partitioning(init, self.axes), shape)
     y = matmul(x, _pad(kernel, 1, width), dtype, out_dtype)
     if self.use_bias:
       zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[1:])

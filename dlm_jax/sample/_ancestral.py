@@ -9,8 +9,10 @@ before the first network evaluation, exactly in distribution:
 
 Then step k needs logits only where something is revealed: the trunk runs on everything, the
 vocabulary head and the draw on gathered positions, 1/K of them. A step that reveals nothing in the
-whole batch evaluates nothing. The same u_l, taken as continuous times, give first-hitting
-sampling: the limit of infinitely many steps, in at most L evaluations.
+whole batch evaluates nothing, where such steps are to be expected: whether anything is due is not
+asked without a prompt and with several tokens per step, see `_counts`. The same u_l, taken as
+continuous times, give first-hitting sampling: the limit of infinitely many steps, in at most L
+evaluations.
 
 Which positions share a step is the order's business: `dlm_jax.sample.orders`. The above is the
 order "random", the reverse process to the letter. The default is "spaced": what a step reveals is
@@ -32,7 +34,7 @@ from dlm_jax.arrays import KeyB, Scalar
 from dlm_jax.errors import InputError
 from dlm_jax.fields import Number
 from dlm_jax.process import grids, orders
-from dlm_jax.sample import _adaptive
+from dlm_jax.sample import _adaptive, _counts
 from dlm_jax.sample._guided import guided
 from dlm_jax.sample._request import GridSampler, Request, walk
 from dlm_jax.sample._reveal import Revealer, capacity_for
@@ -40,7 +42,7 @@ from dlm_jax.sample._reveal import Revealer, capacity_for
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Ancestral(GridSampler):
-  """The reverse process on a grid: one evaluation per step that reveals something.
+  """The reverse process on a grid: one evaluation per step, of those that reveal something.
 
   Attributes:
     order: which positions a step reveals: one of `orders.NAMES`, an integer array of steps per
@@ -77,17 +79,20 @@ class Ancestral(GridSampler):
   def run(self, request: Request) -> Int[Array, "K B L"]:
     """Return the states after every step; the last one is the sample."""
     request = guided(request, self.guidance)
-    t_K, length = self.times(request), request.length
-    capacity = capacity_for(length / request.steps, length)
     if isinstance(self.order, str) and self.order in orders.ADAPTIVE:
+      capacity = capacity_for(request.length / request.steps, request.length)
       return _adaptive.run(self, request, self._revealer(request, capacity))
+    t_K = self.times(request)
+    with jax.ensure_compile_time_eval():  # process and grid are static
+      survives_K = orders.survives(request.process, self.times(request))
+    counts = _counts.of_order(self.order, survives_K, request.length)
 
     def reveal_times(draws):
       reveal_BL = self._steps(request, draws, orders.survives(request.process, t_K))
       reveal_BL = jnp.where(request.frozen_BL, request.steps + 1, reveal_BL)
       return reveal_BL, jnp.broadcast_to(t_K[:, None], (t_K.size, reveal_BL.shape[0]))
 
-    return self._reveal(request, reveal_times, capacity)
+    return self._reveal(request, reveal_times, counts)
 
   def _steps(self, request, draws, survives_K):
     """Return each position's reveal step in 0 … K, K where it outlives the grid."""
@@ -99,25 +104,32 @@ class Ancestral(GridSampler):
     rank_BL, count_B = orders.spaced(~request.frozen_BL, draws.order_B3[:, :2])
     return orders.steps_of(rank_BL, orders.left(count_B, survives_K, draws.order_B3[:, 2]))
 
-  def _reveal(self, request, reveal_times, capacity):
+  def _reveal(self, request, reveal_times, counts):
     """Reveal masks at the steps that `reveal_times` makes of the draws of every sequence."""
     draws, token_BL2 = _draw(request, self.order)
     reveal_BL, t_KB = reveal_times(draws)
-    revealer = self._revealer(request, capacity)
+    steps = t_KB.shape[0] - 1
+    asks = counts.asks(steps, request.length, request.prompted)
+    revealer = self._revealer(request, counts.capacity(steps, request.length), asks=asks)
+    revealer = dataclasses.replace(revealer, at_once=counts.most is not None)
+    last = dataclasses.replace(revealer, asks=True)
 
-    def reveal(x_BL, k, t_B, greedy=False):
+    def reveal(x_BL, k, t_B, greedy=False, *, revealer=revealer):
       sigma_B = request.process.schedule.sigma(t_B)
       trunk = functools.partial(request.trunk, k=k)
       due_BL = reveal_BL == k
       return revealer.reveal(x_BL, due_BL, token_BL2, sigma_B, greedy, trunk=trunk)
 
-    count = t_KB.shape[0] - 1
-    _, trace_KBL = walk(reveal, request.x_BL, (jnp.arange(count), t_KB[:-1]))
-    return self.remove_noise(trace_KBL, lambda x_BL, greedy: reveal(x_BL, count, t_KB[-1], greedy))
+    def remove(x_BL, greedy):
+      return reveal(x_BL, steps, t_KB[-1], greedy, revealer=last) if counts.remains else x_BL
 
-  def _revealer(self, request, capacity):
+    _, trace_KBL = walk(reveal, request.x_BL, (jnp.arange(steps), t_KB[:-1]))
+    return self.remove_noise(trace_KBL, remove)
+
+  def _revealer(self, request, capacity, asks=True):
+    network, process = request.denoiser, request.process
     return Revealer(
-      denoiser=request.denoiser, process=request.process, capacity=capacity, truncation=self
+      denoiser=network, process=process, capacity=capacity, truncation=self, asks=asks
     )
 
 
@@ -151,7 +163,7 @@ class FirstHitting(Ancestral):
         reveal_BL = jnp.where(request.frozen_BL, reveal_BL, spaced_BL)
       return reveal_BL, t_KB
 
-    return self._reveal(request, reveal_times, 1)
+    return self._reveal(request, reveal_times, _counts.ONE_EACH)
 
 
 class _Draws(NamedTuple):

@@ -73,7 +73,8 @@ def generate(
     batch: number of sequences.
     length: tokens per sequence.
     steps: grid steps. At most steps + 1 evaluations happen: the last one removes what noise the
-      grid leaves. Masks need no evaluation in a step that reveals nothing. See `evaluations`.
+      grid leaves. A step that reveals no mask makes none, where such steps are to be expected: with
+      a prompt, or with few tokens per step. See `evaluations`.
     sampler: one of
       "ancestral": the reverse process, step by step.
       "first_hitting": absorbing only; one token per evaluation, exact for infinitely many steps.
@@ -136,8 +137,10 @@ def generate(
     rng_B, noise_B = _split_each(rng_B) if _noisy(denoiser) else (rng_B, None)
     x_BL, frozen_BL = map(split_batch, _start(proc, rng_prior_B, length, prompt, frozen))
     x_BL = varying_like(x_BL, (denoiser, rng, prompt, frozen, options))
-    network = _checks.Shaped(denoiser, proc.vocab_size)
+    align = getattr(denoiser, "aligned", lambda: denoiser)  # once, in front of all loops
+    network = _checks.Shaped(align(), proc.vocab_size)
     given = {"rng_B": rng_B, "noise_B": noise_B, "x_BL": x_BL, "frozen_BL": frozen_BL}
+    given["prompted"] = prompt is not None
     return run(Request(denoiser=network, process=proc, steps=steps, **given))
 
   rows = PartitionSpec(None, batch_axes(batch) or None)

@@ -34,6 +34,8 @@ class Request:
     frozen_BL: positions that never change.
     steps: K grid steps.
     noise_B: one key per sequence for the noise of masks, of a denoiser with `mask_noise`.
+    prompted: static; False where no prompt was given, so that nothing is frozen: what a step will
+      do is then known better before anything runs. It may change what a sample costs, never tokens.
   """
 
   denoiser: Any
@@ -43,6 +45,7 @@ class Request:
   frozen_BL: BoolBL
   steps: int
   noise_B: KeyB | None = None
+  prompted: bool = True
 
   @property
   def length(self) -> int:

@@ -2,7 +2,8 @@
 """Reveal masks: what every sampler of an absorbing process does once it knows which are due.
 
 The moves of those samplers do not depend on the network, so the vocabulary head runs only on the
-positions that are due, gathered, and a step in which none is due evaluates nothing.
+positions that are due, gathered, and a step in which none is due evaluates nothing, unless it is
+all but certain beforehand that some are: see `_counts`.
 """
 
 import dataclasses
@@ -29,12 +30,16 @@ class Revealer:
     process: absorbing.
     capacity: positions per row that are gathered at a time, see `capacity_for`.
     truncation: of the draw of a token.
+    at_once: whether no row ever has more than `capacity` due.
+    asks: whether to ask first if any are due, and evaluate nothing where none are.
   """
 
   denoiser: Any
   process: Absorbing
   capacity: int
   truncation: Truncation
+  at_once: bool = False
+  asks: bool = True
 
   def reveal(
     self,
@@ -61,7 +66,7 @@ class Revealer:
       hidden_BLD = trunk(x_BL, sigma_B)
       return self.fill(x_BL, hidden_BLD, due_BL, draws_BL2, sigma_B, greedy)
 
-    return jax.lax.cond(due_BL.any(), fill, lambda x_BL: x_BL, x_BL)
+    return jax.lax.cond(due_BL.any(), fill, lambda x_BL: x_BL, x_BL) if self.asks else fill(x_BL)
 
   def fill(
     self,
@@ -87,7 +92,7 @@ class Revealer:
       uniform_BK2 = jnp.take_along_axis(draws_BL2, position_BK[..., None], axis=1)
       return self.truncation.draw(logits_BKV, uniform_BK2).astype(x_BL.dtype)
 
-    return fill_due(x_BL, hidden_BLD, due_BL, predict, self.capacity)
+    return fill_due(x_BL, hidden_BLD, due_BL, predict, self.capacity, at_once=self.at_once)
 
   def predict(self, hidden_BKD: FloatBKD, sigma_B: FloatB) -> FloatBKV:
     """Return logits whose softmax is p(x₀) of masks with these hidden states."""
@@ -96,13 +101,27 @@ class Revealer:
 
 def capacity_for(mean: float, length: int) -> int:
   """Return how many positions per row to gather: four deviations above the mean, in eights."""
-  return min(length, 8 * math.ceil((mean + 4 * math.sqrt(mean)) / 8))
+  return in_eights(mean + 4 * math.sqrt(mean), length)
+
+
+def in_eights(count: float | int, length: int) -> int:
+  """Return a count rounded up to a multiple of eight, the length at most."""
+  return min(length, 8 * math.ceil(count / 8))
 
 
 def fill_due(
-  x_BL: IntBL, hidden_BLD: FloatBLD, due_BL: BoolBL, predict: Callable, capacity: int
+  x_BL: IntBL,
+  hidden_BLD: FloatBLD,
+  due_BL: BoolBL,
+  predict: Callable,
+  capacity: int,
+  *,
+  at_once: bool = False,
 ) -> IntBL:
   """Set the due positions, `capacity` per row at a time, in as many turns as the fullest row needs.
+
+  The first turn is taken in any case; whether there is another is asked after each, a question that
+  holds up a GPU.
 
   Args:
     x_BL: state.
@@ -111,6 +130,7 @@ def fill_due(
     predict: (hidden_BKD, position_BK) -> tokens [B, K]; whatever it gives where nothing is due is
       dropped.
     capacity: K.
+    at_once: whether no row has more than K due: nothing is asked then.
   """
   length = x_BL.shape[1]
 
@@ -130,4 +150,5 @@ def fill_due(
     done = jax.vmap(lambda row, at: row.at[at].set(False, mode="drop"))
     return x_BL, done(due_BL, target_BK)
 
-  return jax.lax.while_loop(some_left, turn, (x_BL, due_BL))[0]
+  carry = turn((x_BL, due_BL))
+  return (carry if at_once or capacity >= length else jax.lax.while_loop(some_left, turn, carry))[0]

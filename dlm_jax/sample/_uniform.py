@@ -25,9 +25,15 @@ from dlm_jax import draw
 from dlm_jax.arrays import FloatL, IntL, RngKey, Scalar
 from dlm_jax.process import Uniform
 from dlm_jax.sample._request import GridSampler, Request, walk
-from dlm_jax.sample._reveal import fill_due
+from dlm_jax.sample._reveal import fill_due, in_eights
 
 _TINY = 1e-30  # in place of 1 − α where float32 rounds it to 0
+# Of the positions of a sequence, how many meet the vocabulary head at a time. On 16 uniform steps
+# 1, 0.53, 0.38, … 0.22, … 0.53, 1 of them are due. Where memory does not matter one turn should do
+# for all but the first and last step, since a turn holds up a GPU; of a large batch the work does
+# matter, and small turns waste least.
+_FEW, _MANY = 9 / 16, 1 / 8
+_LOGITS = 2**27  # float32 logits of a turn (half a GiB), up to which memory does not matter
 
 
 def mixture(
@@ -119,7 +125,7 @@ class UniformAncestral(GridSampler):
     count = t_K.shape[0] - 1 + ancestral
     alpha_K = jnp.append(process.schedule.alpha(t_K), 1.0)
     kappa_K = jnp.append(kappa_K, 1.0)
-    capacity = min(length, 8 * -(-length // 64))  # an eighth of the positions per turn
+    capacity = _capacity(length, request.rng_B.shape[0], process.vocab_size)
 
     def settle(x_BL, due_BL, t, tokens):
       """Set due positions to tokens(logits_BKV, gather), `gather` taking what belongs to them."""
@@ -152,3 +158,9 @@ class UniformAncestral(GridSampler):
     of_step = (t_K[:count], alpha_K[:count], alpha_K[1 : count + 1], kappa_K[:count])
     _, trace_KBL = walk(step, request.x_BL, (jnp.arange(count), *of_step))
     return trace_KBL if ancestral else self.remove_noise(trace_KBL, most_probable)
+
+
+def _capacity(length, batch, vocab_size):
+  """Return how many positions per row to gather at a time."""
+  few = in_eights(_FEW * length, length)
+  return few if batch * few * vocab_size <= _LOGITS else in_eights(_MANY * length, length)
