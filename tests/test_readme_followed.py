@@ -14,6 +14,7 @@ import subprocess
 import sys
 
 import pytest
+import tiny_runs
 
 pytestmark = pytest.mark.slow
 
@@ -31,8 +32,8 @@ TINY = {
   "train.log_every": 1,
   "train.checkpoint_every": 2,
   "evaluate.every": 2,
-  "evaluate.samples": 8,
-  "evaluate.batch_size": 8,
+  "evaluate.samples": 4,
+  "evaluate.batch_size": 4,
 }
 MORE = {  # by variant of own_text
   "student": {"evaluate.nfes": "2", "evaluate.max_entropy_drop": 100},
@@ -78,13 +79,14 @@ def _blocks():
 def test_every_command_works(tmp_path):
   log, tools = tmp_path / "log.jsonl", tmp_path / "bin"
   tools.mkdir()
-  small = ["--nfes=1,2", "--samples=8"]  # of comparisons
+  few = {"evaluate.samples": 4, "evaluate.batch_size": 4, "evaluate.nfes": "2"}
+  few |= {"train.steps": 2, "loader.batch_size": 4}  # of a network of the shipped size
   table = {
     "configs": {kind: _flags(TINY | MORE.get(kind, {})) for kind in ("", "judge", *MORE)},
     "verbs": {
-      "quickstart": [*small, "--config.train.steps=2"],
-      "quickstart --pretrained": small,
-      "frontier": [*small, "--batch_size=8"],
+      "quickstart": ["--nfes=1,2", "--samples=2", *_flags(few)],
+      "quickstart --pretrained": ["--nfes=2", "--samples=2"],
+      "frontier": ["--nfes=2", "--samples=4", "--batch_size=4"],
     },
   }
   table["configs"]["teacher"] = table["configs"][""]
@@ -100,7 +102,7 @@ def test_every_command_works(tmp_path):
   for number in range(3):
     part = prose[number * 20_000 : (number + 1) * 20_000]
     (folder / "text" / f"{number}.txt").write_text(part)
-  environment = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}"}
+  environment = tiny_runs.environment(devices=1) | {"PATH": f"{tools}:{os.environ['PATH']}"}
   for block in _blocks():
     done = subprocess.run(
       ["bash", "-euo", "pipefail", "-c", block],

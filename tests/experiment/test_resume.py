@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """An interrupted run, continued, is the uninterrupted run bit for bit."""
 
+import functools
 import json
 import os
 import resource
@@ -72,15 +73,18 @@ def _assert_same(straight, resumed):
   assert ours[1] == theirs[1], "loader position and evaluator"
 
 
-def _restore(workdir, step=8):
-  tiny = tiny_runs.make()
-  built = build.experiment(plan.read(tiny.config("idlm", **RUN)), 300)
-  like = jax.tree.map(
+@functools.cache
+def _shapes():
+  built = build.experiment(plan.read(tiny_runs.make().config("idlm", **RUN)), 300)
+  return jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=mesh.replicated(built.mesh)),
     built.shapes,
   )
+
+
+def _restore(workdir, step=8):
   with checkpoint.Checkpoints(workdir / "checkpoints") as checkpoints:
-    return checkpoints.restore(like, step)
+    return checkpoints.restore(_shapes(), step)
 
 
 def test_the_run_has_what_resume_must_keep(straight):

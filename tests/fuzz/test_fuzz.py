@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 CASES = int(os.environ.get("DLM_JAX_FUZZ_CASES", "500"))
-MORE = max(CASES, 5000)
+MORE = max(CASES, 3000)
 SEED = int(os.environ.get("DLM_JAX_FUZZ_SEED", "0"))
 SHARES = {"networks": 0.5, "data": 0.25, "flags": 0.25}
 

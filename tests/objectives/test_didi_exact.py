@@ -28,7 +28,7 @@ class Table(DiT):
   def setup(self):
     self.logits = self.param("logits", jax.nn.initializers.normal(1.0), (V**L, L, V))
 
-  def trunk(self, tokens, sigma_B, rng_B=None):
+  def trunk(self, tokens, sigma_B, rng_B=None, noise_BLN=None):
     return self.logits[tokens @ V ** jnp.arange(L)[::-1]]
 
   def head(self, hidden_BKD, sigma_B):

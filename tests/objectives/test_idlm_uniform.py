@@ -73,10 +73,20 @@ class Recorded:
     states = self.states(chunk)
     return idlm.cross_entropy(fake, sample, self.batch, student=student, states=states)
 
+  @functools.cached_property
+  def generator_gradient(self):
+    """The generator's ((loss, metrics), gradient)."""
+    return _gradient(self.generator, self.params["student"])
+
+
+@pytest.fixture(scope="module")
+def load(golden):
+  return functools.cache(lambda name: Recorded(*golden(f"idlm_duo__{name}")))
+
 
 @pytest.fixture(scope="module", params=["a", pytest.param("b", marks=pytest.mark.slow)])
-def recorded(request, golden):
-  return Recorded(*golden(f"idlm_duo__{request.param}"))
+def recorded(request, load):
+  return load(request.param)
 
 
 def _compare_gradient(r, gradient, prefix, tolerance=2e-5):
@@ -105,7 +115,7 @@ def test_golden_states(recorded):
 
 def test_golden_generator_loss(recorded):
   r = recorded
-  (value, _), gradient = _gradient(r.generator, r.params["student"])
+  (value, _), gradient = r.generator_gradient
   np.testing.assert_allclose(value, r.vectors["generator_loss_mean"], rtol=2e-5)
   _compare_gradient(r, gradient, "grad_generator_loss_mean_wrt_student")
 
@@ -120,7 +130,7 @@ def test_golden_fake_objective(recorded):
 @pytest.mark.slow
 def test_chunks_change_nothing(recorded):
   r = recorded
-  whole = _gradient(r.generator, r.params["student"])
+  whole = r.generator_gradient
   parts = _gradient(r.generator, r.params["student"], chunk=4)
   scale = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(whole[1]))
   for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
@@ -128,10 +138,10 @@ def test_chunks_change_nothing(recorded):
 
 
 @pytest.mark.slow
-def test_the_gaussian_path_carries_gradient(golden):
+def test_the_gaussian_path_carries_gradient(load):
   """Spec, acceptance check 6: without the path through w the gradient is another one."""
-  r = Recorded(*golden("idlm_duo__a"))
-  (value, _), both = _gradient(r.generator, r.params["student"])
+  r = load("a")
+  (value, _), both = r.generator_gradient
   (same, _), direct = _gradient(r.generator, r.params["student"], path_gradient=False)
   np.testing.assert_allclose(value, same, rtol=1e-6)
   difference = optax.tree.norm(jax.tree.map(jnp.subtract, both, direct))
@@ -212,6 +222,7 @@ def test_golden_prompted(recorded):
   assert not np.any(gradient[~valid])
 
 
+@functools.cache
 def _tiny(length=8, size=11, **options):
   shape = {"vocab_size": size, "dim": 16, "cond_dim": 8, "layers": 1, "length": length}
   model = DiT(tiny.config(**shape, time_conditioning=True, **options))
