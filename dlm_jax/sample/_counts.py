@@ -69,11 +69,11 @@ def of_order(
   left_K = np.concatenate([[1.0], np.asarray(survives_K, np.float64)])
   if order == "random":
     return Counts(None, float(np.sum((1 - _falls(left_K)) ** length)), True)
-  # As `orders.left` has them. Of n free positions ⌊n a + u⌋ − ⌊n b + u⌋ are revealed, which is
-  # n (a − b) rounded up or down; one more or less where a count is taken for a whole number.
+  # Of n free positions ⌊n a + u⌋ − ⌊n b + u⌋ are revealed: n (a − b), rounded up or down, also
+  # where `orders.left` takes a count for a whole number. What float32 adds is a little to the
+  # shares, and one position where n is too long for u to count.
   mean_K = length * _falls((left_K - left_K[-1]) / (1 - left_K[-1]))
-  slack = length * 2.0**-18  # for shares in float32
-  most = math.ceil(mean_K.max() + slack) + 1
+  most = math.ceil(mean_K.max() + length * 2.0**-18) + 1
   return Counts(min(most, length), float(np.sum(np.maximum(1 - mean_K, 0))), False)
 
 
@@ -90,5 +90,6 @@ def _given(order, steps):
   """Return the counts of steps [L] or [B, L]; what is wrong with them is said elsewhere."""
   if order.ndim not in (1, 2) or not order.size or order.min() < 0 or order.max() >= steps:
     return _unknown(steps)
-  rows = [np.bincount(row, minlength=steps) for row in np.atleast_2d(order)]
+  order = np.atleast_2d(order).astype(np.int64)
+  rows = [np.bincount(row, minlength=steps) for row in order]
   return Counts(int(np.max(rows)), float(np.max(np.sum(np.equal(rows, 0), axis=1))), False)
