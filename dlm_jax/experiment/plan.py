@@ -270,7 +270,20 @@ def _typed(group: str, given: dict[str, Any], known: ConfigDict) -> dict[str, An
   for name, default in known.items():
     if type(default) in kinds and (group not in _FREE or given[name] is not None):
       found[name] = kinds[type(default)].check(f"{group}.{name}", given[name])
+  _check_finite(group, found)
   return found
+
+
+def _check_finite(name: str, value: Any) -> None:
+  """Raise InputError at a number that no file could keep, in fields that are checked later, too."""
+  if isinstance(value, dict):
+    for key, inner in value.items():
+      _check_finite(f"{name}.{key}", inner)
+  elif isinstance(value, tuple):
+    for i, inner in enumerate(value):
+      _check_finite(f"{name}[{i}]", inner)
+  elif isinstance(value, float):
+    Number().check(name, value)
 
 
 def _noise(c, family) -> Noise:

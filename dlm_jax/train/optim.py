@@ -51,10 +51,17 @@ class OptimConfig:
   clip: float = 0.0
 
   def __post_init__(self):
-    for name, interval in _RANGES.items():
-      Number(interval).check(f"optim.{name}", getattr(self, name))
-    Whole(0).check("optim.warmup", self.warmup)
-    check_choice("optim.schedule", self.schedule, SCHEDULES)
+    _check("optim", dataclasses.asdict(self))
+
+
+def _check(group: str, values: dict[str, Any]) -> None:
+  for name, value in values.items():
+    if name in _RANGES:
+      Number(_RANGES[name]).check(f"{group}.{name}", value)
+    elif name == "warmup":
+      Whole(0).check(f"{group}.warmup", value)
+    elif name == "schedule":
+      check_choice(f"{group}.schedule", value, SCHEDULES)
 
 
 def per_tree(fields: dict[str, Any], trees: Iterable[str]) -> dict[str, OptimConfig]:
@@ -75,6 +82,8 @@ def per_tree(fields: dict[str, Any], trees: Iterable[str]) -> dict[str, OptimCon
     if unknown := sorted(set(changes) - set(fields)):
       raise InputError(f"optim.{name}.{unknown[0]} is no field of optim{hint(unknown[0], fields)}.")
   own = {tree: {k: v for k, v in groups.get(tree, {}).items() if v is not None} for tree in trees}
+  for tree, changes in own.items():
+    _check(f"optim.{tree}", changes)
   given = {tree: {**fields, **own[tree]} for tree in trees}
   return {tree: make(OptimConfig, fields, "optim.") for tree, fields in given.items()}
 

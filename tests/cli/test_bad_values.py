@@ -135,6 +135,7 @@ def test_a_byte_order_mark_is_no_part_of_a_prompt(tiny, tmp_path, capsys):
     ("optim.eps", "-1.0", "optim.eps=-1.0 must be in (0, ∞)"),
     ("optim.final", "-1.0", "optim.final=-1.0 must be in [0, 1]"),
     ("optim.lr", "1e999", "optim.lr=inf is not a finite number"),
+    ("objective.ema_decay", "1e999", "objective.ema_decay=inf is not a finite number"),
     ("optim.lr", "nan", "expected float"),
     ("optim.lr", "0", "optim.lr=0.0 must be in (0, ∞)"),
     ("optim.clip", "-1", "optim.clip=-1.0 must be in [0, ∞)"),

@@ -2,6 +2,7 @@
 """From configurations to objects: overrides, building, resolving paths, user's own modules."""
 
 import dataclasses
+import math
 
 import jax
 import numpy as np
@@ -159,6 +160,9 @@ def test_the_fake_has_a_learning_rate_of_its_own():
   [
     (lambda: _with_group("fakes", lr=0.5), r"optim\.fakes names no trained tree .*'fake'"),
     (lambda: _with_group("fake", rate=0.5), r"optim\.fake\.rate is no field"),
+    (lambda: _with_group("fake", lr=-1.0), r"optim\.fake\.lr=-1\.0 must be in \(0, ∞\)"),
+    (lambda: _with_group("fake", lr=math.inf), r"optim\.fake\.lr=inf is not a finite number"),
+    (lambda: _with_group("fake", warmup=-1), r"optim\.fake\.warmup=-1 must be at least 0"),
   ],
 )
 def test_groups_of_optim_are_checked(config, message):
