@@ -2,7 +2,7 @@
 """How many positions the steps of an order reveal, as far as that is known before anything runs.
 
 A question that a program asks itself on the way (is any position due? is one left?) stops it on a
-GPU until the host has read the answer: a fiftieth of a forward pass of 170 M parameters at batch
+GPU until the host has read the answer: a twentieth of a forward pass of 170 M parameters at batch
 1. So samplers of masks ask what may well be answered either way, and nothing else.
 """
 
