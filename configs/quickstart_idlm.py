@@ -13,11 +13,16 @@ from dlm_jax.configs.recipes import idlm, quickstart
 
 def get_config():
   c = quickstart.student()
-  idlm.masked(c, teacher="shipped:teacher", judge="shipped:judge")
+  shipped = {"teacher": "shipped:teacher", "judge": "shipped:judge"}
+  idlm.masked(c, **shipped, order="spaced", steps=(4, 8), interval=(1e-3, 0.3))
   c.loader.batch_size = 32
-  c.optim.lr = 6e-6
+  c.optim.lr = 2.5e-5
   c.optim.warmup = 10
   c.optim.final = 0.02
-  c.train.checkpoint_every = 10
-  c.evaluate.every = 10
+  c.train.checkpoint_every = 20
+  c.evaluate.every = 20
+  c.evaluate.nfes = (4, 8)
+  c.evaluate.samples = 128
+  c.evaluate.select = "matched"
+  c.evaluate.temperatures = (0.8, 1.0)
   return c
