@@ -21,10 +21,11 @@ def cosine(steps: int, end: float = END) -> Float[Array, "K"]:
 
 
 def rising(steps: int, end: float = END, *, length: int) -> Float[Array, "K"]:
-  """Return times that reveal few tokens first and more later, for spaced orders.
+  """Return what is to be left of the masks, so that few tokens are revealed first and more later.
 
-  After k of K steps a share (k/K)^p is revealed, p = 1 + 0.6 (1 − 1/K)(1 − K/L): while the context
-  is empty a group's members have nothing to lean on, late they have neighbours on both sides. As
+  For spaced orders. On a log-linear schedule these are times; else `orders.times` has them. After k
+  of K steps a share (k/K)^p is revealed, p = 1 + 0.6 (1 − 1/K)(1 − K/L): while the context is
+  empty a group's members have nothing to lean on, late they have neighbours on both sides. As
   many steps as tokens reveal one each.
 
   Args:

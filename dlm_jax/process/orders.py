@@ -31,6 +31,7 @@ from jaxtyping import Array, Float, Int
 from dlm_jax.arrays import BoolBL, IntBL, KeyB, RngKey
 from dlm_jax.errors import InputError, check_choice
 from dlm_jax.fields import shown
+from dlm_jax.process import grids
 from dlm_jax.process.absorbing import Absorbing
 
 PLANNED = ("random", "spaced")  # known before the first evaluation
@@ -53,6 +54,27 @@ def check(order: Any) -> None:
 def grid(order: Any) -> str:
   """Return the name of the grid that a sampler takes with an order, unless it is given one."""
   return "rising" if isinstance(order, str) and order.startswith("spaced") else "uniform"
+
+
+def times(
+  process: Absorbing, order: Any, steps: int, length: int, named: str | None = None
+) -> Float[Array, "K"]:
+  """Return the times of a sampler's grid, one more than there are steps.
+
+  Args:
+    process: whose schedule says when how much is revealed: "rising" is of shares, not of times.
+    order: whose own grid is taken where none is named.
+    steps: K.
+    length: L.
+    named: in `grids`.
+  """
+  name = named or grid(order)
+  t_K = grids.make(name, steps, length=length)
+  if name != "rising":
+    return t_K
+  schedule = process.schedule
+  t_K = schedule.inverse(1 - t_K * (1 - schedule.alpha(1.0)))
+  return jnp.clip(t_K, grids.END, 1.0)
 
 
 def spaced(free_BL: BoolBL, uniform_B2: Float[Array, "B 2"]) -> tuple[IntBL, Int[Array, "B"]]:

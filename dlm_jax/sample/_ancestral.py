@@ -74,7 +74,8 @@ class Ancestral(GridSampler):
 
   def times(self, request: Request) -> Float[Array, "K"]:
     """Return the times of the grid, one more than there are steps."""
-    return grids.make(self.grid or orders.grid(self.order), request.steps, length=request.length)
+    given = (request.steps, request.length, self.grid)
+    return orders.times(request.process, self.order, *given)
 
   def run(self, request: Request) -> Int[Array, "K B L"]:
     """Return the states after every step; the last one is the sample."""

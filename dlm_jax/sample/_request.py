@@ -17,7 +17,7 @@ from dlm_jax import draw
 from dlm_jax.arrays import BoolBL, FloatB, FloatBLD, IntBL, KeyB, Scalar
 from dlm_jax.errors import InputError
 from dlm_jax.fields import Number
-from dlm_jax.process import grids
+from dlm_jax.process import grids, orders
 
 NOISE_REMOVALS = ("ancestral", "greedy", "none")
 
@@ -127,7 +127,8 @@ class GridOptions:
 
   def times(self, request: Request) -> Float[Array, "K"]:
     """Return the times of the grid, one more than there are steps."""
-    return grids.make(self.grid or "uniform", request.steps, length=request.length)
+    given = (request.steps, request.length, self.grid)
+    return orders.times(request.process, "random", *given)
 
   def remove_noise(
     self, trace_KBL: Int[Array, "K B L"], remove: Callable[[IntBL, bool], IntBL]

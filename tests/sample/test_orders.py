@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import toy
 
-from dlm_jax import process, sample
+from dlm_jax import process, sample, schedules
 from dlm_jax.errors import InputError
 from dlm_jax.sample import _adaptive, grids, orders
 
@@ -372,3 +372,22 @@ def test_refused(order, message):
   with pytest.raises(InputError) as caught:
     sample.generate(toy.make(L), PROC, jax.random.key(0), batch=2, length=L, steps=2, order=order)
   assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+  "schedule", [schedules.LogLinear(), schedules.Cosine(), schedules.Polynomial()]
+)
+@pytest.mark.parametrize("steps", [1, 4, 7])
+def test_a_rising_grid_is_of_shares_on_any_schedule(schedule, steps):
+  proc, length = process.Absorbing(vocab_size=5, mask_id=4, schedule=schedule), 64
+  t_K = orders.times(proc, "spaced", steps, length)
+  power = 1 + 0.6 * (1 - 1 / steps) * (1 - steps / length)
+  revealed = 1 - np.asarray(orders.survives(proc, t_K))
+  np.testing.assert_allclose(revealed, (np.arange(1, steps + 1) / steps) ** power, atol=2e-4)
+  assert np.all(np.diff(t_K) < 0) and t_K[0] <= 1
+
+
+def test_other_grids_are_of_times():
+  proc = process.Absorbing(vocab_size=5, mask_id=4, schedule=schedules.Cosine())
+  for named, order in ((None, "random"), ("uniform", "spaced")):
+    np.testing.assert_array_equal(orders.times(proc, order, 4, 64, named), grids.uniform(4))

@@ -82,7 +82,8 @@ class GroupedStates(HardStates):
     step_B = jnp.clip(step_B, 0, steps_R[run_B] - 1)
     length, t_B = batch["tokens"].shape[1], jnp.zeros_like(batch["t_gen"])
     for run, steps in enumerate(self.steps):
-      time_B = self._times(steps, length)[jnp.minimum(step_B, steps)]
+      t_K = orders.times(self.process, self.order, steps, length)
+      time_B = t_K[jnp.minimum(step_B, steps)]
       t_B = jnp.where(run_B == run, time_B, t_B)
     return {**batch, "t_gen": t_B, "run": run_B, "step": step_B}
 
@@ -101,17 +102,14 @@ class GroupedStates(HardStates):
     group_BL = masked_BL & (place_BL >= after_B[:, None])
     return jnp.where(masked_BL, self.process.mask_id, batch["tokens"]), group_BL
 
-  def _times(self, steps, length):
-    """Return the grid of a sampler with this order that is given none."""
-    return grids.make(orders.grid(self.order), steps, length=length)
-
   def _edges(self, valid_BL, rng_B):
     """Return a number per position and, by K, the numbers [B, K + 1] below which it is masked.
 
     Column k holds for the state before step k.
     """
     length = valid_BL.shape[1]
-    survives = [orders.survives(self.process, self._times(k, length)) for k in self.steps]
+    times = [orders.times(self.process, self.order, steps, length) for steps in self.steps]
+    survives = [orders.survives(self.process, t_K) for t_K in times]
     if self.order == "random":
       u_BL = jax.vmap(lambda rng: jax.random.uniform(rng, (length,)))(rng_B)
       rows = [jnp.concatenate([jnp.ones(1), share_K])[None] for share_K in survives]
