@@ -33,6 +33,7 @@ from dlm_jax.errors import InputError, check_choice
 from dlm_jax.fields import shown
 from dlm_jax.process import grids
 from dlm_jax.process.absorbing import Absorbing
+from dlm_jax.process.uniform import Uniform
 
 PLANNED = ("random", "spaced")  # known before the first evaluation
 ADAPTIVE = ("confidence", "margin", "entropy", "spaced_confidence")
@@ -57,7 +58,7 @@ def grid(order: Any) -> str:
 
 
 def times(
-  process: Absorbing, order: Any, steps: int, length: int, named: str | None = None
+  process: Absorbing | Uniform, order: Any, steps: int, length: int, named: str | None = None
 ) -> Float[Array, "K"]:
   """Return the times of a sampler's grid, one more than there are steps.
 
