@@ -312,7 +312,7 @@ dlm-jax sample --checkpoint=SDAR-8B-Chat-b8 --draft=SDAR-1.7B-Chat-b8 --chat --p
     action="append",
     type=flags.option,
     metavar="NAME=VALUE",
-    help="order=random; kappa=0.9, kappa=cap, eta=0.02 (psi); h=30,40, candidates=4 (rgas)",
+    help="order=random; kappa=cap, eta=0.02 (psi); h=30,40, candidates=4 (rgas)",
   )
   add("--noise_removal", metavar="HOW", help="ancestral, greedy or none")
   add("--precision", help="exact, or legacy: the public fp32 race")

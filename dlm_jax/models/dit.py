@@ -275,7 +275,8 @@ class DiT(Network):
   def __call__(
     self, tokens, sigma_B: FloatB, rng_B: KeyB | None = None, noise_BLN: Any = None
   ) -> FloatBLV:
-    return self.head(self.trunk(tokens, sigma_B, rng_B, noise_BLN), sigma_B)
+    noise = () if noise_BLN is None else (noise_BLN,)
+    return self.head(self.trunk(tokens, sigma_B, rng_B, *noise), sigma_B)
 
   def trunk(
     self, tokens, sigma_B: FloatB, rng_B: KeyB | None = None, noise_BLN: Any = None

@@ -119,7 +119,7 @@ def test_directory_with_something_else(fails, tiny, tmp_path):
 _CONFIG_ERRORS = [
   ("idlm", {"optim__lrr": "1"}, "there is no field 'lrr' (did you mean 'lr'?)"),
   ("idlm", {"optm__lr": "1"}, "there is no group 'optm' (did you mean 'optim'?)"),
-  ("idlm", {"optim__lr": "fast"}, "expected float like 6e-06, got str"),
+  ("idlm", {"optim__lr": "fast"}, "expected float like 2.5e-05, got str"),
   ("idlm", {"train__steps": "2.5"}, "expected int like"),
   ("idlm", {"model__time_conditioning": "3"}, "expected bool like False"),
   ("idlm", {"model": "dit"}, "is a group with the fields"),

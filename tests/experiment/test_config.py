@@ -61,7 +61,7 @@ def test_unknown_variants_answer_with_the_list():
   _fails("sdar", "--config=sdar needs a variant; " + listed)
   _fails("sdar:", "--config=sdar: needs a variant; " + listed)
   _fails("sadr:8b", "is unknown (did you mean 'sdar:8b'?)")
-  _fails("novels_idlm:8b", "novels_idlm has no variants; use --config=novels_idlm")
+  _fails("novels_didi:8b", "novels_didi has no variants; use --config=novels_didi")
 
 
 def test_files_of_the_user_have_variants(write):
