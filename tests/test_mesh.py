@@ -87,9 +87,8 @@ def reference():
   return host, jax.device_get(second), losses + more
 
 
-@pytest.mark.parametrize(
-  "name", [pytest.param(n, marks=() if "tensor" in n else pytest.mark.slow) for n in MESHES]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(MESHES))
 def test_from_eight_devices_to_one_and_back(tmp_path, reference, name):
   """8 devices take a step, save; 1 device restores, saves again; 8 devices restore and step."""
   wide, one = _built(**MESHES[name]), _one()

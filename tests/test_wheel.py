@@ -79,6 +79,7 @@ def wheel(sdist):
   return path
 
 
+@pytest.mark.slow
 def test_contents(wheel):
   names = set(zipfile.ZipFile(wheel).namelist())
   for path in (ROOT / "dlm_jax").rglob("*.py"):
@@ -96,6 +97,7 @@ def test_contents(wheel):
   assert wheel.stat().st_size < 53e6
 
 
+@pytest.mark.slow
 def test_contents_of_the_sdist(sdist):
   with tarfile.open(sdist) as archive:
     names = {name.partition("/")[2] for name in archive.getnames()}
@@ -104,6 +106,7 @@ def test_contents_of_the_sdist(sdist):
   assert sdist.stat().st_size < 53e6
 
 
+@pytest.mark.slow
 def test_metadata(wheel):
   archive = zipfile.ZipFile(wheel)
   (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))

@@ -116,7 +116,7 @@ def test_an_empty_prompt_with_a_draft_and_without():
   np.testing.assert_array_equal(info.step_BL, other_info.step_BL)
 
 
-@pytest.mark.first_case
+@pytest.mark.slow
 @pytest.mark.parametrize("verify", ["stacked", "simsd"])
 def test_numbers_of_64_bits(verify):
   """What the loops carry keeps its type."""

@@ -70,6 +70,7 @@ def alone(tmp_path_factory):
   return workdir, [record["tokens"] for record in rows]
 
 
+@pytest.mark.slow
 def test_each_host_reads_its_slice(hosts, alone):
   _, seen, _ = hosts
   assert [host["slices"] for host in seen] == [[[0, 2]] * 2, [[1, 2]] * 2]
@@ -78,6 +79,7 @@ def test_each_host_reads_its_slice(hosts, alone):
   np.testing.assert_array_equal(together, alone[1])
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_host_stops_all(hosts):
   _, seen, text = hosts
   assert text.count("interrupted at step 3; run the same command to resume.") == 2
@@ -86,6 +88,7 @@ def test_a_signal_to_one_host_stops_all(hosts):
   assert [host["first"] for host in seen] == [[7, 0]] * 2
 
 
+@pytest.mark.slow
 def test_hosts_change_nothing(hosts, alone):
   """Metrics and the exported network, gathered from both hosts, are those of one process."""
   ours, theirs = (tiny_runs.metrics(workdir) for workdir in (hosts[0], alone[0]))

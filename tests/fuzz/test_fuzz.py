@@ -107,6 +107,7 @@ def test_what_is_a_complaint(changes, wrong):
   assert cases.complaint(verdict | changes) == wrong
 
 
+@pytest.mark.slow
 def test_every_step_changes_something(folder):
   """Steps of a form, by name, on a file of that form."""
   json_ = b'{"a": 1, "b": [2, {"c": 3}]}'

@@ -130,6 +130,7 @@ def test_start():
   assert np.abs(moved - without).max() > 0.01
 
 
+@pytest.mark.slow
 def test_anchor_is_unbiased():
   """Its mean over noises is the squared distance of the mean prediction, by many noises."""
   _, state = prepared()

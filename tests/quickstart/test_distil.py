@@ -89,11 +89,13 @@ class _Interrupting:
     return getattr(self._stream, name)
 
 
+@pytest.mark.slow
 def test_interrupted_it_says_how_to_resume_and_does(done):
   rows = tiny_runs.metrics(done / "distillation")
   assert [row["step"] for row in rows] == [0, 1, 2, 3]
 
 
+@pytest.mark.slow
 def test_everything_is_there(done):
   rows = json.loads((done / "frontier.json").read_text())
   assert [(row["name"], row["nfe"], row["samples"]) for row in rows["rows"]] == [
@@ -127,6 +129,7 @@ def test_everything_is_there(done):
     assert places.network_directory(str(done / name)).is_dir()
 
 
+@pytest.mark.slow
 def test_the_overrides_reach_all_three(done):
   for name in ("teacher", "judge", "distillation"):
     config = json.loads((done / name / "checkpoints" / "config.json").read_text())
@@ -134,6 +137,7 @@ def test_the_overrides_reach_all_three(done):
   assert json.loads((done / "teacher" / "done.json").read_text())["step"] == 6
 
 
+@pytest.mark.slow
 def test_again_nothing_is_done_again(done, arguments, capsys, monkeypatch):
   def train(*args, **options):
     raise AssertionError("trained again")
