@@ -89,7 +89,7 @@ def test_a_student_keeps_the_prompts(folder, tmp_path, monkeypatch):
   assert train(_config(folder, "idlm"), tmp_path).reason == "finished"
   (group,) = loader.evaluation_groups(folder / "data", "validation")
   rows = np.resize(np.arange(len(group["tokens"])), 8)
-  assert len(seen) == 2
+  assert len(seen) == 3  # the teacher, it at another temperature, and the student
   for tokens_NL, valid_NL in seen:
     np.testing.assert_array_equal(valid_NL, group["valid"][rows])
     kept = group["tokens"][rows]
