@@ -24,5 +24,6 @@ def get_config():
   c.evaluate.nfes = (4, 8)
   c.evaluate.samples = 128
   c.evaluate.select = "matched"
+  c.evaluate.max_entropy_drop = 0.3
   c.evaluate.temperatures = (0.8, 1.0)
   return c
