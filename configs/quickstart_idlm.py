@@ -13,15 +13,13 @@ from dlm_jax.configs.recipes import idlm, quickstart
 
 def get_config():
   c = quickstart.student()
-  shipped = {"teacher": "shipped:teacher", "judge": "shipped:judge"}
-  idlm.masked(c, **shipped, order="spaced", steps=(4, 8), interval=(1e-3, 0.3))
+  idlm.of_steps(c, 4, 8, teacher="shipped:teacher", judge="shipped:judge")
   c.loader.batch_size = 32
   c.optim.lr = 2.5e-5
   c.optim.warmup = 10
   c.optim.final = 0.02
   c.train.checkpoint_every = 20
   c.evaluate.every = 20
-  c.evaluate.nfes = (4, 8)
   c.evaluate.samples = 128
   c.evaluate.select = "matched"
   c.evaluate.max_entropy_drop = 0.3

@@ -34,12 +34,12 @@ def distillation(
   c.evaluate.max_entropy_drop = max_entropy_drop
 
 
-def matched_distillation(c, *, steps, every, lr, b2=0.99):
+def matched_distillation(c, *, steps, every, lr):
   """Train at a rate that falls in batches of 128, measure 256 samples after every `every` updates.
 
   The student furthest below the teacher's temperature curve is kept.
   """
-  _watched(c, steps, every, lr, b2, checkpoint_every=100)
+  _watched(c, steps, every, lr, b2=0.99, checkpoint_every=100)
   c.optim.schedule = "cosine"
   c.evaluate.samples = 256
   c.evaluate.select = "matched"

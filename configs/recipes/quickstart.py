@@ -67,7 +67,6 @@ def student():
   c.optim.b2 = 0.99
   c.train.steps = 60
   c.train.log_every = 1
-  c.evaluate.nfes = (8,)
   c.evaluate.samples = 64
   c.evaluate.batch_size = 64
   c.evaluate.select = "genppl"  # as the student that is shipped was chosen

@@ -8,7 +8,7 @@ from etils import epath
 
 from dlm_jax import json_file
 from dlm_jax.errors import InputError
-from dlm_jax.evaluate import frontier
+from dlm_jax.evaluate import frontier, matched
 from dlm_jax.fields import SEED, Items, Kind, Number, Object, Optional, Text, Whole, build, read
 
 _MEASURED = Optional(Number())  # JSON has no NaN
@@ -93,7 +93,7 @@ def _model(row) -> tuple:
   It may have been measured at several temperatures.
   """
   weights = row["context"].get("weights")
-  options = {name: value for name, value in row["options"].items() if name != "temperature"}
+  options = matched.without_temperature(row["options"])
   return options, weights.get(row["name"]) if isinstance(weights, dict) else None
 
 

@@ -9,6 +9,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -53,10 +54,15 @@ def sweep_at(
   warmth = {} if temperature == 1 else {"temperature": temperature}
   changed = {}
   for name, sampler in samplers.items():
-    others = {key: value for key, value in sampler.options.items() if key != "temperature"}
-    changed[name] = dataclasses.replace(sampler, options=others | warmth)
+    own = without_temperature(sampler.options)
+    changed[name] = dataclasses.replace(sampler, options=own | warmth)
   rows = frontier.sweep(changed, nfes, **options)
   return [row | {"options": {**row["options"], "temperature": temperature}} for row in rows]
+
+
+def without_temperature(options: Mapping[str, Any]) -> dict[str, Any]:
+  """Return the options of a sampler that it has at every temperature."""
+  return {name: value for name, value in options.items() if name != "temperature"}
 
 
 def check_temperatures(temperatures: Sequence[float]) -> None:
@@ -91,7 +97,7 @@ def groups(rows: Sequence[frontier.Row]) -> list[list[frontier.Row]]:
   """Return the rows that differ in their temperature only, together, the coldest first."""
   found: dict = {}
   for row in rows:
-    others = {name: value for name, value in row["options"].items() if name != "temperature"}
+    others = without_temperature(row["options"])
     found.setdefault((row["name"], row["nfe"], repr(sorted(others.items()))), []).append(row)
   return [sorted(group, key=lambda row: row["options"]["temperature"]) for group in found.values()]
 

@@ -111,8 +111,8 @@ class Ancestral(GridSampler):
     reveal_BL, t_KB = reveal_times(draws)
     steps = t_KB.shape[0] - 1
     asks = counts.asks(steps, request.length, request.prompted)
-    revealer = self._revealer(request, counts.capacity(steps, request.length), asks=asks)
-    revealer = dataclasses.replace(revealer, at_once=counts.most is not None)
+    known = {"asks": asks, "at_once": counts.most is not None}
+    revealer = self._revealer(request, counts.capacity(steps, request.length), **known)
     last = dataclasses.replace(revealer, asks=True)
 
     def reveal(x_BL, k, t_B, greedy=False, *, revealer=revealer):
@@ -127,11 +127,9 @@ class Ancestral(GridSampler):
     _, trace_KBL = walk(reveal, request.x_BL, (jnp.arange(steps), t_KB[:-1]))
     return self.remove_noise(trace_KBL, remove)
 
-  def _revealer(self, request, capacity, asks=True):
-    network, process = request.denoiser, request.process
-    return Revealer(
-      denoiser=network, process=process, capacity=capacity, truncation=self, asks=asks
-    )
+  def _revealer(self, request, capacity, **known):
+    given = {"denoiser": request.denoiser, "process": request.process, "capacity": capacity}
+    return Revealer(**given, truncation=self, **known)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
